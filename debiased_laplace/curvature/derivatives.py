@@ -1,0 +1,225 @@
+r"""Derivatives of the network's outputs: rows $S_n^\top J_n$ by VJPs, columns $J_n u$ by JVPs, and products by both.
+
+Neither mode is universal: `vmap` refuses recurrent layers and data-dependent control flow, JVPs are missing for some
+fused kernels. `Capabilities` finds out once, on one sample, what a model allows; everything has a slower way through.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, linearize, vjp, vmap
+
+from debiased_laplace.curvature.parameters import ParameterSelection
+
+Root = Callable[[Tensor], Tensor]
+"""Outputs (C,) of one sample to cotangents, the columns of a (C, r) matrix."""
+
+
+def identity_root(outputs: Tensor) -> Tensor:
+    """Cotangents of the plain Jacobian."""
+    return torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
+
+
+def vmapped_rows(
+    selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Tensor, root: Root
+) -> tuple[Tensor, Tensor]:
+    """Rows (n, r, P) and outputs (n, C) of a batch, all samples at once."""
+
+    def of_one(x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, pullback = _vjp(lambda p: selection.call(p, x[None])[0], parameters)
+        rows = vmap(lambda cotangent: pullback(cotangent)[0])(root(outputs).mT)
+        return selection.flatten(rows, n_lead=1), outputs
+
+    found: tuple[Tensor, Tensor] = vmap(of_one)(inputs)
+    return found
+
+
+def looped_rows(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    inputs: Tensor,
+    root: Root,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rows (n, r, P) and outputs (n, C), one sample and one output at a time: for what `vmap` refuses."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    stacked, collected = [], []
+    with torch.enable_grad():
+        for x in inputs:
+            outputs = selection.call(leaves, x[None])[0]
+            cotangents = root(outputs if create_graph else outputs.detach()).mT
+            rows = [
+                torch.autograd.grad(
+                    outputs,
+                    list(leaves.values()),
+                    cotangent,
+                    retain_graph=True,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for cotangent in cotangents
+            ]
+            flat = [selection.flatten(dict(zip(leaves, row, strict=True))) for row in rows]
+            stacked.append(torch.stack(flat))
+            collected.append(outputs)
+    all_rows, all_outputs = torch.stack(stacked), torch.stack(collected)
+    return (all_rows, all_outputs) if create_graph else (all_rows.detach(), all_outputs.detach())
+
+
+def columns(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    inputs: Tensor,
+    tangents: Tensor,
+    *,
+    vmapped: bool,
+) -> tuple[Tensor, Tensor]:
+    """Directional derivatives J u of the outputs, (n, C, k) for tangents (P, k), and the outputs (n, C)."""
+
+    def push(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return jvp(lambda p: selection.call(p, inputs), (parameters,), (tangent,))[:2]
+
+    stacked = selection.unflatten(tangents.mT)
+    if vmapped:
+        outputs, pushed = vmap(push, out_dims=(None, -1))(stacked)  # type: ignore[arg-type]
+        return pushed, outputs
+    singles = [push({name: t[i] for name, t in stacked.items()}) for i in range(tangents.shape[1])]
+    return torch.stack([pushed for _, pushed in singles], dim=-1), singles[0][0]
+
+
+class BatchProducts:
+    r"""Products $x \mapsto \sum_n J_n^\top S_n S_n^\top J_n x$ of one batch, ready for many.
+
+    The network is linearized once, which costs the memory of one forward pass and saves that pass at every product.
+    """
+
+    def __init__(
+        self,
+        selection: ParameterSelection,
+        parameters: dict[str, Tensor],
+        inputs: Tensor,
+        root: Root,
+        capabilities: "Capabilities",
+    ):
+        self.selection, self.vmapped = selection, capabilities.vmapped_columns
+
+        def network(p: dict[str, Tensor]) -> Tensor:
+            return selection.call(p, inputs)
+
+        if capabilities.linearized:
+            outputs, self._push = _linearize(network, parameters)
+        else:
+            outputs = network(parameters)
+            self._push = lambda tangent: jvp(network, (parameters,), (tangent,))[1]
+        _, self._pull = _vjp(network, parameters)
+        self._root = root(outputs)
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """The product with each column of X (P, b)."""
+        if X.shape[1] > 1 and self.vmapped:
+            products: Tensor = vmap(self._single, in_dims=1, out_dims=1)(X)
+            return products
+        return torch.stack([self._single(x) for x in X.unbind(1)], dim=1)
+
+    def _single(self, x: Tensor) -> Tensor:
+        pushed = self._push(self.selection.unflatten(x))
+        weighted = self._root @ (self._root.mT @ pushed[..., None])
+        return self.selection.flatten(self._pull(weighted[..., 0])[0])
+
+
+def _vjp(
+    network: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor]
+) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]:
+    """Outputs, and the map from cotangents to gradients."""
+    outputs, pullback = vjp(network, parameters)[:2]
+    return outputs, pullback
+
+
+def _linearize(
+    network: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor]
+) -> tuple[Tensor, Callable[[dict[str, Tensor]], Tensor]]:
+    """Outputs, and the map from a tangent to the outputs' directional derivative."""
+    with warnings.catch_warnings():
+        # tracing names constants in a way that torch.fx itself warns about
+        warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
+        outputs, push = linearize(network, parameters)
+    return outputs, push
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model's operations allow.
+
+    Attributes:
+        vmapped_rows: VJPs for all samples of a batch at once.
+        columns: JVPs.
+        vmapped_columns: JVPs for many tangents at once.
+        linearized: a network linearized once gives right products again and again.
+        reasons: what was refused, and torch's words for why.
+    """
+
+    vmapped_rows: bool
+    columns: bool
+    vmapped_columns: bool
+    linearized: bool
+    reasons: dict[str, str]
+
+
+def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Tensor) -> Capabilities:
+    """Try each mode on one or two samples; the plain forward pass is known to work.
+
+    Args:
+        selection: the parameters.
+        parameters: their values.
+        inputs: at least one sample.
+
+    Returns:
+        What worked, and worked right: rows that disagree with one-at-a-time rows count as refused.
+    """
+    some = inputs[:2]
+    reasons: dict[str, str] = {}
+
+    def attempt(name: str, compute: Callable[[], bool]) -> bool:
+        try:
+            if compute():
+                return True
+            reasons[name] = "gave other numbers than one sample at a time"
+        # whatever torch raises for an operation it cannot transform, there is another way
+        except Exception as error:
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return False
+
+    expected, _ = looped_rows(selection, parameters, some, identity_root)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(selection.n_parameters, 2, generator=generator)
+    tangents = noise.to(dtype=expected.dtype, device=expected.device)
+    pushed = expected @ tangents
+
+    def rows_agree() -> bool:
+        return _close(vmapped_rows(selection, parameters, some, identity_root)[0], expected)
+
+    def columns_agree(*, vmapped: bool) -> bool:
+        return _close(columns(selection, parameters, some, tangents, vmapped=vmapped)[0], pushed)
+
+    def linearization_agrees() -> bool:
+        # torch's linearization of layers that work in place spoils its own constants at the first use
+        _, push = _linearize(lambda p: selection.call(p, some), parameters)
+        uses = (0, 1, 0)
+        return all(_close(push(selection.unflatten(tangents[:, i])), pushed[..., i]) for i in uses)
+
+    by_rows = attempt("vmapped rows", rows_agree)
+    by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
+    many = by_columns and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
+    linear = by_columns and attempt("linearized", linearization_agrees)
+    return Capabilities(by_rows, by_columns, many, linear, reasons)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding, relative to the largest entry."""
+    rounding = 1000 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    return bool(((found - expected).abs() <= rounding + 1e-3 * expected.abs()).all())

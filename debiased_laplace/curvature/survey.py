@@ -1,0 +1,129 @@
+"""One look at the samples before any long work: are they usable, what are they known by, and what is their loss."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.memory import KEEP_BYTES
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.samples import Samples
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one pass over some samples found.
+
+    Attributes:
+        samples: the samples, held in memory where they are few or where `keep` asked for it.
+        hashes: one of each sample.
+        loss: sum of their losses, in nats.
+    """
+
+    samples: Samples
+    hashes: Int64[Tensor, " n"]
+    loss: float
+
+
+def survey(network: Network, samples: Samples, *, keep: bool, progress_bar: bool) -> Survey:
+    """Go through the samples once, with a plain forward pass.
+
+    Args:
+        network: the network.
+        samples: to look at.
+        keep: hold the batches in memory whatever their size.
+        progress_bar: show progress.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: if inputs, targets or outputs are not finite, or targets do not fit.
+    """
+    hashes: list[Tensor] = []
+    kept: list[Batch] = []
+    size = 0
+    loss = torch.zeros((), dtype=accumulation_dtype(network.like), device=network.like.device)
+    with tqdm(total=len(samples), disable=not progress_bar, desc="[Reading samples]") as bar:
+        for batch in samples:
+            batch.check_finite()
+            outputs = checked_outputs(network.outputs(batch.inputs), batch)
+            network.likelihood.check(outputs, batch.targets)
+            loss += network.likelihood.loss(outputs, batch.targets)
+            hashes.append(sample_hashes(batch))
+            size += batch.n_bytes
+            kept = [*kept, batch] if keep or size <= KEEP_BYTES else []
+            bar.update(len(batch))
+    if keep or size <= KEEP_BYTES:
+        samples = samples.keeping(kept)
+    return Survey(samples, torch.cat(hashes), float(loss))
+
+
+def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: Batch) -> Network:
+    """Evaluate the model on a first batch, and find out how it can be differentiated.
+
+    Args:
+        selection: the parameters.
+        likelihood: of the outputs.
+        batch: at least one sample, on the model's device.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: if the model cannot be evaluated on it, gives outputs of another shape than (n, C), gives
+            different outputs for the same inputs, or lets the samples of a batch influence each other.
+    """
+    batch.check_finite()
+    parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
+    some = Batch(batch.inputs[:8], batch.targets[:8])
+    with torch.no_grad():
+        try:
+            outputs = selection.call(parameters, some.inputs)
+        except Exception as error:
+            raise ValueError(
+                f"The model could not be evaluated on a batch of inputs of shape "
+                f"{tuple(some.inputs.shape)} and {some.inputs.dtype}: {error}"
+            ) from error
+        outputs = checked_outputs(outputs, some)
+        likelihood.check(outputs, some.targets)
+        again = selection.call(parameters, some.inputs)
+        single = checked_outputs(selection.call(parameters, some.inputs[:1]), Batch(some.inputs[:1], some.targets[:1]))
+    scale = float(outputs.abs().max())
+    if not torch.allclose(outputs, again, rtol=1e-4, atol=1e-5 * scale):
+        raise ValueError(
+            "The model gives different outputs for the same inputs in evaluation mode (a random layer "
+            "that does not respect eval()?); expected a deterministic network."
+        )
+    if not torch.allclose(outputs[:1], single, rtol=1e-3, atol=1e-3 * scale):
+        raise ValueError(
+            "The output of a sample depends on the other samples of its batch; expected samples along "
+            "the first dimension, each on its own (batch_first=True for attention and recurrent layers)."
+        )
+    capabilities = find_capabilities(selection, parameters, some.inputs)
+    return Network(selection, parameters, likelihood, outputs.shape[1], capabilities)
+
+
+def checked_outputs(outputs: Tensor, batch: Batch) -> Tensor:
+    """Outputs, if they are finite and of shape (n, C).
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if not isinstance(outputs, Tensor):
+        raise ValueError(f"Expected the model to return a tensor; got {type(outputs).__name__}.")
+    if outputs.ndim != 2 or len(outputs) != len(batch):
+        raise ValueError(
+            f"Expected model outputs of shape ({len(batch)}, outputs) for {len(batch)} samples; got "
+            f"{tuple(outputs.shape)}."
+        )
+    if not bool(outputs.isfinite().all()):
+        raise ValueError("The model's outputs are NaN or infinite on some samples.")
+    return outputs

@@ -1,0 +1,175 @@
+"""Where samples come from: a loader, taken apart into indices before anything is loaded."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from debiased_laplace.data.batches import Batch, as_batch, sample_hashes
+from debiased_laplace.data.randomness import undisturbed_randomness
+
+_PROBES = 16  # samples loaded twice to find out whether loading is random
+_REPLACEMENT_HINT = (
+    "Sampling with replacement breaks the disjointness that held-out curvature rests on. Pass a "
+    "loader over the same data set with shuffle=True or a sampler without replacement; to weight "
+    "classes, weight the loss instead."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSource:
+    """The samples of a loader, addressable by their position in its data set.
+
+    Attributes:
+        dataset: the loader's map-style data set.
+        indices: positions that the loader yields, increasing, each once.
+        batch_size: samples a batch.
+        options: the loader's own workers, collate function and pinning.
+    """
+
+    dataset: Dataset[Any]
+    indices: Int64[Tensor, " n"]
+    batch_size: int
+    options: dict[str, Any]
+
+    def batches(self, indices: Int64[Tensor, " m"], seed: int) -> Iterator[Batch]:
+        """Load the samples at these positions, in this order, with the loader's own machinery."""
+        loader: DataLoader[Any] = DataLoader(
+            Subset(self.dataset, indices.tolist()),
+            batch_size=self.batch_size,
+            generator=torch.Generator().manual_seed(seed),
+            **self.options,
+        )
+        start = 0
+        for loaded in loader:
+            batch = as_batch(loaded)
+            expected = min(self.batch_size, len(indices) - start)
+            if len(batch) != expected:
+                raise ValueError(
+                    f"The loader's collate function made {len(batch)} samples out of {expected}; a "
+                    "sample must stay one sample, or sub-batches cannot be kept apart."
+                )
+            start += expected
+            yield batch
+
+    def root(self) -> tuple[Any, Int64[Tensor, " n"]]:
+        """The data set at the end of a chain of `Subset`s, and the positions in it of this data set's items."""
+        dataset: Any = self.dataset
+        chain = []
+        while isinstance(dataset, Subset):
+            chain.append(torch.as_tensor(dataset.indices, dtype=torch.int64))
+            dataset = dataset.dataset
+        positions = torch.arange(int(self.indices.max()) + 1)
+        for step in chain:
+            positions = step[positions]
+        return dataset, positions
+
+    def augments(self, seed: int) -> bool:
+        """Whether loading the same sample twice gives two different samples."""
+        some = self.indices[torch.linspace(0, len(self.indices) - 1, _PROBES).long().unique()]
+        with undisturbed_randomness(seed):
+            first, second = (torch.cat([sample_hashes(batch) for batch in self.batches(some, seed)]) for _ in range(2))
+        return not torch.equal(first, second)
+
+
+def sample_source(loader: Any, seed: int) -> SampleSource:
+    """Take a loader apart.
+
+    The positions are those that one epoch of the loader's sampler yields, `drop_last` included; a random sampler is
+    asked with the given seed and leaves the global random state as it was.
+
+    Args:
+        loader: a `DataLoader` over a map-style data set, or a list of (inputs, targets) batches.
+        seed: for samplers that draw.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: if the loader is empty, yields a sample twice, or cannot be addressed by index.
+    """
+    if isinstance(loader, Sequence) and not isinstance(loader, str | DataLoader):
+        return _from_batches(loader)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        kind = type(getattr(loader, "dataset", loader)).__name__
+        raise ValueError(
+            "Expected a torch DataLoader over a map-style data set (one with __getitem__ and __len__), "
+            f"or a list of (inputs, targets) batches; got {kind}. Samples are split by position before "
+            "any is loaded, so a stream needs to be read first: pass list(stream)."
+        )
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise ValueError(
+            "Expected a loader that makes batches of single samples; got batch_size=None. Pass a "
+            "DataLoader whose data set yields one sample an item."
+        )
+    with undisturbed_randomness(seed):
+        epoch = _one_epoch(loader)
+    if not epoch:
+        raise ValueError("The loader yields no samples; expected at least 3.")
+    indices = torch.tensor([i for batch in epoch for i in batch], dtype=torch.int64)
+    unique = indices.unique()
+    if len(unique) < len(indices):
+        raise ValueError(
+            f"The loader's sampler yields {len(indices) - len(unique)} of its {len(indices)} samples "
+            "more than once. " + _REPLACEMENT_HINT
+        )
+    options = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    size = loader.batch_size or max(len(batch) for batch in epoch)
+    return SampleSource(loader.dataset, unique, size, options)
+
+
+def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
+    """The batches of positions that the loader would load, without loading them."""
+    generators = {
+        id(g): g
+        for owner in (loader, loader.sampler, loader.batch_sampler)
+        if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+    }
+    states = {key: g.get_state() for key, g in generators.items()}
+    try:
+        epoch = [list(batch) for batch in loader.batch_sampler or ()]
+    finally:
+        for key, g in generators.items():
+            g.set_state(states[key])
+    if any(not isinstance(i, int) and not _is_integer(i) for batch in epoch for i in batch):
+        raise ValueError("Expected a sampler that yields integer positions in the data set.")
+    return epoch
+
+
+def _is_integer(i: Any) -> bool:
+    return hasattr(i, "__index__")
+
+
+class _Stacked(Dataset[tuple[Tensor, Tensor]]):
+    """The samples of a list of batches, by their running number."""
+
+    def __init__(self, batches: Sequence[Any]):
+        parts = [as_batch(batch) for batch in batches]
+        self.inputs = torch.cat([part.inputs for part in parts])
+        self.targets = torch.cat([part.targets for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[i], self.targets[i]
+
+
+def _from_batches(batches: Sequence[Any]) -> SampleSource:
+    if len(batches) == 0:
+        raise ValueError("The list of batches is empty; expected (inputs, targets) pairs.")
+    dataset = _Stacked(batches)
+    size = max(len(as_batch(batch)) for batch in batches)
+    return SampleSource(dataset, torch.arange(len(dataset)), max(size, 1), {})

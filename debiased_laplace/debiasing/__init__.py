@@ -1,0 +1,1 @@
+"""Directions from some samples, magnitudes from others: the idea of the package."""

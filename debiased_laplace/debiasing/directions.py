@@ -1,0 +1,103 @@
+"""Leading eigenvectors of the direction samples' curvature, by whichever solver suits."""
+
+import warnings
+from typing import Literal
+
+from debiased_laplace.curvature.ggn import SubBatchCurvature
+from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
+from debiased_laplace.linalg.gram import dense_curvature, dense_eigenpairs
+from debiased_laplace.linalg.lanczos import lanczos
+
+Solver = Literal["auto", "gram", "lanczos"]
+
+SUPPORTED = 1e-6
+"""Directions count as supported by the data above this fraction of the largest eigenvalue."""
+
+REQUESTED = 1e-10
+"""A rank asked for by number may reach down to this fraction."""
+
+LANCZOS_RANK = 100
+"""Directions that `rank=None` means where only Lanczos is affordable."""
+
+_LARGEST_BLOCK = 16
+
+
+def find_directions(curvature: SubBatchCurvature, *, rank: int | None, solver: Solver, seed: int) -> Eigenpairs:
+    """Leading eigenpairs of a sub-batch's mean curvature.
+
+    Args:
+        curvature: of the direction samples.
+        rank: number of directions; None keeps every direction that the samples support.
+        solver: "gram" works with all rows at once (on the smaller of its two sides), "lanczos" with products only,
+            "auto" takes the cheaper one that fits into a quarter of the free memory.
+        seed: of Lanczos' start vectors.
+
+    Returns:
+        The eigenpairs, of rank 0 where there is no curvature at all.
+
+    Warns:
+        UserWarning: if `rank=None` had to be limited, fewer directions than asked for exist, or Lanczos did not
+            converge.
+    """
+    threshold = SUPPORTED if rank is None else REQUESTED
+    chosen = choose_solver(curvature, rank) if solver == "auto" else solver
+    if chosen == "lanczos":
+        pairs = _by_lanczos(curvature, rank, threshold, seed)
+    else:
+        pairs = _by_rows(curvature, rank, threshold)
+    if rank is not None and len(pairs.values) < rank:
+        warnings.warn(
+            f"rank={rank} was asked for, but the direction samples support only {len(pairs.values)} "
+            "directions; more samples support more.",
+            stacklevel=2,
+        )
+    return pairs
+
+
+def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gram", "lanczos"]:
+    """The cheaper solver that fits into a quarter of the free memory.
+
+    The Gram side costs a product of all pairs of rows, Lanczos some 3 products per direction, each about two
+    backward passes over the samples; with convolutions a pass costs about 50 times its parameters.
+    """
+    R, P, C = curvature.n_rows, curvature.network.n_parameters, curvature.network.n_outputs
+    budget = free_memory(curvature.network.like.device) // 4
+    gram_bytes = curvature.bytes_of_rows + 3 * 8 * R * R
+    if min(gram_bytes, 3 * 8 * P * P) > budget:
+        return "lanczos"
+    if rank is None or P <= R:
+        return "gram"
+    return "gram" if curvature.n_samples * C * C <= 200 * (6 * rank + 40) else "lanczos"
+
+
+def _by_rows(curvature: SubBatchCurvature, rank: int | None, threshold: float) -> Eigenpairs:
+    P = curvature.network.n_parameters
+    like = curvature.network.like
+    keep = curvature.bytes_of_rows <= free_memory(like.device) // 4
+    if curvature.n_rows < P:
+        return curvature.stacked_rows().eigenpairs(threshold, rank)
+    if keep:
+        curvature.stacked_rows()
+    H = dense_curvature(curvature.rows(), P, like)
+    return dense_eigenpairs(H, threshold, rank=rank, dtype=like.dtype)
+
+
+def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float, seed: int) -> Eigenpairs:
+    network = curvature.network
+    limit = min(network.n_parameters, curvature.n_rows)
+    k = min(LANCZOS_RANK if rank is None else rank, limit)
+    # a regression's last layer repeats every eigenvalue once per output
+    repeated = network.n_outputs if network.likelihood.name == "regression" else 1
+    pairs = lanczos(curvature.linear_map(), network.like, k, block_size=min(repeated, _LARGEST_BLOCK), seed=seed)
+    if not pairs.outcome.converged:
+        warnings.warn(f"Lanczos did not converge: {pairs.outcome.reason}.", stacklevel=3)
+    n = supported(pairs.values, threshold)
+    if rank is None and n == k < limit:
+        warnings.warn(
+            f"The rows of {curvature.n_samples} direction samples do not fit into a quarter of the free "
+            f"memory: rank=None means the {k} leading directions here. Pass rank, or fewer "
+            "direction_samples.",
+            stacklevel=3,
+        )
+    return Eigenpairs(pairs.values[:n], pairs.vectors[:, :n], pairs.residuals[:n], pairs.outcome)

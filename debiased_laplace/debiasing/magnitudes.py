@@ -1,0 +1,81 @@
+r"""Estimates of the full-batch curvature along directions: the biased one that everybody uses, and the split.
+
+References:
+    Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325 (directions and magnitudes from different halves);
+    Lam (2016), doi 10.1214/15-AOS1393 (the same idea for covariance matrices).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from debiased_laplace.curvature.ggn import DirectionalMoments
+from debiased_laplace.linalg.eigenpairs import Eigenpairs
+
+
+@dataclass(frozen=True, eq=False)
+class Magnitudes:
+    r"""Curvature along directions, a mean per sample.
+
+    Attributes:
+        values: the estimate of $u_i^\top H_D u_i$ of the full batch.
+        standard_errors: of the values, from the spread over samples; 0 where every sample was used.
+        in_sample: $u_i^\top H_a u_i$ of the samples that the directions come from.
+        n_floored: how many values had to be raised to 0.
+    """
+
+    values: Float[Tensor, " k"]
+    standard_errors: Float[Tensor, " k"]
+    in_sample: Float[Tensor, " k"]
+    n_floored: int
+
+
+def held_out(directions: Eigenpairs, b: DirectionalMoments, *, n_a: int, n_data: int) -> Magnitudes:
+    r"""$u_i^\top [f H_a + (1 - f) H_b] u_i$ with $f = |a| / N$: unbiased for the full batch.
+
+    Valid only if b is drawn from the samples outside a. Weighting by the known share of a makes the estimate exact
+    where a and b are all the data.
+
+    Args:
+        directions: eigenpairs of $H_a$.
+        b: moments of the magnitude samples along the directions.
+        n_a: number of direction samples.
+        n_data: N.
+
+    Returns:
+        The magnitudes.
+    """
+    f = n_a / n_data
+    unseen = 1 - b.n_samples / (n_data - n_a) if n_data > n_a else 0.0
+    values = f * directions.values + (1 - f) * b.means
+    errors = (1 - f) * (max(unseen, 0.0) / b.n_samples) ** 0.5 * b.standard_deviations
+    return _floored(values.to(directions.values.dtype), errors, directions.values)
+
+
+def same_batch(directions: Eigenpairs, deviations: Float[Tensor, " k"], *, n: int, n_data: int) -> Magnitudes:
+    r"""The eigenvalues of $H_B$ themselves: too large for the leading directions, too small for the trailing ones.
+
+    Args:
+        directions: eigenpairs of $H_B$.
+        deviations: spread over the samples of B of the curvature along each direction.
+        n: number of samples in B.
+        n_data: N.
+
+    Returns:
+        The magnitudes; their standard errors know nothing of the bias.
+    """
+    errors = ((1 - n / n_data) / n) ** 0.5 * deviations
+    return _floored(directions.values, errors, directions.values)
+
+
+def deviations_from_projections(projections: Float[Tensor, "R k"], n_samples: int) -> Float[Tensor, " k"]:
+    """Spread over samples (ddof 1) of the curvature along directions, from the rows' projections on them."""
+    per_sample = projections.square().unflatten(0, (n_samples, -1)).sum(1)
+    return per_sample.std(0, correction=1) if n_samples > 1 else torch.zeros_like(per_sample[0])
+
+
+def _floored(values: Tensor, errors: Tensor, in_sample: Tensor) -> Magnitudes:
+    negative = int((values < 0).sum())
+    return Magnitudes(values.clamp_min(0), errors.to(values.dtype), in_sample, negative)

@@ -1,0 +1,1 @@
+"""Matrices only: no network, no data."""

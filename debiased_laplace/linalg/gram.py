@@ -1,0 +1,122 @@
+r"""Eigenvectors of $H = V^\top V / n$ from the smaller of its two sides.
+
+The Gram side works with $V V^\top$ (rows x rows) and never forms $H$; the dense side works with $H$ (P x P) and never
+keeps $V$. Both are accumulated in double precision: a single-precision Gram matrix loses the orthogonality of every
+direction whose eigenvalue is a million times below the largest.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, supported
+
+_PANEL = 256  # rows of a block of the Gram matrix: large enough for a fast product
+
+
+@dataclass(frozen=True, eq=False)
+class GramFactor:
+    r"""Stacked rows of a curvature's root, with the sample that each row came from.
+
+    Attributes:
+        rows: $V$, so that the curvature is $V^\top V / n$.
+        sample_of_row: position of each row's sample in its sub-batch; folds are sub-blocks by it.
+        n_samples: $n$.
+    """
+
+    rows: Float[Tensor, "R P"]
+    sample_of_row: Int64[Tensor, " R"]
+    n_samples: int
+
+    def gram(self) -> Float[Tensor, "R R"]:
+        r"""$V V^\top / n$ in double precision; only one triangle is computed."""
+        exact = accumulation_dtype(self.rows)
+        R, P = self.rows.shape
+        G = self.rows.new_zeros(R, R, dtype=exact)
+        width = max(1, min(P, (1 << 27) // (8 * max(R, 1))))  # a panel of 128 MiB
+        for columns in self.rows.split(width, dim=1):
+            V = columns.to(exact)
+            for i in range(0, R, _PANEL):
+                stop = min(i + _PANEL, R)
+                G[i:stop, :stop] += V[i:stop] @ V[:stop].T
+        lower = G.tril(-1)
+        return (lower + lower.T + torch.diag(G.diagonal())) / self.n_samples
+
+    def eigenpairs(self, threshold: float, rank: int | None = None) -> Eigenpairs:
+        r"""$H = U \Lambda U^\top$ through $V V^\top / n = W \Lambda W^\top$, $U = V^\top W \Lambda^{-1/2} / \sqrt n$.
+
+        Args:
+            threshold: eigenvalues below this fraction of the largest are dropped.
+            rank: at most so many pairs; None keeps all above the threshold.
+
+        Returns:
+            The leading pairs; residuals are rounding, estimated from the Gram side.
+        """
+        values, W = torch.linalg.eigh(self.gram())
+        values, W = values.flip(0), W.flip(1)
+        k = supported(values, threshold)
+        k = k if rank is None else min(k, rank)
+        values, W = values[:k], W[:, :k]
+        scaled = (W / (values * self.n_samples).sqrt()).to(self.rows.dtype)
+        U = polish(self.rows.T @ scaled)
+        rounding = torch.finfo(self.rows.dtype).eps * values[:1].expand(k)
+        outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
+        projections = W * (values * self.n_samples).sqrt()
+        return Eigenpairs(values.to(U.dtype), U, rounding.to(U.dtype), outcome, projections)
+
+
+def dense_eigenpairs(
+    H: Float[Tensor, "P P"], threshold: float, *, rank: int | None = None, dtype: torch.dtype
+) -> Eigenpairs:
+    """Eigenpairs of a curvature that has been summed up densely in double precision.
+
+    Args:
+        H: the curvature, a mean over samples.
+        threshold: eigenvalues below this fraction of the largest are dropped.
+        rank: at most so many pairs; None keeps all above the threshold.
+        dtype: of the result.
+
+    Returns:
+        The leading pairs.
+    """
+    values, U = torch.linalg.eigh(H)
+    values, U = values.flip(0), U.flip(1)
+    k = supported(values, threshold)
+    k = k if rank is None else min(k, rank)
+    rounding = torch.finfo(H.dtype).eps * values[:1].expand(k)
+    outcome = SolverOutcome("dense", True, 0, "all eigenpairs of the dense curvature")
+    return Eigenpairs(values[:k].to(dtype), U[:, :k].to(dtype), rounding.to(dtype), outcome)
+
+
+def dense_curvature(rows: Iterable[Float[Tensor, "n r P"]], n_parameters: int, like: Tensor) -> Float[Tensor, "P P"]:
+    r"""$H = \frac1n \sum_n V_n^\top V_n$ from a stream of per-sample rows, in double precision."""
+    H = like.new_zeros(n_parameters, n_parameters, dtype=accumulation_dtype(like))
+    n = 0
+    for chunk in rows:
+        V = chunk.flatten(0, 1).to(H.dtype)
+        H += V.T @ V
+        n += chunk.shape[0]
+    return H / max(n, 1)
+
+
+def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+    r"""Nearly orthonormal columns made orthonormal: $U (I - E/2 + 3E^2/8)$, $E = U^\top U - I$.
+
+    The expansion of $U (U^\top U)^{-1/2}$, which moves the columns least. It is two matrix products, where a QR
+    decomposition of a tall matrix costs several times as much; where $E$ is too large for it, QR it is.
+    """
+    k = U.shape[1]
+    if k == 0:
+        return U
+    E = U.T @ U - torch.eye(k, dtype=U.dtype, device=U.device)
+    size = float(torch.linalg.matrix_norm(E))
+    if size < 8 * k**0.5 * torch.finfo(U.dtype).eps:
+        return U
+    if size > 0.05:
+        Q, R = torch.linalg.qr(U)
+        return Q * R.diagonal().sign()
+    return U - U @ (0.5 * E - 0.375 * (E @ E))

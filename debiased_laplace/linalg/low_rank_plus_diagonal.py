@@ -1,0 +1,196 @@
+r"""Precision matrices $D + U \mathrm{diag}(m) U^\top$ in forms that stay accurate in single precision.
+
+Everything is derived from one decomposition: with $D^{-1/2} U = Q R$ and
+$R\,\mathrm{diag}(m) R^\top = Z\,\mathrm{diag}(s) Z^\top$, the matrix is
+$D^{1/2} (I + V \mathrm{diag}(s) V^\top) D^{1/2}$ with orthonormal $V = Q Z$. It needs neither $m^{1/2}$ nor $m^{-1}$: zero and negative magnitudes are no special cases.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankPlusDiagonal:
+    r"""The symmetric positive definite matrix $P = D + U \mathrm{diag}(m) U^\top$.
+
+    Attributes:
+        diagonal: $D > 0$: one number for $D = \delta I$, or one per parameter.
+        directions: $U$, orthonormal columns.
+        magnitudes: $m$, of any sign as long as $P$ is positive definite.
+
+    Raises:
+        ValueError: if the diagonal is not positive and finite, or a magnitude is not finite.
+    """
+
+    diagonal: Float[Tensor, "#P"] | Float[Tensor, ""]
+    directions: Float[Tensor, "P k"]
+    magnitudes: Float[Tensor, " k"]
+
+    def __post_init__(self) -> None:
+        if not bool((self.diagonal > 0).all() and self.diagonal.isfinite().all()):
+            raise ValueError(
+                "The diagonal of a precision must be positive and finite; its smallest entry is "
+                f"{self.diagonal.min().item():.3g}, its largest {self.diagonal.max().item():.3g}."
+            )
+        if not bool(self.magnitudes.isfinite().all()):
+            raise ValueError("Magnitudes must be finite; got NaN or infinity.")
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of rows P."""
+        return self.directions.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions k."""
+        return self.directions.shape[1]
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor, int]:
+        """Whitened directions V (P, k), their eigenvalues s (k,), and how many of these were floored."""
+        exact = accumulation_dtype(self.directions)
+        if self.rank == 0:
+            return self.directions, self.magnitudes, 0
+        if self.diagonal.numel() == 1:
+            V, s = self.directions, self.magnitudes / self.diagonal
+        else:
+            Q, R = torch.linalg.qr(self.directions / self.diagonal.sqrt()[:, None])
+            R = R.to(exact)
+            s, Z = torch.linalg.eigh((R * self.magnitudes.to(exact)) @ R.T)
+            V, s = Q @ Z.to(Q.dtype), s.to(Q.dtype)
+        lowest = torch.finfo(s.dtype).eps ** 0.5 - 1
+        return V, s.clamp_min(lowest), int((s < lowest).sum())
+
+    @property
+    def n_floored(self) -> int:
+        """Directions in which the matrix was not positive definite and was made barely so."""
+        return self._spectrum[2]
+
+    @property
+    def log_det(self) -> Float[Tensor, ""]:
+        r"""$\log\det P = \sum \log D + \sum \log(1 + s)$."""
+        exact = accumulation_dtype(self.directions)
+        per_parameter = self.diagonal.to(exact).log().expand(self.n_parameters)
+        return (per_parameter.sum() + self._spectrum[1].to(exact).log1p().sum()).to(self.directions.dtype)
+
+    def matmat(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
+        """The product P X."""
+        return self._column(self.diagonal) * X + self.directions @ (self.magnitudes[:, None] * (self.directions.T @ X))
+
+    def quadratic(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+        r"""$x^\top P x$, non-negative by construction."""
+        parallel, perpendicular = self._split(x * self.diagonal.sqrt())
+        s = self._spectrum[1]
+        return perpendicular.square().sum(-1) + ((1 + s) * parallel.square()).sum(-1)
+
+    def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
+        r"""$X P^{-1} X^\top$ for a stack of row matrices, as a sum of two positive semi-definite terms."""
+        parallel, perpendicular = self._split(rows / self.diagonal.sqrt())
+        scaled = parallel / (1 + self._spectrum[1]).sqrt()
+        return perpendicular @ perpendicular.mT + scaled @ scaled.mT
+
+    def variance_trace(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch"]:
+        r"""$\mathrm{tr}(X P^{-1} X^\top)$ for a stack of row matrices, without the r x r products."""
+        parallel, perpendicular = self._split(rows / self.diagonal.sqrt())
+        inside = (parallel.square() / (1 + self._spectrum[1])).sum((-2, -1))
+        return perpendicular.square().sum((-2, -1)) + inside
+
+    @cached_property
+    def covariance_diagonal(self) -> Float[Tensor, " P"]:
+        """The diagonal of the inverse."""
+        V, s, _ = self._spectrum
+        # 1 - sum V² s/(1+s), written without a difference of nearly equal numbers where s is large
+        outside = (1 - V.square().sum(1)).clamp_min(0)
+        inside = (V.square() / (1 + s)).sum(1)
+        return (outside + inside) / self.diagonal
+
+    def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+        r"""$A \varepsilon$ with $A A^\top = P^{-1}$: maps standard normal rows to draws with covariance $P^{-1}$."""
+        V, s, _ = self._spectrum
+        shrunk = noise + ((noise @ V) * ((1 + s).rsqrt() - 1)) @ V.T
+        return shrunk / self.diagonal.sqrt()
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        """The matrix itself; for tests and small problems."""
+        diagonal = self.diagonal.expand(self.n_parameters)
+        return torch.diag(diagonal) + (self.directions * self.magnitudes) @ self.directions.T
+
+    def _column(self, diagonal: Tensor) -> Tensor:
+        return diagonal if diagonal.ndim == 0 else diagonal[:, None]
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened rows into coordinates along V and what is left outside."""
+        V = self._spectrum[0]
+        parallel = x @ V
+        return parallel, x - parallel @ V.T
+
+
+class _DifferentiableLogDet(torch.autograd.Function):
+    r"""Log determinant with the closed-form gradient, so that no eigenvector is ever differentiated.
+
+    $\partial \log\det P / \partial D_i = (P^{-1})_{ii}$ and $\partial \log\det P / \partial m_j = u_j^\top P^{-1} u_j$.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, diagonal: Tensor, magnitudes: Tensor, operator: LowRankPlusDiagonal) -> Tensor:
+        """The log determinant of the operator, which holds the same numbers detached."""
+        ctx.operator = operator
+        ctx.isotropic = diagonal.numel() == 1
+        ctx.shapes = diagonal.shape, magnitudes.shape
+        return operator.log_det.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients with respect to the diagonal and the magnitudes."""
+        (g,) = upstream
+        op = ctx.operator
+        per_parameter = op.covariance_diagonal
+        diagonal = per_parameter.sum() if ctx.isotropic else per_parameter
+        # variance_trace of one row per direction is u' P^-1 u
+        magnitudes = op.variance_trace(op.directions.T[:, None, :])
+        return g * diagonal.reshape(ctx.shapes[0]), g * magnitudes.reshape(ctx.shapes[1]), None
+
+
+def differentiable_log_det(
+    diagonal: Float[Tensor, "#P"] | Float[Tensor, ""],
+    magnitudes: Float[Tensor, " k"],
+    operator: LowRankPlusDiagonal,
+) -> Float[Tensor, ""]:
+    """Log determinant with gradients with respect to the diagonal and the magnitudes, first order only.
+
+    Args:
+        diagonal: the operator's diagonal, attached to the caller's graph.
+        magnitudes: the operator's magnitudes, attached to the caller's graph.
+        operator: the same matrix, detached; its decomposition is reused.
+
+    Returns:
+        The log determinant, in nats.
+    """
+    result: Tensor = _DifferentiableLogDet.apply(diagonal, magnitudes, operator)
+    return result
+
+
+def kl_divergence(precision: LowRankPlusDiagonal, reference: LowRankPlusDiagonal) -> Float[Tensor, ""]:
+    r"""KL divergence of two Gaussians with the same mean, $KL(N(\mu, P^{-1}) \| N(\mu, R^{-1}))$.
+
+    Args:
+        precision: P, of the approximation.
+        reference: R, of the posterior that it approximates.
+
+    Returns:
+        $\tfrac12 [\mathrm{tr}(P^{-1} R) - \dim + \log\det P - \log\det R]$, in nats.
+    """
+    exact = accumulation_dtype(precision.directions)
+    along = precision.variance_trace(reference.directions.T[:, None, :]).to(exact)
+    trace = (precision.covariance_diagonal.to(exact) * reference.diagonal.to(exact)).sum()
+    trace = trace + (along * reference.magnitudes.to(exact)).sum()
+    log_dets = precision.log_det.to(exact) - reference.log_det.to(exact)
+    return 0.5 * (trace - precision.n_parameters + log_dets)

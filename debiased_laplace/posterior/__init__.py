@@ -1,0 +1,1 @@
+"""The posteriors that users hold, each a laplace-torch `ParametricLaplace`."""

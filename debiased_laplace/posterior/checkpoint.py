@@ -1,0 +1,202 @@
+"""The state of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.identities import SampleIdentities
+from debiased_laplace.data.splitting import SubBatches
+from debiased_laplace.debiasing.complement import LowRankCurvature
+from debiased_laplace.debiasing.estimate import CurvatureEstimate
+from debiased_laplace.debiasing.magnitudes import Magnitudes
+from debiased_laplace.linalg.eigenpairs import SolverOutcome
+from debiased_laplace.posterior.fitting import Fit
+from debiased_laplace.posterior.hyperparameters import estimator_options
+
+if TYPE_CHECKING:
+    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+
+VERSION = 1
+
+
+def state_of(la: "DebiasedParametricLaplace") -> dict[str, Any]:
+    """The state; no tensor of it is shared with the posterior."""
+    fit = la.fitted
+    estimate, split, identities = fit.estimate, fit.split, fit.identities
+    state: dict[str, Any] = {
+        "version": VERSION,
+        "cls_name": type(la).__name__,
+        "likelihood": la.likelihood,
+        "weights_fingerprint": la.weights_fingerprint,
+        "mean": la.mean,
+        "prior_mean": la.prior_mean,
+        "prior_precision": la.prior_precision,
+        "sigma_noise": la.sigma_noise,
+        "temperature": la.temperature,
+        "enable_backprop": la.enable_backprop,
+        "loss": fit.loss,
+        "n_outputs": fit.n_outputs,
+        "n_data": split.n_data,
+        "option_rank": -1 if la._options.rank is None else la._options.rank,
+        "option_magnitudes": la._options.magnitudes,
+        "option_complement": la._options.complement,
+        "option_solver": la._options.solver,
+        "option_seed": la._options.seed,
+        "curvature_diagonal": estimate.curvature.diagonal,
+        "curvature_directions": estimate.curvature.directions,
+        "curvature_weights": estimate.curvature.weights,
+        "curvature_source": estimate.source,
+        "magnitudes_values": estimate.magnitudes.values,
+        "magnitudes_standard_errors": estimate.magnitudes.standard_errors,
+        "magnitudes_in_sample": estimate.magnitudes.in_sample,
+        "magnitudes_n_floored": estimate.magnitudes.n_floored,
+        "solver": estimate.outcome.solver,
+        "solver_converged": estimate.outcome.converged,
+        "solver_products": estimate.outcome.products,
+        "solver_reason": estimate.outcome.reason,
+        "split_direction_indices": split.direction_indices,
+        "split_magnitude_indices": split.magnitude_indices,
+        "split_shared": split.shared,
+        "samples_hashes": identities.hashes,
+        "samples_positions": identities.positions,
+        "samples_n_root": identities.n_root,
+        "samples_augmented": identities.augmented,
+    }
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def restore(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
+    """Make a posterior what a state says.
+
+    Raises:
+        ValueError: if entries are missing, or the state belongs to something else; the posterior stays as it was.
+    """
+    _check(la, state)
+    like = la._selection.vector()
+
+    def tensor(key: str) -> Tensor:
+        return state[key].detach().clone().to(like)
+
+    estimate = CurvatureEstimate(
+        LowRankCurvature(
+            tensor("curvature_diagonal"),
+            tensor("curvature_directions"),
+            tensor("curvature_weights"),
+        ),
+        Magnitudes(
+            tensor("magnitudes_values"),
+            tensor("magnitudes_standard_errors"),
+            tensor("magnitudes_in_sample"),
+            state["magnitudes_n_floored"],
+        ),
+        SolverOutcome(
+            state["solver"],
+            state["solver_converged"],
+            state["solver_products"],
+            state["solver_reason"],
+        ),
+        state["curvature_source"],
+    )
+    split = SubBatches(
+        state["split_direction_indices"].clone(),
+        state["split_magnitude_indices"].clone(),
+        state["n_data"],
+        state["split_shared"],
+    )
+    identities = SampleIdentities(
+        state["samples_hashes"].clone(),
+        state["samples_positions"].clone(),
+        state["samples_n_root"],
+        state["samples_augmented"],
+    )
+    options = estimator_options(
+        rank=None if state["option_rank"] < 0 else state["option_rank"],
+        magnitudes=state["option_magnitudes"],
+        complement=state["option_complement"],
+        solver=state["option_solver"],
+        seed=state["option_seed"],
+    )
+    la._options = options
+    la._adopt(
+        Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
+        tensor("mean"),
+        state["weights_fingerprint"],
+    )
+    la.prior_mean = tensor("prior_mean")
+    la.prior_precision = tensor("prior_precision")
+    la.sigma_noise = tensor("sigma_noise")
+    la.temperature = state["temperature"]
+    la.enable_backprop = state["enable_backprop"]
+
+
+def _check(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
+    """Refuse a state that does not belong here."""
+    for key in ("version", "cls_name", "likelihood", "mean", "weights_fingerprint"):
+        if key not in state:
+            raise ValueError(f"The state has no entry {key!r}; it is not one of this package.")
+    if state["version"] != VERSION:
+        raise ValueError(f"Expected a state of version {VERSION}; got {state['version']}.")
+    if state["cls_name"] != type(la).__name__:
+        raise ValueError(f"Expected the state of a {type(la).__name__}; got a {state['cls_name']}.")
+    if state["likelihood"] != la.likelihood:
+        raise ValueError(f"Expected likelihood {la.likelihood!r}; the state has {state['likelihood']!r}.")
+    if len(state["mean"]) != la.n_params:
+        raise ValueError(
+            f"The state is over {len(state['mean'])} parameters, the model has {la.n_params} trainable ones."
+        )
+    if state["weights_fingerprint"] != la._selection.fingerprint():
+        raise ValueError(
+            "The state was fitted at other weights than the model has now; load the weights that it was "
+            "fitted to first."
+        )
+    missing = sorted(set(_KEYS) - set(state))
+    if missing:
+        raise ValueError(f"The state lacks the entries {missing}.")
+
+
+_KEYS = [
+    "prior_mean",
+    "prior_precision",
+    "sigma_noise",
+    "temperature",
+    "enable_backprop",
+    "loss",
+    "n_outputs",
+    "n_data",
+    "option_rank",
+    "option_magnitudes",
+    "option_complement",
+    "option_solver",
+    "option_seed",
+    "curvature_diagonal",
+    "curvature_directions",
+    "curvature_weights",
+    "curvature_source",
+    "magnitudes_values",
+    "magnitudes_standard_errors",
+    "magnitudes_in_sample",
+    "magnitudes_n_floored",
+    "solver",
+    "solver_converged",
+    "solver_products",
+    "solver_reason",
+    "split_direction_indices",
+    "split_magnitude_indices",
+    "split_shared",
+    "samples_hashes",
+    "samples_positions",
+    "samples_n_root",
+    "samples_augmented",
+]
+
+
+def remembered_network(la: "DebiasedParametricLaplace", inputs: Tensor) -> Network:
+    """The network of a loaded posterior, met at its first inputs and kept."""
+    parameters = {k: v.clone() for k, v in la._selection.unflatten(la.mean).items()}
+    capabilities = find_capabilities(la._selection, parameters, inputs)
+    network = Network(la._selection, parameters, la._likelihood, la.n_outputs, capabilities)
+    la._fit = replace(la.fitted, network=network)
+    return network

@@ -1,0 +1,74 @@
+"""Checks of what laplace-torch accepts silently: precisions, noises and temperatures that are no numbers to use."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.debiasing.complement import ComplementKind
+from debiased_laplace.debiasing.directions import Solver
+from debiased_laplace.debiasing.estimate import EstimatorOptions, MagnitudesKind
+from debiased_laplace.errors import NotBuiltError
+
+Amount = float | Tensor
+
+
+def positive(value: Amount, name: str) -> Amount:
+    """The value, if every entry is positive and finite.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    try:
+        entries = torch.as_tensor(value).detach().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number or a tensor; got {value!r}.") from error
+    if entries.numel() == 0 or not bool((entries.isfinite() & (entries > 0)).all()):
+        shown = entries.flatten()[:4].tolist()
+        raise ValueError(f"{name} must be positive and finite; got {shown}.")
+    return value
+
+
+_PLANNED = {
+    "magnitudes": ("cross_fitted", "auto"),
+    "complement": ("kron", "auto"),
+    "rank": ("auto",),
+}
+
+
+def one_of(value: object, kind: object, name: str) -> None:
+    """Check an option against its `Literal`.
+
+    Raises:
+        NotBuiltError: if it is an option that this release does not have yet.
+        ValueError: if it is no option at all.
+    """
+    available = get_args(kind)
+    if value in available:
+        return
+    message = f"{name} must be one of {list(available)}; got {value!r}"
+    if value in _PLANNED.get(name, ()):
+        raise NotBuiltError(f"{message}, which is not available yet.")
+    raise ValueError(f"{message}.")
+
+
+def estimator_options(
+    *, rank: int | None, magnitudes: str, complement: str, solver: str, seed: int
+) -> EstimatorOptions:
+    """The estimator's options, checked.
+
+    Raises:
+        NotBuiltError: if an option is not available yet.
+        ValueError: if an option is out of its range.
+    """
+    one_of(magnitudes, MagnitudesKind, "magnitudes")
+    one_of(complement, ComplementKind, "complement")
+    one_of(solver, Solver, "solver")
+    if rank == "auto":
+        raise NotBuiltError("rank must be an integer or None; 'auto' is not available yet.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be an integer of at least 1, or None; got {rank!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer; got {seed!r}.")
+    checked_magnitudes: Literal["held_out", "same_batch"] = magnitudes  # type: ignore[assignment]
+    return EstimatorOptions(rank, checked_magnitudes, complement, solver, seed)  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""The held-out KL of a fitted posterior: which samples it may be judged on, and their rows."""
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.survey import checked_outputs
+from debiased_laplace.data.batches import sample_hashes
+from debiased_laplace.data.identities import SampleIdentities
+from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.data.samples import Samples
+from debiased_laplace.data.source import sample_source
+from debiased_laplace.debiasing.held_out_kl import (
+    HeldOutKL,
+    KLTerms,
+    estimate_held_out_kl,
+    sample_terms,
+)
+from debiased_laplace.errors import OverlapError
+
+if TYPE_CHECKING:
+    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+
+_SHARE_THAT_MATTERS = 0.1
+
+
+def held_out_kl(la: "DebiasedParametricLaplace", loader: Any, fitted_loader: Any) -> HeldOutKL:
+    """The held-out KL of a fitted posterior; see `DebiasedParametricLaplace.held_out_kl`."""
+    fitted = la.fitted
+    n_fitted, n_data = fitted.split.n_samples, fitted.split.n_data
+    if loader is None and (n_fitted < n_data or fitted_loader is None):
+        raise ValueError(
+            f"{n_fitted} of {n_data} samples were fitted; expected a loader of training samples left out of "
+            "the fit. Only a posterior of all the data needs none, and then its fitted_loader."
+        )
+    if loader is not None and n_fitted == n_data:
+        raise ValueError(
+            f"All {n_data} samples were fitted: nothing is left to hold out. Pass loader=None and "
+            "fitted_loader, which gives the exact value."
+        )
+    if fitted_loader is None and n_fitted > _SHARE_THAT_MATTERS * n_data:
+        warnings.warn(
+            f"The fitted samples are {n_fitted / n_data:.0%} of the data, and their exact share is "
+            "missing: pass fitted_loader for an unbiased estimate.",
+            stacklevel=3,
+        )
+    operator = la.posterior_precision
+    prior = la.prior_precision_diag.detach()
+    terms = KLTerms(
+        operator.variance_trace,
+        float((operator.covariance_diagonal.double() * prior.double()).sum()),
+        float(operator.log_det),
+        float(la.n_data * la._H_factor),
+    )
+    inside = None
+    if fitted_loader is not None:
+        inside, identities = _terms_of(la, terms, fitted_loader)
+        _check_fitted(fitted.identities, identities)
+    outside, keys = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    if loader is not None:
+        outside, identities = _terms_of(la, terms, loader, refuse=fitted.identities)
+        keys = identities.positions if identities.augmented else identities.hashes
+        if len(outside) > n_data - n_fitted:
+            raise ValueError(
+                f"n_data={n_data} leaves {n_data - n_fitted} samples out of the fit; the loader yields {len(outside)}."
+            )
+    return estimate_held_out_kl(
+        terms,
+        outside,
+        inside,
+        n_data=n_data,
+        n_fitted=n_fitted,
+        sample_keys=keys,
+        context=_context(la),
+    )
+
+
+def _terms_of(
+    la: "DebiasedParametricLaplace",
+    terms: KLTerms,
+    loader: Any,
+    refuse: SampleIdentities | None = None,
+) -> tuple[Tensor, SampleIdentities]:
+    """Terms of a loader's samples, and what these are known by; overlap is refused before any row is computed."""
+    seed = la.fitted_seed
+    source = sample_source(loader, seed)
+    samples = Samples(source, source.indices, la.mean.device, seed)
+    root, positions = source.root()
+    augmented = source.augments(seed)
+    with evaluating(la.model), differentiable_kernels(la.model), undisturbed_randomness(seed):
+        hashes = torch.cat([sample_hashes(batch) for batch in samples])
+        identities = SampleIdentities(hashes, positions[source.indices], len(root), augmented, root)
+        if refuse is not None and (n := identities.shared_with(refuse)):
+            raise OverlapError(
+                f"{n} of the {len(identities)} samples of the loader were fitted; on those the held-out KL "
+                "prefers the biased posterior. Pass training samples left out of the fit."
+            )
+        return sample_terms(terms, _rows(la, samples)), identities
+
+
+def _rows(la: "DebiasedParametricLaplace", samples: Samples) -> Iterator[Tensor]:
+    for batch in samples:
+        batch.check_finite()
+        network: Network = la.network_for(batch.inputs)
+        checked_outputs(network.outputs(batch.inputs), batch)
+        yield from network.ggn_rows(batch.inputs)
+
+
+def _check_fitted(expected: SampleIdentities, given: SampleIdentities) -> None:
+    """The loader of the fitted samples has to yield exactly these."""
+    ours, theirs = expected.keys(given)
+    if not torch.equal(ours.sort().values, theirs.sort().values):
+        raise ValueError(
+            f"fitted_loader must yield the {len(expected)} samples that were fitted; it yields "
+            f"{len(given)}, of which {given.shared_with(expected)} were. They are at "
+            "`la.split.direction_indices` and `la.split.magnitude_indices` of the data set."
+        )
+
+
+def _context(la: "DebiasedParametricLaplace") -> str:
+    """What the constant of the KL depends on."""
+    prior = la.prior_precision.detach().double().cpu()
+    shown = f"{prior.item():.6g}" if prior.numel() == 1 else f"{prior.numel()} entries {hash(tuple(prior.tolist()))}"
+    return (
+        f"weights {la.weights_fingerprint[:12]}, all weights, GGN, prior precision {shown}, "
+        f"sigma_noise {float(la.sigma_noise):.6g}, temperature {la.temperature:.6g}, n_data {la.n_data}"
+    )

@@ -1,0 +1,76 @@
+"""From a Gaussian over logits to class probabilities.
+
+References:
+    MacKay (1992), doi 10.1162/neco.1992.4.5.720 (probit); Hobbhahn, Kristiadi & Hennig (2022), arXiv 2003.01227
+    (Laplace bridge); Daxberger et al. (2021), arXiv 2106.14806 (its normalized form).
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from laplace.utils.functional_utils import draw_gaussian
+from torch import Tensor
+
+
+def probit(mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"]) -> Float[Tensor, "n C"]:
+    """Softmax of logits that shrink with their variance."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    return torch.softmax(mean / (1 + math.pi / 8 * variance).sqrt(), dim=-1)
+
+
+def bridge(mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"], *, normalized: bool) -> Float[Tensor, "n C"]:
+    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to.
+
+    Args:
+        mean: of the logits.
+        covariance: of the logits.
+        normalized: scale mean and variance to the range in which the bridge is accurate.
+
+    Returns:
+        Class probabilities. Where the covariance is zero, or the bridge leaves single precision, the softmax of the
+        mean, which is its limit.
+    """
+    C = mean.shape[-1]
+    row_sums = covariance.sum(-1)
+    total = row_sums.sum(-1)
+    safe = torch.where(total > 0, total, torch.ones_like(total))
+    centred = mean - row_sums * (mean.sum(-1) / safe)[:, None]
+    variance = covariance.diagonal(dim1=-2, dim2=-1) - row_sums.square() / safe[:, None]
+    if normalized:
+        scale = variance.mean(-1, keepdim=True) / math.sqrt(C / 2)
+        centred, variance = centred / scale.sqrt(), variance / scale
+    concentration = (1 - 2 / C + centred.exp() / C**2 * (-centred).exp().sum(-1, keepdim=True)) / variance
+    probabilities = concentration / concentration.sum(-1, keepdim=True)
+    usable = (probabilities.isfinite() & (probabilities >= 0)).all(-1, keepdim=True)
+    return torch.where(usable, probabilities, torch.softmax(mean, dim=-1))
+
+
+def monte_carlo(
+    mean: Float[Tensor, "n C"],
+    covariance: Float[Tensor, "n C C"],
+    *,
+    n_samples: int,
+    diagonal: bool,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "n C"]:
+    """Mean softmax over draws of the logits."""
+    draws = gaussian_draws(mean, covariance, n_samples=n_samples, diagonal=diagonal, generator=generator)
+    return torch.softmax(draws, dim=-1).mean(0)
+
+
+def gaussian_draws(
+    mean: Float[Tensor, "n C"],
+    covariance: Float[Tensor, "n C C"],
+    *,
+    n_samples: int,
+    diagonal: bool,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "S n C"]:
+    """Draws of each input's outputs from its own Gaussian; singular covariances are allowed."""
+    if diagonal:
+        deviations = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        noise = torch.randn(n_samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + deviations * noise
+    draws: Tensor = draw_gaussian(mean, covariance, n_samples, generator)
+    return draws

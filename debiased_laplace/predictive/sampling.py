@@ -1,0 +1,43 @@
+"""Predictions of the network itself at drawn weights, which are never written into the model."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+
+from debiased_laplace.curvature.network import Network
+
+
+def network_draws(
+    network: Network,
+    inputs: Tensor,
+    weights: Float[Tensor, "S P"],
+    model_kwargs: dict[str, Any],
+    *,
+    create_graph: bool = False,
+) -> Float[Tensor, "S n C"]:
+    """Outputs of the network at each of the drawn weight vectors.
+
+    Args:
+        network: whose model and parameter selection count.
+        inputs: a batch.
+        weights: drawn parameters.
+        model_kwargs: further keyword arguments of the model.
+        create_graph: keep the graph, for gradients with respect to the inputs.
+
+    Returns:
+        Outputs per draw.
+    """
+    with torch.set_grad_enabled(create_graph):
+        draws = [
+            functional_call(
+                network.selection.model,
+                network.selection.unflatten(w),
+                (inputs,),
+                model_kwargs,
+            )
+            for w in weights
+        ]
+        return torch.stack(draws)
