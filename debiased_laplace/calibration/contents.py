@@ -1,0 +1,195 @@
+"""Everything a report says, as data; the renderers add no number of their own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from debiased_laplace.calibration.comparisons import Comparison
+from debiased_laplace.calibration.curves import (
+    ClassCount,
+    ConfidenceBin,
+    CoverageLevel,
+    HistogramBin,
+)
+from debiased_laplace.calibration.estimates import Estimate
+from debiased_laplace.calibration.predictions import Task
+from debiased_laplace.calibration.svg import adopt_svg, draw_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table in a report.
+
+    Attributes:
+        title: heading of its section.
+        columns: one heading per column.
+        rows: one cell per column: text, a number (numpy's and torch's scalars too), or None where missing.
+        note: a sentence below the table.
+
+    Raises:
+        ValueError: for a row of another length, or a cell that is no text and no finite number.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        columns = tuple(str(column) for column in self.columns)
+        rows = []
+        for i, row in enumerate(self.rows):
+            if len(row) != len(columns):
+                raise ValueError(f"Table {self.title!r} has {len(columns)} columns, but row {i} has {len(row)} cells.")
+            where = f"row {i} of table {self.title!r}"
+            rows.append(tuple(None if cell is None else read_scalar(cell, where) for cell in row))
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "rows", tuple(rows))
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure in a report.
+
+    Attributes:
+        title: heading of its section.
+        svg: one SVG element. It becomes part of the page, so scripts, style sheets and references
+            to other files are refused. Black turns into the colour of the page's text.
+        alt: what a reader who cannot see the figure should know.
+        note: a sentence below the figure.
+
+    Raises:
+        ValueError: if the text alternative is empty or the SVG is not acceptable.
+    """
+
+    title: str
+    svg: str
+    alt: str
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.alt.strip():
+            raise ValueError(f"Figure {self.title!r} needs a text alternative `alt`; got none.")
+        adopt_svg(self.svg, name="check", alt=self.alt)
+
+    @classmethod
+    def from_matplotlib(cls, title: str, figure: "Figure", *, alt: str, note: str = "") -> "ReportFigure":
+        """A matplotlib figure, drawn so that its black text and axes are legible in dark mode too."""
+        return cls(title, draw_svg(figure), alt, note)
+
+
+@dataclass(frozen=True)
+class ClassificationCurves:
+    """Reliability diagram and class counts of one method."""
+
+    bins: tuple[ConfidenceBin, ...]
+    classes: tuple[ClassCount, ...]
+
+
+@dataclass(frozen=True)
+class RegressionCurves:
+    """Coverage curve and histogram of the probability integral transform of one method."""
+
+    coverage: tuple[CoverageLevel, ...]
+    pit: tuple[HistogramBin, ...]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """Metrics and curves of one method."""
+
+    metrics: Mapping[str, Estimate]
+    curves: ClassificationCurves | RegressionCurves
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """The test set: its size, and a digest that tells two test sets apart.
+
+    Attributes:
+        n: number of samples.
+        n_classes: number of classes; None for regression.
+        n_outputs: number of regression outputs; None for classification.
+        targets_sha256: of the targets as little-endian int64 or float64 in C order.
+        class_names: one per class, or None.
+    """
+
+    n: int
+    n_classes: int | None
+    n_outputs: int | None
+    targets_sha256: str
+    class_names: tuple[str, ...] | None
+
+    def name_class(self, label: int) -> str:
+        """The class's name, or its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """A finished report.
+
+    Attributes:
+        task: what was predicted.
+        title: heading of the page.
+        description: paragraphs of plain text, separated by blank lines.
+        created: ISO 8601 time of creation.
+        software: name to version.
+        data: the test set.
+        settings: options of the report as used.
+        metadata: the caller's own notes.
+        baseline: name of the method the others are compared with.
+        methods: name to result, in the caller's order.
+        comparisons: of every other method with the baseline.
+        tables: the caller's tables.
+        figures: the caller's figures.
+        warnings: what a reader must know before trusting the numbers.
+    """
+
+    task: Task
+    title: str
+    description: str
+    created: str
+    software: Mapping[str, str]
+    data: DataSummary
+    settings: Mapping[str, str | int | float]
+    metadata: Mapping[str, str | int | float]
+    baseline: str
+    methods: Mapping[str, MethodResult]
+    comparisons: tuple[Comparison, ...]
+    tables: tuple[ReportTable, ...]
+    figures: tuple[ReportFigure, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Estimate]]:
+        """Method to metric name to estimate."""
+        return {method: dict(result.metrics) for method, result in self.methods.items()}
+
+
+def read_scalar(value: Any, where: str) -> str | int | float:
+    """Text or a finite number as Python's own type, also from numpy and torch scalars.
+
+    Args:
+        value: what was given.
+        where: where it stands, for the message.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if hasattr(value, "item") and not isinstance(value, str):
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"Expected a single value in {where}; got an array.") from error
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"Expected text or a number in {where}; got {type(value).__name__}.")
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"Expected a finite number in {where}; got {value}.")
+    return value

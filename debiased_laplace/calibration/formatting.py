@@ -1,0 +1,61 @@
+"""Numbers for people: as many digits as their interval supports."""
+
+from collections.abc import Iterable
+from math import floor, log10
+
+from debiased_laplace.calibration.estimates import Estimate
+
+MINUS = "\u2212"
+MAX_DECIMALS = 5
+
+
+def choose_decimals(half_widths: Iterable[float | None]) -> int | None:
+    """Decimals that show two digits of the smallest positive half-width; None without any."""
+    positive = [w for w in half_widths if w]
+    if not positive:
+        return None
+    return min(MAX_DECIMALS, max(0, 1 - floor(log10(min(positive)))))
+
+
+def choose_common_decimals(estimates: Iterable[Estimate | None]) -> int | None:
+    """Decimals for one metric of several methods, so that their columns compare."""
+    present = [e for e in estimates if e is not None]
+    chosen = choose_decimals(
+        (e.high - e.low) / 2 if e.low is not None and e.high is not None else None for e in present
+    )
+    return chosen
+
+
+def format_number(value: float, decimals: int | None = None) -> str:
+    """`value` with fixed decimals where these show it well, else about three digits."""
+    size = abs(value)
+    if decimals is None or size >= 1e7 or 0 < size < 0.5 * 10.0**-MAX_DECIMALS:
+        text = f"{value:.3f}" if 0.01 <= size < 10 else f"{value:.3g}" if size < 1e3 else f"{value:.5g}"
+    else:
+        text = f"{value:.{decimals}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def format_signed(value: float, decimals: int | None = None) -> str:
+    """`format_number` with a plus sign above zero."""
+    text = format_number(value, decimals)
+    return f"+{text}" if not text.startswith(MINUS) and float(text) != 0 else text
+
+
+def format_interval(low: float | None, high: float | None, decimals: int | None = None) -> str:
+    """`[low, high]`, or nothing where there is no interval."""
+    if low is None or high is None:
+        return ""
+    return f"[{format_number(low, decimals)}, {format_number(high, decimals)}]"
+
+
+def format_p_value(p: float) -> str:
+    """`p = ...` with the digits that matter."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, cut with an ellipsis where it is longer than `length`."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "\u2026"

@@ -1,0 +1,224 @@
+"""The report as one HTML file: no scripts, nothing from the network."""
+
+import re
+from html import escape
+from urllib.parse import quote
+
+from debiased_laplace.calibration.comparison_figures import draw_differences
+from debiased_laplace.calibration.contents import ReportContents, ReportFigure, ReportTable
+from debiased_laplace.calibration.definitions import define_metrics
+from debiased_laplace.calibration.figures import draw_confidences, draw_reliability
+from debiased_laplace.calibration.formatting import format_number, format_p_value
+from debiased_laplace.calibration.panels import Look, assign_looks
+from debiased_laplace.calibration.regression_figures import draw_coverage, draw_pit
+from debiased_laplace.calibration.sections import (
+    render_classes,
+    render_headline,
+    render_panels,
+    render_table,
+)
+from debiased_laplace.calibration.style import STYLE_SHEET
+from debiased_laplace.calibration.svg import adopt_svg
+from debiased_laplace.calibration.verdict import summarize
+
+SEPARATOR = " \u00b7 "
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+REFERENCE = re.compile(r"(doi:|arXiv:)(\S+[^\s;.,])")
+RESOLVERS = {"doi:": "https://doi.org/", "arXiv:": "https://arxiv.org/abs/"}
+
+
+def render_html(contents: ReportContents) -> str:
+    """The whole page."""
+    looks = assign_looks(list(contents.methods))
+    is_regression = contents.task == "regression"
+    curves = (_render_regression if is_regression else _render_classification)(contents, looks)
+    body = [
+        _render_top(contents),
+        "<h2>Metrics</h2>",
+        _explain_headline(contents),
+        render_headline(contents),
+        _render_differences(contents, looks),
+        curves,
+        render_classes(contents),
+        *(_render_extra_figure(f, i) for i, f in enumerate(contents.figures)),
+        *(_render_extra_table(t) for t in contents.tables),
+        _render_settings(contents),
+        _render_warnings(contents),
+        _render_definitions(contents),
+        _render_reading_help(contents),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{escape(contents.title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n"
+        "<body>\n<main>\n" + "\n".join(part for part in body if part) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _render_top(contents: ReportContents) -> str:
+    data = contents.data
+    size = "1 test sample" if data.n == 1 else f"{data.n:,} test samples".replace(",", "\u202f")
+    outputs = "1 output" if data.n_outputs == 1 else f"{data.n_outputs} outputs"
+    kind = f"{data.n_classes} classes" if data.n_classes else outputs
+    facts = [size, kind, contents.created.replace("T", " ").replace("+00:00", " UTC")]
+    sentences = summarize(contents)
+    if len(sentences) == 1:
+        verdict = f"<p>{escape(sentences[0])}</p>"
+    else:
+        verdict = "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in sentences) + "</ul>"
+    n_warnings = len(contents.warnings)
+    caution = (
+        f'<p class="note"><a href="#warnings">{n_warnings} warning{"s" * (n_warnings > 1)}</a> about these numbers.</p>'
+        if n_warnings
+        else ""
+    )
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", contents.description) if p.strip()]
+    return (
+        f"<header><h1>{escape(contents.title)}</h1>"
+        f'<p class="facts">{escape(SEPARATOR.join(facts))}</p></header>'
+        f'<div class="verdict">{verdict}</div>{caution}' + "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
+    )
+
+
+def _explain_headline(contents: ReportContents) -> str:
+    level = f"{contents.settings['confidence_level']:.3g}"
+    percent = f"{100 * float(level):g} %"
+    text = f"Estimates with {percent} intervals over test samples."
+    if contents.comparisons:
+        text += (
+            f" Below them the paired difference to {contents.baseline} on the same samples with its "
+            "own interval; the word is the verdict after Holm's adjustment for all "
+            f"{len(contents.comparisons)} comparisons, so an interval just beside zero may still be "
+            "no detectable difference."
+        )
+    return f"<p>{escape(text)}</p>"
+
+
+def _render_differences(contents: ReportContents, looks: dict[str, Look]) -> str:
+    if not contents.comparisons:
+        return ""
+    text = (
+        f"Mean over the test samples of each method's score minus that of {contents.baseline}, with "
+        "its interval. Filled markers: a difference detected after Holm's adjustment."
+    )
+    panels = draw_differences(contents.comparisons, looks)
+    return f"<h2>Differences to {escape(contents.baseline)}</h2><p>{escape(text)}</p>" + render_panels(panels)
+
+
+def _render_classification(contents: ReportContents, looks: dict[str, Look]) -> str:
+    results = dict(contents.methods)
+    level = f"{100 * float(contents.settings['confidence_level']):g} %"
+    asides = [
+        f"ECE {format_number(m['ece'].value, 3)}, chance alone "
+        f"{format_number(m['ece_noise_floor'].value, 3)}, {format_p_value(m['ece_p_value'].value)}"
+        for m in contents.metrics.values()
+    ]
+    return (
+        "<h2>Reliability</h2><p>Accuracy of the predictions in each bin of confidence. Markers below "
+        "the dashed diagonal are over-confident, above it under-confident. Bars: Wilson intervals. "
+        f"Grey: where {level} of the accuracies would lie if the confidences were right, so a marker "
+        "inside it is no evidence against them. Hollow markers hold fewer than 5 samples. Underneath: "
+        "samples per bin.</p>"
+        + render_panels(draw_reliability(results, looks), asides)
+        + "<h2>Confidence where right and where wrong</h2><p>Shares of the correct and of the wrong "
+        "predictions by confidence. A useful confidence keeps the wrong ones to the left.</p>"
+        + render_panels(draw_confidences(results))
+    )
+
+
+def _render_regression(contents: ReportContents, looks: dict[str, Look]) -> str:
+    results = dict(contents.methods)
+    level = f"{100 * float(contents.settings['confidence_level']):g} %"
+    return (
+        "<h2>Coverage</h2><p>Share of targets inside central intervals of the predictive, against "
+        "what these intervals promise. Below the dashed diagonal the error bars are too narrow "
+        "(over-confident), above it too wide. Shaded: Wilson intervals, each for its own level.</p>"
+        + render_panels(draw_coverage(results, looks))
+        + "<h2>Where the targets fall</h2><p>Predicted probability of a smaller target than the "
+        "observed one: flat if the predictive is right, U-shaped if too narrow, a hump if too wide, "
+        f"a slope if shifted. Grey: where {level} of the bars would end if it were right.</p>"
+        + render_panels(draw_pit(results, looks))
+    )
+
+
+def _render_extra_figure(figure: ReportFigure, index: int) -> str:
+    svg = adopt_svg(figure.svg, name=f"extra-{index}", alt=figure.alt)
+    note = f'<p class="note">{escape(figure.note)}</p>' if figure.note else ""
+    return f"<h2>{escape(figure.title)}</h2><figure>{svg}</figure>{note}"
+
+
+def _render_extra_table(table: ReportTable) -> str:
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return f"<h2>{escape(table.title)}</h2>{render_table(table)}{note}"
+
+
+def _render_settings(contents: ReportContents) -> str:
+    rows: list[tuple[str, str | int | float]] = [
+        *contents.metadata.items(),
+        *contents.settings.items(),
+        *((f"{name} version", version) for name, version in contents.software.items()),
+        ("digest of the targets", contents.data.targets_sha256[:16]),
+    ]
+    body = "".join(
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_show_setting(value))}</td></tr>'
+        for key, value in rows
+    )
+    return (
+        '<h2>Settings</h2><div class="scroll" role="region" tabindex="0" aria-label="Settings">'
+        f'<table class="settings"><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _show_setting(value: str | int | float) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _render_warnings(contents: ReportContents) -> str:
+    if not contents.warnings:
+        return ""
+    items = "".join(f"<li>{escape(w)}</li>" for w in contents.warnings)
+    return f'<h2 id="warnings">Warnings</h2><div class="caution"><ul>{items}</ul></div>'
+
+
+def _render_definitions(contents: ReportContents) -> str:
+    used = {name for metrics in contents.metrics.values() for name in metrics}
+    entries = []
+    for name, d in define_metrics(contents.task).items():
+        if name not in used:
+            continue
+        reference = f' <span class="note">{_link(d.reference)}</span>' if d.reference else ""
+        entries.append(f"<dt>{escape(d.label)} <code>{escape(name)}</code></dt><dd>{escape(d.meaning)}{reference}</dd>")
+    return f"<h2>Definitions</h2><dl>{''.join(entries)}</dl>"
+
+
+def _link(reference: str) -> str:
+    """Identifiers as links; nothing is loaded unless the reader follows one."""
+    parts, end = [], 0
+    for match in REFERENCE.finditer(reference):
+        address = RESOLVERS[match[1]] + quote(match[2], safe="/.:()-")
+        parts.append(escape(reference[end : match.start()]))
+        parts.append(f'<a href="{address}" rel="noreferrer">{escape(match[0])}</a>')
+        end = match.end()
+    return "".join(parts) + escape(reference[end:])
+
+
+def _render_reading_help(contents: ReportContents) -> str:
+    points = [
+        "Rank methods by the proper scores and their paired differences, not by calibration errors: "
+        "predicting the class frequencies for every sample is calibrated and useless.",
+        "Two methods whose own intervals overlap may still differ clearly, since pairing takes out "
+        "what makes a sample hard for both. The verdict words look at the paired difference only.",
+    ]
+    if contents.task != "regression":
+        points.append(
+            "A binned calibration error near its noise floor says that this test set cannot tell the "
+            "method from a perfectly calibrated one; it does not say that it is one. More samples "
+            "lower the floor."
+        )
+    else:
+        points.append(
+            "Right coverage on average can hide error bars that are too narrow for some inputs and "
+            "too wide for others; the proper scores notice both."
+        )
+    return "<h2>How to read this report</h2><ul>" + "".join(f"<li>{p}</li>" for p in points) + "</ul>"
