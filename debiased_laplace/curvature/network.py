@@ -66,9 +66,11 @@ class Network:
 
     def _rows(self, inputs: Tensor, root: Root, *, create_graph: bool) -> Iterator[tuple[Tensor, Tensor]]:
         for chunk in inputs.split(self.rows_per_chunk):
-            if self.capabilities.vmapped_rows:
+            # vmap's backward pass of normalization layers is right once, but not differentiable: it takes mean and
+            # deviation for constants
+            if self.capabilities.vmapped_rows and not create_graph:
                 rows, outputs = derivatives.vmapped_rows(self.selection, self.parameters, chunk, root)
-                yield (rows, outputs) if create_graph else (rows.detach(), outputs.detach())
+                yield rows.detach(), outputs.detach()
             else:
                 yield derivatives.looped_rows(self.selection, self.parameters, chunk, root, create_graph=create_graph)
 

@@ -69,22 +69,32 @@ class ParameterSelection:
         parts = vectors.split(self.sizes, dim=-1)
         lead = vectors.shape[:-1]
         return {
-            name: part.reshape(*lead, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+            name: part.reshape(lead + shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
     def flatten(self, parameters: dict[str, Tensor], n_lead: int = 0) -> Tensor:
         """A dictionary of parameters as flat vectors; the first `n_lead` dimensions are kept."""
-        return torch.cat([parameters[name].flatten(n_lead) for name in self.names], dim=-1)
+        # not `flatten`, which has no answer to a scalar parameter with leading dimensions
+        found = [parameters[name] for name in self.names]
+        return torch.cat([p.reshape(*p.shape[:n_lead], -1) for p in found], dim=-1)
 
     def call(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """The model's outputs with these values in place of the selected parameters."""
-        outputs: Tensor = functional_call(self.model, parameters, (inputs,))
+        """The model's outputs with these values in place of the selected parameters.
+
+        Raises:
+            ValueError: if the model returns anything but a tensor.
+        """
+        outputs: object = functional_call(self.model, parameters, (inputs,))
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"Expected the model to return a tensor; got {type(outputs).__name__}.")
         return outputs
 
     def fingerprint(self) -> str:
         """A hash of all weights and buffers: two models that compute the same have the same one."""
         digest = sha256()
-        for name, value in self.model.state_dict().items():
+        # a buffer that is not saved with the model still enters its outputs
+        tensors = {**self.model.state_dict(), **dict(self.model.named_buffers())}
+        for name, value in tensors.items():
             if isinstance(value, Tensor):
                 flat = value.detach().cpu().contiguous().reshape(-1)
                 digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())

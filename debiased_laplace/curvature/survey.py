@@ -85,17 +85,10 @@ def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: B
     parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
     some = Batch(batch.inputs[:8], batch.targets[:8])
     with torch.no_grad():
-        try:
-            outputs = selection.call(parameters, some.inputs)
-        except Exception as error:
-            raise ValueError(
-                f"The model could not be evaluated on a batch of inputs of shape "
-                f"{tuple(some.inputs.shape)} and {some.inputs.dtype}: {error}"
-            ) from error
-        outputs = checked_outputs(outputs, some)
+        outputs = _evaluated(selection, parameters, some)
         likelihood.check(outputs, some.targets)
         again = selection.call(parameters, some.inputs)
-        single = checked_outputs(selection.call(parameters, some.inputs[:1]), Batch(some.inputs[:1], some.targets[:1]))
+        single = _evaluated(selection, parameters, Batch(some.inputs[:1], some.targets[:1]))
     scale = float(outputs.abs().max())
     if not torch.allclose(outputs, again, rtol=1e-4, atol=1e-5 * scale):
         raise ValueError(
@@ -111,14 +104,24 @@ def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: B
     return Network(selection, parameters, likelihood, outputs.shape[1], capabilities)
 
 
+def _evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Outputs of the model, or the reason why there are none, in the terms of the caller."""
+    try:
+        outputs = selection.call(parameters, batch.inputs)
+    except Exception as error:
+        raise ValueError(
+            f"The model could not be evaluated on a batch of inputs of shape "
+            f"{tuple(batch.inputs.shape)} and {batch.inputs.dtype}: {error}"
+        ) from error
+    return checked_outputs(outputs, batch)
+
+
 def checked_outputs(outputs: Tensor, batch: Batch) -> Tensor:
     """Outputs, if they are finite and of shape (n, C).
 
     Raises:
         ValueError: if they are not.
     """
-    if not isinstance(outputs, Tensor):
-        raise ValueError(f"Expected the model to return a tensor; got {type(outputs).__name__}.")
     if outputs.ndim != 2 or len(outputs) != len(batch):
         raise ValueError(
             f"Expected model outputs of shape ({len(batch)}, outputs) for {len(batch)} samples; got "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ class SampleSource:
         """Whether loading the same sample twice gives two different samples."""
         some = self.indices[torch.linspace(0, len(self.indices) - 1, _PROBES).long().unique()]
         with undisturbed_randomness(seed):
-            first, second = (torch.cat([sample_hashes(batch) for batch in self.batches(some, seed)]) for _ in range(2))
+            # workers seed themselves from the loader's generator: the same one would give the same noise twice
+            first, second = (
+                torch.cat([sample_hashes(batch) for batch in self.batches(some, each)]) for each in (seed, seed + 1)
+            )
         return not torch.equal(first, second)
 
 
@@ -132,9 +136,10 @@ def sample_source(loader: Any, seed: int) -> SampleSource:
 
 def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
     """The batches of positions that the loader would load, without loading them."""
+    inner = getattr(loader.batch_sampler, "sampler", None)
     generators = {
         id(g): g
-        for owner in (loader, loader.sampler, loader.batch_sampler)
+        for owner in (loader, loader.sampler, loader.batch_sampler, inner)
         if isinstance(g := getattr(owner, "generator", None), torch.Generator)
     }
     states = {key: g.get_state() for key, g in generators.items()}
@@ -143,13 +148,10 @@ def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
     finally:
         for key, g in generators.items():
             g.set_state(states[key])
-    if any(not isinstance(i, int) and not _is_integer(i) for batch in epoch for i in batch):
-        raise ValueError("Expected a sampler that yields integer positions in the data set.")
-    return epoch
-
-
-def _is_integer(i: Any) -> bool:
-    return hasattr(i, "__index__")
+    try:
+        return [[index(i) for i in batch] for batch in epoch]
+    except TypeError as error:
+        raise ValueError("Expected a sampler that yields integer positions in the data set.") from error
 
 
 class _Stacked(Dataset[tuple[Tensor, Tensor]]):
@@ -157,6 +159,10 @@ class _Stacked(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, batches: Sequence[Any]):
         parts = [as_batch(batch) for batch in batches]
+        shapes = {(tuple(part.inputs.shape[1:]), tuple(part.targets.shape[1:])) for part in parts}
+        if len(shapes) > 1:
+            found = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+            raise ValueError(f"Expected batches of samples of one shape (input, target); got {found}.")
         self.inputs = torch.cat([part.inputs for part in parts])
         self.targets = torch.cat([part.targets for part in parts])
 
@@ -171,5 +177,7 @@ def _from_batches(batches: Sequence[Any]) -> SampleSource:
     if len(batches) == 0:
         raise ValueError("The list of batches is empty; expected (inputs, targets) pairs.")
     dataset = _Stacked(batches)
+    if len(dataset) == 0:
+        raise ValueError("The list of batches has no samples; expected at least 3.")
     size = max(len(as_batch(batch)) for batch in batches)
-    return SampleSource(dataset, torch.arange(len(dataset)), max(size, 1), {})
+    return SampleSource(dataset, torch.arange(len(dataset)), size, {})

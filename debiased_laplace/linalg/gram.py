@@ -104,19 +104,21 @@ def dense_curvature(rows: Iterable[Float[Tensor, "n r P"]], n_parameters: int, l
 
 
 def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-    r"""Nearly orthonormal columns made orthonormal: $U (I - E/2 + 3E^2/8)$, $E = U^\top U - I$.
+    r"""Nearly orthonormal columns made orthonormal, $U L^{-\top}$ with $U^\top U = L L^\top$, the first ones kept.
 
-    The expansion of $U (U^\top U)^{-1/2}$, which moves the columns least. It is two matrix products, where a QR
-    decomposition of a tall matrix costs several times as much; where $E$ is too large for it, QR it is.
+    Rounding puts some of the leading directions into the trailing ones. Only the trailing ones may pay for that: shared
+    out evenly, what is left would be many times the curvature of a direction far below the largest. It costs two
+    matrix products, where a QR decomposition of a tall matrix costs several times as much; where the columns are too
+    far from orthonormal for it, QR it is.
     """
     k = U.shape[1]
     if k == 0:
         return U
-    E = U.T @ U - torch.eye(k, dtype=U.dtype, device=U.device)
-    size = float(torch.linalg.matrix_norm(E))
+    gram = U.T @ U
+    size = float(torch.linalg.matrix_norm(gram - torch.eye(k, dtype=U.dtype, device=U.device)))
     if size < 8 * k**0.5 * torch.finfo(U.dtype).eps:
         return U
     if size > 0.05:
         Q, R = torch.linalg.qr(U)
-        return Q * R.diagonal().sign()
-    return U - U @ (0.5 * E - 0.375 * (E @ E))
+        return torch.where(R.diagonal() < 0, -Q, Q)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, U, upper=True, left=False)

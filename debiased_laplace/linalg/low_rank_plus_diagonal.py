@@ -1,8 +1,9 @@
 r"""Precision matrices $D + U \mathrm{diag}(m) U^\top$ in forms that stay accurate in single precision.
 
-Everything is derived from one decomposition: with $D^{-1/2} U = Q R$ and
+Everything is derived from one decomposition. With $D^{-1/2} U = Q R$ and
 $R\,\mathrm{diag}(m) R^\top = Z\,\mathrm{diag}(s) Z^\top$, the matrix is
-$D^{1/2} (I + V \mathrm{diag}(s) V^\top) D^{1/2}$ with orthonormal $V = Q Z$. It needs neither $m^{1/2}$ nor $m^{-1}$: zero and negative magnitudes are no special cases.
+$D^{1/2} (I + V \mathrm{diag}(s) V^\top) D^{1/2}$, where $V = Q Z$ is orthonormal. It needs neither $m^{1/2}$ nor
+$m^{-1}$, so that zero and negative magnitudes are no special cases.
 """
 
 from dataclasses import dataclass

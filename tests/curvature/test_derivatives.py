@@ -1,0 +1,417 @@
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+from oracles import dense_jacobian, output_hessian
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.derivatives import (
+    BatchProducts,
+    Capabilities,
+    columns,
+    find_capabilities,
+    identity_root,
+    looped_rows,
+    vmapped_rows,
+)
+from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+
+N = 12
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class PartlyUsed(nn.Module):
+    """A trainable layer that no output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.head = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.sin())
+
+
+class Branching(nn.Module):
+    """Takes another way for some samples: vmap cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([(self.one if bool(s.sum() > 0) else self.other)(s).tanh() for s in x])
+
+
+class Tokens(nn.Module):
+    """Integer inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).mean(1).tanh())
+
+
+class _WrongUnderVmap(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def vmap(_info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+        return 2 * x.sin(), in_dims[0]
+
+
+class _WrongForward(_WrongUnderVmap):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return 3 * t * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def vmap(_info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+        return x.sin(), in_dims[0]
+
+
+class Applied(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]):
+        super().__init__()
+        self.function = function
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function.apply(self.first(x)).tanh())
+
+
+def drawn(build: Any, X: Any) -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return build().double().eval(), X(torch.Generator().manual_seed(4))
+
+
+def real(g: torch.Generator) -> Tensor:
+    return torch.randn(N, 4, generator=g, dtype=torch.float64)
+
+
+def tokens(g: torch.Generator) -> Tensor:
+    return torch.randint(7, (N, 6), generator=g)
+
+
+ALL: dict[str, Any] = {
+    **{name: (lambda build=build: (build()[0], build()[1][:N])) for name, build in MODELS.items()},
+    "tied weights": lambda: drawn(Tied, real),
+    "a layer that is not used": lambda: drawn(PartlyUsed, real),
+    "data-dependent control flow": lambda: drawn(Branching, real),
+    "integer inputs": lambda: drawn(Tokens, tokens),
+    "EmbeddingBag": lambda: drawn(lambda: nn.Sequential(nn.EmbeddingBag(7, 3), nn.Tanh()), tokens),
+    "weight_norm": lambda: drawn(
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3, bias=False)
+        ),
+        real,
+    ),
+}
+every_model = pytest.mark.parametrize("name", ALL)
+
+
+class Setup:
+    """A model, what it allows, and its Jacobians by the oracle."""
+
+    def __init__(self, name: str):
+        self.model, self.X = ALL[name]()
+        self.selection = ParameterSelection.all_weights(self.model)
+        self.parameters = self.selection.unflatten(self.selection.vector())
+        self.capabilities = find_capabilities(self.selection, self.parameters, self.X)
+        self.outputs = self.model(self.X).detach()
+        self.J = torch.stack([dense_jacobian(self.model, x) for x in self.X])
+        self.P = self.selection.n_parameters
+
+    def tangents(self, k: int) -> Tensor:
+        return torch.randn(self.P, k, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@cache
+def setup(name: str) -> Setup:
+    """Finding out what a model allows takes longer than most tests."""
+    with differentiable_kernels(nn.Identity()):
+        return Setup(name)
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    with differentiable_kernels(nn.Identity()):
+        yield
+
+
+def assert_close(found: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= rtol * float(expected.abs().max())
+
+
+# vmapped rows, columns, vmapped columns, linearized
+KNOWN = {
+    "MLP": (True, True, True, True),
+    "convolutions and pooling": (True, True, True, True),
+    "BatchNorm": (True, True, True, True),
+    "LayerNorm and raw parameters": (True, True, True, True),
+    "partly frozen": (True, True, True, True),
+    "transformer": (True, True, True, True),
+    "GRU": (False, True, True, False),
+    "tied weights": (True, True, True, True),
+    "a layer that is not used": (True, True, True, True),
+    "integer inputs": (True, True, True, True),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_capabilities_are_what_is_known(name: str) -> None:
+    found = setup(name).capabilities
+    assert (found.vmapped_rows, found.columns, found.vmapped_columns, found.linearized) == KNOWN[name], found.reasons
+    assert len(found.reasons) == KNOWN[name].count(False)
+
+
+def test_an_lstm_in_single_precision_has_no_columns_on_the_cpu() -> None:
+    model, X = MODELS["LSTM"](dtype=torch.float32)
+    selection = ParameterSelection.all_weights(model)
+    found = find_capabilities(selection, selection.unflatten(selection.vector()), X)
+    assert not found.columns
+    assert not found.vmapped_columns
+    assert not found.linearized
+    assert "forward AD" in found.reasons["columns"]
+
+
+def test_data_dependent_control_flow_has_no_vmapped_rows_and_says_why() -> None:
+    found = setup("data-dependent control flow").capabilities
+    assert not found.vmapped_rows
+    assert "vmap" in found.reasons["vmapped rows"]
+    assert "\n" not in found.reasons["vmapped rows"]
+
+
+@pytest.mark.parametrize(
+    ("function", "refused"),
+    [(_WrongUnderVmap, "vmapped rows"), (_WrongForward, "columns")],
+    ids=["wrong rows", "wrong columns"],
+)
+def test_what_runs_but_gives_wrong_numbers_is_refused(function: type, refused: str) -> None:
+    model, X = drawn(lambda: Applied(function), real)
+    selection = ParameterSelection.all_weights(model)
+    found = find_capabilities(selection, selection.unflatten(selection.vector()), X)
+    assert found.reasons[refused] == "gave other numbers than one sample at a time"
+    assert found.vmapped_rows == (refused != "vmapped rows")
+    assert found.columns == (refused != "columns")
+
+
+def test_finding_out_leaves_the_random_state_and_the_model_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    setup = Setup("transformer")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in setup.model.parameters())
+
+
+@every_model
+def test_looped_rows_are_the_jacobian(name: str) -> None:
+    s = setup(name)
+    rows, outputs = looped_rows(s.selection, s.parameters, s.X, identity_root)
+    assert_close(rows, s.J)
+    assert_close(outputs, s.outputs)
+    assert not rows.requires_grad
+    assert not outputs.requires_grad
+    assert all(p.grad is None for p in s.model.parameters())
+
+
+@every_model
+def test_vmapped_rows_are_the_jacobian(name: str) -> None:
+    s = setup(name)
+    if not s.capabilities.vmapped_rows:
+        pytest.skip(s.capabilities.reasons["vmapped rows"])
+    rows, outputs = vmapped_rows(s.selection, s.parameters, s.X, identity_root)
+    assert_close(rows, s.J)
+    assert_close(outputs, s.outputs)
+
+
+@every_model
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_rows_of_the_root_square_to_the_ggn_of_each_sample(name: str, kind: str) -> None:
+    s = setup(name)
+    expected = torch.stack([J.T @ output_hessian(f, kind) @ J for J, f in zip(s.J, s.outputs, strict=True)])
+    root = likelihood_named(kind).root
+    found = [looped_rows(s.selection, s.parameters, s.X, root)[0]]
+    if s.capabilities.vmapped_rows:
+        found.append(vmapped_rows(s.selection, s.parameters, s.X, root)[0])
+    for rows in found:
+        assert_close(rows.mT @ rows, expected)
+
+
+@every_model
+@pytest.mark.parametrize("k", [1, 5])
+def test_columns_are_the_jacobian_times_tangents(name: str, k: int) -> None:
+    s = setup(name)
+    if not s.capabilities.columns:
+        pytest.skip(s.capabilities.reasons["columns"])
+    U = s.tangents(k)
+    for vmapped in (False, True)[: 1 + s.capabilities.vmapped_columns]:
+        pushed, outputs = columns(s.selection, s.parameters, s.X, U, vmapped=vmapped)
+        assert_close(pushed, s.J @ U)
+        assert_close(outputs, s.outputs)
+
+
+def ggn_sum(s: Setup, kind: str) -> Tensor:
+    return sum(J.T @ output_hessian(f, kind) @ J for J, f in zip(s.J, s.outputs, strict=True))
+
+
+@every_model
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_products_of_a_batch_are_right_at_every_use(name: str, kind: str) -> None:
+    s = setup(name)
+    if not s.capabilities.columns:
+        pytest.skip(s.capabilities.reasons["columns"])
+    H = ggn_sum(s, kind)
+    products = BatchProducts(s.selection, s.parameters, s.X, likelihood_named(kind).root, s.capabilities)
+    U = s.tangents(4)
+    for X in (U, U[:, :1], 2 * U, U[:, 1:3], U):
+        assert_close(products(X), H @ X)
+
+
+def without(name: str, **changes: bool) -> Capabilities:
+    able = setup(name).capabilities
+    found = {
+        "vmapped_rows": able.vmapped_rows,
+        "columns": able.columns,
+        "vmapped_columns": able.vmapped_columns,
+        "linearized": able.linearized,
+    }
+    return Capabilities(**{**found, **changes}, reasons={})
+
+
+WAYS = {
+    "linearized, many at once": {},
+    "linearized, one by one": {"vmapped_columns": False},
+    "not linearized, many at once": {"linearized": False},
+    "not linearized, one by one": {"linearized": False, "vmapped_columns": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["MLP", "BatchNorm", "transformer"])
+def test_products_agree_whichever_way_they_are_made(name: str, way: str) -> None:
+    s = setup(name)
+    H = ggn_sum(s, "classification")
+    able = without(name, **WAYS[way])
+    products = BatchProducts(s.selection, s.parameters, s.X, likelihood_named("classification").root, able)
+    U = s.tangents(3)
+    for _ in range(3):
+        assert_close(products(U), H @ U)
+
+
+def test_products_of_a_gru_are_right_at_the_second_and_third_use() -> None:
+    # torch's linearization of a GRU spoils its own constants, so that only its first use is right
+    s = setup("GRU")
+    H = ggn_sum(s, "classification")
+    root = likelihood_named("classification").root
+    products = BatchProducts(s.selection, s.parameters, s.X, root, s.capabilities)
+    u = s.tangents(1)
+    for scale in (1.0, -2.0, 1.0):
+        assert_close(products(scale * u), scale * H @ u)
+
+
+def network(s: Setup, **changes: bool) -> Network:
+    able = s.capabilities
+    found = Capabilities(
+        changes.get("vmapped_rows", able.vmapped_rows),
+        able.columns,
+        changes.get("vmapped_columns", able.vmapped_columns),
+        able.linearized,
+        {},
+    )
+    return Network(s.selection, s.parameters, likelihood_named("classification"), s.outputs.shape[1], found)
+
+
+@every_model
+@pytest.mark.parametrize("samples_a_chunk", [1, 5, 1000])
+def test_a_networks_jacobians_and_rows_come_in_chunks(
+    name: str, samples_a_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = setup(name)
+    size = s.outputs.shape[1] * s.P * 8
+    monkeypatch.setattr("debiased_laplace.curvature.network.CHUNK_BYTES", samples_a_chunk * size)
+    net = network(s)
+    assert net.n_parameters == s.P
+    assert net.rows_per_chunk == min(samples_a_chunk, 256)
+    jacobians = list(net.jacobians(s.X))
+    assert [len(J) for J, _ in jacobians] == [len(part) for part in s.X.split(samples_a_chunk)]
+    assert_close(torch.cat([J for J, _ in jacobians]), s.J)
+    assert_close(torch.cat([f for _, f in jacobians]), s.outputs)
+    V = torch.cat(list(net.ggn_rows(s.X)))
+    assert_close((V.mT @ V).sum(0), ggn_sum(s, "classification"))
+    assert_close(net.outputs(s.X), s.outputs)
+    assert not net.outputs(s.X).requires_grad
+
+
+@pytest.mark.parametrize("n_directions", [1, 32, 33, 70])
+def test_a_networks_columns_come_in_groups_of_directions(n_directions: int) -> None:
+    s = setup("MLP")
+    U = s.tangents(n_directions)
+    expected = torch.einsum(
+        "pk,npq,qk->nk",
+        U,
+        torch.stack([J.T @ output_hessian(f, "classification") @ J for J, f in zip(s.J, s.outputs, strict=True)]),
+        U,
+    )
+    pushed = network(s).ggn_columns(s.X, U)
+    assert pushed.shape == (N, 3, n_directions)
+    assert_close(pushed.square().sum(1), expected)
+    assert_close(network(s, vmapped_columns=False).ggn_columns(s.X, U), pushed)
+
+
+@pytest.mark.parametrize("looped", [False, True], ids=["as found", "looped"])
+@pytest.mark.parametrize("name", ["MLP", "BatchNorm", "LayerNorm and raw parameters", "transformer", "GRU"])
+def test_jacobians_with_a_graph_have_gradients_with_respect_to_the_inputs(name: str, looped: bool) -> None:
+    s = setup(name)
+    net = network(s, vmapped_rows=False) if looped else network(s)
+    weights = torch.randn(s.J[:3].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+    def along(x: Tensor) -> Tensor:
+        J, outputs = next(iter(net.jacobians(x, create_graph=True)))
+        return (J * weights).sum() + outputs.square().sum()
+
+    x = s.X[:3].clone().requires_grad_()
+    (found,) = torch.autograd.grad(along(x), x)
+    step, generator = 1e-5, torch.Generator().manual_seed(7)
+    for _ in range(3):
+        u = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        rise = along(x.detach() + step * u) - along(x.detach() - step * u)
+        expected = float(rise.detach()) / (2 * step)
+        assert float((found * u).sum()) == pytest.approx(expected, rel=1e-6)

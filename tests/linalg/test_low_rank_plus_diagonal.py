@@ -1,0 +1,294 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracles import dense_kl
+from torch import Tensor
+
+from debiased_laplace.linalg.low_rank_plus_diagonal import (
+    LowRankPlusDiagonal,
+    differentiable_log_det,
+    kl_divergence,
+)
+
+P = 23
+RTOL = {torch.float64: 1e-9, torch.float32: 2e-4}
+
+
+@dataclass
+class Case:
+    diagonal: Tensor
+    magnitudes: Tensor
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthonormal(k: int, seed: int = 0, n: int = P) -> Tensor:
+    return torch.linalg.qr(draw(n, k, seed=seed))[0]
+
+
+def uneven(n: int = P) -> Tensor:
+    return draw(n, seed=1).mul(0.8).exp()
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "isotropic": lambda: Case(tensor(0.3)[0], tensor(40.0, 3.0, 0.7, 0.02)),
+    "isotropic, one entry in one dimension": lambda: Case(tensor(0.3), tensor(40.0, 3.0, 0.7, 0.02)),
+    "full diagonal": lambda: Case(uneven(), tensor(40.0, 3.0, 0.7, 0.02)),
+    "rank 0, isotropic": lambda: Case(tensor(2.5)[0], tensor()),
+    "rank 0, full diagonal": lambda: Case(uneven(), tensor()),
+    "rank 1": lambda: Case(uneven(), tensor(5.0)),
+    "as many directions as parameters, isotropic": lambda: Case(tensor(0.3)[0], draw(P, seed=2).exp()),
+    "as many directions as parameters, full diagonal": lambda: Case(uneven(), draw(P, seed=2).exp()),
+    "some magnitudes zero, isotropic": lambda: Case(tensor(0.3)[0], tensor(40.0, 0.0, 0.7, 0.0)),
+    "all magnitudes zero, full diagonal": lambda: Case(uneven(), tensor(0.0, 0.0, 0.0)),
+    "negative magnitudes, isotropic": lambda: Case(tensor(2.0)[0], tensor(5.0, -1.0, -1.8)),
+    "negative magnitudes, full diagonal": lambda: Case(uneven() + 1, tensor(5.0, -0.9, -0.3)),
+    "repeated magnitudes": lambda: Case(uneven(), tensor(3.0, 3.0, 3.0)),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[LowRankPlusDiagonal, Tensor]:
+    """The operator in the given precision, and its matrix, summed up one direction at a time in double precision."""
+    case = CASES[name]()
+    U = orthonormal(len(case.magnitudes))
+    operator = LowRankPlusDiagonal(case.diagonal.to(dtype), U.to(dtype), case.magnitudes.to(dtype))
+    matrix = torch.diag(operator.diagonal.double().expand(P)).clone()
+    for u, m in zip(operator.directions.double().T, operator.magnitudes.double(), strict=True):
+        matrix += m * torch.outer(u, u)
+    return operator, matrix
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, *, scale: float | None = None) -> None:
+    """Equal relative to the largest entry, which is what rounding of a product is relative to."""
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    scale = float(expected.abs().max()) if scale is None else scale
+    assert float((found.double() - expected).abs().max()) <= RTOL[dtype] * scale
+
+
+contract = pytest.mark.parametrize("name", CASES)
+both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+@contract
+@both_precisions
+def test_to_dense_is_diagonal_plus_outer_products(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    assert_close(operator.to_dense(), matrix, dtype)
+    assert operator.n_parameters == P
+    assert operator.rank == len(operator.magnitudes)
+    assert operator.n_floored == 0
+
+
+@contract
+@both_precisions
+def test_matmat_is_the_matrix_product(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    X = draw(P, 5, seed=3).to(dtype)
+    assert_close(operator.matmat(X), matrix @ X.double(), dtype)
+
+
+@contract
+def test_matmat_is_linear_symmetric_and_repeatable(name: str) -> None:
+    operator, matrix = make(name)
+    X, Y = draw(P, 4, seed=3), draw(P, 4, seed=4)
+    assert_close(operator.matmat(2 * X - 3 * Y), 2 * operator.matmat(X) - 3 * operator.matmat(Y), torch.float64)
+    assert_close(X.T @ operator.matmat(Y), operator.matmat(X).T @ Y, torch.float64, scale=float(matrix.norm()) * P)
+    assert torch.equal(operator.matmat(X), operator.matmat(X))
+    for j in range(P):
+        unit = torch.eye(P, dtype=torch.float64)[:, j : j + 1]
+        assert_close(operator.matmat(unit)[:, 0], matrix[:, j], torch.float64)
+    assert_close(operator.matmat(X)[:, 1:2], operator.matmat(X[:, 1:2]), torch.float64)
+
+
+@contract
+@both_precisions
+def test_quadratic_of_a_stack_of_vectors(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    x = draw(2, 3, P, seed=5).to(dtype)
+    expected = torch.tensor([[float(v @ matrix @ v) for v in row.double()] for row in x], dtype=torch.float64)
+    assert_close(operator.quadratic(x), expected, dtype)
+    assert_close(operator.quadratic(x[0, 0]), expected[0, 0], dtype)
+
+
+@contract
+@both_precisions
+def test_variance_and_its_trace(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    rows = draw(4, 3, P, seed=6).to(dtype)
+    covariance = torch.linalg.inv(matrix)
+    expected = torch.stack([X @ covariance @ X.T for X in rows.double()])
+    variance = operator.variance(rows)
+    assert_close(variance, expected, dtype)
+    assert torch.equal(variance, operator.variance(rows))
+    assert float((variance - variance.mT).abs().max()) <= RTOL[dtype] * float(expected.abs().max())
+    traces = torch.stack([torch.trace(V) for V in expected])
+    assert_close(operator.variance_trace(rows), traces, dtype)
+    assert_close(operator.variance(rows[0]), expected[0], dtype)
+
+
+@contract
+@both_precisions
+def test_covariance_diagonal_is_that_of_the_inverse(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    assert_close(operator.covariance_diagonal, torch.linalg.inv(matrix).diagonal(), dtype)
+
+
+@contract
+@both_precisions
+def test_the_root_map_times_its_transpose_is_the_covariance(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    # a map on rows: what it makes of the unit vectors is its transposed matrix
+    A = operator.root(torch.eye(P, dtype=dtype)).T.double()
+    assert_close((A @ A.T).to(dtype), torch.linalg.inv(matrix), dtype)
+    noise = draw(2, 3, P, seed=7).to(dtype)
+    assert_close(operator.root(noise), noise.double() @ A.T, dtype)
+
+
+@contract
+@both_precisions
+def test_log_det(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    expected = torch.linalg.slogdet(matrix)[1]
+    assert_close(operator.log_det, expected, dtype, scale=max(1.0, float(expected.abs())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("stiffness", [1e6, 1e8, 1e10])
+@pytest.mark.parametrize("kind", ["isotropic", "full diagonal"])
+def test_stiff_precisions_keep_their_log_det_and_their_variances(
+    kind: str, stiffness: float, dtype: torch.dtype
+) -> None:
+    n, k = 400, 40
+    diagonal = tensor(1e-3)[0] if kind == "isotropic" else 1e-3 * uneven(n)
+    magnitudes = 1e-3 * torch.logspace(0, 1, k, base=stiffness, dtype=torch.float64).flip(0)
+    U = orthonormal(k, seed=8, n=n)
+    exact = torch.diag(diagonal.expand(n)) + (U * magnitudes) @ U.T
+    operator = LowRankPlusDiagonal(diagonal.to(dtype), U.to(dtype), magnitudes.to(dtype))
+    tolerance = 1e-6 if dtype == torch.float64 else 0.05  # nats, of some 3,000 to 5,000 that the textbook form loses
+    if kind == "isotropic":
+        expected = (n - k) * diagonal.log() + (diagonal + magnitudes).log().sum()
+    else:
+        # Sylvester's identity in its well-conditioned form
+        inner = torch.diag(1 / magnitudes) + (U / diagonal[:, None]).T @ U
+        expected = diagonal.log().sum() + magnitudes.log().sum() + torch.linalg.slogdet(inner)[1]
+    assert abs(float(operator.log_det.double() - expected)) <= tolerance
+    rows = draw(16, 1, n, seed=9)
+    covariance = torch.linalg.inv(exact)
+    variances = torch.stack([X @ covariance @ X.T for X in rows]).flatten()
+    found = operator.variance(rows.to(dtype)).flatten().double()
+    assert bool((found > 0).all())
+    assert float((found / variances - 1).abs().max()) <= (1e-5 if dtype == torch.float64 else 1e-3)
+
+
+def test_variances_in_single_precision_are_not_a_small_difference_of_large_numbers() -> None:
+    n, k = 2000, 50
+    U = orthonormal(k, seed=10, n=n)
+    magnitudes = torch.logspace(6, 2, k, dtype=torch.float64)
+    operator = LowRankPlusDiagonal(tensor(1e-3)[0].float(), U.float(), magnitudes.float())
+    rows = (draw(64, k, seed=11) @ U.T)[:, None, :]  # inputs that the data determine well
+    expected = ((rows @ U).square() / (1e-3 + magnitudes)).sum((-2, -1))
+    variance = operator.variance(rows.float())[:, 0, 0].double()
+    assert bool((variance > 0).all())
+    # outside the directions rounding is all there is, and the prior inflates it
+    rounding = 3e-13 * rows.square().sum((-2, -1)) / 1e-3
+    assert bool(((variance - expected).abs() <= 1e-3 * expected + rounding).all())
+
+
+@both_precisions
+@pytest.mark.parametrize(
+    ("diagonal", "expected"),
+    [(tensor(2.0)[0], 2), (torch.full((P,), 2.0, dtype=torch.float64), 2)],
+    ids=["isotropic", "full diagonal"],
+)
+def test_what_is_not_positive_definite_is_floored_and_counted(
+    diagonal: Tensor, expected: int, dtype: torch.dtype
+) -> None:
+    U = orthonormal(4).to(dtype)
+    magnitudes = torch.tensor([5.0, -1.0, -2.0, -7.0], dtype=dtype)
+    operator = LowRankPlusDiagonal(diagonal.to(dtype), U, magnitudes)
+    assert operator.n_floored == expected
+    assert bool(operator.log_det.isfinite())
+    assert bool((operator.covariance_diagonal > 0).all())
+    assert bool(operator.root(torch.eye(P, dtype=dtype)).isfinite().all())
+    # the directions that were fine are untouched
+    fine = operator.variance(U[:, :2].T[:, None, :])[:, 0, 0].double()
+    assert torch.allclose(fine, 1 / tensor(7.0, 1.0), rtol=RTOL[dtype])
+    floored = operator.variance(U[:, 2:].T[:, None, :])[:, 0, 0].double()
+    assert bool((floored > 1 / (2 * 1e-3)).all())
+
+
+WRONG = {
+    "diagonal with a zero": (tensor(1.0, 0.0, 1.0), tensor(1.0), "positive"),
+    "negative isotropic diagonal": (tensor(-1.0)[0], tensor(1.0), "positive"),
+    "diagonal with NaN": (tensor(1.0, float("nan"), 1.0), tensor(1.0), "positive and finite"),
+    "infinite diagonal": (tensor(float("inf"))[0], tensor(1.0), "finite"),
+    "magnitude NaN": (tensor(1.0)[0], tensor(float("nan")), "Magnitudes"),
+    "magnitude infinite": (tensor(1.0)[0], tensor(float("inf")), "Magnitudes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refuses_what_is_no_precision(case: str) -> None:
+    diagonal, magnitudes, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        LowRankPlusDiagonal(diagonal, orthonormal(1, n=3), magnitudes)
+
+
+@pytest.mark.parametrize("kind", ["number", "one entry", "per parameter"])
+@pytest.mark.parametrize("magnitudes", ["positive", "zero and negative", "none"])
+def test_gradients_of_the_log_det_are_those_of_the_dense_one(kind: str, magnitudes: str) -> None:
+    diagonal = {"number": tensor(2.3)[0], "one entry": tensor(2.3), "per parameter": uneven() + 1}[
+        kind
+    ].requires_grad_()
+    m = {
+        "positive": tensor(40.0, 3.0, 0.7, 0.02),
+        "zero and negative": tensor(4.0, 0.0, -0.5),
+        "none": tensor(),
+    }[magnitudes].requires_grad_()
+    U = orthonormal(len(m))
+    operator = LowRankPlusDiagonal(diagonal.detach(), U, m.detach())
+    found = torch.autograd.grad(3 * differentiable_log_det(diagonal, m, operator), [diagonal, m])
+    dense = torch.logdet(torch.diag(diagonal.expand(P)) + (U * m) @ U.T)
+    expected = torch.autograd.grad(3 * dense, [diagonal, m])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_of_the_log_det_of_repeated_magnitudes_are_finite() -> None:
+    diagonal, m = tensor(0.4)[0].requires_grad_(), tensor(2.0, 2.0, 2.0).requires_grad_()
+    operator = LowRankPlusDiagonal(diagonal.detach(), orthonormal(3), m.detach())
+    by_diagonal, by_magnitude = torch.autograd.grad(differentiable_log_det(diagonal, m, operator), [diagonal, m])
+    assert float(by_diagonal) == pytest.approx((P - 3) / 0.4 + 3 / 2.4, rel=1e-12)
+    assert torch.allclose(by_magnitude, torch.full((3,), 1 / 2.4, dtype=torch.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("first", CASES)
+@pytest.mark.parametrize("second", ["isotropic", "full diagonal", "rank 0, full diagonal"])
+def test_kl_divergence_is_the_dense_one_in_both_directions(first: str, second: str) -> None:
+    p, _ = make(first)
+    case = CASES[second]()
+    U = orthonormal(len(case.magnitudes), seed=20)
+    q = LowRankPlusDiagonal(1.7 * case.diagonal, U, case.magnitudes)
+    for one, other in ((p, q), (q, p)):
+        dense_one, dense_other = one.to_dense(), other.to_dense()
+        expected = dense_kl(dense_one, dense_other)
+        assert expected > 0.1
+        assert float(kl_divergence(one, other)) == pytest.approx(expected, rel=1e-9)
+
+
+@contract
+@both_precisions
+def test_kl_divergence_of_equals_is_zero(name: str, dtype: torch.dtype) -> None:
+    operator, _ = make(name, dtype)
+    again, _ = make(name, dtype)
+    assert abs(float(kl_divergence(operator, again))) <= (1e-10 if dtype == torch.float64 else 1e-4)
