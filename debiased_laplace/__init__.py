@@ -1,5 +1,11 @@
 """Post-hoc Laplace uncertainty whose curvature is not biased by the mini-batch it was measured on."""
 
-from debiased_laplace.posterior.factory import DebiasedLaplace
+import warnings
 
-__all__ = ["DebiasedLaplace"]
+with warnings.catch_warnings():
+    # laplace-torch's own imports still use torch.jit.script, a dozen times
+    warnings.filterwarnings("ignore", message="`torch.jit.script")
+    from debiased_laplace.calibration import calibration_report
+    from debiased_laplace.posterior.factory import DebiasedLaplace
+
+__all__ = ["DebiasedLaplace", "calibration_report"]

@@ -1,0 +1,5 @@
+"""The main job on real data: train, fit four posteriors, compare them, write a report."""
+
+from debiased_laplace.demo.presentation import run
+
+__all__ = ["run"]
