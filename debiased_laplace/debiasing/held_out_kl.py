@@ -31,6 +31,7 @@ class HeldOutKL:
         sample_keys: by which the samples are known.
         context: model, mean, prior, temperature and N in one string; only equal ones compare.
         exact: whether all data were used, so that nothing is left to estimate.
+        unseen: the share of the population, from which the held-out samples were drawn, that is not among them.
     """
 
     value: float
@@ -40,6 +41,7 @@ class HeldOutKL:
     sample_keys: Int64[Tensor, " n"]
     context: str
     exact: bool
+    unseen: float = 1.0
 
     def __repr__(self) -> str:
         return (
@@ -62,8 +64,9 @@ class HeldOutKL:
             )
         terms = _paired(self, other)
         n = len(terms)
-        error = float(terms.std(correction=1)) / math.sqrt(n) if n > 1 else 0.0
-        return KLDifference(self.value - other.value, error, n)
+        # populations differ where the fitted samples do; the larger one errs on the safe side
+        unseen = max([kl.unseen for kl in (self, other) if not kl.exact], default=0.0)
+        return KLDifference(self.value - other.value, _error_of_mean(terms, unseen), n)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class KLTerms:
     likelihood_weight: float
 
 
-def sample_terms(posterior: KLTerms, rows: Iterable[Float[Tensor, "n r P"]]) -> Float[Tensor, " n"]:
+def sample_terms(posterior: KLTerms, rows: Iterable[Float[Tensor, "_ r P"]]) -> Float[Tensor, " n"]:
     r"""$\tfrac12 N \tau\, \mathrm{tr}(V_n \hat P^{-1} V_n^\top)$ of each sample, in double precision on the CPU."""
     parts = [posterior.variance_trace(chunk).double().cpu() for chunk in rows]
     traces = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
@@ -147,9 +150,19 @@ def estimate_held_out_kl(
     own = 0.5 * posterior.prior_trace + 0.5 * posterior.log_det
     inside = share * float(fitted.mean()) if fitted is not None else 0.0
     terms = (1 - share) * held_out
-    # drawing without replacement from the samples outside the fit leaves less to chance
-    unseen = max(1 - n / (n_data - n_fitted), 0.0) if n_data > n_fitted else 0.0
+    # drawing without replacement leaves less to chance: from the samples outside the fit, or, where these stand for
+    # the fitted ones too, from all
+    population = n_data - n_fitted if fitted is not None else n_data
+    unseen = max(1 - n / population, 0.0) if population else 0.0
     terms_mean = float(terms.mean()) if n else 0.0
-    error = float(terms.std(correction=1)) * math.sqrt(unseen / n) if n > 1 else 0.0
     exact = fitted is not None and n_fitted == n_data
-    return HeldOutKL(own + inside + terms_mean, error, n, terms, sample_keys, context, exact)
+    error = _error_of_mean(terms, unseen)
+    return HeldOutKL(own + inside + terms_mean, error, n, terms, sample_keys, context, exact, unseen)
+
+
+def _error_of_mean(terms: Float[Tensor, " n"], unseen: float) -> float:
+    """Standard error of the mean of a sample, of whose population this share is unseen."""
+    n = len(terms)
+    if n > 1:
+        return float(terms.std(correction=1)) * math.sqrt(unseen / n)
+    return math.inf if n == 1 and unseen > 0 else 0.0

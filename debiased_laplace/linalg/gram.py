@@ -16,6 +16,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, supported
 
 _PANEL = 256  # rows of a block of the Gram matrix: large enough for a fast product
+_PANEL_BYTES = 128 * 2**20  # of the columns that are converted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +34,8 @@ class GramFactor:
     n_samples: int
 
     def gram(self) -> Float[Tensor, "R R"]:
-        r"""$V V^\top / n$ in double precision; only one triangle is computed."""
-        exact = accumulation_dtype(self.rows)
-        R, P = self.rows.shape
-        G = self.rows.new_zeros(R, R, dtype=exact)
-        width = max(1, min(P, (1 << 27) // (8 * max(R, 1))))  # a panel of 128 MiB
-        for columns in self.rows.split(width, dim=1):
-            V = columns.to(exact)
-            for i in range(0, R, _PANEL):
-                stop = min(i + _PANEL, R)
-                G[i:stop, :stop] += V[i:stop] @ V[:stop].T
-        lower = G.tril(-1)
-        return (lower + lower.T + torch.diag(G.diagonal())) / self.n_samples
+        r"""$V V^\top / n$ in double precision."""
+        return row_products(self.rows, accumulation_dtype(self.rows)) / self.n_samples
 
     def eigenpairs(self, threshold: float, rank: int | None = None) -> Eigenpairs:
         r"""$H = U \Lambda U^\top$ through $V V^\top / n = W \Lambda W^\top$, $U = V^\top W \Lambda^{-1/2} / \sqrt n$.
@@ -67,6 +58,19 @@ class GramFactor:
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
         return Eigenpairs(values.to(U.dtype), U, rounding.to(U.dtype), outcome, projections)
+
+
+def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor, "R R"]:
+    """The products of all pairs of rows, computed for one triangle only and in the given precision."""
+    R, P = rows.shape
+    lower = rows.new_zeros(R, R, dtype=dtype)
+    width = max(1, min(P, _PANEL_BYTES // (8 * max(R, 1))))
+    for columns in rows.split(width, dim=1):
+        V = columns.to(dtype)
+        for i in range(0, R, _PANEL):
+            stop = min(i + _PANEL, R)
+            lower[i:stop, :stop] += V[i:stop] @ V[:stop].T
+    return lower.tril() + lower.tril(-1).T
 
 
 def dense_eigenpairs(
@@ -114,7 +118,7 @@ def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
     k = U.shape[1]
     if k == 0:
         return U
-    gram = U.T @ U
+    gram = row_products(U.T, U.dtype)
     size = float(torch.linalg.matrix_norm(gram - torch.eye(k, dtype=U.dtype, device=U.device)))
     if size < 8 * k**0.5 * torch.finfo(U.dtype).eps:
         return U

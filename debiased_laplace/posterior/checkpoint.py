@@ -119,7 +119,7 @@ def restore(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
         solver=state["option_solver"],
         seed=state["option_seed"],
     )
-    la._options = options
+    la._options, la._split_options = options, replace(la._split_options, seed=options.seed)
     la._adopt(
         Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
         tensor("mean"),
@@ -134,6 +134,8 @@ def restore(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
 
 def _check(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
     """Refuse a state that does not belong here."""
+    if not isinstance(state, dict):
+        raise ValueError(f"Expected a state as a dictionary; got {type(state).__name__}.")
     for key in ("version", "cls_name", "likelihood", "mean", "weights_fingerprint"):
         if key not in state:
             raise ValueError(f"The state has no entry {key!r}; it is not one of this package.")

@@ -145,7 +145,8 @@ def _identities(source: SampleSource, split: SubBatches, surveys: list[Survey], 
     hashes = torch.cat([found.hashes for found in surveys])
     identities = SampleIdentities(hashes, positions[split.used_indices], len(root), augmented, root)
     if identities.n_repeated and not split.shared:
-        raise RepeatedSamplesError(split.used_indices[_repeats(hashes)].sort().values)
+        positions, order = split.used_indices.sort()
+        raise RepeatedSamplesError(positions[_repeats(hashes[order])])
     return identities
 
 

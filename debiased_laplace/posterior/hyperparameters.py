@@ -1,6 +1,6 @@
 """Checks of what laplace-torch accepts silently: precisions, noises and temperatures that are no numbers to use."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,40 @@ def positive(value: Amount, name: str) -> Amount:
     return value
 
 
+def one_positive(value: Amount, name: str) -> Amount:
+    """The value, if it is a single number, positive and finite.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    n = torch.as_tensor(positive(value, name)).numel()
+    if n != 1:
+        raise ValueError(f"{name} must be one number; got {n}.")
+    return value
+
+
+def finite(value: Amount, name: str) -> Tensor:
+    """The value as a tensor, if every entry is finite.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    try:
+        entries = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number or a tensor; got {value!r}.") from error
+    if entries.numel() == 0 or not bool(entries.isfinite().all()):
+        raise ValueError(f"{name} must be finite; got {entries.flatten()[:4].tolist()}.")
+    return entries
+
+
+def name_of(option: object) -> str:
+    """An option as a plain string, whether it came as one or as laplace-torch's enumeration of it."""
+    return str(getattr(option, "value", option))
+
+
 _PLANNED = {
+    "direction_samples": ("auto",),
     "magnitudes": ("cross_fitted", "auto"),
     "complement": ("kron", "auto"),
     "rank": ("auto",),
@@ -50,6 +83,25 @@ def one_of(value: object, kind: object, name: str) -> None:
     if value in _PLANNED.get(name, ()):
         raise NotBuiltError(f"{message}, which is not available yet.")
     raise ValueError(f"{message}.")
+
+
+def sample_amounts(directions: object, magnitudes: object) -> tuple[Any, Any]:
+    """The numbers or shares of samples, checked as far as they can be without the samples.
+
+    Raises:
+        NotBuiltError: if they are to be chosen automatically, which is not available yet.
+        ValueError: if they are out of range.
+    """
+    for amount, name in ((directions, "direction_samples"), (magnitudes, "magnitude_samples")):
+        if amount is None and name == "magnitude_samples":
+            continue
+        message = f"{name} is a number of samples (int, at least 1) or a share of them (float, below 1); got {amount!r}"
+        if isinstance(amount, str) and amount in _PLANNED.get(name, ()):
+            raise NotBuiltError(f"{message}, which is not available yet.")
+        whole = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+        if not whole and not (isinstance(amount, float) and 0 < amount < 1):
+            raise ValueError(f"{message}.")
+    return directions, magnitudes
 
 
 def estimator_options(

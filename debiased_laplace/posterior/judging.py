@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,13 @@ def held_out_kl(la: "DebiasedParametricLaplace", loader: Any, fitted_loader: Any
             "missing: pass fitted_loader for an unbiased estimate.",
             stacklevel=3,
         )
+    # both loaders are looked at before any row is computed
+    given = None if fitted_loader is None else _known(la, fitted_loader)
+    held_out = None if loader is None else _known(la, loader)
+    if given is not None:
+        _check_fitted(fitted.identities, given.identities)
+    if held_out is not None:
+        _check_held_out(fitted.identities, held_out.identities, n_data - n_fitted)
     operator = la.posterior_precision
     prior = la.prior_precision_diag.detach()
     terms = KLTerms(
@@ -57,18 +65,11 @@ def held_out_kl(la: "DebiasedParametricLaplace", loader: Any, fitted_loader: Any
         float(operator.log_det),
         float(la.n_data * la._H_factor),
     )
-    inside = None
-    if fitted_loader is not None:
-        inside, identities = _terms_of(la, terms, fitted_loader)
-        _check_fitted(fitted.identities, identities)
+    inside = None if given is None else _terms_of(la, terms, given)
     outside, keys = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    if loader is not None:
-        outside, identities = _terms_of(la, terms, loader, refuse=fitted.identities)
-        keys = identities.positions if identities.augmented else identities.hashes
-        if len(outside) > n_data - n_fitted:
-            raise ValueError(
-                f"n_data={n_data} leaves {n_data - n_fitted} samples out of the fit; the loader yields {len(outside)}."
-            )
+    if held_out is not None:
+        outside = _terms_of(la, terms, held_out)
+        keys = held_out.identities.positions if held_out.identities.augmented else held_out.identities.hashes
     return estimate_held_out_kl(
         terms,
         outside,
@@ -80,27 +81,29 @@ def held_out_kl(la: "DebiasedParametricLaplace", loader: Any, fitted_loader: Any
     )
 
 
-def _terms_of(
-    la: "DebiasedParametricLaplace",
-    terms: KLTerms,
-    loader: Any,
-    refuse: SampleIdentities | None = None,
-) -> tuple[Tensor, SampleIdentities]:
-    """Terms of a loader's samples, and what these are known by; overlap is refused before any row is computed."""
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """Samples of a loader, and what they are known by."""
+
+    samples: Samples
+    identities: SampleIdentities
+
+
+def _known(la: "DebiasedParametricLaplace", loader: Any) -> _Known:
     seed = la.fitted_seed
     source = sample_source(loader, seed)
     samples = Samples(source, source.indices, la.mean.device, seed)
     root, positions = source.root()
     augmented = source.augments(seed)
-    with evaluating(la.model), differentiable_kernels(la.model), undisturbed_randomness(seed):
+    with undisturbed_randomness(seed):
         hashes = torch.cat([sample_hashes(batch) for batch in samples])
-        identities = SampleIdentities(hashes, positions[source.indices], len(root), augmented, root)
-        if refuse is not None and (n := identities.shared_with(refuse)):
-            raise OverlapError(
-                f"{n} of the {len(identities)} samples of the loader were fitted; on those the held-out KL "
-                "prefers the biased posterior. Pass training samples left out of the fit."
-            )
-        return sample_terms(terms, _rows(la, samples)), identities
+    return _Known(samples, SampleIdentities(hashes, positions[source.indices], len(root), augmented, root))
+
+
+def _terms_of(la: "DebiasedParametricLaplace", terms: KLTerms, known: _Known) -> Tensor:
+    """Terms of the samples, in the order of their positions."""
+    with evaluating(la.model), differentiable_kernels(la.model), undisturbed_randomness(la.fitted_seed):
+        return sample_terms(terms, _rows(la, known.samples))
 
 
 def _rows(la: "DebiasedParametricLaplace", samples: Samples) -> Iterator[Tensor]:
@@ -108,7 +111,19 @@ def _rows(la: "DebiasedParametricLaplace", samples: Samples) -> Iterator[Tensor]
         batch.check_finite()
         network: Network = la.network_for(batch.inputs)
         checked_outputs(network.outputs(batch.inputs), batch)
+        la.check_targets(batch)
         yield from network.ggn_rows(batch.inputs)
+
+
+def _check_held_out(fitted: SampleIdentities, given: SampleIdentities, n_left_out: int) -> None:
+    """The loader of the held-out samples has to yield none that was fitted, and no more than there are."""
+    if n := given.shared_with(fitted):
+        raise OverlapError(
+            f"{n} of the {len(given)} samples of the loader were fitted; on those the held-out KL "
+            "prefers the biased posterior. Pass training samples left out of the fit."
+        )
+    if len(given) > n_left_out:
+        raise ValueError(f"n_data leaves {n_left_out} samples out of the fit; the loader yields {len(given)}.")
 
 
 def _check_fitted(expected: SampleIdentities, given: SampleIdentities) -> None:

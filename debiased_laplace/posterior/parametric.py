@@ -1,17 +1,16 @@
 """What all debiased posteriors share: hyper-parameters, fit, the precision operator, the held-out KL, the state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from laplace.baselaplace import BaseLaplace
+from laplace.baselaplace import BaseLaplace, ParametricLaplace
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.errors import NotBuiltError, NotFittedError
 from debiased_laplace.linalg.low_rank_plus_diagonal import (
@@ -20,7 +19,14 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import (
 )
 from debiased_laplace.posterior import checkpoint, judging, prior_tuning
 from debiased_laplace.posterior.fitting import Fit, SplitOptions, fit_curvature
-from debiased_laplace.posterior.hyperparameters import estimator_options, positive
+from debiased_laplace.posterior.hyperparameters import (
+    estimator_options,
+    finite,
+    name_of,
+    one_positive,
+    positive,
+    sample_amounts,
+)
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 
@@ -52,12 +58,12 @@ class DebiasedParametricLaplace(PredictiveInterface):
         backend: type | None = None,
         backend_kwargs: dict[str, Any] | None = None,
     ):
-        likelihood = str(getattr(likelihood, "value", likelihood))
+        likelihood = name_of(likelihood)
         self._likelihood = likelihood_named(likelihood)
         self._options = estimator_options(
             rank=rank, magnitudes=magnitudes, complement=complement, solver=solver, seed=seed
         )
-        self._split_options = SplitOptions(direction_samples, magnitude_samples, seed)
+        self._split_options = SplitOptions(*sample_amounts(direction_samples, magnitude_samples), seed)
         if backend is not None or backend_kwargs:
             raise NotBuiltError(
                 "backend must be None, which computes curvature with torch.func; laplace-torch's "
@@ -69,7 +75,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
         super().__init__(
             model,
             likelihood,
-            sigma_noise=sigma_noise,
+            sigma_noise=one_positive(sigma_noise, "sigma_noise"),
             prior_precision=prior_precision,
             prior_mean=prior_mean,
             temperature=temperature,
@@ -117,8 +123,20 @@ class DebiasedParametricLaplace(PredictiveInterface):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        BaseLaplace.sigma_noise.fset(self, positive(value, "sigma_noise"))
+        value = one_positive(value, "sigma_noise")
+        if self.likelihood != "regression" and value != 1:
+            raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {float(value)}.")
+        BaseLaplace.sigma_noise.fset(self, value)
         self._precision = None
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Prior mean: a tensor of one entry, or one per parameter."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        BaseLaplace.prior_mean.fset(self, finite(value, "prior_mean"))
 
     @property
     def temperature(self) -> float:
@@ -127,15 +145,14 @@ class DebiasedParametricLaplace(PredictiveInterface):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        positive(value, "temperature")
-        self._temperature = float(value)
+        self._temperature = float(one_positive(value, "temperature"))
         self._precision = None
 
     # --- fit and what it found ---
 
     def fit(
         self,
-        train_loader: DataLoader[Any],
+        train_loader: Iterable[Any],
         override: bool = True,
         progress_bar: bool = False,
         n_data: int | None = None,
@@ -269,7 +286,22 @@ class DebiasedParametricLaplace(PredictiveInterface):
 
     def square_norm(self, value: Tensor) -> Tensor:
         """Squared distance of parameters (…, P) from the mean, in the metric of the posterior precision."""
-        return self.posterior_precision.quadratic(value - self.mean)
+        operator = self.posterior_precision
+        if value.ndim == 0 or value.shape[-1] != self.n_params:
+            raise ValueError(f"Expected parameters of shape (…, {self.n_params}); got {tuple(value.shape)}.")
+        return operator.quadratic(value - self.mean)
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of N samples at the mean, in nats; differentiable in the noise."""
+        self._check_H_init()
+        return BaseLaplace.log_likelihood.fget(self)
+
+    @property
+    def scatter(self) -> Tensor:
+        """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
+        self._check_H_init()
+        return ParametricLaplace.scatter.fget(self)
 
     def network_for(self, inputs: Tensor) -> Network:
         """The network at the posterior's mean; a loaded posterior meets it at its first inputs."""
@@ -277,6 +309,14 @@ class DebiasedParametricLaplace(PredictiveInterface):
         if fit.network is not None:
             return fit.network
         return checkpoint.remembered_network(self, inputs)
+
+    def check_targets(self, batch: Batch) -> None:
+        """Refuse targets that do not fit the likelihood.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        self._likelihood.check(self.mean.new_zeros(len(batch), self.n_outputs), batch.targets)
 
     # --- prior, fidelity, state ---
 
@@ -288,10 +328,10 @@ class DebiasedParametricLaplace(PredictiveInterface):
         lr: float = 1e-1,
         init_prior_prec: float | Tensor = 1.0,
         prior_structure: str = "scalar",
-        val_loader: DataLoader[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
         loss: Callable[..., Any] | None = None,
-        log_prior_prec_min: float = -4,
-        log_prior_prec_max: float = 4,
+        log_prior_prec_min: float = -4.0,
+        log_prior_prec_max: float = 4.0,
         grid_size: int = 100,
         link_approx: str = "probit",
         n_samples: int = 100,
@@ -327,23 +367,23 @@ class DebiasedParametricLaplace(PredictiveInterface):
             ValueError: if an option is unknown, or no grid point gives a finite loss; the prior stays as it was.
         """
         self._check_H_init()
-        method = str(getattr(method, "value", method))
+        method = name_of(method)
         if method == "marglik":
             prior_tuning.by_marginal_likelihood(
                 self,
-                prior_tuning.Ascent(n_steps, lr, init_prior_prec, str(prior_structure)),
+                prior_tuning.Ascent(n_steps, lr, init_prior_prec, name_of(prior_structure)),
                 progress_bar=progress_bar,
             )
         elif method == "gridsearch":
-            grid = torch.logspace(log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base)
-            scoring = prior_tuning.Scoring(str(pred_type), link_approx, n_samples, loss)
+            grid = prior_tuning.prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+            scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
             prior_tuning.by_grid_search(self, grid, val_loader, scoring, progress_bar=progress_bar)
         else:
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
 
-    def held_out_kl(self, loader: DataLoader[Any] | None, fitted_loader: DataLoader[Any] | None = None) -> HeldOutKL:
+    def held_out_kl(self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None) -> HeldOutKL:
         """Distance to the full-batch posterior in nats, up to a constant that posteriors of this model share.
 
         Args:

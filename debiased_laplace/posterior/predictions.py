@@ -11,7 +11,7 @@ from torch import Tensor
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.posterior.hyperparameters import one_of
+from debiased_laplace.posterior.hyperparameters import name_of, one_of
 from debiased_laplace.predictive import linearized, links, sampling
 
 PredictiveKind = Literal["glm", "nn"]
@@ -66,13 +66,16 @@ class PredictiveInterface(ParametricLaplace):
             NotFittedError: before `fit`.
             ValueError: if an option is none of the above.
         """
-        one_of(str(getattr(link_approx, "value", link_approx)), Link, "link_approx")
+        link_approx = name_of(link_approx)
+        one_of(link_approx, Link, "link_approx")
         pred_type = self._checked(x, pred_type, n_samples, generator)
         if pred_type == "nn":
             if link_approx != "mc":
                 raise ValueError(
                     f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link_approx!r}."
                 )
+            if self.likelihood == "regression" and n_samples < 2:
+                raise ValueError(f"A variance over drawn networks needs n_samples of at least 2; got {n_samples}.")
             draws = self._nn_predictive_samples(x, n_samples, generator, **model_kwargs)
             if self.likelihood == "regression":
                 return draws.mean(0), draws.var(0)
@@ -146,6 +149,7 @@ class PredictiveInterface(ParametricLaplace):
             NotFittedError: before `fit`.
         """
         self._check_H_init()
+        self._check_draws(n_samples, generator)
         return self.mean + self.posterior_precision.root(self._noise(n_samples, generator))
 
     def functional_variance(self, Js: Tensor) -> Tensor:
@@ -200,16 +204,21 @@ class PredictiveInterface(ParametricLaplace):
     def _checked(self, x: Tensor, pred_type: str, n_samples: int, generator: torch.Generator | None) -> str:
         """The kind of predictive as a plain string, after a look at what every call shares."""
         self._check_H_init()
-        pred_type = str(getattr(pred_type, "value", pred_type))
+        pred_type = name_of(pred_type)
         one_of(pred_type, PredictiveKind, "pred_type")
         if not isinstance(x, Tensor):
             raise ValueError(f"Expected inputs as a tensor; got {type(x).__name__}.")
+        if x.ndim == 0 or len(x) == 0:
+            raise ValueError(f"Expected at least one sample of inputs; got shape {tuple(x.shape)}.")
         if x.is_floating_point() and not bool(x.isfinite().all()):
             raise ValueError("Expected finite inputs; some are NaN or infinite.")
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
+        self._check_draws(n_samples, generator)
+        return pred_type
+
+    def _check_draws(self, n_samples: int, generator: torch.Generator | None) -> None:
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+            raise ValueError(f"n_samples must be an integer of at least 1; got {n_samples!r}.")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"Expected a torch.Generator; got {type(generator).__name__}.")
         if generator is not None and generator.device.type != self.mean.device.type:
             raise ValueError(f"Expected a generator on {self.mean.device}; got one on {generator.device}.")
-        return pred_type

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.posterior.hyperparameters import one_of, positive
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ def by_marginal_likelihood(la: "DebiasedParametricLaplace", ascent: Ascent, *, p
     Raises:
         ValueError: if the structure is unknown, or the marginal likelihood is not finite; the prior stays as it was.
     """
-    structure = str(getattr(ascent.structure, "value", ascent.structure))
+    structure = ascent.structure
     one_of(structure, Structure, "prior_structure")
+    if ascent.n_steps < 0:
+        raise ValueError(f"n_steps must not be negative; got {ascent.n_steps}.")
     start = torch.as_tensor(positive(ascent.start, "init_prior_prec"))
     before = la.prior_precision
     try:
@@ -89,6 +92,19 @@ def by_marginal_likelihood(la: "DebiasedParametricLaplace", ascent: Ascent, *, p
         raise
 
 
+def prior_grid(lower: float, upper: float, n_points: int, base: float) -> Tensor:
+    """Prior precisions between two powers of the base.
+
+    Raises:
+        ValueError: if there is none, or they are not positive and finite.
+    """
+    if isinstance(n_points, bool) or not isinstance(n_points, int) or n_points < 1:
+        raise ValueError(f"grid_size must be an integer of at least 1; got {n_points!r}.")
+    grid = torch.logspace(lower, upper, n_points, base=base, dtype=torch.float64)
+    positive(grid, "every prior_precision of the grid")
+    return grid
+
+
 def by_grid_search(
     la: "DebiasedParametricLaplace",
     grid: Tensor,
@@ -112,10 +128,8 @@ def by_grid_search(
     Warns:
         UserWarning: if the best point is at the edge of the grid.
     """
-    if loader is None:
-        raise ValueError("method='gridsearch' needs val_loader, a DataLoader of validation data; got None.")
-    if len(grid) == 0:
-        raise ValueError("grid_size must be at least 1; got 0.")
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"method='gridsearch' needs val_loader, a DataLoader of validation data; got {loader!r}.")
     before = la.prior_precision
     scores: list[float] = []
     try:
@@ -155,9 +169,14 @@ def _predictor(
     Jacobians do not depend on the prior: they are computed once where they fit into a quarter of the free memory. Draws
     use the same numbers at every grid point.
     """
-    batches = [as_batch(loaded) for loaded in loader]
+    with undisturbed_randomness(la.fitted_seed):
+        batches = [as_batch(loaded) for loaded in loader]
     if not batches:
         raise ValueError("val_loader yields no batches.")
+    for batch in batches:
+        batch.check_finite()
+        if scoring.loss is None:
+            la.check_targets(batch)
     n = sum(len(batch) for batch in batches)
     size = n * la.n_outputs * la.n_params * la.mean.element_size()
     link = "mc" if scoring.pred_type == "nn" else scoring.link_approx

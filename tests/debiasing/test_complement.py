@@ -1,0 +1,92 @@
+"""What the directions do not span, and floors of what they do."""
+
+import pytest
+import torch
+
+from debiased_laplace.curvature.ggn import DirectionalMoments
+from debiased_laplace.debiasing.complement import diagonal, isotropic, without_complement
+from debiased_laplace.debiasing.magnitudes import deviations_from_projections, held_out, same_batch
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome
+
+
+def problem(P=9, k=4):
+    generator = torch.Generator().manual_seed(1)
+    V = torch.randn(30, P, generator=generator, dtype=torch.float64) * torch.linspace(0.2, 2, P)
+    H = V.T @ V / 30
+    U = torch.linalg.qr(torch.randn(P, k, generator=generator, dtype=torch.float64))[0]
+    return H, U, (U * (H @ U)).sum(0)
+
+
+def dense(curvature, P):
+    U = curvature.directions
+    return torch.diag(curvature.diagonal.expand(P)) + (U * curvature.weights) @ U.T
+
+
+def test_none_is_the_span_alone():
+    _, U, m = problem()
+    torch.testing.assert_close(dense(without_complement(U, m), 9), (U * m) @ U.T)
+
+
+def test_isotropic_keeps_the_trace_and_the_magnitudes():
+    H, U, m = problem()
+    C = dense(isotropic(U, m, torch.trace(H)), 9)
+    torch.testing.assert_close(torch.trace(C), torch.trace(H))
+    torch.testing.assert_close((U * (C @ U)).sum(0), m)
+    outside = torch.linalg.qr(torch.eye(9, dtype=U.dtype) - U @ U.T)[0][:, :5]
+    values = (outside * (C @ outside)).sum(0)
+    torch.testing.assert_close(values, values[:1].expand(5))
+
+
+def test_isotropic_without_a_complement_or_with_too_little_trace():
+    H, U, m = problem(P=4, k=4)
+    assert isotropic(U, m, torch.trace(H)).diagonal == 0
+    H, U, m = problem()
+    assert isotropic(U, m, 0.5 * m.sum()).diagonal == 0
+
+
+def test_diagonal_keeps_the_trace_and_is_not_negative():
+    H, U, m = problem()
+    outside = torch.eye(9, dtype=U.dtype) - U @ U.T
+    curvature = diagonal(U, m, torch.diagonal(outside @ H @ outside))
+    assert bool((curvature.diagonal >= 0).all())
+    torch.testing.assert_close(torch.trace(dense(curvature, 9)), torch.trace(H))
+
+
+def pairs(values):
+    k = len(values)
+    return Eigenpairs(values, torch.eye(k, dtype=values.dtype), 0 * values, SolverOutcome("gram", True, 0, ""))
+
+
+MEANS = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("n_data", "unseen"), [(10, 0.0), (40, 1 - 6 / 36)])
+def test_finite_population(n_data, unseen):
+    directions = pairs(torch.tensor([5.0, 2.0, 0.1], dtype=torch.float64))
+    b = DirectionalMoments(6, MEANS, torch.tensor([0.6, 0.3, 0.2], dtype=torch.float64))
+    found = held_out(directions, b, n_a=4, n_data=n_data)
+    f = 4 / n_data
+    torch.testing.assert_close(found.values, f * directions.values + (1 - f) * MEANS)
+    torch.testing.assert_close(found.standard_errors, (1 - f) * b.standard_deviations * (unseen / 6) ** 0.5)
+    assert torch.equal(found.in_sample, directions.values)
+    assert found.n_floored == 0
+
+
+def test_negative_values_are_floored_and_counted():
+    directions = pairs(torch.tensor([5.0, 2.0, 0.1], dtype=torch.float64))
+    means = torch.tensor([3.0, -4.0, -0.5], dtype=torch.float64)
+    found = held_out(directions, DirectionalMoments(6, means, MEANS), n_a=4, n_data=40)
+    assert found.n_floored == 2
+    assert found.values[1:].tolist() == [0.0, 0.0]
+
+
+def test_spread_of_the_same_batch():
+    V = torch.randn(7 * 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    per_sample = torch.stack([sum(V[3 * n + r] ** 2 for r in range(3)) for n in range(7)])
+    deviations = deviations_from_projections(V, 7)
+    torch.testing.assert_close(deviations, per_sample.std(0))
+    directions = pairs(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
+    found = same_batch(directions, deviations, n=7, n_data=50)
+    torch.testing.assert_close(found.standard_errors, ((1 - 7 / 50) / 7) ** 0.5 * deviations)
+    assert torch.equal(found.values, directions.values)
+    assert not deviations_from_projections(V[:3], 1).any()

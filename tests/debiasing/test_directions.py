@@ -1,0 +1,113 @@
+"""Both eigensolvers on the same samples; the rank, and what is said where it cannot be had."""
+
+import pytest
+import torch
+from models import MODELS, targets
+from oracles import dense_ggn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiased_laplace.curvature.ggn import SubBatchCurvature
+from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.survey import meet_network
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.samples import Samples
+from debiased_laplace.data.source import sample_source
+from debiased_laplace.debiasing import directions as module
+from debiased_laplace.debiasing.directions import choose_solver, find_directions
+
+
+def curvature_of(name, likelihood, n=12):
+    model, X = MODELS[name]()
+    y = targets(likelihood)
+    network = meet_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X[:8], y[:8]))
+    source = sample_source(DataLoader(TensorDataset(X[:n], y[:n]), batch_size=5), 0)
+    return SubBatchCurvature(network, Samples(source, source.indices, torch.device("cpu"), 0)), model, X[:n]
+
+
+@pytest.mark.parametrize(
+    ("name", "likelihood", "rank"),
+    [
+        ("MLP", "classification", 1),
+        ("MLP", "classification", 7),
+        ("MLP", "regression", 7),
+        ("convolutions and pooling", "regression", 4),
+        ("LSTM", "classification", 3),
+        ("GRU", "regression", 3),
+        ("transformer", "classification", 7),
+    ],
+)
+def test_solvers_agree(name, likelihood, rank):
+    curvature, model, X = curvature_of(name, likelihood)
+    H = dense_ggn(model, X, likelihood)[1].detach()
+    expected = torch.linalg.eigvalsh(H).flip(0)[:rank]
+    found = {solver: find_directions(curvature, rank=rank, solver=solver, seed=3) for solver in ("gram", "lanczos")}
+    for pairs in found.values():
+        U = pairs.vectors
+        torch.testing.assert_close(pairs.values, expected, rtol=1e-7, atol=1e-10 * float(expected[0]))
+        torch.testing.assert_close(U.T @ U, torch.eye(rank, dtype=U.dtype), rtol=0, atol=1e-10)
+        residuals = (H @ U - U * pairs.values).norm(dim=0)
+        assert float(residuals.max()) < 1e-7 * float(expected[0])
+        assert pairs.outcome.converged
+    projectors = [pairs.vectors @ pairs.vectors.T for pairs in found.values()]
+    gap = float(torch.linalg.eigvalsh(H).flip(0)[rank - 1 : rank + 1].diff().abs() / expected[0])
+    assert float((projectors[0] - projectors[1]).abs().max()) < 1e-7 / gap
+    assert found["gram"].outcome.solver in ("gram", "dense")
+    assert found["lanczos"].outcome.solver == "lanczos"
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "solver"), [("classification", "gram"), ("classification", "lanczos"), ("regression", "gram")]
+)
+def test_rank_none_keeps_what_the_samples_support(likelihood, solver):
+    curvature, model, X = curvature_of("MLP", likelihood, n=40)
+    eigenvalues = torch.linalg.eigvalsh(dense_ggn(model, X, likelihood)[1].detach()).flip(0)
+    expected = int((eigenvalues > 1e-6 * eigenvalues[0]).sum())
+    assert expected < 93
+    pairs = find_directions(curvature, rank=None, solver=solver, seed=0)
+    assert len(pairs.values) == expected
+    assert float(pairs.values[-1] / pairs.values[0]) > 1e-6
+
+
+def test_a_rank_by_number_reaches_further_down():
+    curvature, *_ = curvature_of("MLP", "regression", n=40)
+    supported = len(find_directions(curvature, rank=None, solver="gram", seed=0).values)
+    further = find_directions(curvature, rank=supported + 2, solver="gram", seed=0)
+    assert len(further.values) == supported + 2
+    assert float(further.values[-1]) < 1e-6 * float(further.values[0])
+
+
+@pytest.mark.parametrize("solver", ["gram", "lanczos"])
+def test_more_than_the_samples_support_is_pointed_out(solver):
+    curvature, *_ = curvature_of("MLP", "classification", n=5)
+    with pytest.warns(UserWarning, match="rank=50 was asked for, but the direction samples support only 10"):
+        pairs = find_directions(curvature, rank=50, solver=solver, seed=0)
+    assert len(pairs.values) == 10
+
+
+def test_what_does_not_fit_into_memory_goes_to_lanczos(monkeypatch):
+    curvature, *_ = curvature_of("MLP", "classification")
+    assert choose_solver(curvature, None) == "gram"
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    assert choose_solver(curvature, None) == "lanczos"
+    monkeypatch.setattr(module, "LANCZOS_RANK", 5)
+    with pytest.warns(UserWarning, match="rank=None means the 5 leading directions"):
+        pairs = find_directions(curvature, rank=None, solver="auto", seed=0)
+    assert len(pairs.values) == 5
+
+
+def test_no_curvature_at_all_is_rank_zero():
+    curvature, _, _ = curvature_of("MLP", "classification")
+    zero = {name: torch.zeros_like(p) for name, p in curvature.network.parameters.items()}
+    # logits of a hundred leave a softmax without curvature
+    zero["4.bias"] = torch.tensor([1000.0, 0.0, 0.0], dtype=torch.float64)
+    network = type(curvature.network)(
+        curvature.network.selection,
+        zero,
+        curvature.network.likelihood,
+        3,
+        curvature.network.capabilities,
+    )
+    for solver in ("gram", "lanczos"):
+        pairs = find_directions(SubBatchCurvature(network, curvature.samples), rank=None, solver=solver, seed=0)
+        assert pairs.vectors.shape == (93, 0)

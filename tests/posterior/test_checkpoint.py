@@ -1,0 +1,170 @@
+"""A state is bound to the weights it was fitted at, and shares nothing with the posterior."""
+
+import copy
+import io
+
+import pytest
+import torch
+from models import mlp
+from posterior_cases import fitted, loader_of
+from torch import Tensor, nn
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.errors import NotFittedError
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_a_state_is_tensors_strings_and_numbers():
+    la, *_ = fitted("MLP", "classification", rank=5)
+    assert {type(v) for v in la.state_dict().values()} <= {Tensor, str, int, float, bool}
+
+
+def test_loaded_posterior_is_the_fitted_one():
+    la, X, y, _ = fitted("BatchNorm", "regression", complement="diagonal", seed=3, prior_mean=0.2)
+    loaded = DebiasedLaplace(la.model, "regression")
+    loaded.load_state_dict(through_a_file(la.state_dict()))
+    assert torch.equal(loaded.posterior_precision.to_dense(), la.posterior_precision.to_dense())
+    assert torch.equal(loaded.standard_errors, la.standard_errors)
+    assert torch.equal(loaded.in_sample_curvatures, la.in_sample_curvatures)
+    assert torch.equal(loaded.split.magnitude_indices, la.split.magnitude_indices)
+    assert loaded.log_marginal_likelihood() == la.log_marginal_likelihood()
+    assert loaded.curvature_source == la.curvature_source
+    assert loaded.weights_fingerprint == la.weights_fingerprint
+    for found, expected in zip(loaded(X), la(X), strict=True):
+        assert torch.equal(found, expected)
+    # a loaded posterior can be fitted again, with the options it was fitted with
+    loaded.fit(loader_of(X, y))
+    assert torch.equal(loaded.split.direction_indices, la.split.direction_indices)
+    assert torch.equal(loaded.directional_curvatures, la.directional_curvatures)
+
+
+def test_neither_state_nor_posterior_changes_with_the_other():
+    la, X, _, _ = fitted("MLP", "classification")
+    state = la.state_dict()
+    kept, before = copy.deepcopy(state), la(X)
+    for value in state.values():
+        if isinstance(value, Tensor):
+            value.zero_()
+    assert torch.equal(la(X), before)
+    loaded = DebiasedLaplace(la.model, "classification")
+    given = copy.deepcopy(kept)
+    loaded.load_state_dict(given)
+    for value in given.values():
+        if isinstance(value, Tensor):
+            value.zero_()
+    assert torch.equal(loaded(X), before)
+    state = loaded.state_dict()
+    loaded.prior_precision = 9.0
+    loaded.mean.zero_()
+    for key, value in kept.items():
+        assert torch.equal(state[key], value) if isinstance(value, Tensor) else state[key] == value
+
+
+def other_weights():
+    model, _ = mlp()
+    with torch.no_grad():
+        model[2].bias[0] += 1e-6
+    return DebiasedLaplace(model, "classification")
+
+
+def other_statistics():
+    la, *_ = fitted("BatchNorm", "classification", rank=3)
+    model = copy.deepcopy(la.model)
+    model[1].running_mean += 1e-6
+    return DebiasedLaplace(model, "classification"), la.state_dict()
+
+
+def test_loading_beside_other_weights_or_buffers_is_refused():
+    la, *_ = fitted("MLP", "classification", rank=3)
+    with pytest.raises(ValueError, match="other weights"):
+        other_weights().load_state_dict(la.state_dict())
+    fresh, state = other_statistics()
+    with pytest.raises(ValueError, match="other weights"):
+        fresh.load_state_dict(state)
+    with pytest.raises(NotFittedError):
+        fresh.state_dict()
+
+
+BELONGS_ELSEWHERE = {
+    "another likelihood": ("likelihood", "regression", "likelihood"),
+    "another class": ("cls_name", "DiagLaplace", "DiagLaplace"),
+    "another version": ("version", 99, "version"),
+    "fewer parameters": ("mean", torch.zeros(5), "parameters"),
+    "another fingerprint": ("weights_fingerprint", "0" * 64, "other weights"),
+}
+
+
+@pytest.mark.parametrize("case", BELONGS_ELSEWHERE)
+def test_what_belongs_elsewhere_is_refused(case):
+    key, value, message = BELONGS_ELSEWHERE[case]
+    la, X, _, _ = fitted("MLP", "classification", rank=3)
+    before = la(X)
+    with pytest.raises(ValueError, match=message):
+        la.load_state_dict({**la.state_dict(), key: value})
+    assert torch.equal(la(X), before)
+
+
+def test_every_entry_is_missed():
+    la, X, _, _ = fitted("MLP", "classification", rank=3)
+    state, before = la.state_dict(), la(X)
+    for key in state:
+        with pytest.raises(ValueError, match=key):
+            la.load_state_dict({k: v for k, v in state.items() if k != key})
+    assert torch.equal(la(X), before)
+
+
+def test_states_of_laplace_torch_are_refused():
+    la, *_ = fitted("MLP", "classification", rank=3)
+    with pytest.raises(ValueError, match="no entry 'version'"):
+        la.load_state_dict({"mean": la.mean, "H": torch.zeros(3), "cls_name": "FullLaplace"})
+
+
+def test_frozen_weights_count_for_the_fingerprint_too():
+    la, *_ = fitted("partly frozen", "classification", rank=3)
+    model = copy.deepcopy(la.model)
+    with torch.no_grad():
+        model[2].weight += 1e-9
+    with pytest.raises(ValueError, match="other weights"):
+        DebiasedLaplace(model, "classification").load_state_dict(la.state_dict())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda la, x: la(x),
+        lambda la, x: la(x, pred_type="nn", link_approx="mc"),
+        lambda la, x: la.sample(3),
+        lambda la, x: la.functional_samples(x),
+        lambda la, x: la.predictive_samples(x),
+        lambda la, x: la.functional_variance(torch.zeros(1, 3, la.n_params)),
+        lambda la, x: la.functional_covariance(torch.zeros(1, 3, la.n_params)),
+        lambda la, x: la.log_marginal_likelihood(),
+        lambda la, x: la.log_likelihood,
+        lambda la, x: la.scatter,
+        lambda la, x: la.log_prob(torch.zeros(la.n_params)),
+        lambda la, x: la.square_norm(torch.zeros(la.n_params)),
+        lambda la, x: la.posterior_precision,
+        lambda la, x: la.log_det_posterior_precision,
+        lambda la, x: la.held_out_kl(None, None),
+        lambda la, x: la.state_dict(),
+        lambda la, x: la.split,
+        lambda la, x: la.directions,
+        lambda la, x: la.directional_curvatures,
+        lambda la, x: la.in_sample_curvatures,
+        lambda la, x: la.standard_errors,
+        lambda la, x: la.curvature_source,
+        lambda la, x: la.weights_fingerprint,
+    ],
+)
+def test_before_fit_everything_says_so(call):
+    la = DebiasedLaplace(nn.Linear(2, 3), "classification", rank=2, prior_precision=0.4)
+    for error in (NotFittedError, ValueError, AttributeError):
+        with pytest.raises(error, match="not fitted"):
+            call(la, torch.zeros(1, 2))
+    assert la.rank == 2

@@ -1,0 +1,103 @@
+"""Arguments of wrong types, tried without the tests' type checks: what a user meets. Prints one JSON object."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from models import mlp, targets  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from debiased_laplace import DebiasedLaplace  # noqa: E402
+
+
+def loader(likelihood="classification"):
+    return DataLoader(TensorDataset(mlp()[1], targets(likelihood)), batch_size=16)
+
+
+def fresh(likelihood="classification", **options):
+    return DebiasedLaplace(mlp()[0], likelihood, **options)
+
+
+def fitted(likelihood="classification", **options):
+    la = fresh(likelihood, rank=3, **options)
+    la.fit(loader(likelihood))
+    return la
+
+
+X = mlp()[1]
+CASES = {
+    "rank: float": lambda: fresh(rank=2.5),
+    "rank: bool": lambda: fresh(rank=True),
+    "rank: auto": lambda: fresh(rank="auto"),
+    "seed: text": lambda: fresh(seed="1"),
+    "seed: bool": lambda: fresh(seed=True),
+    "magnitudes: cross_fitted": lambda: fresh(magnitudes="cross_fitted"),
+    "magnitudes: auto": lambda: fresh(magnitudes="auto"),
+    "magnitudes: unknown": lambda: fresh(magnitudes="jackknife"),
+    "complement: kron": lambda: fresh(complement="kron"),
+    "complement: auto": lambda: fresh(complement="auto"),
+    "complement: unknown": lambda: fresh(complement="block"),
+    "solver: unknown": lambda: fresh(solver="power"),
+    "direction_samples: auto": lambda: fresh(direction_samples="auto"),
+    "direction_samples: text": lambda: fresh(direction_samples="half"),
+    "direction_samples: bool": lambda: fresh(direction_samples=True),
+    "magnitude_samples: text": lambda: fresh(magnitude_samples="rest"),
+    "prior_precision: text": lambda: fresh(prior_precision="big"),
+    "prior_precision: None": lambda: fresh(prior_precision=None),
+    "prior_mean: text": lambda: fresh(prior_mean="zero"),
+    "temperature: text": lambda: fresh(temperature="cold"),
+    "temperature: several": lambda: fresh(temperature=torch.ones(2)),
+    "sigma_noise: several": lambda: fresh("regression", sigma_noise=torch.ones(3)),
+    "likelihood: unknown": lambda: fresh("poisson"),
+    "likelihood: reward": lambda: fresh("reward_modeling"),
+    "subset: last_layer": lambda: DebiasedLaplace(mlp()[0], "classification", "last_layer"),
+    "subset: subnetwork": lambda: DebiasedLaplace(mlp()[0], "classification", "subnetwork"),
+    "subset: unknown": lambda: DebiasedLaplace(mlp()[0], "classification", "first_layer"),
+    "structure: kron": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "kron"),
+    "structure: full": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "full"),
+    "structure: unknown": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "tree"),
+    "backend: laplace-torch's": lambda: fresh(backend=object),
+    "backend_kwargs: given": lambda: fresh(backend_kwargs={"stochastic": True}),
+    "loader: a number": lambda: fresh().fit(7),
+    "loader: None": lambda: fresh().fit(None),
+    "loader: a tensor": lambda: fresh().fit(X),
+    "loader: a generator": lambda: fresh().fit(b for b in loader()),
+    "loader: batches of text": lambda: fresh().fit([("a", "b")]),
+    "loader: batches of three": lambda: fresh().fit([(X, X, X)]),
+    "loader: mappings": lambda: fresh().fit([{"input_ids": X, "labels": targets("classification")}]),
+    "n_data: float": lambda: fresh().fit(loader(), n_data=40.0),
+    "n_data: bool": lambda: fresh().fit(loader(), n_data=True),
+    "override: False": lambda: fresh().fit(loader(), override=False),
+    "tolerance: given": lambda: fresh().fit(loader(), tolerance=0.1),
+    "x: list": lambda: fitted()([[1.0, 2.0, 3.0, 4.0]]),
+    "x: None": lambda: fitted().functional_samples(None),
+    "n_samples: float": lambda: fitted()(X, link_approx="mc", n_samples=2.5),
+    "n_samples: bool": lambda: fitted().sample(True),
+    "generator: seed": lambda: fitted()(X, link_approx="mc", generator=3),
+    "generator: seed of weights": lambda: fitted().sample(3, generator=3),
+    "generator: seed of functions": lambda: fitted().functional_samples(X, generator=3),
+    "state: text": lambda: fitted().load_state_dict("weights.pt"),
+    "init_prior_prec: text": lambda: fitted().optimize_prior_precision(init_prior_prec="big"),
+    "val_loader: a number": lambda: fitted().optimize_prior_precision(method="gridsearch", val_loader=3),
+    "grid_size: float": lambda: fitted().optimize_prior_precision(
+        method="gridsearch", grid_size=2.5, val_loader=loader()
+    ),
+    "held-out loader: a number": lambda: fitted(direction_samples=10, magnitude_samples=10).held_out_kl(3),
+}
+
+
+def outcome(call):
+    try:
+        call()
+    except BaseException as error:
+        return [cls.__name__ for cls in type(error).__mro__], str(error)
+    return [], ""
+
+
+if __name__ == "__main__":
+    print(json.dumps({case: outcome(call) for case, call in CASES.items()}))

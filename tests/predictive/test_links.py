@@ -1,0 +1,114 @@
+"""From Gaussians over logits to class probabilities, against formulas written out and against laplace-torch's."""
+
+import math
+
+import pytest
+import torch
+
+from debiased_laplace.predictive import links
+
+
+def gaussians(n=6, C=4, scale=1.0):
+    generator = torch.Generator().manual_seed(2)
+    mean = torch.randn(n, C, generator=generator, dtype=torch.float64) * 2
+    L = torch.randn(n, C, C, generator=generator, dtype=torch.float64)
+    return mean, scale * L @ L.mT
+
+
+def bridge_of_one(mu, Sigma, normalized):
+    """The Laplace bridge for one Gaussian, entry by entry."""
+    C = len(mu)
+    total = Sigma.sum()
+    centred = [mu[i] - Sigma[i].sum() * mu.sum() / total for i in range(C)]
+    variance = [Sigma[i, i] - Sigma[i].sum() ** 2 / total for i in range(C)]
+    if normalized:
+        c = sum(variance) / C / math.sqrt(C / 2)
+        centred, variance = [m / math.sqrt(c) for m in centred], [v / c for v in variance]
+    inverse = sum(math.exp(-m) for m in centred)
+    alpha = [(1 - 2 / C + math.exp(m) / C**2 * inverse) / v for m, v in zip(centred, variance, strict=True)]
+    return torch.tensor([a / sum(alpha) for a in alpha], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("C", [2, 3, 7])
+def test_bridge(C, normalized):
+    mean, covariance = gaussians(C=C)
+    expected = torch.stack([bridge_of_one(m, S, normalized) for m, S in zip(mean, covariance, strict=True)])
+    torch.testing.assert_close(links.bridge(mean, covariance, normalized=normalized), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_bridge_at_its_limits(normalized, dtype):
+    mean = torch.tensor([[3.0, -1.0, 0.5], [200.0, -200.0, 0.0], [1.0, 2.0, 3.0]], dtype=dtype)
+    zero = torch.zeros(3, 3, 3, dtype=dtype)
+    torch.testing.assert_close(links.bridge(mean, zero, normalized=normalized), torch.softmax(mean, -1))
+    small = 1e-12 * torch.eye(3, dtype=dtype).expand(3, 3, 3)
+    found = links.bridge(mean, small, normalized=normalized)
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, dtype=dtype))
+    # outputs that move together only: nothing is left of the variance once they are centred
+    together = torch.ones(3, 3, 3, dtype=dtype)
+    found = links.bridge(mean, together, normalized=normalized)
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, dtype=dtype))
+
+
+def test_probit():
+    mean, covariance = gaussians()
+    expected = [
+        torch.softmax(
+            torch.stack([m[i] / math.sqrt(1 + math.pi * S[i, i] / 8) for i in range(4)]),
+            0,
+        )
+        for m, S in zip(mean, covariance, strict=True)
+    ]
+    torch.testing.assert_close(links.probit(mean, covariance), torch.stack(expected))
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_draws_have_the_covariance_that_they_should(diagonal):
+    mean, covariance = gaussians(n=2, C=3)
+    n = 40_000
+    draws = links.gaussian_draws(
+        mean, covariance, n_samples=n, diagonal=diagonal, generator=torch.Generator().manual_seed(3)
+    )
+    assert draws.shape == (n, 2, 3)
+    for i in range(2):
+        expected = torch.diag(covariance[i].diagonal()) if diagonal else covariance[i]
+        found = torch.cov(draws[:, i].T)
+        # the variance of a sample covariance of Gaussians
+        errors = ((expected.square() + torch.outer(expected.diagonal(), expected.diagonal())) / n).sqrt()
+        assert float(((found - expected) / errors).abs().max()) < 4.5
+        z = (draws[:, i].mean(0) - mean[i]) / (expected.diagonal() / n).sqrt()
+        assert float(z.abs().max()) < 4.5
+        if not diagonal:  # the test can tell the two apart
+            apart = (found - torch.diag(covariance[i].diagonal())) / errors
+            assert float(apart.abs().max()) > 10
+
+
+def test_draws_of_a_singular_covariance():
+    mean = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    v = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    draws = links.gaussian_draws(
+        mean,
+        torch.outer(v, v)[None],
+        n_samples=50,
+        diagonal=False,
+        generator=torch.Generator().manual_seed(1),
+    )
+    deviations = draws[:, 0] - mean
+    assert float(deviations.std()) > 0.5
+    torch.testing.assert_close(deviations, torch.outer(deviations[:, 0], v), rtol=1e-5, atol=1e-5)
+    still = links.gaussian_draws(
+        mean, torch.zeros(1, 3, 3, dtype=torch.float64), n_samples=2, diagonal=True, generator=None
+    )
+    assert torch.equal(still, mean.expand(2, 1, 3))
+
+
+def test_monte_carlo_is_the_mean_softmax_of_the_draws():
+    mean, covariance = gaussians()
+    options = {"n_samples": 9, "diagonal": False}
+    draws = links.gaussian_draws(mean, covariance, generator=torch.Generator().manual_seed(4), **options)
+    found = links.monte_carlo(mean, covariance, generator=torch.Generator().manual_seed(4), **options)
+    torch.testing.assert_close(found, torch.softmax(draws, -1).mean(0))
