@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxtyping import Float
-from laplace.baselaplace import BaseLaplace, ParametricLaplace
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
@@ -12,19 +10,16 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
-from debiased_laplace.errors import NotBuiltError, NotFittedError
+from debiased_laplace.errors import NotBuiltError
 from debiased_laplace.linalg.low_rank_plus_diagonal import (
     LowRankPlusDiagonal,
-    differentiable_log_det,
 )
 from debiased_laplace.posterior import checkpoint, judging, prior_tuning
 from debiased_laplace.posterior.fitting import Fit, SplitOptions, fit_curvature
 from debiased_laplace.posterior.hyperparameters import (
     estimator_options,
-    finite,
     name_of,
     one_positive,
-    positive,
     sample_amounts,
 )
 from debiased_laplace.posterior.predictions import PredictiveInterface
@@ -89,10 +84,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
     def _init_H(self) -> None:
         self.H = None
 
-    def _check_H_init(self) -> None:
-        if self._fit is None:
-            raise NotFittedError(f"This {type(self).__name__} is not fitted; call fit() first.")
-
     def __repr__(self) -> str:
         options = f"magnitudes={self._options.magnitudes!r}, complement={self._options.complement!r}"
         head = f"{type(self).__name__}({self.likelihood}, {self.n_params:,} parameters, {options}"
@@ -103,52 +94,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
             f"{split.n_samples}" if split.shared else f"{len(split.direction_indices)} + {len(split.magnitude_indices)}"
         )
         return f"{head}, rank={self.rank}, fitted on {used} of {split.n_data} samples)"
-
-    # --- hyper-parameters: laplace-torch's properties, with values checked and the decomposition forgotten ---
-
-    @property
-    def prior_precision(self) -> Tensor:
-        """Prior precision: a tensor of one entry, one per parameter tensor, or one per parameter."""
-        return self._prior_precision
-
-    @prior_precision.setter
-    def prior_precision(self, value: float | Tensor) -> None:
-        BaseLaplace.prior_precision.fset(self, positive(value, "prior_precision"))
-        self._precision = None
-
-    @property
-    def sigma_noise(self) -> Tensor:
-        """Standard deviation of the observation noise, in units of the targets; 1 in classification."""
-        return self._sigma_noise
-
-    @sigma_noise.setter
-    def sigma_noise(self, value: float | Tensor) -> None:
-        value = one_positive(value, "sigma_noise")
-        if self.likelihood != "regression" and value != 1:
-            raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {float(value)}.")
-        BaseLaplace.sigma_noise.fset(self, value)
-        self._precision = None
-
-    @property
-    def prior_mean(self) -> Tensor:
-        """Prior mean: a tensor of one entry, or one per parameter."""
-        return self._prior_mean
-
-    @prior_mean.setter
-    def prior_mean(self, value: float | Tensor) -> None:
-        BaseLaplace.prior_mean.fset(self, finite(value, "prior_mean"))
-
-    @property
-    def temperature(self) -> float:
-        """Temperature T of the likelihood: the posterior of N / T samples."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature = float(one_positive(value, "temperature"))
-        self._precision = None
-
-    # --- fit and what it found ---
 
     def fit(
         self,
@@ -197,112 +142,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
         curvature = fit.estimate.curvature
         self.H = (curvature.diagonal, curvature.directions, curvature.weights)
 
-    @property
-    def fitted(self) -> Fit:
-        """The fit.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
-        self._check_H_init()
-        assert self._fit is not None  # for the type checker
-        return self._fit
-
-    @property
-    def rank(self) -> int | None:
-        """Number of directions: as fitted, or as asked for."""
-        if self._fit is None:
-            return self._options.rank
-        return self._fit.estimate.curvature.directions.shape[1]
-
-    @property
-    def split(self) -> Any:
-        """The `SubBatches` that were fitted: index sets, N."""
-        return self.fitted.split
-
-    @property
-    def directions(self) -> Float[Tensor, "P k"]:
-        """Orthonormal directions."""
-        return self.fitted.estimate.curvature.directions
-
-    @property
-    def directional_curvatures(self) -> Float[Tensor, " k"]:
-        """The magnitudes used: estimates of the full batch's mean curvature along the directions."""
-        return self.fitted.estimate.magnitudes.values
-
-    @property
-    def in_sample_curvatures(self) -> Float[Tensor, " k"]:
-        """What the direction samples themselves say: biased."""
-        return self.fitted.estimate.magnitudes.in_sample
-
-    @property
-    def standard_errors(self) -> Float[Tensor, " k"]:
-        """Standard errors of the magnitudes."""
-        return self.fitted.estimate.magnitudes.standard_errors
-
-    @property
-    def curvature_source(self) -> str:
-        """Who computed the curvature along the directions."""
-        return self.fitted.estimate.source
-
-    @property
-    def weights_fingerprint(self) -> str:
-        """A hash of the weights and buffers that the posterior was fitted at."""
-        self._check_H_init()
-        return self._fingerprint
-
-    @property
-    def fitted_seed(self) -> int:
-        """The seed of the fit, which also fixes what a random loader loads later."""
-        return self._options.seed
-
-    # --- the precision operator and what the marginal likelihood needs of it ---
-
-    def _diagonal_and_weights(self) -> tuple[Tensor, Tensor]:
-        """D and m of the posterior precision D + U diag(m) U', attached to the hyper-parameters."""
-        curvature = self.fitted.estimate.curvature
-        scale = self.n_data * self._H_factor
-        scalar = self.prior_precision.numel() == 1
-        prior = self.prior_precision.reshape(()) if scalar else self.prior_precision_diag
-        return scale * curvature.diagonal + prior, scale * curvature.weights
-
-    @property
-    def posterior_precision(self) -> LowRankPlusDiagonal:
-        """The precision N τ H + P0 as an operator (`to_dense()` gives the matrix)."""
-        self._check_H_init()
-        if self._precision is None:
-            diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
-            self._precision = LowRankPlusDiagonal(diagonal, self.directions, weights)
-        return self._precision
-
-    @property
-    def log_det_posterior_precision(self) -> Tensor:
-        """Log determinant of the posterior precision, differentiable in prior precision and noise."""
-        operator = self.posterior_precision
-        diagonal, weights = self._diagonal_and_weights()
-        if diagonal.requires_grad or weights.requires_grad:
-            return differentiable_log_det(diagonal, weights, operator)
-        return operator.log_det
-
-    def square_norm(self, value: Tensor) -> Tensor:
-        """Squared distance of parameters (…, P) from the mean, in the metric of the posterior precision."""
-        operator = self.posterior_precision
-        if value.ndim == 0 or value.shape[-1] != self.n_params:
-            raise ValueError(f"Expected parameters of shape (…, {self.n_params}); got {tuple(value.shape)}.")
-        return operator.quadratic(value - self.mean)
-
-    @property
-    def log_likelihood(self) -> Tensor:
-        """Log likelihood of N samples at the mean, in nats; differentiable in the noise."""
-        self._check_H_init()
-        return BaseLaplace.log_likelihood.fget(self)
-
-    @property
-    def scatter(self) -> Tensor:
-        """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
-        self._check_H_init()
-        return ParametricLaplace.scatter.fget(self)
-
     def network_for(self, inputs: Tensor) -> Network:
         """The network at the posterior's mean; a loaded posterior meets it at its first inputs."""
         fit = self.fitted
@@ -317,8 +156,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
             ValueError: if they do not.
         """
         self._likelihood.check(self.mean.new_zeros(len(batch), self.n_outputs), batch.targets)
-
-    # --- prior, fidelity, state ---
 
     def optimize_prior_precision(
         self,

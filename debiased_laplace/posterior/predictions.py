@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from laplace.baselaplace import ParametricLaplace
 from torch import Tensor
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.posterior.fitted import FittedPosterior
 from debiased_laplace.posterior.hyperparameters import name_of, one_of
 from debiased_laplace.predictive import linearized, links, sampling
 
@@ -18,15 +17,8 @@ PredictiveKind = Literal["glm", "nn"]
 Link = Literal["probit", "mc", "bridge", "bridge_norm"]
 
 
-class PredictiveInterface(ParametricLaplace):
+class PredictiveInterface(FittedPosterior):
     """Everything that predicts, in terms of a network and a precision operator."""
-
-    mean: Tensor
-
-    @property
-    def posterior_precision(self) -> LowRankPlusDiagonal:
-        """The precision of the posterior."""
-        raise NotImplementedError
 
     def network_for(self, inputs: Tensor) -> Network:
         """The network at the posterior's mean, ready for these inputs."""

@@ -1,0 +1,129 @@
+"""What a fit found: its attributes, and the precision operator that everything else is computed from."""
+
+from jaxtyping import Float
+from laplace.baselaplace import BaseLaplace, ParametricLaplace
+from torch import Tensor
+
+from debiased_laplace.data.splitting import SubBatches
+from debiased_laplace.errors import NotFittedError
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
+from debiased_laplace.posterior.fitting import Fit
+from debiased_laplace.posterior.hyperparameters import EstimatorOptions
+from debiased_laplace.posterior.prior_and_noise import PriorAndNoise
+
+
+class FittedPosterior(PriorAndNoise):
+    """A Gaussian over the parameters, read off a fit and the present hyper-parameters."""
+
+    mean: Tensor
+    _options: EstimatorOptions
+    _fit: Fit | None
+    _fingerprint: str
+
+    def _check_H_init(self) -> None:
+        if self._fit is None:
+            raise NotFittedError(f"This {type(self).__name__} is not fitted; call fit() first.")
+
+    @property
+    def fitted(self) -> Fit:
+        """The fit.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        self._check_H_init()
+        assert self._fit is not None  # for the type checker
+        return self._fit
+
+    @property
+    def rank(self) -> int | None:
+        """Number of directions: as fitted, or as asked for."""
+        if self._fit is None:
+            return self._options.rank
+        return self._fit.estimate.curvature.directions.shape[1]
+
+    @property
+    def split(self) -> SubBatches:
+        """The `SubBatches` that were fitted: index sets, N."""
+        return self.fitted.split
+
+    @property
+    def directions(self) -> Float[Tensor, "P k"]:
+        """Orthonormal directions."""
+        return self.fitted.estimate.curvature.directions
+
+    @property
+    def directional_curvatures(self) -> Float[Tensor, " k"]:
+        """The magnitudes used: estimates of the full batch's mean curvature along the directions."""
+        return self.fitted.estimate.magnitudes.values
+
+    @property
+    def in_sample_curvatures(self) -> Float[Tensor, " k"]:
+        """What the direction samples themselves say: biased."""
+        return self.fitted.estimate.magnitudes.in_sample
+
+    @property
+    def standard_errors(self) -> Float[Tensor, " k"]:
+        """Standard errors of the magnitudes."""
+        return self.fitted.estimate.magnitudes.standard_errors
+
+    @property
+    def curvature_source(self) -> str:
+        """Who computed the curvature along the directions."""
+        return self.fitted.estimate.source
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """A hash of the weights and buffers that the posterior was fitted at."""
+        self._check_H_init()
+        return self._fingerprint
+
+    @property
+    def fitted_seed(self) -> int:
+        """The seed of the fit, which also fixes what a random loader loads later."""
+        return self._options.seed
+
+    def _diagonal_and_weights(self) -> tuple[Tensor, Tensor]:
+        """D and m of the posterior precision D + U diag(m) U', attached to the hyper-parameters."""
+        curvature = self.fitted.estimate.curvature
+        scale = self.n_data * self._H_factor
+        scalar = self.prior_precision.numel() == 1
+        prior = self.prior_precision.reshape(()) if scalar else self.prior_precision_diag
+        return scale * curvature.diagonal + prior, scale * curvature.weights
+
+    @property
+    def posterior_precision(self) -> LowRankPlusDiagonal:
+        """The precision N τ H + P0 as an operator (`to_dense()` gives the matrix)."""
+        self._check_H_init()
+        if self._precision is None:
+            diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
+            self._precision = LowRankPlusDiagonal(diagonal, self.directions, weights)
+        return self._precision
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """Log determinant of the posterior precision, differentiable in prior precision and noise."""
+        operator = self.posterior_precision
+        diagonal, weights = self._diagonal_and_weights()
+        if diagonal.requires_grad or weights.requires_grad:
+            return differentiable_log_det(diagonal, weights, operator)
+        return operator.log_det
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Squared distance of parameters (…, P) from the mean, in the metric of the posterior precision."""
+        operator = self.posterior_precision
+        if value.ndim == 0 or value.shape[-1] != self.n_params:
+            raise ValueError(f"Expected parameters of shape (…, {self.n_params}); got {tuple(value.shape)}.")
+        return operator.quadratic(value - self.mean)
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of N samples at the mean, in nats; differentiable in the noise."""
+        self._check_H_init()
+        return BaseLaplace.log_likelihood.fget(self)
+
+    @property
+    def scatter(self) -> Tensor:
+        """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
+        self._check_H_init()
+        return ParametricLaplace.scatter.fget(self)

@@ -1,0 +1,56 @@
+"""The demo's comparison: distances and ratios mean what their columns say."""
+
+import pytest
+import torch
+
+from debiased_laplace.demo.comparison import distances, fit_posteriors, inflation, predict, total_variations
+from debiased_laplace.demo.digits import N_CURVATURE, N_HELD_OUT, N_TRAIN, load, train
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    data = load(seed=3)
+    model = train(data, seed=3, device=torch.device("cpu"), epochs=10)
+    return data, model, fit_posteriors(model, data, seed=3)
+
+
+def test_the_network_has_the_size_that_is_told(fitted):
+    assert sum(p.numel() for p in fitted[1].parameters()) == 3254
+
+
+def test_samples_for_curvature_and_for_judging_are_apart_and_wrong_labels_are_in_training_only(fitted):
+    data = fitted[0]
+    assert len(data.train) == N_TRAIN
+    assert len(data.curvature) == N_CURVATURE
+    assert len(data.held_out) == N_HELD_OUT
+    assert not set(data.curvature.indices) & set(data.held_out.indices)
+
+
+def test_posteriors_use_the_same_samples(fitted):
+    same, split = fitted[2]["same_batch"].split, fitted[2]["debiased"].split
+    assert torch.equal(same.used_indices, split.used_indices.sort().values)
+    assert same.n_data == split.n_data == fitted[2]["full batch"].split.n_samples == N_TRAIN
+
+
+def test_the_held_out_kl_estimates_the_true_one(fitted):
+    found = distances(fitted[2], fitted[0])
+    assert abs(found["full batch"].true) < 1e-2
+    assert found["full batch"].estimated.value == 0
+    for name in ("same_batch", "debiased"):
+        error = found[name].estimated.value - found[name].true
+        assert abs(error) < 4 * found[name].estimated.standard_error
+        # the distance is far from what the estimate could miss
+        assert found[name].true > 4 * found[name].estimated.standard_error
+
+
+def test_inflation_is_one_for_the_full_batch_itself(fitted):
+    full = fitted[2]["full batch"]
+    torch.testing.assert_close(inflation(full, full)[:50], torch.ones(50).double(), rtol=1e-4, atol=0)
+    assert inflation(fitted[2]["same_batch"], full)[0] > 1
+
+
+def test_total_variation_of_the_full_batch_from_itself_is_zero(fitted):
+    data, model, posteriors = fitted
+    variations = total_variations(predict(model, posteriors, data.test_inputs))
+    assert variations["full batch"] == 0
+    assert 0 < variations["debiased"] < 1

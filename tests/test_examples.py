@@ -1,0 +1,34 @@
+"""Examples run, and print the numbers that they claim."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+def test_same_batch_against_split(tmp_path):
+    figure = tmp_path / "figure.svg"
+    options = ["--draws", "2", "--epochs", "5", "--batch", "48", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "01_same_batch_against_split.py", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "48 of 1200 samples, mean ± standard deviation over 2 draws" in done.stdout
+    assert done.stdout.count("KL to the full batch") == 12
+    assert "nan" not in done.stdout
+    assert figure.read_text().count("<svg") == 1
+
+
+def test_benchmarks_can_be_asked_for_help():
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "benchmarks" / "speed.py", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gram" in done.stdout
