@@ -89,6 +89,8 @@ def as_batch(loaded: Any) -> Batch:
 def sample_hashes(batch: Batch) -> Int64[Tensor, " n"]:
     """A 64-bit hash of each sample's input and target, by which it is known wherever it turns up."""
     inputs, targets = (t.detach().cpu().contiguous() for t in (batch.inputs, batch.targets))
+    # the same label is the same in any integer or floating-point type
+    targets = targets.to(torch.float64 if targets.is_floating_point() else torch.int64)
     header = f"{inputs.dtype}{tuple(inputs.shape[1:])}{targets.dtype}{tuple(targets.shape[1:])}"
     hashes = [
         int.from_bytes(

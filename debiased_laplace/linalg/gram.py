@@ -15,8 +15,8 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, supported
 
-_PANEL = 256  # rows of a block of the Gram matrix: large enough for a fast product
-_PANEL_BYTES = 128 * 2**20  # of the columns that are converted at a time
+_PANEL = 160  # rows of a block of the Gram matrix: large enough for a fast product
+_PANEL_BYTES = 20 * 2**20  # of the columns that are converted at a time
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,6 +155,8 @@ def lanczos(
             break
     values, Y, residuals = basis.ritz(k)
     vectors = basis.Q[:, : basis.size] @ Y.to(like.dtype)
+    # products may have run out while looking for further copies of eigenvalues that were found already
+    converged = converged or bool((residuals <= tolerance * values[0].abs()).all())
     reason = "the basis spans the whole space" if basis.exhausted else "all residuals are small"
     if not converged:
         reason = (

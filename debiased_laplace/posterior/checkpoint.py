@@ -1,12 +1,10 @@
 """The state of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from debiased_laplace.curvature.derivatives import find_capabilities
-from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.complement import LowRankCurvature
@@ -15,14 +13,12 @@ from debiased_laplace.debiasing.magnitudes import Magnitudes
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.posterior.fitting import Fit
 from debiased_laplace.posterior.hyperparameters import estimator_options
-
-if TYPE_CHECKING:
-    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.predictions import PredictiveInterface
 
 VERSION = 1
 
 
-def state_of(la: "DebiasedParametricLaplace") -> dict[str, Any]:
+def state_of(la: PredictiveInterface) -> dict[str, Any]:
     """The state; no tensor of it is shared with the posterior."""
     fit = la.fitted
     estimate, split, identities = fit.estimate, fit.split, fit.identities
@@ -68,7 +64,7 @@ def state_of(la: "DebiasedParametricLaplace") -> dict[str, Any]:
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
-def restore(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
+def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
     """Make a posterior what a state says.
 
     Raises:
@@ -120,7 +116,7 @@ def restore(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
         seed=state["option_seed"],
     )
     la._options, la._split_options = options, replace(la._split_options, seed=options.seed)
-    la._adopt(
+    la.adopt(
         Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
         tensor("mean"),
         state["weights_fingerprint"],
@@ -132,7 +128,7 @@ def restore(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
     la.enable_backprop = state["enable_backprop"]
 
 
-def _check(la: "DebiasedParametricLaplace", state: dict[str, Any]) -> None:
+def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
     """Refuse a state that does not belong here."""
     if not isinstance(state, dict):
         raise ValueError(f"Expected a state as a dictionary; got {type(state).__name__}.")
@@ -193,12 +189,3 @@ _KEYS = [
     "samples_n_root",
     "samples_augmented",
 ]
-
-
-def remembered_network(la: "DebiasedParametricLaplace", inputs: Tensor) -> Network:
-    """The network of a loaded posterior, met at its first inputs and kept."""
-    parameters = {k: v.clone() for k, v in la._selection.unflatten(la.mean).items()}
-    capabilities = find_capabilities(la._selection, parameters, inputs)
-    network = Network(la._selection, parameters, la._likelihood, la.n_outputs, capabilities)
-    la._fit = replace(la.fitted, network=network)
-    return network

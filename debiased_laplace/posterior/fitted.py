@@ -1,13 +1,20 @@
 """What a fit found: its attributes, and the precision operator that everything else is computed from."""
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from laplace.baselaplace import BaseLaplace, ParametricLaplace
 from torch import Tensor
 
+from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
-from debiased_laplace.posterior.fitting import Fit
+from debiased_laplace.posterior.fitting import Fit, SplitOptions
 from debiased_laplace.posterior.hyperparameters import EstimatorOptions
 from debiased_laplace.posterior.prior_and_noise import PriorAndNoise
 
@@ -16,7 +23,11 @@ class FittedPosterior(PriorAndNoise):
     """A Gaussian over the parameters, read off a fit and the present hyper-parameters."""
 
     mean: Tensor
+    H: tuple[Tensor, ...] | None
+    _selection: ParameterSelection
+    _likelihood: Likelihood
     _options: EstimatorOptions
+    _split_options: SplitOptions
     _fit: Fit | None
     _fingerprint: str
 
@@ -127,3 +138,30 @@ class FittedPosterior(PriorAndNoise):
         """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
         self._check_H_init()
         return ParametricLaplace.scatter.fget(self)
+
+    def adopt(self, fit: Fit, mean: Tensor, fingerprint: str) -> None:
+        """Become the posterior of this fit."""
+        self._fit, self.mean, self._fingerprint = fit, mean, fingerprint
+        self._precision = None
+        self.loss, self.n_data, self.n_outputs = fit.loss, fit.split.n_data, fit.n_outputs
+        curvature = fit.estimate.curvature
+        self.H = (curvature.diagonal, curvature.directions, curvature.weights)
+
+    def network_for(self, inputs: Tensor) -> Network:
+        """The network at the posterior's mean; a loaded posterior meets it at its first inputs, and keeps it."""
+        fit = self.fitted
+        if fit.network is not None:
+            return fit.network
+        parameters = {k: v.clone() for k, v in self._selection.unflatten(self.mean).items()}
+        capabilities = find_capabilities(self._selection, parameters, inputs)
+        network = Network(self._selection, parameters, self._likelihood, self.n_outputs, capabilities)
+        self._fit = replace(fit, network=network)
+        return network
+
+    def check_targets(self, batch: Batch) -> None:
+        """Refuse targets that do not fit the likelihood.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        self._likelihood.check(self.mean.new_zeros(len(batch), self.n_outputs), batch.targets)

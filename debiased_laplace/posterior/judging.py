@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +23,13 @@ from debiased_laplace.debiasing.held_out_kl import (
     sample_terms,
 )
 from debiased_laplace.errors import OverlapError
-
-if TYPE_CHECKING:
-    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.predictions import PredictiveInterface
 
 _SHARE_THAT_MATTERS = 0.1
 
 
-def held_out_kl(la: "DebiasedParametricLaplace", loader: Any, fitted_loader: Any) -> HeldOutKL:
-    """The held-out KL of a fitted posterior; see `DebiasedParametricLaplace.held_out_kl`."""
+def held_out_kl(la: PredictiveInterface, loader: Any, fitted_loader: Any) -> HeldOutKL:
+    """The held-out KL of a fitted posterior; see `DebiasedLaplace`'s method of that name."""
     fitted = la.fitted
     n_fitted, n_data = fitted.split.n_samples, fitted.split.n_data
     if loader is None and (n_fitted < n_data or fitted_loader is None):
@@ -89,7 +87,7 @@ class _Known:
     identities: SampleIdentities
 
 
-def _known(la: "DebiasedParametricLaplace", loader: Any) -> _Known:
+def _known(la: PredictiveInterface, loader: Any) -> _Known:
     seed = la.fitted_seed
     source = sample_source(loader, seed)
     samples = Samples(source, source.indices, la.mean.device, seed)
@@ -100,13 +98,13 @@ def _known(la: "DebiasedParametricLaplace", loader: Any) -> _Known:
     return _Known(samples, SampleIdentities(hashes, positions[source.indices], len(root), augmented, root))
 
 
-def _terms_of(la: "DebiasedParametricLaplace", terms: KLTerms, known: _Known) -> Tensor:
+def _terms_of(la: PredictiveInterface, terms: KLTerms, known: _Known) -> Tensor:
     """Terms of the samples, in the order of their positions."""
     with evaluating(la.model), differentiable_kernels(la.model), undisturbed_randomness(la.fitted_seed):
         return sample_terms(terms, _rows(la, known.samples))
 
 
-def _rows(la: "DebiasedParametricLaplace", samples: Samples) -> Iterator[Tensor]:
+def _rows(la: PredictiveInterface, samples: Samples) -> Iterator[Tensor]:
     for batch in samples:
         batch.check_finite()
         network: Network = la.network_for(batch.inputs)
@@ -137,7 +135,7 @@ def _check_fitted(expected: SampleIdentities, given: SampleIdentities) -> None:
         )
 
 
-def _context(la: "DebiasedParametricLaplace") -> str:
+def _context(la: PredictiveInterface) -> str:
     """What the constant of the KL depends on."""
     prior = la.prior_precision.detach().double().cpu()
     shown = f"{prior.item():.6g}" if prior.numel() == 1 else f"{prior.numel()} entries {hash(tuple(prior.tolist()))}"

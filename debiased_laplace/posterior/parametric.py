@@ -6,9 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
-from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
-from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.errors import NotBuiltError
 from debiased_laplace.linalg.low_rank_plus_diagonal import (
@@ -79,8 +77,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
             dict_key_y=dict_key_y,
         )
 
-    H: tuple[Tensor, ...] | None
-
     def _init_H(self) -> None:
         self.H = None
 
@@ -132,30 +128,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
             n_data=n_data,
             progress_bar=progress_bar,
         )
-        self._adopt(fit, self._selection.vector(), self._selection.fingerprint())
-
-    def _adopt(self, fit: Fit, mean: Tensor, fingerprint: str) -> None:
-        """Become the posterior of this fit."""
-        self._fit, self.mean, self._fingerprint = fit, mean, fingerprint
-        self._precision = None
-        self.loss, self.n_data, self.n_outputs = fit.loss, fit.split.n_data, fit.n_outputs
-        curvature = fit.estimate.curvature
-        self.H = (curvature.diagonal, curvature.directions, curvature.weights)
-
-    def network_for(self, inputs: Tensor) -> Network:
-        """The network at the posterior's mean; a loaded posterior meets it at its first inputs."""
-        fit = self.fitted
-        if fit.network is not None:
-            return fit.network
-        return checkpoint.remembered_network(self, inputs)
-
-    def check_targets(self, batch: Batch) -> None:
-        """Refuse targets that do not fit the likelihood.
-
-        Raises:
-            ValueError: if they do not.
-        """
-        self._likelihood.check(self.mean.new_zeros(len(batch), self.n_outputs), batch.targets)
+        self.adopt(fit, self._selection.vector(), self._selection.fingerprint())
 
     def optimize_prior_precision(
         self,

@@ -20,10 +20,6 @@ Link = Literal["probit", "mc", "bridge", "bridge_norm"]
 class PredictiveInterface(FittedPosterior):
     """Everything that predicts, in terms of a network and a precision operator."""
 
-    def network_for(self, inputs: Tensor) -> Network:
-        """The network at the posterior's mean, ready for these inputs."""
-        raise NotImplementedError
-
     def __call__(
         self,
         x: Tensor,

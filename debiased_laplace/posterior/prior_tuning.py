@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torchmetrics
@@ -19,9 +19,7 @@ from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.posterior.hyperparameters import one_of, positive
-
-if TYPE_CHECKING:
-    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.predictions import PredictiveInterface
 
 Structure = Literal["scalar", "layerwise", "diag"]
 
@@ -46,7 +44,7 @@ class Scoring:
     loss: Callable[..., Any] | None
 
 
-def by_marginal_likelihood(la: "DebiasedParametricLaplace", ascent: Ascent, *, progress_bar: bool) -> None:
+def by_marginal_likelihood(la: PredictiveInterface, ascent: Ascent, *, progress_bar: bool) -> None:
     """Set the prior precision that ascent on the log marginal likelihood ends at.
 
     Args:
@@ -106,7 +104,7 @@ def prior_grid(lower: float, upper: float, n_points: int, base: float) -> Tensor
 
 
 def by_grid_search(
-    la: "DebiasedParametricLaplace",
+    la: PredictiveInterface,
     grid: Tensor,
     loader: Iterable[Any] | None,
     scoring: Scoring,
@@ -161,9 +159,7 @@ def by_grid_search(
 Prediction = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 
 
-def _predictor(
-    la: "DebiasedParametricLaplace", loader: Iterable[Any], scoring: Scoring
-) -> Callable[[], Iterable[Prediction]]:
+def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring) -> Callable[[], Iterable[Prediction]]:
     """Predictions on the validation data under the current prior, as often as asked.
 
     Jacobians do not depend on the prior: they are computed once where they fit into a quarter of the free memory. Draws
@@ -212,7 +208,7 @@ def _predictor(
     return cached
 
 
-def _jacobians(la: "DebiasedParametricLaplace", batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
+def _jacobians(la: PredictiveInterface, batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
     found = []
     with evaluating(la.model), differentiable_kernels(la.model):
         for batch in batches:
@@ -223,7 +219,7 @@ def _jacobians(la: "DebiasedParametricLaplace", batches: list[Batch]) -> list[tu
 
 
 def _score(
-    la: "DebiasedParametricLaplace",
+    la: PredictiveInterface,
     predictions: Iterable[Prediction],
     loss: Callable[..., Any] | None,
 ) -> float:
@@ -256,12 +252,12 @@ def _update(metric: torchmetrics.Metric, out: Tensor | tuple[Tensor, Tensor], y:
         metric.update(out[0], y)
 
 
-def _default_loss(la: "DebiasedParametricLaplace") -> Callable[..., Any]:
+def _default_loss(la: PredictiveInterface) -> Callable[..., Any]:
     """The negative log-likelihood; laplace-torch's squared error does not depend on the prior at all."""
     return _gaussian_nll(la) if la.likelihood == "regression" else RunningNLLMetric()
 
 
-def _gaussian_nll(la: "DebiasedParametricLaplace") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _gaussian_nll(la: PredictiveInterface) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Mean negative log-likelihood of targets under function variance plus observation noise."""
 
     def nll(mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:

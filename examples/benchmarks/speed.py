@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +29,8 @@ from debiased_laplace.curvature.ggn import SubBatchCurvature
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.linalg.lanczos import lanczos
+
+FIRST, SECOND = 0, -1  # in place of a number of repetitions
 
 
 def problem(device: str) -> tuple[nn.Module, TensorDataset]:
@@ -64,7 +65,13 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 
 def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], device: str, repeats: int) -> None:
-    """Print the ratio of two times, measured in turn after one warm-up each."""
+    """Print the ratio of two times, measured in turn after one warm-up each.
+
+    Without repetitions, only one of the two is run, once: for the peak memory of that one.
+    """
+    if repeats <= 0:
+        (ours if repeats == FIRST else theirs)()
+        return
     ours(), theirs()
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
     ratios = sorted(a / b for a, b in pairs)
@@ -124,24 +131,34 @@ def lanczos_step(device: str, repeats: int) -> None:
 
 
 def gram(device: str, repeats: int) -> None:
-    """The Gram solver against its parts: rows, V V', V' W and the small eigenproblem."""
+    """The Gram solver against its parts: rows, V V', V' W and the small eigenproblem.
+
+    The solver keeps V V' in double precision, without which no direction a million times below the largest is
+    orthogonal to it; the parts are timed with that product in double and, for comparison, in single precision.
+    """
     model, data = problem(device)
     samples = TensorDataset(*(t[:128] for t in data.tensors))
+
+    def ours(rank: int | None) -> None:
+        curvature_of(model, samples).stacked_rows().eigenpairs(1e-6, rank)
+
+    def parts(rank: int | None, dtype: torch.dtype) -> None:
+        V = curvature_of(model, samples).stacked_rows().rows
+        converted = V.to(dtype)
+        values, W = torch.linalg.eigh((converted @ converted.T).double())
+        k = rank or int((values > 1e-6 * values[-1]).sum())
+        V.T @ W[:, -k:].to(V.dtype)
+
     with evaluating(model), differentiable_kernels(model):
         for rank in (40, None):
-
-            def ours(rank: int | None = rank) -> None:
-                curvature_of(model, samples).stacked_rows().eigenpairs(1e-6, rank)
-
-            def parts(rank: int | None = rank) -> None:
-                V = curvature_of(model, samples).stacked_rows().rows
-                G = V @ V.T
-                values, W = torch.linalg.eigh(G.double())
-                k = rank or int((values > 1e-6 * values[-1]).sum())
-                V.T @ W[:, -k:].to(V.dtype)
-
-            label = "every direction" if rank is None else f"rank {rank}"
-            compare(f"Gram solver, 1,280 rows, {label}: over its parts", ours, parts, device, repeats)
+            for dtype in (torch.float64, torch.float32):
+                compare(
+                    f"Gram solver, 1,280 rows, {rank or 'every'} directions: over its parts, V V' in {dtype}",
+                    lambda rank=rank: ours(rank),
+                    lambda rank=rank, dtype=dtype: parts(rank, dtype),
+                    device,
+                    repeats,
+                )
 
 
 def predictive(device: str, repeats: int) -> None:
@@ -151,8 +168,7 @@ def predictive(device: str, repeats: int) -> None:
     for rank, samples in ((20, 128), (40, 128), (None, 128)):
         la = DebiasedLaplace(model, "classification", rank=rank, magnitudes="same_batch", prior_precision=3.0)
         la.fit(DataLoader(TensorDataset(*(t[:samples] for t in data.tensors)), batch_size=64))
-        ours, theirs = la._glm_predictive_distribution(X), ParametricLaplace._glm_predictive_distribution(la, X)
-        error = max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in zip(ours, theirs, strict=True))
+        error = difference(la, X) if repeats > 0 else 0.0
         compare(
             f"predictive, batch 64, rank {la.rank}, relative difference {error:.0e}: laplace-torch's time over ours",
             lambda la=la: ParametricLaplace._glm_predictive_distribution(la, X),
@@ -160,6 +176,12 @@ def predictive(device: str, repeats: int) -> None:
             device,
             repeats,
         )
+
+
+def difference(la: ParametricLaplace, X: Tensor) -> float:
+    """Largest relative difference between our predictive and laplace-torch's own on the same object."""
+    ours, theirs = la._glm_predictive_distribution(X), ParametricLaplace._glm_predictive_distribution(la, X)
+    return max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in zip(ours, theirs, strict=True))
 
 
 def curvature_of(model: nn.Module, samples: TensorDataset) -> SubBatchCurvature:
@@ -189,22 +211,28 @@ def main() -> None:
     """Run the parts, each in its own process so that peak memory is its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=PARTS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="0: only the first of the two, once; -1: only the second, once"
+    )
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     if arguments.part is None:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}", flush=True)
         for part in PARTS:
-            options = ["--repeats", str(arguments.repeats), "--device", arguments.device]
-            subprocess.run([sys.executable, __file__, part, *options], check=True)
+            for repeats in (arguments.repeats, FIRST, SECOND):
+                options = ["--repeats", str(repeats), "--device", arguments.device]
+                subprocess.run([sys.executable, "-W", "ignore", __file__, part, *options], check=True)
         return
-    warnings.filterwarnings("ignore")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     PARTS[arguments.part](arguments.device, arguments.repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{arguments.part}: peak memory {peak / 1024:,.0f} MiB, {before / 1024:,.0f} MiB of it imports", flush=True)
-    if arguments.device != "cpu":
-        print(f"{arguments.part}: peak GPU memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB", flush=True)
+    if arguments.repeats > 0:
+        return
+    side = "the first of the two" if arguments.repeats == FIRST else "the second"
+    if arguments.device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(f"{arguments.part}, {side}: peak memory {peak / 1024:,.0f} MiB above imports", flush=True)
+    else:
+        print(f"{arguments.part}, {side}: peak {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":
