@@ -37,6 +37,9 @@ FEW_SAMPLES = 30
 FEW_RESAMPLES = 200
 
 
+_MOST_BINS = 1000  # more say nothing at any size of test set, and take minutes
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options of the numbers in a report.
@@ -61,6 +64,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}.")
+        if self.n_bins > _MOST_BINS:
+            raise ValueError(f"n_bins must be at most {_MOST_BINS}; got {self.n_bins}.")
         if not 0 < self.confidence_level < 1:
             raise ValueError(f"confidence_level must lie between 0 and 1; got {self.confidence_level!r}.")
 

@@ -74,11 +74,12 @@ class CalibrationReport(ReportContents):
             ValueError: for no format or an unknown one.
         """
         writers = {"html": self.to_html, "json": self.to_json, "md": self.to_markdown}
-        if isinstance(formats, str) or not formats or any(f not in writers for f in formats):
+        chosen = () if isinstance(formats, str) else tuple(formats)
+        if not chosen or any(f not in writers for f in chosen):
             raise ValueError(f"formats must be a sequence out of 'html', 'json' and 'md'; got {formats!r}.")
         Path(folder).mkdir(parents=True, exist_ok=True)
         paths = []
-        for name in formats:
+        for name in chosen:
             path = Path(folder) / f"report.{name}"
             path.write_text(writers[name](), encoding="utf-8", newline="\n")
             paths.append(path)

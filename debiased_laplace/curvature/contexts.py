@@ -1,5 +1,6 @@
 """How the user's model is looked at without leaving a trace on it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,11 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch.backends.cudnn.enabled = cudnn and not recurrent
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # vmap loops over what it has no batching rule for: slower, not wrong
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            # torch's own forward-mode rules are scripted at their first use
+            warnings.filterwarnings("ignore", message="`torch.jit.script")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -106,7 +106,7 @@ class BatchProducts:
         root: Root,
         capabilities: "Capabilities",
     ):
-        self.selection, self.vmapped = selection, capabilities.vmapped_columns
+        self.selection = selection
 
         def network(p: dict[str, Tensor]) -> Tensor:
             return selection.call(p, inputs)
@@ -121,9 +121,6 @@ class BatchProducts:
 
     def __call__(self, X: Tensor) -> Tensor:
         """The product with each column of X (P, b)."""
-        if X.shape[1] > 1 and self.vmapped:
-            products: Tensor = vmap(self._single, in_dims=1, out_dims=1)(X)
-            return products
         return torch.stack([self._single(x) for x in X.unbind(1)], dim=1)
 
     def _single(self, x: Tensor) -> Tensor:
@@ -194,7 +191,10 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
             reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         return False
 
-    expected, _ = looped_rows(selection, parameters, some, identity_root)
+    try:
+        expected, _ = looped_rows(selection, parameters, some, identity_root)
+    except RuntimeError as error:
+        raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(selection.n_parameters, 2, generator=generator)
     tangents = noise.to(dtype=expected.dtype, device=expected.device)

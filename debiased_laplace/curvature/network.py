@@ -55,6 +55,19 @@ class Network:
         with torch.no_grad():
             return self.selection.call(self.parameters, inputs)
 
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Evaluate the first sample, where a failure can still be told from one inside a transformation.
+
+        Raises:
+            ValueError: if the model cannot be evaluated on it.
+        """
+        try:
+            self.outputs(inputs[:1])
+        except Exception as error:
+            raise ValueError(
+                f"The model could not be evaluated on inputs of shape {tuple(inputs.shape)} and {inputs.dtype}: {error}"
+            ) from error
+
     def jacobians(self, inputs: Tensor, *, create_graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Jacobians (n, C, P) and outputs (n, C), chunk by chunk."""
         return self._rows(inputs, derivatives.identity_root, create_graph=create_graph)

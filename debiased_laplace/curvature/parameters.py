@@ -1,7 +1,9 @@
 """Which parameters the posterior is over, and the one place that flattens them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +32,8 @@ class ParameterSelection:
         Raises:
             ValueError: if there are none, or they differ in dtype or device.
         """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Expected model as a torch.nn.Module; got {type(model).__name__}.")
         selected = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not selected:
             raise ValueError("The model has no trainable parameters; expected at least one with requires_grad=True.")
@@ -37,6 +41,9 @@ class ParameterSelection:
         if len(kinds) > 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             raise ValueError(f"Expected trainable parameters of one dtype on one device; got {found}.")
+        (dtype,) = {dtype for dtype, _ in kinds}
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"Expected parameters in torch.float32 or torch.float64; got {dtype}: convert the model.")
         return cls(model, tuple(selected), tuple(p.shape for p in selected.values()))
 
     @property
@@ -78,13 +85,28 @@ class ParameterSelection:
         found = [parameters[name] for name in self.names]
         return torch.cat([p.reshape(*p.shape[:n_lead], -1) for p in found], dim=-1)
 
-    def call(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """Every place at which a selected parameter stands, each module once, and the parameter's own name.
+
+        `functional_call`'s own handling of ties does not put a module back that is registered under two names.
+        """
+        own = {id(p): name for name, p in self.model.named_parameters() if name in set(self.names)}
+        return {
+            f"{path}.{local}" if path else local: own[id(p)]
+            for path, module in self.model.named_modules()
+            for local, p in module._parameters.items()
+            if id(p) in own
+        }
+
+    def call(self, parameters: dict[str, Tensor], inputs: Tensor, model_kwargs: dict[str, Any] | None = None) -> Tensor:
         """The model's outputs with these values in place of the selected parameters.
 
         Raises:
             ValueError: if the model returns anything but a tensor.
         """
-        outputs: object = functional_call(self.model, parameters, (inputs,))
+        placed = {place: parameters[name] for place, name in self._places.items()}
+        outputs: object = functional_call(self.model, placed, (inputs,), model_kwargs, tie_weights=False)
         if not isinstance(outputs, Tensor):
             raise ValueError(f"Expected the model to return a tensor; got {type(outputs).__name__}.")
         return outputs

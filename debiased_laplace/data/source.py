@@ -1,7 +1,8 @@
 """Where samples come from: a loader, taken apart into indices before anything is loaded."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -56,6 +57,11 @@ class SampleSource:
                 )
             start += expected
             yield batch
+        if start < len(indices):
+            raise ValueError(
+                f"Expected {len(indices)} samples from the data set; loading stopped after {start} (a StopIteration "
+                "inside __getitem__ ends a loader without a word)."
+            )
 
     def root(self) -> tuple[Any, Int64[Tensor, " n"]]:
         """The data set at the end of a chain of `Subset`s, and the positions in it of this data set's items."""
@@ -70,14 +76,24 @@ class SampleSource:
         return dataset, positions
 
     def augments(self, seed: int) -> bool:
-        """Whether loading the same sample twice gives two different samples."""
+        """Whether loading the same sample twice gives two different samples, alone or in other company.
+
+        The second time each sample is a batch of its own: collate functions that pad or mix make a sample depend on
+        its batch.
+        """
         some = self.indices[torch.linspace(0, len(self.indices) - 1, _PROBES).long().unique()]
         with undisturbed_randomness(seed):
             # workers seed themselves from the loader's generator: the same one would give the same noise twice
             first, second = (
-                torch.cat([sample_hashes(batch) for batch in self.batches(some, each)]) for each in (seed, seed + 1)
+                torch.cat([sample_hashes(batch) for batch in source.batches(some, each)])
+                for source, each in ((self, seed), (replace(self, batch_size=1), seed + 1))
             )
         return not torch.equal(first, second)
+
+
+def root_length(root: Any, positions: Int64[Tensor, " n"]) -> int:
+    """Length of a root data set, or what is known of it where it has none."""
+    return len(root) if hasattr(root, "__len__") else int(positions.max()) + 1
 
 
 def sample_source(loader: Any, seed: int) -> SampleSource:
@@ -113,7 +129,7 @@ def sample_source(loader: Any, seed: int) -> SampleSource:
     with undisturbed_randomness(seed):
         epoch = _one_epoch(loader)
     if not epoch:
-        raise ValueError("The loader yields no samples; expected at least 3.")
+        raise ValueError("The loader yields no samples; expected at least 4.")
     indices = torch.tensor([i for batch in epoch for i in batch], dtype=torch.int64)
     unique = indices.unique()
     if len(unique) < len(indices):
@@ -144,7 +160,7 @@ def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
     }
     states = {key: g.get_state() for key, g in generators.items()}
     try:
-        epoch = [list(batch) for batch in loader.batch_sampler or ()]
+        epoch = _until_repeated(loader)
     finally:
         for key, g in generators.items():
             g.set_state(states[key])
@@ -152,6 +168,19 @@ def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
         return [[index(i) for i in batch] for batch in epoch]
     except TypeError as error:
         raise ValueError("Expected a sampler that yields integer positions in the data set.") from error
+
+
+def _until_repeated(loader: DataLoader[Any]) -> list[list[Any]]:
+    """One epoch of the batch sampler; one that goes on for ever repeats itself, and is cut short."""
+    epoch, n = [], 0
+    dataset: Any = loader.dataset
+    enough = 2 * len(dataset) if hasattr(dataset, "__len__") else math.inf
+    for batch in () if loader.batch_sampler is None else loader.batch_sampler:
+        epoch.append(list(batch))
+        n += len(epoch[-1])
+        if n > enough:
+            break
+    return epoch
 
 
 class _Stacked(Dataset[tuple[Tensor, Tensor]]):
@@ -178,6 +207,6 @@ def _from_batches(batches: Sequence[Any]) -> SampleSource:
         raise ValueError("The list of batches is empty; expected (inputs, targets) pairs.")
     dataset = _Stacked(batches)
     if len(dataset) == 0:
-        raise ValueError("The list of batches has no samples; expected at least 3.")
+        raise ValueError("The list of batches has no samples; expected at least 4.")
     size = max(len(as_batch(batch)) for batch in batches)
     return SampleSource(dataset, torch.arange(len(dataset)), size, {})

@@ -49,7 +49,7 @@ def find_directions(curvature: SubBatchCurvature, *, rank: int | None, solver: S
     if rank is not None and len(pairs.values) < rank:
         warnings.warn(
             f"rank={rank} was asked for, but the direction samples support only {len(pairs.values)} "
-            "directions; more samples support more.",
+            f"directions with more than {REQUESTED:g} of the largest curvature.",
             stacklevel=2,
         )
     return pairs
@@ -59,7 +59,7 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gr
     """The cheaper solver that fits into a quarter of the free memory.
 
     The Gram side costs a product of all pairs of rows, Lanczos some 3 products per direction, each about two
-    backward passes over the samples; with convolutions a pass costs about 50 times its parameters.
+    backward passes over the samples; with convolutions a pass costs some 25 times its parameters.
     """
     R, P, C = curvature.n_rows, curvature.network.n_parameters, curvature.network.n_outputs
     budget = free_memory(curvature.network.like.device) // 4
@@ -68,7 +68,7 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gr
         return "lanczos"
     if rank is None or P <= R:
         return "gram"
-    return "gram" if curvature.n_samples * C * C <= 200 * (6 * rank + 40) else "lanczos"
+    return "gram" if curvature.n_samples * C * C <= 100 * (6 * rank + 40) else "lanczos"
 
 
 def _by_rows(curvature: SubBatchCurvature, rank: int | None, threshold: float) -> Eigenpairs:

@@ -40,12 +40,14 @@ class CurvatureEstimate:
         magnitudes: along the directions, with their errors.
         outcome: of the eigensolver.
         source: which engine computed the curvature along the directions.
+        dropped: the largest curvature that counted as not supported by the direction samples.
     """
 
     curvature: LowRankCurvature
     magnitudes: Magnitudes
     outcome: SolverOutcome
     source: str
+    dropped: float = 0.0
 
 
 def estimate_held_out(
@@ -70,7 +72,7 @@ def estimate_held_out(
     if residual != "none":
         parts.append((a.n_samples / n_data, a.moments(pairs.vectors, residual)))
     curvature = _with_complement(pairs, magnitudes, options.complement, parts)
-    return CurvatureEstimate(curvature, magnitudes, pairs.outcome, b.source)
+    return CurvatureEstimate(curvature, magnitudes, pairs.outcome, b.source, pairs.dropped)
 
 
 def estimate_same_batch(batch: SubBatchCurvature, n_data: int, options: EstimatorOptions) -> CurvatureEstimate:
@@ -96,7 +98,7 @@ def estimate_same_batch(batch: SubBatchCurvature, n_data: int, options: Estimato
         parts = [(1.0, moments)]
     magnitudes = same_batch(pairs, deviations, n=n, n_data=n_data)
     curvature = _with_complement(pairs, magnitudes, options.complement, parts)
-    return CurvatureEstimate(curvature, magnitudes, pairs.outcome, batch.source)
+    return CurvatureEstimate(curvature, magnitudes, pairs.outcome, batch.source, pairs.dropped)
 
 
 def _directions(curvature: SubBatchCurvature, options: EstimatorOptions) -> Eigenpairs:

@@ -33,6 +33,7 @@ class Eigenpairs:
         vectors: orthonormal columns.
         residuals: $\|H u - \lambda u\|$, in the unit of the eigenvalues.
         outcome: how the solver ended.
+        dropped: the largest eigenvalue that the threshold left out; 0 where it left out none.
         projections: $V U$, where the matrix is $V^\top V / n$ and the solver had it at no cost.
     """
 
@@ -40,6 +41,7 @@ class Eigenpairs:
     vectors: Float[Tensor, "P k"]
     residuals: Float[Tensor, " k"]
     outcome: SolverOutcome
+    dropped: float = 0.0
     projections: Float[Tensor, "R k"] | None = None
 
     def __post_init__(self) -> None:

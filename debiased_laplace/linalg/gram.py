@@ -50,6 +50,7 @@ class GramFactor:
         values, W = torch.linalg.eigh(self.gram())
         values, W = values.flip(0), W.flip(1)
         k = supported(values, threshold)
+        dropped = _largest_after(values, k)
         k = k if rank is None else min(k, rank)
         values, W = values[:k], W[:, :k]
         scaled = (W / (values * self.n_samples).sqrt()).to(self.rows.dtype)
@@ -57,7 +58,7 @@ class GramFactor:
         rounding = torch.finfo(self.rows.dtype).eps * values[:1].expand(k)
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
-        return Eigenpairs(values.to(U.dtype), U, rounding.to(U.dtype), outcome, projections)
+        return Eigenpairs(values.to(U.dtype), U, rounding.to(U.dtype), outcome, dropped, projections)
 
 
 def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor, "R R"]:
@@ -90,10 +91,19 @@ def dense_eigenpairs(
     values, U = torch.linalg.eigh(H)
     values, U = values.flip(0), U.flip(1)
     k = supported(values, threshold)
+    dropped = _largest_after(values, k)
     k = k if rank is None else min(k, rank)
     rounding = torch.finfo(H.dtype).eps * values[:1].expand(k)
     outcome = SolverOutcome("dense", True, 0, "all eigenpairs of the dense curvature")
-    return Eigenpairs(values[:k].to(dtype), U[:, :k].to(dtype), rounding.to(dtype), outcome)
+    return Eigenpairs(values[:k].to(dtype), U[:, :k].to(dtype), rounding.to(dtype), outcome, dropped)
+
+
+def _largest_after(values: Tensor, k: int) -> float:
+    """The largest of the eigenvalues from the k-th on, without what is rounding."""
+    if k == len(values):
+        return 0.0
+    rounding = len(values) * torch.finfo(values.dtype).eps * float(values[0])
+    return float(values[k]) if float(values[k]) > rounding else 0.0
 
 
 def dense_curvature(rows: Iterable[Float[Tensor, "n r P"]], n_parameters: int, like: Tensor) -> Float[Tensor, "P P"]:

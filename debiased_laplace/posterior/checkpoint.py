@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from debiased_laplace.data.identities import SampleIdentities
@@ -27,6 +28,7 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
         "cls_name": type(la).__name__,
         "likelihood": la.likelihood,
         "weights_fingerprint": la.weights_fingerprint,
+        "parameter_names": "\n".join(la._selection.names),
         "mean": la.mean,
         "prior_mean": la.prior_mean,
         "prior_precision": la.prior_precision,
@@ -71,6 +73,18 @@ def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         ValueError: if entries are missing, or the state belongs to something else; the posterior stays as it was.
     """
     _check(la, state)
+    before = dict(la.__dict__)
+    try:
+        _restore(la, state)
+    except Exception as error:
+        la.__dict__.clear()
+        la.__dict__.update(before)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
+
+
+def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
     like = la._selection.vector()
 
     def tensor(key: str) -> Tensor:
@@ -115,6 +129,11 @@ def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         solver=state["option_solver"],
         seed=state["option_seed"],
     )
+    curvature = estimate.curvature
+    P, k = len(like), curvature.directions.shape[-1]
+    fits = curvature.directions.shape == (P, k) and curvature.weights.shape == (k,)
+    if not fits or curvature.diagonal.numel() not in (1, P):
+        raise ValueError(f"Expected directions of shape ({P}, k) with k weights, and a diagonal of 1 or {P} entries.")
     la._options, la._split_options = options, replace(la._split_options, seed=options.seed)
     la.adopt(
         Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
@@ -126,13 +145,14 @@ def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
     la.sigma_noise = tensor("sigma_noise")
     la.temperature = state["temperature"]
     la.enable_backprop = state["enable_backprop"]
+    la.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
 
 
 def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
     """Refuse a state that does not belong here."""
     if not isinstance(state, dict):
         raise ValueError(f"Expected a state as a dictionary; got {type(state).__name__}.")
-    for key in ("version", "cls_name", "likelihood", "mean", "weights_fingerprint"):
+    for key in ("version", "cls_name", "likelihood", "mean", "weights_fingerprint", "parameter_names"):
         if key not in state:
             raise ValueError(f"The state has no entry {key!r}; it is not one of this package.")
     if state["version"] != VERSION:
@@ -149,6 +169,13 @@ def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
         raise ValueError(
             "The state was fitted at other weights than the model has now; load the weights that it was "
             "fitted to first."
+        )
+    if state["parameter_names"] != "\n".join(la._selection.names) or not torch.equal(
+        state["mean"].to(la._selection.vector()), la._selection.vector()
+    ):
+        raise ValueError(
+            "The state is over other parameters than the model's trainable ones; expected the same ones with "
+            "requires_grad as at the fit."
         )
     missing = sorted(set(_KEYS) - set(state))
     if missing:

@@ -1,5 +1,6 @@
 """What a fit found: its attributes, and the precision operator that everything else is computed from."""
 
+import math
 from dataclasses import replace
 
 from jaxtyping import Float
@@ -126,6 +127,13 @@ class FittedPosterior(PriorAndNoise):
         if value.ndim == 0 or value.shape[-1] != self.n_params:
             raise ValueError(f"Expected parameters of shape (…, {self.n_params}); got {tuple(value.shape)}.")
         return operator.quadratic(value - self.mean)
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Log density of parameters (…, P) under the posterior, in nats; without its constant if not normalized."""
+        exponent = -self.square_norm(value) / 2
+        if not normalized:
+            return exponent
+        return exponent + self.log_det_posterior_precision / 2 - self.n_params / 2 * math.log(2 * math.pi)
 
     @property
     def log_likelihood(self) -> Tensor:

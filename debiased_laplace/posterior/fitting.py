@@ -14,7 +14,7 @@ from debiased_laplace.curvature.survey import Survey, meet_network, survey
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
-from debiased_laplace.data.source import SampleSource, sample_source
+from debiased_laplace.data.source import SampleSource, root_length, sample_source
 from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
 from debiased_laplace.debiasing.estimate import (
     CurvatureEstimate,
@@ -94,7 +94,13 @@ def fit_curvature(
         seed=seed,
     )
     model = selection.model
-    with evaluating(model), differentiable_kernels(model), undisturbed_randomness(seed):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+        differentiable_kernels(model),
+        undisturbed_randomness(seed),
+    ):
         network = _meet(selection, likelihood, source, split, seed)
         augmented = source.augments(seed)
         surveys = [
@@ -143,7 +149,7 @@ def _identities(source: SampleSource, split: SubBatches, surveys: list[Survey], 
     """
     root, positions = source.root()
     hashes = torch.cat([found.hashes for found in surveys])
-    identities = SampleIdentities(hashes, positions[split.used_indices], len(root), augmented, root)
+    identities = SampleIdentities(hashes, positions[split.used_indices], root_length(root, positions), augmented, root)
     if identities.n_repeated and not split.shared:
         positions, order = split.used_indices.sort()
         raise RepeatedSamplesError(positions[_repeats(hashes[order])])

@@ -1,5 +1,6 @@
 """Checks of what laplace-torch accepts silently: precisions, noises and temperatures that are no numbers to use."""
 
+import operator
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,6 +70,20 @@ _PLANNED = {
 }
 
 
+def integer(value: Any, name: str) -> int:
+    """The value as a plain integer; NumPy's are integers too.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be an integer; got {value!r}.")
+
+
 def one_of(value: object, kind: object, name: str) -> None:
     """Check an option against its `Literal`.
 
@@ -118,9 +133,9 @@ def estimator_options(
     one_of(solver, Solver, "solver")
     if rank == "auto":
         raise NotBuiltError("rank must be an integer or None; 'auto' is not available yet.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    rank = None if rank is None else integer(rank, "rank (an integer or None)")
+    if rank is not None and rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, or None; got {rank!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer; got {seed!r}.")
+    seed = integer(seed, "seed")
     checked_magnitudes: Literal["held_out", "same_batch"] = magnitudes  # type: ignore[assignment]
     return EstimatorOptions(rank, checked_magnitudes, complement, solver, seed)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
-from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.source import root_length, sample_source
 from debiased_laplace.debiasing.held_out_kl import (
     HeldOutKL,
     KLTerms,
@@ -95,7 +95,9 @@ def _known(la: PredictiveInterface, loader: Any) -> _Known:
     augmented = source.augments(seed)
     with undisturbed_randomness(seed):
         hashes = torch.cat([sample_hashes(batch) for batch in samples])
-    return _Known(samples, SampleIdentities(hashes, positions[source.indices], len(root), augmented, root))
+    return _Known(
+        samples, SampleIdentities(hashes, positions[source.indices], root_length(root, positions), augmented, root)
+    )
 
 
 def _terms_of(la: PredictiveInterface, terms: KLTerms, known: _Known) -> Tensor:
@@ -108,6 +110,7 @@ def _rows(la: PredictiveInterface, samples: Samples) -> Iterator[Tensor]:
     for batch in samples:
         batch.check_finite()
         network: Network = la.network_for(batch.inputs)
+        network.check_inputs(batch.inputs)
         checked_outputs(network.outputs(batch.inputs), batch)
         la.check_targets(batch)
         yield from network.ggn_rows(batch.inputs)
@@ -138,6 +141,7 @@ def _check_fitted(expected: SampleIdentities, given: SampleIdentities) -> None:
 def _context(la: PredictiveInterface) -> str:
     """What the constant of the KL depends on."""
     prior = la.prior_precision.detach().double().cpu()
+    prior = prior[:1] if bool((prior == prior[0]).all()) else prior
     shown = f"{prior.item():.6g}" if prior.numel() == 1 else f"{prior.numel()} entries {hash(tuple(prior.tolist()))}"
     return (
         f"weights {la.weights_fingerprint[:12]}, all weights, GGN, prior precision {shown}, "

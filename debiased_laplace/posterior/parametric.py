@@ -1,5 +1,6 @@
 """What all debiased posteriors share: hyper-parameters, fit, the precision operator, the held-out KL, the state."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.debiasing.directions import SUPPORTED
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.errors import NotBuiltError
 from debiased_laplace.linalg.low_rank_plus_diagonal import (
@@ -14,12 +16,7 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import (
 )
 from debiased_laplace.posterior import checkpoint, judging, prior_tuning
 from debiased_laplace.posterior.fitting import Fit, SplitOptions, fit_curvature
-from debiased_laplace.posterior.hyperparameters import (
-    estimator_options,
-    name_of,
-    one_positive,
-    sample_amounts,
-)
+from debiased_laplace.posterior.hyperparameters import estimator_options, integer, name_of, one_positive, sample_amounts
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 
@@ -56,11 +53,11 @@ class DebiasedParametricLaplace(PredictiveInterface):
         self._options = estimator_options(
             rank=rank, magnitudes=magnitudes, complement=complement, solver=solver, seed=seed
         )
-        self._split_options = SplitOptions(*sample_amounts(direction_samples, magnitude_samples), seed)
+        self._split_options = SplitOptions(*sample_amounts(direction_samples, magnitude_samples), self._options.seed)
         if backend is not None or backend_kwargs:
             raise NotBuiltError(
-                "backend must be None, which computes curvature with torch.func; laplace-torch's "
-                "backends are not available yet."
+                "backend must be None, which computes curvature with torch.func; laplace-torch's backends are not "
+                "available yet. (marglik_training passes one of its own: give it backend=None.)"
             )
         self._selection = ParameterSelection.all_weights(model)
         self._fit: Fit | None = None
@@ -117,8 +114,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
             raise NotBuiltError("override must be True; adding data to a fit is not available yet.")
         if tolerance is not None:
             raise NotBuiltError("tolerance must be None; stopping early is not available yet.")
-        if n_data is not None and (isinstance(n_data, bool) or not isinstance(n_data, int)):
-            raise ValueError(f"n_data must be an integer or None; got {n_data!r}.")
+        n_data = None if n_data is None else integer(n_data, "n_data")
         fit = fit_curvature(
             self._selection,
             self._likelihood,
@@ -129,6 +125,19 @@ class DebiasedParametricLaplace(PredictiveInterface):
             progress_bar=progress_bar,
         )
         self.adopt(fit, self._selection.vector(), self._selection.fingerprint())
+        self._warn_of_dropped_directions()
+
+    def _warn_of_dropped_directions(self) -> None:
+        """The threshold of `rank=None` is relative to the largest curvature; the posterior's is the prior."""
+        dropped = self.n_data * float(self._H_factor) * self.fitted.estimate.dropped
+        prior = float(self.prior_precision.min())
+        if self._options.rank is None and self._options.complement == "none" and dropped > prior:
+            warnings.warn(
+                f"rank=None left out directions below {SUPPORTED:g} of the largest curvature, in which the data still "
+                f"say up to {dropped / prior:.3g} times as much as the prior: the posterior is too wide there. Inputs "
+                "of very different scales do that: standardize them, ask for more by rank, or take a complement.",
+                stacklevel=3,
+            )
 
     def optimize_prior_precision(
         self,

@@ -142,12 +142,12 @@ class PredictiveInterface(FittedPosterior):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Output covariances (n, C, C) for Jacobians (n, C, P)."""
-        self._check_H_init()
+        self._check_jacobian_width(Js)
         return self.posterior_precision.variance(Js)
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Covariance (nC, nC) of all outputs together, for Jacobians (n, C, P) or (nC, P)."""
-        self._check_H_init()
+        self._check_jacobian_width(Js)
         return self.posterior_precision.variance(Js.flatten(0, -2))
 
     def _glm_predictive_distribution(
@@ -181,13 +181,20 @@ class PredictiveInterface(FittedPosterior):
             device=self.mean.device,
         )
 
+    def _check_jacobian_width(self, Js: Tensor) -> None:
+        self._check_H_init()
+        if Js.ndim < 2 or Js.shape[-1] != self.n_params:
+            raise ValueError(f"Expected Jacobians of shape (…, {self.n_params}); got {tuple(Js.shape)}.")
+
     @contextmanager
     def _looking(self, x: Tensor) -> Iterator[tuple[Network, Tensor]]:
         """The network and the inputs on its device, in evaluation mode while the block runs."""
         self._check_H_init()
         with evaluating(self.model), differentiable_kernels(self.model):
             inputs = x.to(self.mean.device)
-            yield self.network_for(inputs), inputs
+            network = self.network_for(inputs)
+            network.check_inputs(inputs)
+            yield network, inputs
 
     def _checked(self, x: Tensor, pred_type: str, n_samples: int, generator: torch.Generator | None) -> str:
         """The kind of predictive as a plain string, after a look at what every call shares."""

@@ -193,6 +193,8 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
 
     if scoring.pred_type != "glm" or size > free_memory(la.mean.device) // 4:
         return anew
+    # one call through the front door, so that options and inputs are checked as anywhere else
+    la(batches[0].inputs[:1], pred_type="glm", link_approx=link, n_samples=scoring.n_samples)
     jacobians = _jacobians(la, batches)
 
     def cached() -> Iterable[Prediction]:
@@ -203,8 +205,6 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
                 out = la.link(mean, covariance, link, scoring.n_samples, False, generator())
             yield out, batch.targets.to(la.mean.device)
 
-    # one call through the front door, so that options and inputs are checked as anywhere else
-    la(batches[0].inputs[:1], pred_type="glm", link_approx=link, n_samples=scoring.n_samples)
     return cached
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
 from debiased_laplace.curvature.network import Network
 
@@ -31,13 +30,5 @@ def network_draws(
         Outputs per draw.
     """
     with torch.set_grad_enabled(create_graph):
-        draws = [
-            functional_call(
-                network.selection.model,
-                network.selection.unflatten(w),
-                (inputs,),
-                model_kwargs,
-            )
-            for w in weights
-        ]
+        draws = [network.selection.call(network.selection.unflatten(w), inputs, model_kwargs) for w in weights]
         return torch.stack(draws)
