@@ -85,10 +85,10 @@ def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: B
     parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
     some = Batch(batch.inputs[:8], batch.targets[:8])
     with torch.no_grad():
-        outputs = _evaluated(selection, parameters, some)
+        outputs = evaluated(selection, parameters, some)
         likelihood.check(outputs, some.targets)
         again = selection.call(parameters, some.inputs)
-        single = _evaluated(selection, parameters, Batch(some.inputs[:1], some.targets[:1]))
+        single = evaluated(selection, parameters, Batch(some.inputs[:1], some.targets[:1]))
     scale = float(outputs.abs().max())
     if not torch.allclose(outputs, again, rtol=1e-4, atol=1e-5 * scale):
         raise ValueError(
@@ -104,7 +104,7 @@ def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: B
     return Network(selection, parameters, likelihood, outputs.shape[1], capabilities)
 
 
-def _evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+def evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
     """Outputs of the model, or the reason why there are none, in the terms of the caller."""
     try:
         outputs = selection.call(parameters, batch.inputs)

@@ -81,6 +81,8 @@ def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         la.__dict__.update(before)
         if isinstance(error, ValueError):
             raise
+        if isinstance(error, KeyError):
+            raise ValueError(f"The state lacks the entry {error}.") from error
         raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -177,42 +179,3 @@ def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
             "The state is over other parameters than the model's trainable ones; expected the same ones with "
             "requires_grad as at the fit."
         )
-    missing = sorted(set(_KEYS) - set(state))
-    if missing:
-        raise ValueError(f"The state lacks the entries {missing}.")
-
-
-_KEYS = [
-    "prior_mean",
-    "prior_precision",
-    "sigma_noise",
-    "temperature",
-    "enable_backprop",
-    "loss",
-    "n_outputs",
-    "n_data",
-    "option_rank",
-    "option_magnitudes",
-    "option_complement",
-    "option_solver",
-    "option_seed",
-    "curvature_diagonal",
-    "curvature_directions",
-    "curvature_weights",
-    "curvature_source",
-    "magnitudes_values",
-    "magnitudes_standard_errors",
-    "magnitudes_in_sample",
-    "magnitudes_n_floored",
-    "solver",
-    "solver_converged",
-    "solver_products",
-    "solver_reason",
-    "split_direction_indices",
-    "split_magnitude_indices",
-    "split_shared",
-    "samples_hashes",
-    "samples_positions",
-    "samples_n_root",
-    "samples_augmented",
-]

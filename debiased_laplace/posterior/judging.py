@@ -10,7 +10,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.survey import checked_outputs
+from debiased_laplace.curvature.survey import evaluated
 from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -110,8 +110,8 @@ def _rows(la: PredictiveInterface, samples: Samples) -> Iterator[Tensor]:
     for batch in samples:
         batch.check_finite()
         network: Network = la.network_for(batch.inputs)
-        network.check_inputs(batch.inputs)
-        checked_outputs(network.outputs(batch.inputs), batch)
+        with torch.no_grad():
+            evaluated(network.selection, network.parameters, batch)
         la.check_targets(batch)
         yield from network.ggn_rows(batch.inputs)
 
