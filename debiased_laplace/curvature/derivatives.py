@@ -13,35 +13,44 @@ from torch import Tensor
 from torch.func import jvp, linearize, vjp, vmap
 
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import OutputRoot
+from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, one_by_one
 
-Root = Callable[[Tensor], Tensor]
-"""Outputs (C,) of one sample to cotangents, the columns of a (C, r) matrix."""
+_MIXTURES = 4  # random combinations of outputs that a mode of differentiation is tried on
+
+Cotangents = Callable[[Tensor, Tensor], Tensor]
+"""Outputs (C,) of one sample and what else is known of it, to the columns of a (C, r) matrix."""
 
 
-def identity_root(outputs: Tensor) -> Tensor:
+def identity_cotangents(outputs: Tensor, side: Tensor) -> Tensor:  # noqa: ARG001
     """Cotangents of the plain Jacobian."""
     return torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
 
 
 def vmapped_rows(
-    selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Tensor, root: Root
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    inputs: Inputs,
+    side: Tensor,
+    cotangents: Cotangents,
 ) -> tuple[Tensor, Tensor]:
     """Rows (n, r, P) and outputs (n, C) of a batch, all samples at once."""
 
-    def of_one(x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, pullback = _vjp(lambda p: selection.call(p, x[None])[0], parameters)
-        rows = vmap(lambda cotangent: pullback(cotangent)[0])(root(outputs).mT)
+    def of_one(x: Inputs, known: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, pullback = _vjp(lambda p: selection.call(p, as_one(x))[0], parameters)
+        rows = vmap(lambda cotangent: pullback(cotangent)[0])(cotangents(outputs, known).mT)
         return selection.flatten(rows, n_lead=1), outputs
 
-    found: tuple[Tensor, Tensor] = vmap(of_one)(inputs)
+    found: tuple[Tensor, Tensor] = vmap(of_one)(inputs, side)
     return found
 
 
 def looped_rows(
     selection: ParameterSelection,
     parameters: dict[str, Tensor],
-    inputs: Tensor,
-    root: Root,
+    inputs: Inputs,
+    side: Tensor,
+    cotangents: Cotangents,
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -49,9 +58,9 @@ def looped_rows(
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     stacked, collected = [], []
     with torch.enable_grad():
-        for x in inputs:
-            outputs = selection.call(leaves, x[None])[0]
-            cotangents = root(outputs if create_graph else outputs.detach()).mT
+        for x, known in zip(one_by_one(inputs), side, strict=True):
+            outputs = selection.call(leaves, as_one(x))[0]
+            at = cotangents(outputs if create_graph else outputs.detach(), known).mT
             rows = [
                 torch.autograd.grad(
                     outputs,
@@ -62,7 +71,7 @@ def looped_rows(
                     allow_unused=True,
                     materialize_grads=True,
                 )
-                for cotangent in cotangents
+                for cotangent in at
             ]
             flat = [selection.flatten(dict(zip(leaves, row, strict=True))) for row in rows]
             stacked.append(torch.stack(flat))
@@ -74,7 +83,7 @@ def looped_rows(
 def columns(
     selection: ParameterSelection,
     parameters: dict[str, Tensor],
-    inputs: Tensor,
+    inputs: Inputs,
     tangents: Tensor,
     *,
     vmapped: bool,
@@ -102,22 +111,22 @@ class BatchProducts:
         self,
         selection: ParameterSelection,
         parameters: dict[str, Tensor],
-        inputs: Tensor,
-        root: Root,
+        inputs: Inputs,
+        side: Tensor,
+        root: OutputRoot,
         capabilities: "Capabilities",
     ):
-        self.selection = selection
+        self.selection, self._root, self._side = selection, root, side
 
         def network(p: dict[str, Tensor]) -> Tensor:
             return selection.call(p, inputs)
 
         if capabilities.linearized:
-            outputs, self._push = _linearize(network, parameters)
+            self._outputs, self._push = _linearize(network, parameters)
         else:
-            outputs = network(parameters)
+            self._outputs = network(parameters)
             self._push = lambda tangent: jvp(network, (parameters,), (tangent,))[1]
         _, self._pull = _vjp(network, parameters)
-        self._root = root(outputs)
 
     def __call__(self, X: Tensor) -> Tensor:
         """The product with each column of X (P, b)."""
@@ -125,8 +134,8 @@ class BatchProducts:
 
     def _single(self, x: Tensor) -> Tensor:
         pushed = self._push(self.selection.unflatten(x))
-        weighted = self._root @ (self._root.mT @ pushed[..., None])
-        return self.selection.flatten(self._pull(weighted[..., 0])[0])
+        weighted = self._root.product(self._outputs, self._side, pushed)
+        return self.selection.flatten(self._pull(weighted)[0])
 
 
 def _vjp(
@@ -167,7 +176,7 @@ class Capabilities:
     reasons: dict[str, str]
 
 
-def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Tensor) -> Capabilities:
+def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> Capabilities:
     """Try each mode on one or two samples; the plain forward pass is known to work.
 
     Args:
@@ -178,7 +187,8 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     Returns:
         What worked, and worked right: rows that disagree with one-at-a-time rows count as refused.
     """
-    some = inputs[:2]
+    some = first(inputs, 2)
+    nothing = torch.zeros(n_samples_of(some))
     reasons: dict[str, str] = {}
 
     def attempt(name: str, compute: Callable[[], bool]) -> bool:
@@ -191,26 +201,35 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
             reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         return False
 
+    generator = torch.Generator().manual_seed(0)
+    like = selection.vector()
+    with torch.no_grad():
+        n_outputs = selection.call(parameters, some).shape[-1]
+    # a few combinations of the outputs tell as much as all outputs, of which there may be thousands
+    mixed = torch.randn(n_outputs, min(n_outputs, _MIXTURES), generator=generator).to(like)
+
+    def cotangents(outputs: Tensor, side: Tensor) -> Tensor:  # noqa: ARG001
+        return mixed
+
     try:
-        expected, _ = looped_rows(selection, parameters, some, identity_root)
+        expected, _ = looped_rows(selection, parameters, some, nothing, cotangents)
     except RuntimeError as error:
         raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(selection.n_parameters, 2, generator=generator)
-    tangents = noise.to(dtype=expected.dtype, device=expected.device)
+    tangents = torch.randn(selection.n_parameters, 2, generator=generator).to(like)
     pushed = expected @ tangents
 
     def rows_agree() -> bool:
-        return _close(vmapped_rows(selection, parameters, some, identity_root)[0], expected)
+        return _close(vmapped_rows(selection, parameters, some, nothing, cotangents)[0], expected)
 
     def columns_agree(*, vmapped: bool) -> bool:
-        return _close(columns(selection, parameters, some, tangents, vmapped=vmapped)[0], pushed)
+        found, _ = columns(selection, parameters, some, tangents, vmapped=vmapped)
+        return _close(mixed.T @ found, pushed)
 
     def linearization_agrees() -> bool:
         # torch's linearization of layers that work in place spoils its own constants at the first use
         _, push = _linearize(lambda p: selection.call(p, some), parameters)
         uses = (0, 1, 0)
-        return all(_close(push(selection.unflatten(tangents[:, i])), pushed[..., i]) for i in uses)
+        return all(_close(push(selection.unflatten(tangents[:, i])) @ mixed, pushed[..., i]) for i in uses)
 
     by_rows = attempt("vmapped rows", rows_agree)
     by_columns = attempt("columns", lambda: columns_agree(vmapped=False))

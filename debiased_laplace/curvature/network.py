@@ -2,18 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from debiased_laplace.curvature import derivatives
-from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, Root
+from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities
+from debiased_laplace.curvature.foreign import ForeignDerivatives
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import Identity, OutputRoot
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.inputs import Inputs, first, n_samples_of, split
 
 _MOST_SAMPLES = 256  # of a chunk: activations are not in the byte count
+_MOST_SAMPLES_OF_A_BACKEND = 32  # its Jacobians may cost the square of that
 _TANGENTS = 32  # directions pushed forward at once
+
+RowBlocks = Iterator[Tensor]
+"""Rows (n, r, P) of the same n samples, their r rows in one or more blocks."""
+
+TORCH_ROWS = "torch.func rows"
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,7 @@ class Network:
         likelihood: of the outputs.
         n_outputs: C.
         capabilities: found by trying.
+        foreign: another library's derivatives, where they are to be used; None: torch.func's.
     """
 
     selection: ParameterSelection
@@ -33,6 +45,7 @@ class Network:
     likelihood: Likelihood
     n_outputs: int
     capabilities: Capabilities
+    foreign: ForeignDerivatives | None = None
 
     @property
     def n_parameters(self) -> int:
@@ -44,58 +57,95 @@ class Network:
         """Any flat vector of the parameters' dtype and device."""
         return next(iter(self.parameters.values())).reshape(-1)[:1].expand(self.n_parameters)
 
-    @property
-    def rows_per_chunk(self) -> int:
-        """Samples whose rows fit into one chunk."""
-        size = self.n_outputs * self.n_parameters * self.like.element_size()
-        return max(1, min(_MOST_SAMPLES, CHUNK_BYTES // size))
+    def rows_per_chunk(self, n_rows: int) -> int:
+        """Samples of so many rows each that fit into one chunk; 0 where a single one does not."""
+        size = n_rows * self.n_parameters * self.like.element_size()
+        return min(_MOST_SAMPLES, CHUNK_BYTES // size)
 
-    def outputs(self, inputs: Tensor) -> Tensor:
+    def outputs(self, inputs: Inputs) -> Tensor:
         """Outputs (n, C) of a batch, without a graph."""
         with torch.no_grad():
             return self.selection.call(self.parameters, inputs)
 
-    def check_inputs(self, inputs: Tensor) -> None:
+    def check_inputs(self, inputs: Inputs) -> None:
         """Evaluate the first sample, where a failure can still be told from one inside a transformation.
 
         Raises:
             ValueError: if the model cannot be evaluated on it.
         """
-        try:
-            self.outputs(inputs[:1])
-        except Exception as error:
-            raise ValueError(
-                f"The model could not be evaluated on inputs of shape {tuple(inputs.shape)} and {inputs.dtype}: {error}"
-            ) from error
+        with torch.no_grad():
+            self.selection.evaluated(self.parameters, first(inputs, 1))
 
-    def jacobians(self, inputs: Tensor, *, create_graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Jacobians (n, C, P) and outputs (n, C), chunk by chunk."""
-        return self._rows(inputs, derivatives.identity_root, create_graph=create_graph)
+    def jacobians(self, inputs: Inputs, *, create_graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Jacobians (n, C, P) and outputs (n, C), chunk by chunk, all outputs of a sample at once."""
+        size = max(1, self.rows_per_chunk(self.n_outputs))
+        for chunk in split(inputs, size):
+            side = torch.zeros(n_samples_of(chunk))
+            yield self._rows(chunk, side, derivatives.identity_cotangents, create_graph=create_graph)
 
-    def ggn_rows(self, inputs: Tensor) -> Iterator[Tensor]:
-        r"""Rows $S_n^\top J_n$ (n, r, P) of the GGN's root, chunk by chunk."""
-        for rows, _ in self._rows(inputs, self.likelihood.root, create_graph=False):
-            yield rows
+    def jacobian_blocks(self, inputs: Inputs, n_outputs: int) -> Iterator[RowBlocks]:
+        """Rows of the Jacobian, for each group of samples in blocks of outputs that bound the memory."""
+        side = torch.zeros(n_samples_of(inputs))
+        return (blocks for _, blocks in self._grouped(inputs, side, Identity(), n_outputs))
 
-    def _rows(self, inputs: Tensor, root: Root, *, create_graph: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        for chunk in inputs.split(self.rows_per_chunk):
-            # vmap's backward pass of normalization layers is right once, but not differentiable: it takes mean and
-            # deviation for constants
-            if self.capabilities.vmapped_rows and not create_graph:
-                rows, outputs = derivatives.vmapped_rows(self.selection, self.parameters, chunk, root)
-                yield rows.detach(), outputs.detach()
-            else:
-                yield derivatives.looped_rows(self.selection, self.parameters, chunk, root, create_graph=create_graph)
+    def root_rows(self, batch: Batch, root: OutputRoot, side: Tensor) -> Iterator[tuple[int, RowBlocks, str]]:
+        r"""Rows $S_n^\top J_n$ of a curvature's root.
 
-    def ggn_columns(self, inputs: Tensor, directions: Tensor) -> Tensor:
+        Args:
+            batch: samples.
+            root: of the curvature with respect to the outputs.
+            side: what the root needs to know of each sample.
+
+        Yields:
+            The number of samples of a group, their rows in blocks that bound the memory, and who computed them.
+        """
+        r = root.n_columns(self.n_outputs)
+        foreign = self.foreign
+        if foreign is None or not foreign.offers_rows(root):
+            for n, blocks in self._grouped(batch.inputs, side, root, r):
+                yield n, blocks, TORCH_ROWS
+            return
+        size = max(1, min(self.rows_per_chunk(self.n_outputs), _MOST_SAMPLES_OF_A_BACKEND))
+        for chunk, known in zip(batch.chunks(size), side.split(size), strict=True):
+            yield len(chunk), iter([foreign.rows(chunk, root, known)]), foreign.name
+
+    def _grouped(self, inputs: Inputs, side: Tensor, root: OutputRoot, n_rows: int) -> Iterator[tuple[int, RowBlocks]]:
+        size = self.rows_per_chunk(n_rows)
+        # where one sample's rows are too many, its rows come in blocks
+        step = n_rows if size else max(1, CHUNK_BYTES // (self.n_parameters * self.like.element_size()))
+        for chunk, known in zip(split(inputs, max(size, 1)), side.split(max(size, 1)), strict=True):
+            yield len(known), self._blocks(chunk, known, root, [slice(i, i + step) for i in range(0, n_rows, step)])
+
+    def _blocks(self, inputs: Inputs, side: Tensor, root: OutputRoot, blocks: list[slice]) -> RowBlocks:
+        for chosen in blocks:
+            yield self._rows(inputs, side, partial(root.columns, chosen=chosen))[0]
+
+    def _rows(
+        self, inputs: Inputs, side: Tensor, cotangents: derivatives.Cotangents, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        side = side.to(self.like.device)
+        # vmap's backward pass of normalization layers is right once, but not differentiable: it takes mean and
+        # deviation for constants
+        if self.capabilities.vmapped_rows and not create_graph:
+            rows, outputs = derivatives.vmapped_rows(self.selection, self.parameters, inputs, side, cotangents)
+            return rows.detach(), outputs.detach()
+        return derivatives.looped_rows(
+            self.selection, self.parameters, inputs, side, cotangents, create_graph=create_graph
+        )
+
+    def root_columns(self, inputs: Inputs, root: OutputRoot, side: Tensor, directions: Tensor) -> Tensor:
         r"""$S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""
-        vmapped = self.capabilities.vmapped_columns
         parts = []
         for tangents in directions.split(_TANGENTS, dim=1):
-            pushed, outputs = derivatives.columns(self.selection, self.parameters, inputs, tangents, vmapped=vmapped)
-            parts.append(self.likelihood.root(outputs).mT @ pushed)
+            pushed, outputs = self.pushed(inputs, tangents)
+            parts.append(root.transposed(outputs, side, pushed))
         return torch.cat(parts, dim=-1)
 
-    def products(self, inputs: Tensor) -> BatchProducts:
-        """The batch made ready for many GGN products."""
-        return BatchProducts(self.selection, self.parameters, inputs, self.likelihood.root, self.capabilities)
+    def pushed(self, inputs: Inputs, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """$J_n u_i$ as (n, C, k) for a few tangents (P, k), and the outputs (n, C)."""
+        vmapped = self.capabilities.vmapped_columns
+        return derivatives.columns(self.selection, self.parameters, inputs, tangents, vmapped=vmapped)
+
+    def products(self, inputs: Inputs, root: OutputRoot, side: Tensor) -> BatchProducts:
+        """The batch made ready for many products with the curvature."""
+        return BatchProducts(self.selection, self.parameters, inputs, side, root, self.capabilities)

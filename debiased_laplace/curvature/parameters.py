@@ -1,29 +1,42 @@
 """Which parameters the posterior is over, and the one place that flattens them."""
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from debiased_laplace.data.inputs import Inputs, dtype_of, shape_of
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class ParameterSelection:
     """The parameters of a model that the posterior is over, in `named_parameters` order.
 
+    All weights, the last layer and a subnetwork are three values of this type; a subnetwork may hold some entries of a
+    parameter and not the others.
+
     Attributes:
         model: the user's model, never written to.
-        names: of the selected parameters.
-        shapes: of the selected parameters.
+        names: of the parameters that have selected entries.
+        shapes: of the selected entries: the parameter's own where all of it is selected, (n,) where n entries are.
+        entries: flat positions of the selected entries in each parameter; None where all of it is selected.
+        subset: what was selected, in words, for messages.
+        last_layer: name of the module, where one layer was selected.
     """
 
     model: nn.Module
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    entries: tuple[Int64[Tensor, " _"] | None, ...]
+    subset: str
+    last_layer: str | None = None
 
     @classmethod
     def all_weights(cls, model: nn.Module) -> "ParameterSelection":
@@ -44,11 +57,55 @@ class ParameterSelection:
         (dtype,) = {dtype for dtype, _ in kinds}
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Expected parameters in torch.float32 or torch.float64; got {dtype}: convert the model.")
-        return cls(model, tuple(selected), tuple(p.shape for p in selected.values()))
+        shapes = tuple(p.shape for p in selected.values())
+        return cls(model, tuple(selected), shapes, (None,) * len(shapes), "all weights")
+
+    def layer(self, name: str) -> "ParameterSelection":
+        """Those of these parameters that belong to one module.
+
+        Raises:
+            ValueError: if there is no module of that name, or it has none of these parameters.
+        """
+        modules = dict(self.model.named_modules())
+        if name not in modules:
+            raise ValueError(f"Expected last_layer_name as one of the modules {list(modules)[1:]}; got {name!r}.")
+        own = {id(p) for p in modules[name].parameters()}
+        parameters = dict(self.model.named_parameters())
+        kept = [i for i, n in enumerate(self.names) if id(parameters[n]) in own]
+        if not kept:
+            raise ValueError(
+                f"Layer {name!r} has no trainable parameters; expected one with requires_grad=True, or another "
+                "last_layer_name."
+            )
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in kept),
+            shapes=tuple(self.shapes[i] for i in kept),
+            entries=tuple(self.entries[i] for i in kept),
+            subset=f"last layer {name!r}",
+            last_layer=name,
+        )
+
+    def subnetwork(self, indices: Int64[Tensor, " n"]) -> "ParameterSelection":
+        """Some entries of these parameters, by their increasing positions in the flat vector."""
+        names, shapes, entries = [], [], []
+        start = 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            inside = indices[(indices >= start) & (indices < start + shape.numel())] - start
+            start += shape.numel()
+            if len(inside) == 0:
+                continue
+            whole = len(inside) == shape.numel()
+            names.append(name)
+            shapes.append(shape if whole else torch.Size([len(inside)]))
+            entries.append(None if whole else inside)
+        return replace(
+            self, names=tuple(names), shapes=tuple(shapes), entries=tuple(entries), subset=f"{len(indices)} entries"
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of entries of each parameter."""
+        """Number of selected entries of each parameter."""
         return tuple(shape.numel() for shape in self.shapes)
 
     @property
@@ -56,10 +113,38 @@ class ParameterSelection:
         """Number P of entries altogether."""
         return sum(self.sizes)
 
+    @cached_property
+    def indices(self) -> Int64[Tensor, " P"]:
+        """Positions of the selected entries in the flat vector of all trainable parameters."""
+        starts, start = {}, 0
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                starts[name] = start
+                start += p.numel()
+        parts = [
+            starts[name] + (torch.arange(size) if entries is None else entries)
+            for name, size, entries in zip(self.names, self.sizes, self.entries, strict=True)
+        ]
+        return torch.cat(parts)
+
+    @property
+    def description(self) -> str:
+        """What is selected, in one string that two equal selections share."""
+        parts = []
+        for name, shape, entries in zip(self.names, self.shapes, self.entries, strict=True):
+            held = "" if entries is None else "@" + sha256(entries.cpu().numpy().tobytes()).hexdigest()[:16]
+            parts.append(f"{name}{tuple(shape)}{held}")
+        return "\n".join(parts)
+
     def vector(self) -> Float[Tensor, " P"]:
         """A flat copy of the model's current values."""
         current = dict(self.model.named_parameters())
-        return torch.cat([current[name].detach().reshape(-1) for name in self.names])
+        flat = {name: current[name].detach().reshape(-1) for name in self.names}
+        parts = [
+            flat[name] if entries is None else flat[name][entries.to(flat[name].device)]
+            for name, entries in zip(self.names, self.entries, strict=True)
+        ]
+        return torch.cat(parts)
 
     def check_finite(self) -> None:
         """Refuse weights that are NaN or infinite.
@@ -99,17 +184,58 @@ class ParameterSelection:
             if id(p) in own
         }
 
-    def call(self, parameters: dict[str, Tensor], inputs: Tensor, model_kwargs: dict[str, Any] | None = None) -> Tensor:
-        """The model's outputs with these values in place of the selected parameters.
+    def call(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None = None) -> Tensor:
+        """The model's outputs with these values in place of the selected entries.
+
+        A mapping goes in as keyword arguments where the model's `forward` names its keys, as Hugging Face models do,
+        and as one argument where it does not, as laplace-torch's examples do. Of Hugging Face outputs the logits count.
 
         Raises:
-            ValueError: if the model returns anything but a tensor.
+            ValueError: if the model returns anything but a tensor or an output with logits.
         """
-        placed = {place: parameters[name] for place, name in self._places.items()}
-        outputs: object = functional_call(self.model, placed, (inputs,), model_kwargs, tie_weights=False)
+        placed = {place: self._whole(name, parameters[name]) for place, name in self._places.items()}
+        arguments: tuple[Inputs, ...] = (inputs,)
+        keywords = dict(model_kwargs or {})
+        if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
+            arguments, keywords = (), {**inputs, **keywords}
+        outputs: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
+        outputs = getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"Expected the model to return a tensor; got {type(outputs).__name__}.")
+            raise ValueError(
+                f"Expected the model to return a tensor, or an output with a tensor of logits; got "
+                f"{type(outputs).__name__}."
+            )
         return outputs
+
+    def evaluated(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """As `call`, where a failure is the caller's to mend.
+
+        Raises:
+            ValueError: if the model cannot be evaluated, in terms of what was given.
+        """
+        try:
+            return self.call(parameters, inputs)
+        except Exception as error:
+            raise ValueError(
+                f"The model could not be evaluated on a batch of inputs of shape {shape_of(inputs)} and "
+                f"{dtype_of(inputs)}: {error}"
+            ) from error
+
+    def _whole(self, name: str, values: Tensor) -> Tensor:
+        """A parameter with the selected entries replaced by these values."""
+        entries = self._entries_by_name[name]
+        if entries is None:
+            return values
+        p = self._by_name[name].detach()
+        return p.reshape(-1).index_put((entries.to(p.device),), values).reshape(p.shape)
+
+    @cached_property
+    def _entries_by_name(self) -> dict[str, Tensor | None]:
+        return dict(zip(self.names, self.entries, strict=True))
+
+    @cached_property
+    def _by_name(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
 
     def fingerprint(self) -> str:
         """A hash of all weights and buffers: two models that compute the same have the same one."""
@@ -122,3 +248,15 @@ class ParameterSelection:
                 digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:
+    """Whether a model's `forward` takes the entries of a mapping by name rather than the mapping itself."""
+    signature = inspect.signature(model.forward).parameters
+    kinds = inspect.Parameter
+    named = {n for n, p in signature.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+    required = {n for n in named if signature[n].default is kinds.empty}
+    keys = set(keys)
+    if required - keys:
+        return False
+    return keys <= named or any(p.kind is kinds.VAR_KEYWORD for p in signature.values())

@@ -83,12 +83,12 @@ def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: B
     """
     batch.check_finite()
     parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
-    some = Batch(batch.inputs[:8], batch.targets[:8])
+    some = batch.first(8)
     with torch.no_grad():
         outputs = evaluated(selection, parameters, some)
         likelihood.check(outputs, some.targets)
         again = selection.call(parameters, some.inputs)
-        single = evaluated(selection, parameters, Batch(some.inputs[:1], some.targets[:1]))
+        single = evaluated(selection, parameters, some.first(1))
     scale = float(outputs.abs().max())
     if not torch.allclose(outputs, again, rtol=1e-4, atol=1e-5 * scale):
         raise ValueError(
@@ -106,14 +106,7 @@ def meet_network(selection: ParameterSelection, likelihood: Likelihood, batch: B
 
 def evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
     """Outputs of the model, or the reason why there are none, in the terms of the caller."""
-    try:
-        outputs = selection.call(parameters, batch.inputs)
-    except Exception as error:
-        raise ValueError(
-            f"The model could not be evaluated on a batch of inputs of shape "
-            f"{tuple(batch.inputs.shape)} and {batch.inputs.dtype}: {error}"
-        ) from error
-    return checked_outputs(outputs, batch)
+    return checked_outputs(selection.evaluated(parameters, batch.inputs), batch)
 
 
 def checked_outputs(outputs: Tensor, batch: Batch) -> Tensor:

@@ -9,41 +9,47 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from debiased_laplace.errors import NotBuiltError
+from debiased_laplace.data.inputs import Inputs, MappingKeys, n_samples_of, on_each, split, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs and targets of some samples; the first dimension of both counts samples."""
+    """Inputs and targets of some samples; the first dimension of every tensor counts samples."""
 
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor
 
     def __post_init__(self) -> None:
-        if self.inputs.ndim == 0 or self.targets.ndim == 0:
+        named = {**tensors_of(self.inputs), "targets": self.targets}
+        if any(t.ndim == 0 for t in named.values()):
+            shapes = {name: tuple(t.shape) for name, t in named.items()}
+            raise ValueError(f"Inputs and targets need a first dimension that counts samples; got shapes {shapes}.")
+        lengths = {name: len(t) for name, t in named.items()}
+        if len(set(lengths.values())) > 1:
             raise ValueError(
-                "Inputs and targets need a first dimension that counts samples; got shapes "
-                f"{tuple(self.inputs.shape)} and {tuple(self.targets.shape)}."
+                f"A batch has {n_samples_of(self.inputs)} inputs but {len(self.targets)} targets: {lengths}."
             )
-        if len(self.inputs) != len(self.targets):
-            raise ValueError(f"A batch has {len(self.inputs)} inputs but {len(self.targets)} targets.")
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.targets)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(self.inputs.to(device), self.targets.to(device))
+        return Batch(on_each(self.inputs, lambda t: t.to(device)), self.targets.to(device))
 
     def chunks(self, size: int) -> list["Batch"]:
         """The batch in pieces of at most `size` samples."""
-        pairs = zip(self.inputs.split(size), self.targets.split(size), strict=True)
+        pairs = zip(split(self.inputs, size), self.targets.split(size), strict=True)
         return [Batch(x, y) for x, y in pairs]
+
+    def first(self, n: int) -> "Batch":
+        """The first n samples."""
+        return Batch(on_each(self.inputs, lambda t: t[:n]), self.targets[:n])
 
     @property
     def n_bytes(self) -> int:
         """Memory of inputs and targets."""
-        return sum(t.numel() * t.element_size() for t in (self.inputs, self.targets))
+        return sum(t.numel() * t.element_size() for t in (*tensors_of(self.inputs).values(), self.targets))
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity.
@@ -51,23 +57,22 @@ class Batch:
         Raises:
             ValueError: if an input or a target is not finite.
         """
-        for name, values in (("inputs", self.inputs), ("targets", self.targets)):
+        for name, values in (*tensors_of(self.inputs).items(), ("targets", self.targets)):
             if values.is_floating_point() and not bool(values.isfinite().all()):
-                n = (
-                    int((~values.isfinite().flatten(1).all(1)).sum())
-                    if values.ndim > 1
-                    else int((~values.isfinite()).sum())
-                )
+                bad = ~values.isfinite()
+                n = int((bad.flatten(1).any(1) if values.ndim > 1 else bad).sum())
                 raise ValueError(
                     f"Expected finite {name}; {n} of {len(values)} samples of a batch have NaN or infinite entries."
                 )
 
 
-def as_batch(loaded: Any) -> Batch:
+def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
     """A loader's item as a batch.
 
     Args:
-        loaded: a pair (inputs, targets) of tensors with the samples along the first dimension.
+        loaded: a pair (inputs, targets) of tensors with the samples along the first dimension, or a mapping of tensors
+            as Hugging Face models take them; the inputs of a pair may be such a mapping too.
+        keys: where a mapping holds what.
 
     Returns:
         The batch, where it was loaded.
@@ -76,29 +81,37 @@ def as_batch(loaded: Any) -> Batch:
         ValueError: if it is anything else.
     """
     if isinstance(loaded, Mapping):
-        raise NotBuiltError("Mappings as batches are not available yet; pass a loader of (inputs, targets) tensors.")
-    is_pair = isinstance(loaded, tuple | list) and len(loaded) == 2
-    if not is_pair or not all(isinstance(part, Tensor) for part in loaded):
-        parts = [type(part).__name__ for part in loaded] if isinstance(loaded, tuple | list) else ""
-        raise ValueError(
-            f"Expected batches of two tensors, (inputs, targets); a batch came as {type(loaded).__name__} {parts}."
-        )
-    return Batch(*loaded)
+        if not isinstance(loaded.get(keys.dict_key_y), Tensor):
+            raise ValueError(
+                f"Expected the targets of a mapping as a tensor under dict_key_y={keys.dict_key_y!r}; it has "
+                f"{sorted(loaded)}."
+            )
+        return Batch(keys.inputs(loaded), loaded[keys.dict_key_y])
+    if isinstance(loaded, tuple | list) and len(loaded) == 2:
+        inputs, targets = loaded
+        if isinstance(inputs, Mapping) and isinstance(targets, Tensor):
+            return Batch(keys.inputs(inputs), targets)
+        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+            return Batch(inputs, targets)
+    parts = [type(part).__name__ for part in loaded] if isinstance(loaded, tuple | list) else ""
+    raise ValueError(
+        f"Expected batches of two tensors, (inputs, targets), or mappings of tensors; a batch came as "
+        f"{type(loaded).__name__} {parts}."
+    )
 
 
 def sample_hashes(batch: Batch) -> Int64[Tensor, " n"]:
     """A 64-bit hash of each sample's input and target, by which it is known wherever it turns up."""
-    inputs, targets = (t.detach().cpu().contiguous() for t in (batch.inputs, batch.targets))
+    named = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors_of(batch.inputs).items())}
     # the same label is the same in any integer or floating-point type
-    targets = targets.to(torch.float64 if targets.is_floating_point() else torch.int64)
-    header = f"{inputs.dtype}{tuple(inputs.shape[1:])}{targets.dtype}{tuple(targets.shape[1:])}"
+    targets = batch.targets.detach().cpu().contiguous()
+    named["targets"] = targets.to(torch.float64 if targets.is_floating_point() else torch.int64)
+    header = "".join(f"{name}{t.dtype}{tuple(t.shape[1:])}" for name, t in named.items()).encode()
     hashes = [
         int.from_bytes(
-            blake2b(header.encode() + _bytes(x) + _bytes(y), digest_size=8).digest(),
-            "little",
-            signed=True,
+            blake2b(header + b"".join(_bytes(t) for t in sample), digest_size=8).digest(), "little", signed=True
         )
-        for x, y in zip(inputs, targets, strict=True)
+        for sample in zip(*named.values(), strict=True)
     ]
     return torch.tensor(hashes, dtype=torch.int64)
 

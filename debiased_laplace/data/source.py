@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from debiased_laplace.data.batches import Batch, as_batch, sample_hashes
+from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, on_each, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 
 _PROBES = 16  # samples loaded twice to find out whether loading is random
@@ -31,12 +32,14 @@ class SampleSource:
         indices: positions that the loader yields, increasing, each once.
         batch_size: samples a batch.
         options: the loader's own workers, collate function and pinning.
+        keys: where a mapping holds what.
     """
 
     dataset: Dataset[Any]
     indices: Int64[Tensor, " n"]
     batch_size: int
     options: dict[str, Any]
+    keys: MappingKeys = DEFAULT_KEYS
 
     def batches(self, indices: Int64[Tensor, " m"], seed: int) -> Iterator[Batch]:
         """Load the samples at these positions, in this order, with the loader's own machinery."""
@@ -48,7 +51,7 @@ class SampleSource:
         )
         start = 0
         for loaded in loader:
-            batch = as_batch(loaded)
+            batch = as_batch(loaded, self.keys)
             expected = min(self.batch_size, len(indices) - start)
             if len(batch) != expected:
                 raise ValueError(
@@ -96,15 +99,16 @@ def root_length(root: Any, positions: Int64[Tensor, " n"]) -> int:
     return len(root) if hasattr(root, "__len__") else int(positions.max()) + 1
 
 
-def sample_source(loader: Any, seed: int) -> SampleSource:
+def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> SampleSource:
     """Take a loader apart.
 
     The positions are those that one epoch of the loader's sampler yields, `drop_last` included; a random sampler is
     asked with the given seed and leaves the global random state as it was.
 
     Args:
-        loader: a `DataLoader` over a map-style data set, or a list of (inputs, targets) batches.
+        loader: a `DataLoader` over a map-style data set, or a list of batches.
         seed: for samplers that draw.
+        keys: where a mapping holds what.
 
     Returns:
         The source.
@@ -113,7 +117,7 @@ def sample_source(loader: Any, seed: int) -> SampleSource:
         ValueError: if the loader is empty, yields a sample twice, or cannot be addressed by index.
     """
     if isinstance(loader, Sequence) and not isinstance(loader, str | DataLoader):
-        return _from_batches(loader)
+        return _from_batches(loader, keys)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         kind = type(getattr(loader, "dataset", loader)).__name__
         raise ValueError(
@@ -147,7 +151,7 @@ def sample_source(loader: Any, seed: int) -> SampleSource:
         "prefetch_factor": loader.prefetch_factor,
     }
     size = loader.batch_size or max(len(batch) for batch in epoch)
-    return SampleSource(loader.dataset, unique, size, options)
+    return SampleSource(loader.dataset, unique, size, options, keys)
 
 
 def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
@@ -183,30 +187,40 @@ def _until_repeated(loader: DataLoader[Any]) -> list[list[Any]]:
     return epoch
 
 
-class _Stacked(Dataset[tuple[Tensor, Tensor]]):
+class _Stacked(Dataset[tuple[Inputs, Tensor]]):
     """The samples of a list of batches, by their running number."""
 
-    def __init__(self, batches: Sequence[Any]):
-        parts = [as_batch(batch) for batch in batches]
-        shapes = {(tuple(part.inputs.shape[1:]), tuple(part.targets.shape[1:])) for part in parts}
+    def __init__(self, parts: list[Batch]):
+        # a sample's shape: everything but the dimension that counts samples
+        shapes = {
+            str((shape_of(on_each(part.inputs, lambda t: t[0])), tuple(part.targets.shape[1:]))) for part in parts
+        }
         if len(shapes) > 1:
-            found = " and ".join(str(shape) for shape in sorted(shapes)[:2])
-            raise ValueError(f"Expected batches of samples of one shape (input, target); got {found}.")
-        self.inputs = torch.cat([part.inputs for part in parts])
+            raise ValueError(
+                f"Expected batches of samples of one shape (input, target); got {' and '.join(sorted(shapes)[:2])}."
+            )
+        inputs = [part.inputs for part in parts]
+        self.inputs: Inputs
+        if isinstance(inputs[0], Tensor):
+            self.inputs = torch.cat([x for x in inputs if isinstance(x, Tensor)])
+        else:
+            mappings = [x for x in inputs if isinstance(x, dict)]
+            self.inputs = {key: torch.cat([x[key] for x in mappings]) for key in inputs[0]}
         self.targets = torch.cat([part.targets for part in parts])
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.targets)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[i], self.targets[i]
+    def __getitem__(self, i: int) -> tuple[Inputs, Tensor]:
+        return on_each(self.inputs, lambda t: t[i]), self.targets[i]
 
 
-def _from_batches(batches: Sequence[Any]) -> SampleSource:
+def _from_batches(batches: Sequence[Any], keys: MappingKeys) -> SampleSource:
     if len(batches) == 0:
-        raise ValueError("The list of batches is empty; expected (inputs, targets) pairs.")
-    dataset = _Stacked(batches)
-    if len(dataset) == 0:
+        raise ValueError("The list of batches is empty; expected (inputs, targets) pairs or mappings.")
+    parts = [part for part in (as_batch(batch, keys) for batch in batches) if len(part)]
+    if not parts:
         raise ValueError("The list of batches has no samples; expected at least 4.")
-    size = max(len(as_batch(batch)) for batch in batches)
-    return SampleSource(dataset, torch.arange(len(dataset)), size, {})
+    dataset = _Stacked(parts)
+    size = max(len(part) for part in parts)
+    return SampleSource(dataset, torch.arange(len(dataset)), size, {}, keys)

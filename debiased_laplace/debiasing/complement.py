@@ -6,7 +6,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.curvature.ggn import Residual
+from debiased_laplace.curvature.sub_batch import Residual
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 ComplementKind = Literal["none", "isotropic", "diagonal"]
 
@@ -20,17 +21,19 @@ RESIDUAL_OF: dict[ComplementKind, Residual] = {
 
 @dataclass(frozen=True, eq=False)
 class LowRankCurvature:
-    r"""Curvature $D + U \mathrm{diag}(m) U^\top$, a mean per sample.
+    r"""Curvature $K (D + U \mathrm{diag}(m) U^\top) K^\top$, a mean per sample.
 
     Attributes:
         diagonal: D; one number where it is isotropic.
         directions: U.
         weights: m, which is not the curvature along the directions where D adds to it.
+        basis: K; None for the axes.
     """
 
     diagonal: Float[Tensor, ""] | Float[Tensor, " P"]
     directions: Float[Tensor, "P k"]
     weights: Float[Tensor, " k"]
+    basis: KroneckerBasis | None = None
 
 
 def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"]) -> LowRankCurvature:

@@ -3,10 +3,11 @@
 import warnings
 from typing import Literal
 
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
-from debiased_laplace.linalg.gram import dense_curvature, dense_eigenpairs
+from debiased_laplace.linalg.gram import dense_eigenpairs
 from debiased_laplace.linalg.lanczos import lanczos
 
 Solver = Literal["auto", "gram", "lanczos"]
@@ -23,7 +24,9 @@ LANCZOS_RANK = 100
 _LARGEST_BLOCK = 16
 
 
-def find_directions(curvature: SubBatchCurvature, *, rank: int | None, solver: Solver, seed: int) -> Eigenpairs:
+def find_directions(
+    curvature: SubBatchCurvature, *, rank: int | None, solver: Solver, seed: int, threshold: float | None = None
+) -> Eigenpairs:
     """Leading eigenpairs of a sub-batch's mean curvature.
 
     Args:
@@ -32,6 +35,7 @@ def find_directions(curvature: SubBatchCurvature, *, rank: int | None, solver: S
         solver: "gram" works with all rows at once (on the smaller of its two sides), "lanczos" with products only,
             "auto" takes the cheaper one that fits into a quarter of the free memory.
         seed: of Lanczos' start vectors.
+        threshold: smallest eigenvalue that counts, relative to the largest; None: what the rank implies.
 
     Returns:
         The eigenpairs, of rank 0 where there is no curvature at all.
@@ -40,12 +44,15 @@ def find_directions(curvature: SubBatchCurvature, *, rank: int | None, solver: S
         UserWarning: if `rank=None` had to be limited, fewer directions than asked for exist, or Lanczos did not
             converge.
     """
-    threshold = SUPPORTED if rank is None else REQUESTED
+    if threshold is None:
+        threshold = SUPPORTED if rank is None else REQUESTED
     chosen = choose_solver(curvature, rank) if solver == "auto" else solver
     if chosen == "lanczos":
         pairs = _by_lanczos(curvature, rank, threshold, seed)
-    else:
+    elif isinstance(curvature, RowCurvature):
         pairs = _by_rows(curvature, rank, threshold)
+    else:
+        pairs = dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
     if rank is not None and len(pairs.values) < rank:
         warnings.warn(
             f"rank={rank} was asked for, but the direction samples support only {len(pairs.values)} "
@@ -61,26 +68,29 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gr
     The Gram side costs a product of all pairs of rows, Lanczos some 3 products per direction, each about two
     backward passes over the samples; with convolutions a pass costs some 25 times its parameters.
     """
-    R, P, C = curvature.n_rows, curvature.network.n_parameters, curvature.network.n_outputs
+    P = curvature.network.n_parameters
     budget = free_memory(curvature.network.like.device) // 4
+    if not isinstance(curvature, RowCurvature):
+        # a Hessian has no rows, and as many products as parameters give all of it
+        fits = budget >= 3 * 8 * P * P
+        return "gram" if fits and (rank is None or 6 * rank + 40 >= P) else "lanczos"
+    R, r = curvature.n_rows, curvature.rows_per_sample
     gram_bytes = curvature.bytes_of_rows + 3 * 8 * R * R
     if min(gram_bytes, 3 * 8 * P * P) > budget:
         return "lanczos"
     if rank is None or P <= R:
         return "gram"
-    return "gram" if curvature.n_samples * C * C <= 100 * (6 * rank + 40) else "lanczos"
+    return "gram" if curvature.n_samples * r * r <= 100 * (6 * rank + 40) else "lanczos"
 
 
-def _by_rows(curvature: SubBatchCurvature, rank: int | None, threshold: float) -> Eigenpairs:
-    P = curvature.network.n_parameters
+def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eigenpairs:
     like = curvature.network.like
     keep = curvature.bytes_of_rows <= free_memory(like.device) // 4
-    if curvature.n_rows < P:
+    if curvature.n_rows < curvature.network.n_parameters:
         return curvature.stacked_rows().eigenpairs(threshold, rank)
     if keep:
         curvature.stacked_rows()
-    H = dense_curvature(curvature.rows(), P, like)
-    return dense_eigenpairs(H, threshold, rank=rank, dtype=like.dtype)
+    return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=like.dtype)
 
 
 def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float, seed: int) -> Eigenpairs:

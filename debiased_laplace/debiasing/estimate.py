@@ -1,91 +1,71 @@
 """The estimator as a whole: sub-batches in, curvature of the full batch out."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 from torch import Tensor
 
-from debiased_laplace.curvature.ggn import DirectionalMoments, SubBatchCurvature
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.debiasing import complement as outside
 from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
-from debiased_laplace.debiasing.directions import Solver, find_directions
+from debiased_laplace.debiasing.directions import REQUESTED, find_directions
+from debiased_laplace.debiasing.kronecker import estimate_kronecker
 from debiased_laplace.debiasing.magnitudes import (
     Magnitudes,
     deviations_from_projections,
     held_out,
     same_batch,
 )
-from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome
-
-MagnitudesKind = Literal["held_out", "same_batch"]
-
-
-@dataclass(frozen=True)
-class EstimatorOptions:
-    """What kind of estimate; the names are those of the public constructor."""
-
-    rank: int | None
-    magnitudes: MagnitudesKind
-    complement: ComplementKind
-    solver: Solver
-    seed: int
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
+from debiased_laplace.linalg.eigenpairs import Eigenpairs
 
 
-@dataclass(frozen=True, eq=False)
-class CurvatureEstimate:
-    """An estimate of the full batch's mean curvature.
-
-    Attributes:
-        curvature: low rank plus diagonal.
-        magnitudes: along the directions, with their errors.
-        outcome: of the eigensolver.
-        source: which engine computed the curvature along the directions.
-        dropped: the largest curvature that counted as not supported by the direction samples.
-    """
-
-    curvature: LowRankCurvature
-    magnitudes: Magnitudes
-    outcome: SolverOutcome
-    source: str
-    dropped: float = 0.0
-
-
-def estimate_held_out(
-    a: SubBatchCurvature, b: SubBatchCurvature, n_data: int, options: EstimatorOptions
+def estimate(
+    a: SubBatchCurvature, b: SubBatchCurvature | None, n_data: int, options: EstimatorOptions
 ) -> CurvatureEstimate:
-    """Directions from a, magnitudes from b.
+    """Directions from a, magnitudes from b; from a as well, the biased way, where there is no b.
 
     Args:
         a: curvature of the direction samples.
         b: curvature of the magnitude samples, disjoint from them.
         n_data: N.
-        options: rank, complement, solver, seed.
+        options: what kind of estimate.
 
     Returns:
         The estimate.
     """
+    if options.structure == "kron":
+        return estimate_kronecker(a, b, n_data, options)
+    if options.structure == "full":
+        # every direction, and in the null space of H_a, whose directions are anybody's, one mean value
+        options = replace(options, rank=None, complement="isotropic", solver="gram")
+    return estimate_same_batch(a, n_data, options) if b is None else estimate_held_out(a, b, n_data, options)
+
+
+def estimate_held_out(
+    a: SubBatchCurvature, b: SubBatchCurvature, n_data: int, options: EstimatorOptions
+) -> CurvatureEstimate:
+    """Directions from a, magnitudes from b."""
     pairs = _directions(a, options)
     residual = RESIDUAL_OF[options.complement]
     seen_by_b = b.moments(pairs.vectors, residual)
-    magnitudes = held_out(pairs, seen_by_b, n_a=a.n_samples, n_data=n_data)
+    again = a.redrawn()
+    seen_by_a = again.moments(pairs.vectors, residual) if residual != "none" or a.is_random else None
+    magnitudes = held_out(
+        pairs.values,
+        seen_by_b,
+        n_a=a.n_samples,
+        n_data=n_data,
+        a_redrawn=seen_by_a if a.is_random else None,
+    )
     parts = [(1 - a.n_samples / n_data, seen_by_b)]
-    if residual != "none":
-        parts.append((a.n_samples / n_data, a.moments(pairs.vectors, residual)))
+    if seen_by_a is not None:
+        parts.append((a.n_samples / n_data, seen_by_a))
     curvature = _with_complement(pairs, magnitudes, options.complement, parts)
     return CurvatureEstimate(curvature, magnitudes, pairs.outcome, b.source, pairs.dropped)
 
 
 def estimate_same_batch(batch: SubBatchCurvature, n_data: int, options: EstimatorOptions) -> CurvatureEstimate:
-    """Directions and magnitudes from the same samples: biased unless they are all the data.
-
-    Args:
-        batch: curvature of all samples used.
-        n_data: N.
-        options: rank, complement, solver, seed.
-
-    Returns:
-        The estimate.
-    """
+    """Directions and magnitudes from the same samples: biased unless they are all the data."""
     pairs = _directions(batch, options)
     residual = RESIDUAL_OF[options.complement]
     n = batch.n_samples
@@ -96,13 +76,14 @@ def estimate_same_batch(batch: SubBatchCurvature, n_data: int, options: Estimato
         moments = batch.moments(pairs.vectors, residual)
         deviations = moments.standard_deviations
         parts = [(1.0, moments)]
-    magnitudes = same_batch(pairs, deviations, n=n, n_data=n_data)
+    magnitudes = same_batch(pairs.values, deviations, n=n, n_data=n_data, drawn=batch.is_random)
     curvature = _with_complement(pairs, magnitudes, options.complement, parts)
     return CurvatureEstimate(curvature, magnitudes, pairs.outcome, batch.source, pairs.dropped)
 
 
 def _directions(curvature: SubBatchCurvature, options: EstimatorOptions) -> Eigenpairs:
-    return find_directions(curvature, rank=options.rank, solver=options.solver, seed=options.seed)
+    threshold = REQUESTED if options.structure == "full" else None
+    return find_directions(curvature, rank=options.rank, solver=options.solver, seed=options.seed, threshold=threshold)
 
 
 def _with_complement(

@@ -11,7 +11,7 @@ without bias. On samples that it was fitted to, J prefers the biased posterior: 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -102,23 +102,25 @@ class KLTerms:
     r"""What $J$ needs to know of a posterior, whatever it is.
 
     Attributes:
-        variance_trace: maps root rows (n, r, P) of n samples to $\mathrm{tr}(V_n \hat P^{-1} V_n^\top)$, shape (n,).
         prior_trace: $\mathrm{tr}(\hat P^{-1} P_0)$.
         log_det: $\log\det \hat P$, in nats.
         likelihood_weight: $N \tau$, with $\tau = 1 / (\sigma^2 T)$.
     """
 
-    variance_trace: Callable[[Tensor], Tensor]
     prior_trace: float
     log_det: float
     likelihood_weight: float
 
 
-def sample_terms(posterior: KLTerms, rows: Iterable[Float[Tensor, "_ r P"]]) -> Float[Tensor, " n"]:
-    r"""$\tfrac12 N \tau\, \mathrm{tr}(V_n \hat P^{-1} V_n^\top)$ of each sample, in double precision on the CPU."""
-    parts = [posterior.variance_trace(chunk).double().cpu() for chunk in rows]
-    traces = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-    return 0.5 * posterior.likelihood_weight * traces
+def sample_terms(posterior: KLTerms, traces: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, " n"]:
+    r"""$\tfrac12 N \tau\, \mathrm{tr}(\hat P^{-1} H_n)$ of each sample, in double precision on the CPU.
+
+    Args:
+        posterior: the posterior's own terms.
+        traces: $\mathrm{tr}(\hat P^{-1} H_n)$ of some samples after others.
+    """
+    parts = [some.double().cpu() for some in traces]
+    return 0.5 * posterior.likelihood_weight * (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64))
 
 
 def estimate_held_out_kl(

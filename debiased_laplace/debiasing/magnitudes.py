@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.curvature.ggn import DirectionalMoments
-from debiased_laplace.linalg.eigenpairs import Eigenpairs
+from debiased_laplace.curvature.sub_batch import DirectionalMoments
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,53 +20,73 @@ class Magnitudes:
 
     Attributes:
         values: the estimate of $u_i^\top H_D u_i$ of the full batch.
-        standard_errors: of the values, from the spread over samples; 0 where every sample was used.
+        standard_errors: of the values, from the spread over samples; 0 where every sample was used; None where no
+            per-sample values were computed.
         in_sample: $u_i^\top H_a u_i$ of the samples that the directions come from.
         n_floored: how many values had to be raised to 0.
     """
 
     values: Float[Tensor, " k"]
-    standard_errors: Float[Tensor, " k"]
+    standard_errors: Float[Tensor, " k"] | None
     in_sample: Float[Tensor, " k"]
     n_floored: int
 
 
-def held_out(directions: Eigenpairs, b: DirectionalMoments, *, n_a: int, n_data: int) -> Magnitudes:
+def held_out(
+    in_sample: Float[Tensor, " k"],
+    b: DirectionalMoments,
+    *,
+    n_a: int,
+    n_data: int,
+    a_redrawn: DirectionalMoments | None = None,
+) -> Magnitudes:
     r"""$u_i^\top [f H_a + (1 - f) H_b] u_i$ with $f = |a| / N$: unbiased for the full batch.
 
     Valid only if b is drawn from the samples outside a. Weighting by the known share of a makes the estimate exact
     where a and b are all the data.
 
     Args:
-        directions: eigenpairs of $H_a$.
+        in_sample: $u_i^\top H_a u_i$.
         b: moments of the magnitude samples along the directions.
         n_a: number of direction samples.
         n_data: N.
+        a_redrawn: for a Monte-Carlo curvature, whose draws the directions have chosen among: moments of the direction
+            samples with fresh draws, which take the place of `in_sample` in the share of a. Then no sample is known
+            exactly, and the standard errors do without the finite population (they are a little too large).
 
     Returns:
         The magnitudes.
     """
     f = n_a / n_data
-    unseen = 1 - b.n_samples / (n_data - n_a) if n_data > n_a else 0.0
-    values = f * directions.values + (1 - f) * b.means
-    errors = (1 - f) * (max(unseen, 0.0) / b.n_samples) ** 0.5 * b.standard_deviations
-    return _floored(values.to(directions.values.dtype), errors, directions.values)
+    share_of_a = in_sample if a_redrawn is None else a_redrawn.means
+    values = f * share_of_a + (1 - f) * b.means
+    if a_redrawn is None:
+        unseen = 1 - b.n_samples / (n_data - n_a) if n_data > n_a else 0.0
+        errors = (1 - f) * (max(unseen, 0.0) / b.n_samples) ** 0.5 * b.standard_deviations
+    else:
+        of_a = f**2 * a_redrawn.standard_deviations.square() / a_redrawn.n_samples
+        of_b = (1 - f) ** 2 * b.standard_deviations.square() / b.n_samples
+        errors = (of_a + of_b).sqrt()
+    return floored(values.to(in_sample.dtype), errors, in_sample)
 
 
-def same_batch(directions: Eigenpairs, deviations: Float[Tensor, " k"], *, n: int, n_data: int) -> Magnitudes:
+def same_batch(
+    values: Float[Tensor, " k"], deviations: Float[Tensor, " k"], *, n: int, n_data: int, drawn: bool = False
+) -> Magnitudes:
     r"""The eigenvalues of $H_B$ themselves: too large for the leading directions, too small for the trailing ones.
 
     Args:
-        directions: eigenpairs of $H_B$.
+        values: $u_i^\top H_B u_i$.
         deviations: spread over the samples of B of the curvature along each direction.
         n: number of samples in B.
         n_data: N.
+        drawn: the curvature is a Monte-Carlo one, which is not known exactly even on all the data.
 
     Returns:
         The magnitudes; their standard errors know nothing of the bias.
     """
-    errors = ((1 - n / n_data) / n) ** 0.5 * deviations
-    return _floored(directions.values, errors, directions.values)
+    errors = ((1.0 if drawn else 1 - n / n_data) / n) ** 0.5 * deviations
+    return floored(values, errors, values)
 
 
 def deviations_from_projections(projections: Float[Tensor, "R k"], n_samples: int) -> Float[Tensor, " k"]:
@@ -76,6 +95,7 @@ def deviations_from_projections(projections: Float[Tensor, "R k"], n_samples: in
     return per_sample.std(0, correction=1) if n_samples > 1 else torch.zeros_like(per_sample[0])
 
 
-def _floored(values: Tensor, errors: Tensor, in_sample: Tensor) -> Magnitudes:
+def floored(values: Tensor, errors: Tensor | None, in_sample: Tensor) -> Magnitudes:
+    """Magnitudes with negative values raised to 0 and counted: a posterior precision cannot have them."""
     negative = int((values < 0).sum())
-    return Magnitudes(values.clamp_min(0), errors.to(values.dtype), in_sample, negative)
+    return Magnitudes(values.clamp_min(0), None if errors is None else errors.to(values.dtype), in_sample, negative)

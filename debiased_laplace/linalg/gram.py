@@ -106,15 +106,13 @@ def _largest_after(values: Tensor, k: int) -> float:
     return float(values[k]) if float(values[k]) > rounding else 0.0
 
 
-def dense_curvature(rows: Iterable[Float[Tensor, "n r P"]], n_parameters: int, like: Tensor) -> Float[Tensor, "P P"]:
-    r"""$H = \frac1n \sum_n V_n^\top V_n$ from a stream of per-sample rows, in double precision."""
+def dense_curvature(rows: Iterable[Float[Tensor, "_n _r P"]], n_parameters: int, like: Tensor) -> Float[Tensor, "P P"]:
+    r"""$\sum V^\top V$ from a stream of rows, in double precision."""
     H = like.new_zeros(n_parameters, n_parameters, dtype=accumulation_dtype(like))
-    n = 0
-    for chunk in rows:
-        V = chunk.flatten(0, 1).to(H.dtype)
+    for block in rows:
+        V = block.flatten(0, 1).to(H.dtype)
         H += V.T @ V
-        n += chunk.shape[0]
-    return H / max(n, 1)
+    return H
 
 
 def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:

@@ -1,4 +1,7 @@
-r"""Precision matrices $D + U \mathrm{diag}(m) U^\top$ in forms that stay accurate in single precision.
+r"""Precision matrices $K (D + U \mathrm{diag}(m) U^\top) K^\top$ in forms that stay accurate in single precision.
+
+K is an orthogonal basis, of which there may be none (K = I). Low rank has no K, a Kronecker posterior has no U, a full
+one has all eigenvectors in U.
 
 Everything is derived from one decomposition. With $D^{-1/2} U = Q R$ and
 $R\,\mathrm{diag}(m) R^\top = Z\,\mathrm{diag}(s) Z^\top$, the matrix is
@@ -15,16 +18,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankPlusDiagonal:
-    r"""The symmetric positive definite matrix $P = D + U \mathrm{diag}(m) U^\top$.
+    r"""The symmetric positive definite matrix $P = K (D + U \mathrm{diag}(m) U^\top) K^\top$.
 
     Attributes:
-        diagonal: $D > 0$: one number for $D = \delta I$, or one per parameter.
-        directions: $U$, orthonormal columns.
+        diagonal: $D > 0$: one number for $D = \delta I$, or one per coordinate.
+        directions: $U$, orthonormal columns, in the coordinates of the basis.
         magnitudes: $m$, of any sign as long as $P$ is positive definite.
+        basis: $K$; None for the axes.
 
     Raises:
         ValueError: if the diagonal is not positive and finite, or a magnitude is not finite.
@@ -33,6 +38,7 @@ class LowRankPlusDiagonal:
     diagonal: Float[Tensor, "#P"] | Float[Tensor, ""]
     directions: Float[Tensor, "P k"]
     magnitudes: Float[Tensor, " k"]
+    basis: KroneckerBasis | None = None
 
     def __post_init__(self) -> None:
         if not bool((self.diagonal > 0).all() and self.diagonal.isfinite().all()):
@@ -84,29 +90,44 @@ class LowRankPlusDiagonal:
 
     def matmat(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
         """The product P X."""
-        return self._column(self.diagonal) * X + self.directions @ (self.magnitudes[:, None] * (self.directions.T @ X))
+        rows = self._coordinates(X.T)
+        product = rows * self.diagonal + ((rows @ self.directions) * self.magnitudes) @ self.directions.T
+        return self._vectors(product).T
 
     def quadratic(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""$x^\top P x$, non-negative by construction."""
-        parallel, perpendicular = self._split(x * self.diagonal.sqrt())
+        parallel, perpendicular = self._split(self._coordinates(x) * self.diagonal.sqrt())
         s = self._spectrum[1]
         return perpendicular.square().sum(-1) + ((1 + s) * parallel.square()).sum(-1)
 
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
         r"""$X P^{-1} X^\top$ for a stack of row matrices, as a sum of two positive semi-definite terms."""
-        parallel, perpendicular = self._split(rows / self.diagonal.sqrt())
+        parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
         scaled = parallel / (1 + self._spectrum[1]).sqrt()
         return perpendicular @ perpendicular.mT + scaled @ scaled.mT
 
+    def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+        r"""$x P^{-1} x^\top$ of every row, without the products of different rows."""
+        parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
+        return perpendicular.square().sum(-1) + (parallel.square() / (1 + self._spectrum[1])).sum(-1)
+
     def variance_trace(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch"]:
         r"""$\mathrm{tr}(X P^{-1} X^\top)$ for a stack of row matrices, without the r x r products."""
-        parallel, perpendicular = self._split(rows / self.diagonal.sqrt())
-        inside = (parallel.square() / (1 + self._spectrum[1])).sum((-2, -1))
-        return perpendicular.square().sum((-2, -1)) + inside
+        return self.variances(rows).sum(-1)
 
     @cached_property
     def covariance_diagonal(self) -> Float[Tensor, " P"]:
         """The diagonal of the inverse."""
+        if self.basis is None:
+            return self.coordinate_variances
+        V, s, _ = self._spectrum
+        diagonal = self.diagonal.expand(self.n_parameters)
+        removed = self.basis.vectors((V / diagonal.sqrt()[:, None]).T).square()
+        return self.basis.diagonal_of(1 / diagonal) - (s / (1 + s)) @ removed
+
+    @cached_property
+    def coordinate_variances(self) -> Float[Tensor, " P"]:
+        """The diagonal of the inverse in the coordinates of the basis."""
         V, s, _ = self._spectrum
         # 1 - sum V² s/(1+s), written without a difference of nearly equal numbers where s is large
         outside = (1 - V.square().sum(1)).clamp_min(0)
@@ -117,15 +138,22 @@ class LowRankPlusDiagonal:
         r"""$A \varepsilon$ with $A A^\top = P^{-1}$: maps standard normal rows to draws with covariance $P^{-1}$."""
         V, s, _ = self._spectrum
         shrunk = noise + ((noise @ V) * ((1 + s).rsqrt() - 1)) @ V.T
-        return shrunk / self.diagonal.sqrt()
+        return self._vectors(shrunk / self.diagonal.sqrt())
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """The matrix itself; for tests and small problems."""
         diagonal = self.diagonal.expand(self.n_parameters)
-        return torch.diag(diagonal) + (self.directions * self.magnitudes) @ self.directions.T
+        inner = torch.diag(diagonal) + (self.directions * self.magnitudes) @ self.directions.T
+        if self.basis is None:
+            return inner
+        half = self.basis.vectors(inner)
+        return self.basis.vectors(half.T)
 
-    def _column(self, diagonal: Tensor) -> Tensor:
-        return diagonal if diagonal.ndim == 0 else diagonal[:, None]
+    def _coordinates(self, x: Tensor) -> Tensor:
+        return x if self.basis is None else self.basis.coordinates(x)
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        return x if self.basis is None else self.basis.vectors(x)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Whitened rows into coordinates along V and what is left outside."""
@@ -154,10 +182,11 @@ class _DifferentiableLogDet(torch.autograd.Function):
         """Gradients with respect to the diagonal and the magnitudes."""
         (g,) = upstream
         op = ctx.operator
-        per_parameter = op.covariance_diagonal
+        per_parameter = op.coordinate_variances
         diagonal = per_parameter.sum() if ctx.isotropic else per_parameter
         # variance_trace of one row per direction is u' P^-1 u
-        magnitudes = op.variance_trace(op.directions.T[:, None, :])
+        rows = op.directions.T if op.basis is None else op.basis.vectors(op.directions.T)
+        magnitudes = op.variances(rows)
         return g * diagonal.reshape(ctx.shapes[0]), g * magnitudes.reshape(ctx.shapes[1]), None
 
 
@@ -189,9 +218,14 @@ def kl_divergence(precision: LowRankPlusDiagonal, reference: LowRankPlusDiagonal
 
     Returns:
         $\tfrac12 [\mathrm{tr}(P^{-1} R) - \dim + \log\det P - \log\det R]$, in nats.
+
+    Raises:
+        ValueError: if the reference has a basis of its own.
     """
+    if reference.basis is not None:
+        raise ValueError("Expected a reference without a Kronecker basis (low rank or full); got one with.")
     exact = accumulation_dtype(precision.directions)
-    along = precision.variance_trace(reference.directions.T[:, None, :]).to(exact)
+    along = precision.variances(reference.directions.T).to(exact)
     trace = (precision.covariance_diagonal.to(exact) * reference.diagonal.to(exact)).sum()
     trace = trace + (along * reference.magnitudes.to(exact)).sum()
     log_dets = precision.log_det.to(exact) - reference.log_det.to(exact)

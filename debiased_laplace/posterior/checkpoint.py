@@ -1,22 +1,24 @@
 """The state of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.complement import LowRankCurvature
-from debiased_laplace.debiasing.estimate import CurvatureEstimate
 from debiased_laplace.debiasing.magnitudes import Magnitudes
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
+from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.posterior.fitting import Fit
 from debiased_laplace.posterior.hyperparameters import estimator_options
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
-VERSION = 1
+VERSION = 2
 
 
 def state_of(la: PredictiveInterface) -> dict[str, Any]:
@@ -27,9 +29,11 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
         "version": VERSION,
         "cls_name": type(la).__name__,
         "likelihood": la.likelihood,
+        "curvature": la._problem.backend.kind,
         "weights_fingerprint": la.weights_fingerprint,
-        "parameter_names": "\n".join(la._selection.names),
-        "mean": la.mean,
+        "parameters": la.selection.description,
+        "last_layer_name": la.selection.last_layer or "",
+        "mean": la._center,
         "prior_mean": la.prior_mean,
         "prior_precision": la.prior_precision,
         "sigma_noise": la.sigma_noise,
@@ -38,17 +42,13 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
         "loss": fit.loss,
         "n_outputs": fit.n_outputs,
         "n_data": split.n_data,
-        "option_rank": -1 if la._options.rank is None else la._options.rank,
-        "option_magnitudes": la._options.magnitudes,
-        "option_complement": la._options.complement,
-        "option_solver": la._options.solver,
-        "option_seed": la._options.seed,
+        **{f"option_{name}": value for name, value in _storable(asdict(la._options)).items()},
         "curvature_diagonal": estimate.curvature.diagonal,
         "curvature_directions": estimate.curvature.directions,
         "curvature_weights": estimate.curvature.weights,
+        **_basis_entries(estimate.curvature.basis),
         "curvature_source": estimate.source,
         "magnitudes_values": estimate.magnitudes.values,
-        "magnitudes_standard_errors": estimate.magnitudes.standard_errors,
         "magnitudes_in_sample": estimate.magnitudes.in_sample,
         "magnitudes_n_floored": estimate.magnitudes.n_floored,
         "solver": estimate.outcome.solver,
@@ -63,7 +63,25 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
         "samples_n_root": identities.n_root,
         "samples_augmented": identities.augmented,
     }
+    if estimate.magnitudes.standard_errors is not None:
+        state["magnitudes_standard_errors"] = estimate.magnitudes.standard_errors
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without None, which some loaders of states do not know."""
+    return {name: -1 if value is None else value for name, value in options.items()}
+
+
+def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
+    """The sides of every block that has some."""
+    entries: dict[str, Any] = {}
+    for i, block in enumerate(basis.blocks if basis is not None else ()):
+        entries[f"basis_{i}_rows"], entries[f"basis_{i}_columns"] = block.rows, block.columns
+        for side in ("left", "right"):
+            if getattr(block, side) is not None:
+                entries[f"basis_{i}_{side}"] = getattr(block, side)
+    return entries
 
 
 def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
@@ -87,31 +105,9 @@ def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
 
 
 def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
-    like = la._selection.vector()
-
-    def tensor(key: str) -> Tensor:
-        return state[key].detach().clone().to(like)
-
-    estimate = CurvatureEstimate(
-        LowRankCurvature(
-            tensor("curvature_diagonal"),
-            tensor("curvature_directions"),
-            tensor("curvature_weights"),
-        ),
-        Magnitudes(
-            tensor("magnitudes_values"),
-            tensor("magnitudes_standard_errors"),
-            tensor("magnitudes_in_sample"),
-            state["magnitudes_n_floored"],
-        ),
-        SolverOutcome(
-            state["solver"],
-            state["solver_converged"],
-            state["solver_products"],
-            state["solver_reason"],
-        ),
-        state["curvature_source"],
-    )
+    selection = _selection(la, state)
+    like = selection.vector()
+    estimate = _estimate(state, like)
     split = SubBatches(
         state["split_direction_indices"].clone(),
         state["split_magnitude_indices"].clone(),
@@ -124,58 +120,117 @@ def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         state["samples_n_root"],
         state["samples_augmented"],
     )
-    options = estimator_options(
-        rank=None if state["option_rank"] < 0 else state["option_rank"],
-        magnitudes=state["option_magnitudes"],
-        complement=state["option_complement"],
-        solver=state["option_solver"],
-        seed=state["option_seed"],
+    options = {field.name: state[f"option_{field.name}"] for field in fields(EstimatorOptions)}
+    options["rank"] = None if options["rank"] < 0 else options["rank"]
+    la._options = estimator_options(options.pop("structure"), options)
+    la._split_options = replace(la._split_options, seed=la._options.seed)
+    # the prior of the state replaces the present one, which may not fit
+    la._selection = selection
+    la.prior_mean = _like(state["prior_mean"], like)
+    la.prior_precision = _like(state["prior_precision"], like)
+    la.adopt(
+        selection,
+        Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
+        _like(state["mean"], like),
+        state["weights_fingerprint"],
     )
-    curvature = estimate.curvature
+    la.sigma_noise = _like(state["sigma_noise"], like)
+    la.temperature = state["temperature"]
+    la.enable_backprop = state["enable_backprop"]
+    la.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
+
+
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    return value.detach().clone().to(like)
+
+
+def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
+    curvature = LowRankCurvature(
+        _like(state["curvature_diagonal"], like),
+        _like(state["curvature_directions"], like),
+        _like(state["curvature_weights"], like),
+        _basis(state, like),
+    )
     P, k = len(like), curvature.directions.shape[-1]
     fits = curvature.directions.shape == (P, k) and curvature.weights.shape == (k,)
     if not fits or curvature.diagonal.numel() not in (1, P):
         raise ValueError(f"Expected directions of shape ({P}, k) with k weights, and a diagonal of 1 or {P} entries.")
-    la._options, la._split_options = options, replace(la._split_options, seed=options.seed)
-    la.adopt(
-        Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
-        tensor("mean"),
-        state["weights_fingerprint"],
+    errors = state.get("magnitudes_standard_errors")
+    magnitudes = Magnitudes(
+        _like(state["magnitudes_values"], like),
+        None if errors is None else _like(errors, like),
+        _like(state["magnitudes_in_sample"], like),
+        state["magnitudes_n_floored"],
     )
-    la.prior_mean = tensor("prior_mean")
-    la.prior_precision = tensor("prior_precision")
-    la.sigma_noise = tensor("sigma_noise")
-    la.temperature = state["temperature"]
-    la.enable_backprop = state["enable_backprop"]
-    la.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
+    outcome = SolverOutcome(
+        state["solver"], state["solver_converged"], state["solver_products"], state["solver_reason"]
+    )
+    return CurvatureEstimate(curvature, magnitudes, outcome, state["curvature_source"])
+
+
+def _basis(state: dict[str, Any], like: Tensor) -> KroneckerBasis | None:
+    if state["option_structure"] != "kron":
+        return None
+    blocks: list[BasisBlock] = []
+    while f"basis_{len(blocks)}_rows" in state:
+        i = len(blocks)
+        left, right = (state.get(f"basis_{i}_{side}") for side in ("left", "right"))
+        rows, columns = state[f"basis_{i}_rows"], state[f"basis_{i}_columns"]
+        for side, n in ((left, rows), (right, columns)):
+            if side is not None and side.shape != (n, n):
+                raise ValueError(f"Expected a side of basis block {i} of shape ({n}, {n}); got {tuple(side.shape)}.")
+        blocks.append(
+            BasisBlock(
+                rows,
+                columns,
+                None if left is None else _like(left, like),
+                None if right is None else _like(right, like),
+            )
+        )
+    basis = KroneckerBasis(tuple(blocks))
+    if basis.n_parameters != len(like):
+        raise ValueError(f"Expected a basis of {len(like)} vectors; the state has {basis.n_parameters}.")
+    return basis
+
+
+def _selection(la: PredictiveInterface, state: dict[str, Any]) -> ParameterSelection:
+    """The parameters that the posterior is over; of a last layer that is still to be found, the state's."""
+    if la._selection is not None:
+        return la._selection
+    return ParameterSelection.all_weights(la.model).layer(state["last_layer_name"])
 
 
 def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
     """Refuse a state that does not belong here."""
     if not isinstance(state, dict):
         raise ValueError(f"Expected a state as a dictionary; got {type(state).__name__}.")
-    for key in ("version", "cls_name", "likelihood", "mean", "weights_fingerprint", "parameter_names"):
+    for key in ("version", "cls_name", "likelihood", "curvature", "mean", "weights_fingerprint", "parameters"):
         if key not in state:
-            raise ValueError(f"The state has no entry {key!r}; it is not one of this package.")
+            raise ValueError(f"The state has no entry {key!r}; it is not one of this package, or of an older version.")
     if state["version"] != VERSION:
         raise ValueError(f"Expected a state of version {VERSION}; got {state['version']}.")
     if state["cls_name"] != type(la).__name__:
         raise ValueError(f"Expected the state of a {type(la).__name__}; got a {state['cls_name']}.")
     if state["likelihood"] != la.likelihood:
         raise ValueError(f"Expected likelihood {la.likelihood!r}; the state has {state['likelihood']!r}.")
-    if len(state["mean"]) != la.n_params:
+    if state["curvature"] != la._problem.backend.kind:
         raise ValueError(
-            f"The state is over {len(state['mean'])} parameters, the model has {la.n_params} trainable ones."
+            f"Expected the state of a posterior with the {la._problem.backend.kind}; it has the {state['curvature']}: "
+            "pass the backend that it was fitted with."
         )
-    if state["weights_fingerprint"] != la._selection.fingerprint():
+    selection = _selection(la, state)
+    if state["weights_fingerprint"] != selection.fingerprint():
         raise ValueError(
             "The state was fitted at other weights than the model has now; load the weights that it was "
             "fitted to first."
         )
-    if state["parameter_names"] != "\n".join(la._selection.names) or not torch.equal(
-        state["mean"].to(la._selection.vector()), la._selection.vector()
+    center = selection.vector()
+    if (
+        state["parameters"] != selection.description
+        or state["mean"].shape != center.shape
+        or not torch.equal(state["mean"].to(center), center)
     ):
         raise ValueError(
-            "The state is over other parameters than the model's trainable ones; expected the same ones with "
-            "requires_grad as at the fit."
+            f"The state is over other parameters ({len(state['mean'])}) than this posterior ({len(center)}); expected "
+            "the same ones with requires_grad as at the fit, and the same subset of weights."
         )

@@ -4,13 +4,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from debiased_laplace.errors import NotBuiltError
-from debiased_laplace.posterior.lowrank import DebiasedLowRankLaplace
+from debiased_laplace.posterior.hyperparameters import name_of
 from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
-
-_BUILT = {("all", "lowrank"): DebiasedLowRankLaplace}
-_PLANNED_SUBSETS = ("all", "last_layer", "subnetwork")
-_PLANNED_STRUCTURES = ("lowrank", "kron", "full")
+from debiased_laplace.posterior.structures import CLASSES
 
 
 def DebiasedLaplace(
@@ -26,6 +22,9 @@ def DebiasedLaplace(
     complement: Literal["none", "isotropic", "diagonal"] = "none",
     solver: Literal["auto", "gram", "lanczos"] = "auto",
     seed: int = 0,
+    kron_basis: Literal["row_matrices", "kfac"] = "row_matrices",
+    kron_magnitudes: Literal["exact", "kronecker"] = "exact",
+    kfac_approx: Literal["expand", "reduce"] = "expand",
     sigma_noise: float | Tensor = 1.0,
     prior_precision: float | Tensor = 1.0,
     prior_mean: float | Tensor = 0.0,
@@ -35,33 +34,49 @@ def DebiasedLaplace(
     dict_key_y: str = "labels",
     backend: type | None = None,
     backend_kwargs: dict[str, Any] | None = None,
+    last_layer_name: str | None = None,
+    subnetwork_indices: Tensor | None = None,
 ) -> DebiasedParametricLaplace:
     """A Laplace posterior of a trained network, with curvature that is not biased by the samples it was measured on.
 
     What it returns is a `laplace.ParametricLaplace`: everything that laplace-torch's posteriors can do, it can.
 
     Args:
-        model: a trained network, inputs (n, …) to outputs (n, C). It is never written to.
-        likelihood: "classification" (outputs are logits) or "regression".
-        subset_of_weights: "all": every parameter with `requires_grad`.
-        hessian_structure: "lowrank": low rank plus diagonal.
-        rank: number of directions; None: every one that the direction samples support, within memory.
+        model: a trained network, inputs (n, …) or a mapping of tensors to outputs (n, C), or to an output with logits
+            of that shape. It is never written to.
+        likelihood: "classification" (outputs are logits), "regression" or "reward_modeling" (pairs (n, 2, …) to fit,
+            with the position of the preferred one as label; single inputs to predict).
+        subset_of_weights: "all": every parameter with `requires_grad`; "last_layer"; "subnetwork": some entries.
+        hessian_structure: "lowrank": low rank plus diagonal; "kron": curvature along every vector of a Kronecker basis;
+            "full": every direction, for few parameters.
+        rank: (lowrank) number of directions; None: every one that the direction samples support, within memory.
         magnitudes: "held_out": curvature along the directions from other samples than the directions. "same_batch":
             both from the same samples, the biased way, for comparison.
         direction_samples: samples for the directions, a number or a share of those given to `fit`.
         magnitude_samples: samples for the magnitudes; None: all the rest.
-        complement: curvature outside the directions: "none" (the prior alone), "isotropic" (their mean) or "diagonal".
-        solver: "gram" (all rows at once), "lanczos" (products only) or "auto".
-        seed: of the split and of any start vector.
+        complement: (lowrank) curvature outside the directions: "none" (the prior alone), "isotropic" (their mean) or
+            "diagonal".
+        solver: (lowrank) "gram" (all rows at once), "lanczos" (products only) or "auto".
+        seed: of the split, of any start vector and of Monte-Carlo draws.
+        kron_basis: (kron) eigenvectors of the summed row matrices of each parameter, "row_matrices", or of K-FAC's
+            factors, "kfac". Parameters without a basis (norm layers, scalars; with "kfac" all but linear layers and
+            convolutions) get the exact diagonal of their curvature.
+        kron_magnitudes: (kron) "exact": the curvature of every basis vector, as in EKFAC; "kronecker": products of the
+            factors' own, which are unbiased factor by factor only.
+        kfac_approx: (kron_basis="kfac") positions of a sequence or an image as samples of their own, "expand", or
+            averaged (inputs) and summed (gradients), "reduce".
         sigma_noise: standard deviation of the observation noise (regression), in units of the targets.
-        prior_precision: one number, one per parameter tensor, or one per parameter.
+        prior_precision: one number, one per parameter tensor, or (not for kron) one per parameter.
         prior_mean: one number, or one per parameter.
         temperature: of the likelihood.
         enable_backprop: keep the graph of predictions, for gradients with respect to the inputs.
-        dict_key_x: of mappings as inputs; mappings are not available yet.
-        dict_key_y: of mappings as inputs; mappings are not available yet.
-        backend: None: torch.func.
-        backend_kwargs: of the backend.
+        dict_key_x: of mappings: the tensor whose length is the number of samples.
+        dict_key_y: of mappings: the targets, which do not go into the model.
+        backend: one of laplace-torch's classes, which picks the curvature (GGN, empirical Fisher or Hessian) and
+            computes it where it is right; None: the GGN by torch.func.
+        backend_kwargs: {"stochastic": True, "num_samples": m}: the Monte-Carlo GGN with m drawn targets a sample.
+        last_layer_name: of the module; None: the last one with parameters that a forward pass goes through.
+        subnetwork_indices: increasing positions in the flat vector of the trainable parameters.
 
     Returns:
         The posterior, not fitted yet.
@@ -73,16 +88,14 @@ def DebiasedLaplace(
     References:
         Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325; Daxberger et al. (2021), arXiv 2106.14806.
     """
-    key = tuple(str(getattr(v, "value", v)) for v in (subset_of_weights, hessian_structure))
-    if key not in _BUILT:
-        known = key[0] in _PLANNED_SUBSETS and key[1] in _PLANNED_STRUCTURES
-        error = NotBuiltError if known else ValueError
-        built = " and ".join(f"{subset!r} with {structure!r}" for subset, structure in _BUILT)
-        raise error(
-            f"subset_of_weights={key[0]!r} with hessian_structure={key[1]!r} is not available"
-            f"{' yet' if known else ''}; available: {built}."
+    key = (name_of(subset_of_weights), name_of(hessian_structure))
+    if key not in CLASSES:
+        subsets, structures = (sorted({k[i] for k in CLASSES}) for i in (0, 1))
+        raise ValueError(
+            f"Expected subset_of_weights as one of {subsets} and hessian_structure as one of {structures}; "
+            f"got {key[0]!r} and {key[1]!r}."
         )
-    return _BUILT[key](
+    return CLASSES[key](
         model,
         likelihood,
         rank=rank,
@@ -92,6 +105,9 @@ def DebiasedLaplace(
         complement=complement,
         solver=solver,
         seed=seed,
+        kron_basis=kron_basis,
+        kron_magnitudes=kron_magnitudes,
+        kfac_approx=kfac_approx,
         sigma_noise=sigma_noise,
         prior_precision=prior_precision,
         prior_mean=prior_mean,
@@ -101,4 +117,6 @@ def DebiasedLaplace(
         dict_key_y=dict_key_y,
         backend=backend,
         backend_kwargs=backend_kwargs,
+        last_layer_name=last_layer_name,
+        subnetwork_indices=subnetwork_indices,
     )

@@ -3,19 +3,20 @@
 import math
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
-from laplace.baselaplace import BaseLaplace, ParametricLaplace
+from laplace.baselaplace import BaseLaplace
 from torch import Tensor
 
 from debiased_laplace.curvature.derivatives import find_capabilities
-from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.inputs import Inputs
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
-from debiased_laplace.posterior.fitting import Fit, SplitOptions
+from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions
 from debiased_laplace.posterior.hyperparameters import EstimatorOptions
 from debiased_laplace.posterior.prior_and_noise import PriorAndNoise
 
@@ -25,11 +26,12 @@ class FittedPosterior(PriorAndNoise):
 
     mean: Tensor
     H: tuple[Tensor, ...] | None
-    _selection: ParameterSelection
-    _likelihood: Likelihood
+    _problem: Problem
     _options: EstimatorOptions
     _split_options: SplitOptions
     _fit: Fit | None
+    # the trained values of the parameters that the posterior is over
+    _center: Tensor
     _fingerprint: str
 
     def _check_H_init(self) -> None:
@@ -49,8 +51,8 @@ class FittedPosterior(PriorAndNoise):
 
     @property
     def rank(self) -> int | None:
-        """Number of directions: as fitted, or as asked for."""
-        if self._fit is None:
+        """Number of directions: as fitted, or as asked for; None where there are none (Kronecker)."""
+        if self._fit is None or self._options.structure == "kron":
             return self._options.rank
         return self._fit.estimate.curvature.directions.shape[1]
 
@@ -61,12 +63,25 @@ class FittedPosterior(PriorAndNoise):
 
     @property
     def directions(self) -> Float[Tensor, "P k"]:
-        """Orthonormal directions."""
-        return self.fitted.estimate.curvature.directions
+        """Orthonormal directions.
+
+        Raises:
+            ValueError: for a Kronecker posterior, whose P directions are products of small bases.
+        """
+        curvature = self.fitted.estimate.curvature
+        if curvature.basis is not None:
+            raise ValueError(
+                "A Kronecker posterior holds no matrix of directions; expected hessian_structure='lowrank' or 'full'. "
+                "`posterior_precision.basis` maps vectors to its coordinates, in which `directional_curvatures` stand."
+            )
+        return curvature.directions
 
     @property
     def directional_curvatures(self) -> Float[Tensor, " k"]:
-        """The magnitudes used: estimates of the full batch's mean curvature along the directions."""
+        """The magnitudes used: estimates of the full batch's mean curvature along the directions.
+
+        Of a Kronecker posterior, along its P basis vectors.
+        """
         return self.fitted.estimate.magnitudes.values
 
     @property
@@ -76,8 +91,18 @@ class FittedPosterior(PriorAndNoise):
 
     @property
     def standard_errors(self) -> Float[Tensor, " k"]:
-        """Standard errors of the magnitudes."""
-        return self.fitted.estimate.magnitudes.standard_errors
+        """Standard errors of the magnitudes.
+
+        Raises:
+            ValueError: for `kron_magnitudes="kronecker"`, which looks at no sample on its own.
+        """
+        errors = self.fitted.estimate.magnitudes.standard_errors
+        if errors is None:
+            raise ValueError(
+                "kron_magnitudes='kronecker' has no standard errors, because it looks at no sample on its own; "
+                "expected kron_magnitudes='exact'."
+            )
+        return errors
 
     @property
     def curvature_source(self) -> str:
@@ -109,7 +134,8 @@ class FittedPosterior(PriorAndNoise):
         self._check_H_init()
         if self._precision is None:
             diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
-            self._precision = LowRankPlusDiagonal(diagonal, self.directions, weights)
+            curvature = self.fitted.estimate.curvature
+            self._precision = LowRankPlusDiagonal(diagonal, curvature.directions, weights, curvature.basis)
         return self._precision
 
     @property
@@ -124,16 +150,17 @@ class FittedPosterior(PriorAndNoise):
     def square_norm(self, value: Tensor) -> Tensor:
         """Squared distance of parameters (…, P) from the mean, in the metric of the posterior precision."""
         operator = self.posterior_precision
-        if value.ndim == 0 or value.shape[-1] != self.n_params:
-            raise ValueError(f"Expected parameters of shape (…, {self.n_params}); got {tuple(value.shape)}.")
-        return operator.quadratic(value - self.mean)
+        P = len(self._center)
+        if value.ndim == 0 or value.shape[-1] != P:
+            raise ValueError(f"Expected parameters of shape (…, {P}); got {tuple(value.shape)}.")
+        return operator.quadratic(value - self._center)
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
         """Log density of parameters (…, P) under the posterior, in nats; without its constant if not normalized."""
         exponent = -self.square_norm(value) / 2
         if not normalized:
             return exponent
-        return exponent + self.log_det_posterior_precision / 2 - self.n_params / 2 * math.log(2 * math.pi)
+        return exponent + self.log_det_posterior_precision / 2 - len(self._center) / 2 * math.log(2 * math.pi)
 
     @property
     def log_likelihood(self) -> Tensor:
@@ -145,24 +172,61 @@ class FittedPosterior(PriorAndNoise):
     def scatter(self) -> Tensor:
         """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
         self._check_H_init()
-        return ParametricLaplace.scatter.fget(self)
+        delta = self._center - self.prior_mean
+        return (self.prior_precision_diag * delta.square()).sum()
 
-    def adopt(self, fit: Fit, mean: Tensor, fingerprint: str) -> None:
-        """Become the posterior of this fit."""
-        self._fit, self.mean, self._fingerprint = fit, mean, fingerprint
+    def embedded(self, draws: Float[Tensor, "S P"]) -> Float[Tensor, "S _"]:
+        """Draws as laplace-torch shows them: of a subnetwork, among the trained values of all parameters."""
+        if self._problem.subset.kind != "subnetwork":
+            return draws
+        trained = ParameterSelection.all_weights(self.model)
+        full = trained.vector().repeat(len(draws), 1)
+        full[:, self.selection.indices.to(full.device)] = draws
+        return full
+
+    @property
+    def mean_subnet(self) -> Float[Tensor, " P"]:
+        """The trained values of the parameters that the posterior is over."""
+        self._check_H_init()
+        return self._center
+
+    def adopt(self, selection: ParameterSelection, fit: Fit, center: Float[Tensor, " P"], fingerprint: str) -> None:
+        """Become the posterior of this fit.
+
+        Raises:
+            ValueError: if prior precision or prior mean do not fit the parameters.
+        """
+        self._take(selection)
+        self._fit, self._center, self._fingerprint = fit, center, fingerprint
+        self.mean = self.embedded(center[None])[0]
         self._precision = None
         self.loss, self.n_data, self.n_outputs = fit.loss, fit.split.n_data, fit.n_outputs
         curvature = fit.estimate.curvature
         self.H = (curvature.diagonal, curvature.directions, curvature.weights)
 
-    def network_for(self, inputs: Tensor) -> Network:
+    def _take(self, selection: ParameterSelection) -> None:
+        """Be over these parameters; a prior that was set before they were known is checked now."""
+        known, self._selection = self._selection, selection
+        try:
+            self.prior_precision, self.prior_mean = self._prior_precision, self._prior_mean
+        except ValueError:
+            self._selection = known
+            raise
+        subnetwork = self._problem.subset.kind == "subnetwork"
+        self.n_layers = len(selection.names)
+        self.n_params = sum(p.numel() for p in self.params) if subnetwork else selection.n_parameters
+        if subnetwork:
+            self.n_params_subnet = selection.n_parameters
+
+    def network_for(self, inputs: Inputs) -> Network:
         """The network at the posterior's mean; a loaded posterior meets it at its first inputs, and keeps it."""
         fit = self.fitted
         if fit.network is not None:
             return fit.network
-        parameters = {k: v.clone() for k, v in self._selection.unflatten(self.mean).items()}
-        capabilities = find_capabilities(self._selection, parameters, inputs)
-        network = Network(self._selection, parameters, self._likelihood, self.n_outputs, capabilities)
+        selection = self.selection
+        parameters = {k: v.clone() for k, v in selection.unflatten(self._center).items()}
+        capabilities = find_capabilities(selection, parameters, inputs)
+        network = Network(selection, parameters, self._problem.likelihood, self.n_outputs, capabilities)
         self._fit = replace(fit, network=network)
         return network
 
@@ -172,4 +236,5 @@ class FittedPosterior(PriorAndNoise):
         Raises:
             ValueError: if they do not.
         """
-        self._likelihood.check(self.mean.new_zeros(len(batch), self.n_outputs), batch.targets)
+        zeros = torch.zeros(len(batch), self.n_outputs, dtype=self._center.dtype, device=batch.targets.device)
+        self._problem.likelihood.check(zeros, batch.targets)

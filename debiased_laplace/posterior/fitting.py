@@ -1,28 +1,31 @@
-"""From a loader to a curvature estimate: the one path that every structure takes."""
+"""From a loader to a curvature estimate: the one path that every structure, subset and backend takes."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
-from debiased_laplace.curvature.ggn import SubBatchCurvature
+from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.second_derivatives import SecondDerivatives
+from debiased_laplace.curvature.sub_batch import SubBatchCurvature
+from debiased_laplace.curvature.subsets import WeightSubset
 from debiased_laplace.curvature.survey import Survey, meet_network, survey
+from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.identities import SampleIdentities
+from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, root_length, sample_source
 from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
-from debiased_laplace.debiasing.estimate import (
-    CurvatureEstimate,
-    EstimatorOptions,
-    estimate_held_out,
-    estimate_same_batch,
-)
+from debiased_laplace.debiasing.estimate import estimate
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
 from debiased_laplace.errors import RepeatedSamplesError
+from debiased_laplace.posterior.backends import BackendChoice
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,25 @@ class SplitOptions:
     direction_samples: Amount
     magnitude_samples: Amount | None
     seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a posterior is of, as the user gave it.
+
+    Attributes:
+        model: never written to.
+        likelihood: of the outputs.
+        subset: which weights.
+        backend: which curvature, and whose derivatives.
+        keys: where a mapping holds what.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    subset: WeightSubset
+    backend: BackendChoice
+    keys: MappingKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +78,18 @@ class Fit:
 
 
 def fit_curvature(
-    selection: ParameterSelection,
-    likelihood: Likelihood,
+    problem: Problem,
     loader: object,
     *,
     split_options: SplitOptions,
     options: EstimatorOptions,
     n_data: int | None,
     progress_bar: bool,
-) -> Fit:
+) -> tuple[ParameterSelection, Fit]:
     """Split, look at the samples once, then directions and magnitudes.
 
     Args:
-        selection: the parameters that the posterior is over.
-        likelihood: of the outputs.
+        problem: model, likelihood, weights, curvature.
         loader: of training samples.
         split_options: which samples do what.
         options: of the estimator.
@@ -77,14 +97,14 @@ def fit_curvature(
         progress_bar: show progress.
 
     Returns:
-        The fit; the model is as it was.
+        The parameters, and the fit; the model is as it was.
 
     Raises:
         ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
     """
-    selection.check_finite()
+    ParameterSelection.all_weights(problem.model).check_finite()
     seed = split_options.seed
-    source = sample_source(loader, seed)
+    source = sample_source(loader, seed, problem.keys)
     split = draw_sub_batches(
         source.indices,
         direction_samples=split_options.direction_samples,
@@ -93,7 +113,7 @@ def fit_curvature(
         n_data=n_data,
         seed=seed,
     )
-    model = selection.model
+    model = problem.model
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -101,7 +121,7 @@ def fit_curvature(
         differentiable_kernels(model),
         undisturbed_randomness(seed),
     ):
-        network = _meet(selection, likelihood, source, split, seed)
+        network, some = _meet(problem, source, split, seed, options)
         augmented = source.augments(seed)
         surveys = [
             survey(
@@ -113,13 +133,11 @@ def fit_curvature(
             for first, indices in _sets(split)
         ]
         identities = _identities(source, split, surveys, augmented=augmented)
-        curvatures = [SubBatchCurvature(network, found.samples, progress_bar=progress_bar) for found in surveys]
-        if split.shared:
-            estimate = estimate_same_batch(curvatures[0], split.n_data, options)
-        else:
-            estimate = estimate_held_out(curvatures[0], curvatures[1], split.n_data, options)
+        curvatures = _curvatures(problem, network, some, surveys, seed, progress_bar=progress_bar)
+        estimated = estimate(curvatures[0], None if split.shared else curvatures[1], split.n_data, options)
     loss = sum(found.loss for found in surveys) * split.n_data / split.n_samples
-    return Fit(split, identities, estimate, loss, network.n_outputs, network)
+    fit = Fit(split, identities, estimated, loss, network.n_outputs, network)
+    return network.selection, fit
 
 
 def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
@@ -130,15 +148,34 @@ def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
 
 
 def _meet(
-    selection: ParameterSelection,
-    likelihood: Likelihood,
-    source: SampleSource,
-    split: SubBatches,
-    seed: int,
-) -> Network:
-    device = selection.vector().device
-    some = Samples(source, split.direction_indices[:8], device, seed)
-    return meet_network(selection, likelihood, next(iter(some)))
+    problem: Problem, source: SampleSource, split: SubBatches, seed: int, options: EstimatorOptions
+) -> tuple[Network, Batch]:
+    """The network, with the backend's derivatives where they are right, and some samples."""
+    device = next(problem.model.parameters()).device
+    some = next(iter(Samples(source, split.direction_indices[:8], device, seed)))
+    selection = problem.subset.select_by(problem.model, some.inputs)
+    network = meet_network(selection, problem.likelihood, some)
+    uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
+    kfac = options.kfac_approx if uses_kfac else None
+    return problem.backend.attached(network, some, problem.keys, kfac=kfac), some
+
+
+def _curvatures(
+    problem: Problem, network: Network, some: Batch, surveys: list[Survey], seed: int, *, progress_bar: bool
+) -> list[SubBatchCurvature]:
+    root = problem.backend.root(network.likelihood)
+    if root is None:
+        second = SecondDerivatives(network.selection, network.parameters, network.likelihood, some)
+        return [HessianCurvature(network, found.samples, second, progress_bar=progress_bar) for found in surveys]
+    # draws of a Monte-Carlo curvature differ between the sets of samples, and between a set and its redrawn self
+    return [
+        RowCurvature(network, found.samples, root, seed=_seed_of_draws(seed, i), progress_bar=progress_bar)
+        for i, found in enumerate(surveys)
+    ]
+
+
+def _seed_of_draws(seed: int, i: int) -> int:
+    return (seed * 1_000_003 + 2 * i) % 2**62
 
 
 def _identities(source: SampleSource, split: SubBatches, surveys: list[Survey], *, augmented: bool) -> SampleIdentities:

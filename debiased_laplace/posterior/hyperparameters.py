@@ -1,14 +1,22 @@
 """Checks of what laplace-torch accepts silently: precisions, noises and temperatures that are no numbers to use."""
 
 import operator
-from typing import Any, Literal, get_args
+from dataclasses import fields
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from debiased_laplace.curvature.kronecker import KfacApproximation
 from debiased_laplace.debiasing.complement import ComplementKind
 from debiased_laplace.debiasing.directions import Solver
-from debiased_laplace.debiasing.estimate import EstimatorOptions, MagnitudesKind
+from debiased_laplace.debiasing.options import (
+    EstimatorOptions,
+    KronBasis,
+    KronMagnitudes,
+    MagnitudesKind,
+    Structure,
+)
 from debiased_laplace.errors import NotBuiltError
 
 Amount = float | Tensor
@@ -119,23 +127,55 @@ def sample_amounts(directions: object, magnitudes: object) -> tuple[Any, Any]:
     return directions, magnitudes
 
 
-def estimator_options(
-    *, rank: int | None, magnitudes: str, complement: str, solver: str, seed: int
-) -> EstimatorOptions:
-    """The estimator's options, checked.
+def estimator_options(structure: Structure, options: dict[str, Any]) -> EstimatorOptions:
+    """The estimator's options, checked; the names are those of the public constructor.
 
     Raises:
         NotBuiltError: if an option is not available yet.
-        ValueError: if an option is out of its range.
+        ValueError: if an option is out of its range, or of another structure.
     """
-    one_of(magnitudes, MagnitudesKind, "magnitudes")
-    one_of(complement, ComplementKind, "complement")
-    one_of(solver, Solver, "solver")
+    kinds = {
+        "magnitudes": MagnitudesKind,
+        "complement": ComplementKind,
+        "solver": Solver,
+        "kron_basis": KronBasis,
+        "kron_magnitudes": KronMagnitudes,
+        "kfac_approx": KfacApproximation,
+    }
+    for name, kind in kinds.items():
+        one_of(options[name], kind, name)
+    rank = options["rank"]
     if rank == "auto":
         raise NotBuiltError("rank must be an integer or None; 'auto' is not available yet.")
     rank = None if rank is None else integer(rank, "rank (an integer or None)")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, or None; got {rank!r}.")
-    seed = integer(seed, "seed")
-    checked_magnitudes: Literal["held_out", "same_batch"] = magnitudes  # type: ignore[assignment]
-    return EstimatorOptions(rank, checked_magnitudes, complement, solver, seed)  # type: ignore[arg-type]
+    numbers = {"rank": rank, "seed": integer(options["seed"], "seed")}
+    checked = EstimatorOptions(structure=structure, **{**options, **numbers})
+    _check_structure(checked)
+    return checked
+
+
+_STRUCTURE_OF: dict[str, tuple[str, ...]] = {
+    "rank": ("lowrank",),
+    "complement": ("lowrank",),
+    "solver": ("lowrank",),
+    "kron_basis": ("kron",),
+    "kron_magnitudes": ("kron",),
+    "kfac_approx": ("kron",),
+}
+
+
+def _check_structure(options: EstimatorOptions) -> None:
+    """Refuse an option that the structure would silently ignore."""
+    defaults = {field.name: field.default for field in fields(EstimatorOptions)}
+    defaults.update(rank=None, complement="none", solver="auto")
+    for name, structures in _STRUCTURE_OF.items():
+        value = getattr(options, name)
+        if options.structure not in structures and value != defaults[name]:
+            raise ValueError(
+                f"{name} is of hessian_structure={' or '.join(map(repr, structures))}; got {name}={value!r} with "
+                f"{options.structure!r}."
+            )
+    if options.kfac_approx != "expand" and options.kron_basis != "kfac":
+        raise ValueError(f"kfac_approx is of kron_basis='kfac'; got it with {options.kron_basis!r}.")

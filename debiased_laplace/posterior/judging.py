@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.survey import evaluated
-from debiased_laplace.data.batches import sample_hashes
+from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
@@ -23,9 +25,11 @@ from debiased_laplace.debiasing.held_out_kl import (
     sample_terms,
 )
 from debiased_laplace.errors import OverlapError
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 _SHARE_THAT_MATTERS = 0.1
+_PANEL = 64  # columns of the covariance's root at once
 
 
 def held_out_kl(la: PredictiveInterface, loader: Any, fitted_loader: Any) -> HeldOutKL:
@@ -58,7 +62,6 @@ def held_out_kl(la: PredictiveInterface, loader: Any, fitted_loader: Any) -> Hel
     operator = la.posterior_precision
     prior = la.prior_precision_diag.detach()
     terms = KLTerms(
-        operator.variance_trace,
         float((operator.covariance_diagonal.double() * prior.double()).sum()),
         float(operator.log_det),
         float(la.n_data * la._H_factor),
@@ -89,8 +92,8 @@ class _Known:
 
 def _known(la: PredictiveInterface, loader: Any) -> _Known:
     seed = la.fitted_seed
-    source = sample_source(loader, seed)
-    samples = Samples(source, source.indices, la.mean.device, seed)
+    source = sample_source(loader, seed, la._problem.keys)
+    samples = Samples(source, source.indices, la._center.device, seed)
     root, positions = source.root()
     augmented = source.augments(seed)
     with undisturbed_randomness(seed):
@@ -103,17 +106,37 @@ def _known(la: PredictiveInterface, loader: Any) -> _Known:
 def _terms_of(la: PredictiveInterface, terms: KLTerms, known: _Known) -> Tensor:
     """Terms of the samples, in the order of their positions."""
     with evaluating(la.model), differentiable_kernels(la.model), undisturbed_randomness(la.fitted_seed):
-        return sample_terms(terms, _rows(la, known.samples))
+        return sample_terms(terms, _curvature_traces(la, known.samples))
 
 
-def _rows(la: PredictiveInterface, samples: Samples) -> Iterator[Tensor]:
+def _curvature_traces(la: PredictiveInterface, samples: Samples) -> Iterator[Tensor]:
+    r"""$\mathrm{tr}(\hat P^{-1} H_n)$ of each sample.
+
+    A Monte-Carlo posterior is judged by the GGN that it estimates: fresh draws would add nothing but noise.
+    """
+    precision, choice = la.posterior_precision, la._problem.backend
+    kind = replace(choice, kind="GGN") if choice.kind == "Monte-Carlo GGN" else choice
+    root = kind.root(la._problem.likelihood)
     for batch in samples:
         batch.check_finite()
-        network: Network = la.network_for(batch.inputs)
+        network = la.network_for(batch.inputs)
         with torch.no_grad():
             evaluated(network.selection, network.parameters, batch)
         la.check_targets(batch)
-        yield from network.ggn_rows(batch.inputs)
+        if root is None:
+            yield _hessian_traces(network, precision, batch)
+            continue
+        side = root.side(batch.targets, network.n_outputs, torch.Generator())
+        for n, blocks, _ in network.root_rows(batch, root, side):
+            yield sum((precision.variance_trace(rows) for rows in blocks), start=precision.directions.new_zeros(n))
+
+
+def _hessian_traces(network: Network, precision: LowRankPlusDiagonal, batch: Batch) -> Tensor:
+    """A Hessian has no rows: the quadratics along every column of a root of the covariance, P of them a sample."""
+    second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
+    units = torch.eye(network.n_parameters, dtype=network.like.dtype, device=network.like.device)
+    panels = [second.quadratics(batch, precision.root(some).T).sum(1) for some in units.split(_PANEL)]
+    return torch.stack(panels).sum(0)
 
 
 def _check_held_out(fitted: SampleIdentities, given: SampleIdentities, n_left_out: int) -> None:
@@ -143,7 +166,12 @@ def _context(la: PredictiveInterface) -> str:
     prior = la.prior_precision.detach().double().cpu()
     prior = prior[:1] if bool((prior == prior[0]).all()) else prior
     shown = f"{prior.item():.6g}" if prior.numel() == 1 else f"{prior.numel()} entries {hash(tuple(prior.tolist()))}"
+    kind = la._problem.backend.kind.removeprefix("Monte-Carlo ")
+    selection = la.selection
+    over = selection.subset
+    if selection.subset != "all weights":
+        over = f"{over} {sha256(selection.description.encode()).hexdigest()[:8]}"
     return (
-        f"weights {la.weights_fingerprint[:12]}, all weights, GGN, prior precision {shown}, "
+        f"weights {la.weights_fingerprint[:12]}, {over}, {kind}, prior precision {shown}, "
         f"sigma_noise {float(la.sigma_noise):.6g}, temperature {la.temperature:.6g}, n_data {la.n_data}"
     )

@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
-from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
+from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.debiasing.directions import SUPPORTED
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
+from debiased_laplace.debiasing.options import Structure
 from debiased_laplace.errors import NotBuiltError
-from debiased_laplace.linalg.low_rank_plus_diagonal import (
-    LowRankPlusDiagonal,
-)
 from debiased_laplace.posterior import checkpoint, judging, prior_tuning
-from debiased_laplace.posterior.fitting import Fit, SplitOptions, fit_curvature
+from debiased_laplace.posterior.backends import BackendChoice
+from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions, fit_curvature
 from debiased_laplace.posterior.hyperparameters import estimator_options, integer, name_of, one_positive, sample_amounts
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
@@ -23,8 +23,12 @@ from debiased_laplace.posterior.predictions import PredictiveInterface
 class DebiasedParametricLaplace(PredictiveInterface):
     """A Laplace posterior whose curvature is estimated on split samples.
 
-    The arguments are those of `DebiasedLaplace`; the estimator's come first, laplace-torch's own after them.
+    The arguments are those of `DebiasedLaplace`; the estimator's come first, laplace-torch's own after them. Subclasses
+    say which weights they are over and what structure the curvature has, and nothing else.
     """
+
+    _subset: SubsetOfWeights
+    _structure: Structure
 
     def __init__(
         self,
@@ -38,6 +42,9 @@ class DebiasedParametricLaplace(PredictiveInterface):
         complement: str = "none",
         solver: str = "auto",
         seed: int = 0,
+        kron_basis: str = "row_matrices",
+        kron_magnitudes: str = "exact",
+        kfac_approx: str = "expand",
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -47,21 +54,34 @@ class DebiasedParametricLaplace(PredictiveInterface):
         dict_key_y: str = "labels",
         backend: type | None = None,
         backend_kwargs: dict[str, Any] | None = None,
+        last_layer_name: str | None = None,
+        subnetwork_indices: Tensor | None = None,
     ):
         likelihood = name_of(likelihood)
-        self._likelihood = likelihood_named(likelihood)
         self._options = estimator_options(
-            rank=rank, magnitudes=magnitudes, complement=complement, solver=solver, seed=seed
+            self._structure,
+            {
+                "rank": rank,
+                "magnitudes": magnitudes,
+                "complement": complement,
+                "solver": solver,
+                "seed": seed,
+                "kron_basis": kron_basis,
+                "kron_magnitudes": kron_magnitudes,
+                "kfac_approx": kfac_approx,
+            },
         )
         self._split_options = SplitOptions(*sample_amounts(direction_samples, magnitude_samples), self._options.seed)
-        if backend is not None or backend_kwargs:
-            raise NotBuiltError(
-                "backend must be None, which computes curvature with torch.func; laplace-torch's backends are not "
-                "available yet. (marglik_training passes one of its own: give it backend=None.)"
-            )
-        self._selection = ParameterSelection.all_weights(model)
+        self._problem = Problem(
+            model,
+            likelihood_named(likelihood),
+            WeightSubset(self._subset, last_layer_name, subnetwork_indices),
+            BackendChoice.of(backend, backend_kwargs),
+            MappingKeys(dict_key_x, dict_key_y),
+        )
+        self._prior_of_blocks = self._structure == "kron"
+        self._selection = self._problem.subset.select(model)
         self._fit: Fit | None = None
-        self._precision: LowRankPlusDiagonal | None = None
         super().__init__(
             model,
             likelihood,
@@ -73,20 +93,31 @@ class DebiasedParametricLaplace(PredictiveInterface):
             dict_key_x=dict_key_x,
             dict_key_y=dict_key_y,
         )
+        if self._selection is not None:
+            self._take(self._selection)
+        else:
+            # as laplace-torch: not known before the first forward pass
+            self.__dict__.update(n_params=None, n_layers=None, mean=None)
 
     def _init_H(self) -> None:
         self.H = None
 
     def __repr__(self) -> str:
-        options = f"magnitudes={self._options.magnitudes!r}, complement={self._options.complement!r}"
-        head = f"{type(self).__name__}({self.likelihood}, {self.n_params:,} parameters, {options}"
+        options = f"magnitudes={self._options.magnitudes!r}"
+        if self._structure == "lowrank":
+            options += f", complement={self._options.complement!r}"
+        if self._problem.backend.kind != "GGN" or self._problem.backend.backend is not None:
+            options += f", {self._problem.backend.kind}"
+        over = "last layer" if self._selection is None else f"{self._selection.n_parameters:,} parameters"
+        head = f"{type(self).__name__}({self.likelihood}, {over}, {options}"
         if self._fit is None:
             return f"{head}, not fitted)"
         split = self._fit.split
         used = (
             f"{split.n_samples}" if split.shared else f"{len(split.direction_indices)} + {len(split.magnitude_indices)}"
         )
-        return f"{head}, rank={self.rank}, fitted on {used} of {split.n_data} samples)"
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"{head}{rank}, fitted on {used} of {split.n_data} samples)"
 
     def fit(
         self,
@@ -99,8 +130,9 @@ class DebiasedParametricLaplace(PredictiveInterface):
         """Estimate the curvature of the full batch from the samples of a loader.
 
         Args:
-            train_loader: a `DataLoader` over a map-style data set, or a list of (inputs, targets) batches. Samples are
-                split by their position before any is loaded; order, shuffling and augmentation do not matter.
+            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs, targets)
+                or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
+                augmentation do not matter.
             override: must be True; adding data to a fit is not available yet.
             progress_bar: show progress.
             n_data: size N of the data set that the likelihood stands for, the loader's samples being part of it;
@@ -115,23 +147,23 @@ class DebiasedParametricLaplace(PredictiveInterface):
         if tolerance is not None:
             raise NotBuiltError("tolerance must be None; stopping early is not available yet.")
         n_data = None if n_data is None else integer(n_data, "n_data")
-        fit = fit_curvature(
-            self._selection,
-            self._likelihood,
+        selection, fit = fit_curvature(
+            self._problem,
             train_loader,
             split_options=self._split_options,
             options=self._options,
             n_data=n_data,
             progress_bar=progress_bar,
         )
-        self.adopt(fit, self._selection.vector(), self._selection.fingerprint())
+        self.adopt(selection, fit, selection.vector(), selection.fingerprint())
         self._warn_of_dropped_directions()
 
     def _warn_of_dropped_directions(self) -> None:
         """The threshold of `rank=None` is relative to the largest curvature; the posterior's is the prior."""
         dropped = self.n_data * float(self._H_factor) * self.fitted.estimate.dropped
         prior = float(self.prior_precision.min())
-        if self._options.rank is None and self._options.complement == "none" and dropped > prior:
+        alone = self._structure == "lowrank" and self._options.complement == "none"
+        if alone and self._options.rank is None and dropped > prior:
             warnings.warn(
                 f"rank=None left out directions below {SUPPORTED:g} of the largest curvature, in which the data still "
                 f"say up to {dropped / prior:.3g} times as much as the prior: the posterior is too wide there. Inputs "

@@ -1,8 +1,10 @@
 """Prior, noise and temperature: laplace-torch's properties, with values checked and the decomposition forgotten."""
 
+import torch
 from laplace.baselaplace import BaseLaplace, ParametricLaplace
 from torch import Tensor
 
+from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.hyperparameters import finite, one_positive, positive
 
@@ -10,8 +12,12 @@ from debiased_laplace.posterior.hyperparameters import finite, one_positive, pos
 class PriorAndNoise(ParametricLaplace):
     """The hyper-parameters of a posterior; changing one takes effect at once."""
 
+    # which parameters the posterior is over; None while only a forward pass can tell (the last layer)
+    _selection: ParameterSelection | None = None
     # the posterior precision under the present hyper-parameters, once it was asked for
     _precision: LowRankPlusDiagonal | None = None
+    # whether the prior has to be the same for all entries of a parameter
+    _prior_of_blocks = False
 
     @property
     def prior_precision(self) -> Tensor:
@@ -20,8 +26,31 @@ class PriorAndNoise(ParametricLaplace):
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
-        BaseLaplace.prior_precision.fset(self, positive(value, "prior_precision"))
+        value = torch.as_tensor(positive(value, "prior_precision"), device=self._device)
+        self._prior_precision = self._checked_prior(value.to(self._dtype).reshape(-1) if value.ndim == 0 else value)
         self._precision = None
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Prior precision of every parameter that the posterior is over, (P,)."""
+        prior, sizes = self._prior_precision, torch.tensor(self.selection.sizes, device=self._device)
+        if len(prior) == 1:
+            return prior.expand(self.selection.n_parameters)
+        if len(prior) == self.selection.n_parameters:
+            return prior
+        return prior.repeat_interleave(sizes)
+
+    @property
+    def selection(self) -> ParameterSelection:
+        """The parameters that the posterior is over.
+
+        Raises:
+            NotFittedError: where only `fit` can find the last layer.
+        """
+        if self._selection is None:
+            self._check_H_init()
+        assert self._selection is not None  # for the type checker
+        return self._selection
 
     @property
     def sigma_noise(self) -> Tensor:
@@ -43,7 +72,15 @@ class PriorAndNoise(ParametricLaplace):
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        BaseLaplace.prior_mean.fset(self, finite(value, "prior_mean"))
+        mean = finite(value, "prior_mean").to(device=self._device, dtype=self._dtype)
+        if mean.ndim > 1:
+            raise ValueError(f"prior_mean must be one number or one per parameter; got shape {tuple(mean.shape)}.")
+        if self._selection is not None and mean.numel() not in (1, self._selection.n_parameters):
+            raise ValueError(
+                f"prior_mean must be one number or one per parameter ({self._selection.n_parameters}); "
+                f"got {mean.numel()}."
+            )
+        self._prior_mean = mean
 
     @property
     def temperature(self) -> float:
@@ -54,3 +91,25 @@ class PriorAndNoise(ParametricLaplace):
     def temperature(self, value: float) -> None:
         self._temperature = float(one_positive(value, "temperature"))
         self._precision = None
+
+    def _checked_prior(self, prior: Tensor) -> Tensor:
+        """A prior precision of a length that fits; which lengths do may only be known after `fit`."""
+        prior = prior.to(self._dtype)
+        if prior.ndim != 1:
+            raise ValueError(f"prior_precision must be one number or one-dimensional; got shape {tuple(prior.shape)}.")
+        if self._selection is None or len(prior) == 1:
+            return prior
+        P, n_tensors = self._selection.n_parameters, len(self._selection.names)
+        if len(prior) == n_tensors:
+            return prior
+        if self._prior_of_blocks:
+            raise ValueError(
+                f"A Kronecker posterior takes one prior_precision, or one per parameter tensor ({n_tensors}), because "
+                f"its basis mixes the entries of a tensor; got {len(prior)}."
+            )
+        if len(prior) != P:
+            raise ValueError(
+                f"prior_precision must be one number, one per parameter tensor ({n_tensors}) or one per parameter "
+                f"({P}); got {len(prior)}."
+            )
+        return prior

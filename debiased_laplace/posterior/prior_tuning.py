@@ -17,6 +17,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.inputs import moved
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.posterior.hyperparameters import one_of, positive
 from debiased_laplace.posterior.predictions import PredictiveInterface
@@ -67,8 +68,8 @@ def by_marginal_likelihood(la: PredictiveInterface, ascent: Ascent, *, progress_
             la.prior_precision = fix_prior_prec_structure(
                 la.prior_precision.item(),
                 structure,
-                la.n_layers,
-                la.n_params,
+                len(la.selection.names),
+                la.selection.n_parameters,
                 la._device,
                 la._dtype,
             )
@@ -166,7 +167,7 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
     use the same numbers at every grid point.
     """
     with undisturbed_randomness(la.fitted_seed):
-        batches = [as_batch(loaded) for loaded in loader]
+        batches = [as_batch(loaded, la._problem.keys) for loaded in loader]
     if not batches:
         raise ValueError("val_loader yields no batches.")
     for batch in batches:
@@ -174,11 +175,13 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
         if scoring.loss is None:
             la.check_targets(batch)
     n = sum(len(batch) for batch in batches)
-    size = n * la.n_outputs * la.n_params * la.mean.element_size()
+    size = n * la.n_outputs * la.selection.n_parameters * la._center.element_size()
     link = "mc" if scoring.pred_type == "nn" else scoring.link_approx
+    # a reward model is validated on pairs, as it was fitted
+    pairs = la.likelihood == "reward_modeling"
 
     def generator() -> torch.Generator:
-        return torch.Generator(device=la.mean.device).manual_seed(0)
+        return torch.Generator(device=la._center.device).manual_seed(0)
 
     def anew() -> Iterable[Prediction]:
         for batch in batches:
@@ -188,13 +191,14 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
                 link_approx=link,
                 n_samples=scoring.n_samples,
                 generator=generator(),
+                fitting=pairs,
             )
-            yield out, batch.targets.to(la.mean.device)
+            yield out, batch.targets.to(la._center.device)
 
-    if scoring.pred_type != "glm" or size > free_memory(la.mean.device) // 4:
+    if scoring.pred_type != "glm" or size > free_memory(la._center.device) // 4:
         return anew
     # one call through the front door, so that options and inputs are checked as anywhere else
-    la(batches[0].inputs[:1], pred_type="glm", link_approx=link, n_samples=scoring.n_samples)
+    la(batches[0].first(1).inputs, pred_type="glm", link_approx=link, n_samples=scoring.n_samples, fitting=pairs)
     jacobians = _jacobians(la, batches)
 
     def cached() -> Iterable[Prediction]:
@@ -202,8 +206,8 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
             covariance = la.posterior_precision.variance(J)
             out: Tensor | tuple[Tensor, Tensor] = (mean, covariance)
             if la.likelihood != "regression":
-                out = la.link(mean, covariance, link, scoring.n_samples, False, generator())
-            yield out, batch.targets.to(la.mean.device)
+                out = la.link(mean, covariance, link, scoring.n_samples, generator())
+            yield out, batch.targets.to(la._center.device)
 
     return cached
 
@@ -212,7 +216,7 @@ def _jacobians(la: PredictiveInterface, batches: list[Batch]) -> list[tuple[Tens
     found = []
     with evaluating(la.model), differentiable_kernels(la.model):
         for batch in batches:
-            inputs = batch.inputs.to(la.mean.device)
+            inputs = moved(batch.inputs, la._center.device)
             chunks = list(la.network_for(inputs).jacobians(inputs))
             found.append((torch.cat([J for J, _ in chunks]), torch.cat([f for _, f in chunks])))
     return found
@@ -227,7 +231,7 @@ def _score(
     if loss is None:
         loss = _default_loss(la)
     if isinstance(loss, torchmetrics.Metric):
-        metric = copy.deepcopy(loss).to(la.mean.device)
+        metric = copy.deepcopy(loss).to(la._center.device)
         metric.reset()
         for out, targets in predictions:
             _update(metric, out, targets)

@@ -9,13 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.inputs import Inputs, split
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+
+_BATCH, _DRAWS = 128, 32  # samples and draws pushed forward at once
 
 
 def predict(
     network: Network,
     precision: LowRankPlusDiagonal,
-    inputs: Tensor,
+    inputs: Inputs,
     *,
     create_graph: bool = False,
 ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C C"]]:
@@ -37,10 +40,29 @@ def predict(
     return torch.cat(means), torch.cat(covariances)
 
 
+def predict_variances(
+    network: Network,
+    precision: LowRankPlusDiagonal,
+    inputs: Inputs,
+    *,
+    create_graph: bool = False,
+) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+    """Mean and variance of each output on its own: Jacobians of a sample may come a few outputs at a time."""
+    if create_graph:
+        means, covariances = predict(network, precision, inputs, create_graph=True)
+        return means, covariances.diagonal(dim1=-2, dim2=-1)
+    means = network.outputs(inputs)
+    groups = [
+        torch.cat([precision.variances(rows) for rows in blocks], dim=1)
+        for blocks in network.jacobian_blocks(inputs, means.shape[1])
+    ]
+    return means, torch.cat(groups)
+
+
 def predict_jointly(
     network: Network,
     precision: LowRankPlusDiagonal,
-    inputs: Tensor,
+    inputs: Inputs,
     *,
     create_graph: bool = False,
 ) -> tuple[Float[Tensor, " nC"], Float[Tensor, "nC nC"]]:
@@ -53,7 +75,7 @@ def predict_jointly(
 
 def draw_functions(
     network: Network,
-    inputs: Tensor,
+    inputs: Inputs,
     deviations: Float[Tensor, "S P"],
     *,
     create_graph: bool = False,
@@ -69,7 +91,25 @@ def draw_functions(
     Returns:
         One function per draw.
     """
+    if not create_graph and _draws_are_cheaper(network, len(deviations)):
+        return torch.cat([_pushed_draws(network, some, deviations) for some in split(inputs, _BATCH)], dim=1)
     parts = [
         f + torch.einsum("ncp,sp->snc", J, deviations) for J, f in network.jacobians(inputs, create_graph=create_graph)
     ]
     return torch.cat(parts, dim=1)
+
+
+def _draws_are_cheaper(network: Network, n_draws: int) -> bool:
+    """One JVP per draw, or one VJP per output."""
+    able = network.capabilities
+    return (able.vmapped_columns and n_draws < network.n_outputs) or (
+        able.columns and network.rows_per_chunk(network.n_outputs) == 0
+    )
+
+
+def _pushed_draws(network: Network, inputs: Inputs, deviations: Tensor) -> Tensor:
+    parts = []
+    for some in deviations.split(_DRAWS):
+        pushed, f = network.pushed(inputs, some.T)
+        parts.append(f + pushed.movedim(-1, 0))
+    return torch.cat(parts)

@@ -13,9 +13,8 @@ from laplace.utils.functional_utils import draw_gaussian
 from torch import Tensor
 
 
-def probit(mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"]) -> Float[Tensor, "n C"]:
+def probit(mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
     """Softmax of logits that shrink with their variance."""
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
     return torch.softmax(mean / (1 + math.pi / 8 * variance).sqrt(), dim=-1)
 
 
@@ -46,31 +45,25 @@ def bridge(mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"], *, no
     return torch.where(usable, probabilities, torch.softmax(mean, dim=-1))
 
 
-def monte_carlo(
-    mean: Float[Tensor, "n C"],
-    covariance: Float[Tensor, "n C C"],
-    *,
-    n_samples: int,
-    diagonal: bool,
-    generator: torch.Generator | None,
-) -> Float[Tensor, "n C"]:
-    """Mean softmax over draws of the logits."""
-    draws = gaussian_draws(mean, covariance, n_samples=n_samples, diagonal=diagonal, generator=generator)
-    return torch.softmax(draws, dim=-1).mean(0)
-
-
 def gaussian_draws(
     mean: Float[Tensor, "n C"],
     covariance: Float[Tensor, "n C C"],
     *,
     n_samples: int,
-    diagonal: bool,
     generator: torch.Generator | None,
 ) -> Float[Tensor, "S n C"]:
     """Draws of each input's outputs from its own Gaussian; singular covariances are allowed."""
-    if diagonal:
-        deviations = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        noise = torch.randn(n_samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + deviations * noise
     draws: Tensor = draw_gaussian(mean, covariance, n_samples, generator)
     return draws
+
+
+def independent_draws(
+    mean: Float[Tensor, "n C"],
+    variance: Float[Tensor, "n C"],
+    *,
+    n_samples: int,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "S n C"]:
+    """Draws of every output on its own."""
+    noise = torch.randn(n_samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + variance.clamp_min(0).sqrt() * noise

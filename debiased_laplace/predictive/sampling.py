@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.inputs import Inputs
 
 
 def network_draws(
     network: Network,
-    inputs: Tensor,
+    inputs: Inputs,
     weights: Float[Tensor, "S P"],
     model_kwargs: dict[str, Any],
     *,

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from debiased_laplace.curvature.ggn import SubBatchCurvature
 from laplace.baselaplace import ParametricLaplace
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.linalg.lanczos import lanczos

@@ -5,12 +5,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from debiased_laplace.curvature.ggn import SubBatchCurvature
 from models import MODELS, targets
 from oracles import dense_ggn
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection

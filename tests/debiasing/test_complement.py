@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from debiased_laplace.curvature.ggn import DirectionalMoments
+
 from debiased_laplace.debiasing.complement import diagonal, isotropic, without_complement
 from debiased_laplace.debiasing.magnitudes import deviations_from_projections, held_out, same_batch
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from debiased_laplace.curvature.ggn import SubBatchCurvature
 from models import MODELS, targets
 from oracles import dense_ggn
 from torch.utils.data import DataLoader, TensorDataset
 
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.survey import meet_network

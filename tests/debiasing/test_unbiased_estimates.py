@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from debiased_laplace.curvature.ggn import DirectionalMoments
 from oracles import dense_kl, dense_posterior_precision
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.curvature.ggn import DirectionalMoments
 from debiased_laplace.debiasing.held_out_kl import KLTerms, estimate_held_out_kl, sample_terms
 from debiased_laplace.debiasing.magnitudes import held_out, same_batch
 from debiased_laplace.linalg.gram import GramFactor

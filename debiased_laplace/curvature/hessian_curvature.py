@@ -1,0 +1,143 @@
+r"""The Hessian of the loss as curvature, $H = \frac1n \sum_n \nabla^2 \ell_n$: indefinite away from a minimum.
+
+It has no root, and so no rows. Where a posterior needs curvature, negative values along a direction are floored at 0
+and counted.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.second_derivatives import SecondDerivatives
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.samples import Samples
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+
+_BATCH = 128  # samples differentiated at once
+_PANEL = 64  # basis vectors at once
+
+
+class HessianCurvature(SubBatchCurvature):
+    """Mean Hessian of some samples."""
+
+    def __init__(
+        self,
+        network: Network,
+        samples: Samples,
+        derivatives: SecondDerivatives,
+        *,
+        progress_bar: bool = False,
+    ):
+        self.network = network
+        self.samples = samples
+        self.derivatives = derivatives
+        foreign = network.foreign
+        self.foreign = foreign if foreign is not None and foreign.offers_hessian() else None
+        self.progress_bar = progress_bar
+        self._dense: Tensor | None = None
+
+    @property
+    def source(self) -> str:
+        """Who computed the curvature."""
+        return "torch.func products" if self.foreign is None else self.foreign.name
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    @property
+    def n_rows(self) -> int:
+        """The largest rank that H can have: there is no root to bound it."""
+        return self.network.n_parameters
+
+    @property
+    def dense_is_affordable(self) -> bool:
+        """Whether H fits into a quarter of the free memory, with what its eigenvectors take."""
+        P = self.network.n_parameters
+        return free_memory(self.network.like.device) // 4 >= 3 * 8 * P * P
+
+    def dense(self) -> Float[Tensor, "P P"]:
+        """H itself in double precision, computed once.
+
+        Raises:
+            ValueError: if it does not fit into a quarter of the free memory.
+        """
+        if self._dense is None:
+            P, like = self.network.n_parameters, self.network.like
+            if not self.dense_is_affordable:
+                raise ValueError(
+                    f"The dense Hessian of {P} parameters does not fit into a quarter of the free memory; expected "
+                    "hessian_structure='lowrank' with complement='none', fewer parameters, or a GGN backend."
+                )
+            H = like.new_zeros(P, P, dtype=accumulation_dtype(like))
+            unit = None if self.foreign is not None else torch.eye(P, dtype=like.dtype, device=like.device)
+            for some in self._chunks("[Computing the Hessian]"):
+                if self.foreign is not None:
+                    H += self.foreign.hessian(some)
+                elif unit is not None:
+                    H += self.derivatives.products(some, unit)
+            self._dense = (H + H.T) / (2 * self.n_samples)
+        return self._dense
+
+    def moments(self, directions: Float[Tensor, "P k"], residual: Residual = "none") -> DirectionalMoments:
+        """Curvature along directions, its spread over samples, and what is left outside."""
+        found = self._quadratic_moments(directions)
+        if self.foreign is None and residual == "none":
+            return found
+        H = self.dense()
+        U = directions.to(H.dtype)
+        HU = H @ U
+        diagonal = None
+        if residual == "diagonal":
+            outside = H - HU @ U.T
+            diagonal = (outside - U @ (U.T @ outside)).diagonal().clamp_min(0)
+        return DirectionalMoments(
+            found.n_samples,
+            (U * HU).sum(0),
+            found.standard_deviations,
+            H.trace() if residual == "trace" else None,
+            diagonal,
+        )
+
+    def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
+        """Curvature along every vector of a basis, and its spread over samples."""
+        P, like = self.network.n_parameters, self.network.like
+        units = torch.eye(P, dtype=like.dtype, device=like.device).split(_PANEL)
+        parts = [self.moments(basis.vectors(rows).T) for rows in units]
+        return DirectionalMoments(
+            self.n_samples,
+            torch.cat([part.means for part in parts]),
+            torch.cat([part.standard_deviations for part in parts]),
+        )
+
+    def linear_map(self) -> Callable[[Tensor], Tensor]:
+        """Products H X."""
+
+        def product(X: Tensor) -> Tensor:
+            total = torch.zeros_like(X, dtype=accumulation_dtype(X))
+            for some in self._chunks("[Hessian products]", quiet=True):
+                total += self.derivatives.products(some, X)
+            return (total / self.n_samples).to(X.dtype)
+
+        return product
+
+    def _quadratic_moments(self, directions: Tensor) -> DirectionalMoments:
+        sums = RunningMoments(directions.shape[1], directions)
+        for some in self._chunks("[Curvature along directions]"):
+            sums.add(self.derivatives.quadratics(some, directions))
+        return sums.moments()
+
+    def _chunks(self, description: str, *, quiet: bool = False) -> Iterator[Batch]:
+        with tqdm(total=self.n_samples, disable=quiet or not self.progress_bar, desc=description) as bar:
+            for batch in self.samples:
+                for some in batch.chunks(_BATCH):
+                    yield some
+                    bar.update(len(some))

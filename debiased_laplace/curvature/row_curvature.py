@@ -1,0 +1,212 @@
+r"""Curvatures with a root, $H = \frac1n \sum_n V_n^\top V_n$ with rows $V_n = S_n^\top J_n$: GGN, empirical Fisher.
+
+Two engines answer: *rows* (one VJP per row) and *products* (JVPs along directions, or one JVP and one VJP per
+matrix-vector product). Which one ran is chosen by what the model allows, then by cost, and is said in `source`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace.curvature.network import Network, RowBlocks
+from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.samples import Samples
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.gram import GramFactor, dense_curvature
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+
+_ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
+_BATCH = 128  # samples pushed forward at once
+
+NOBODY = "nobody yet"
+"""The source of what was not asked for yet."""
+
+
+class RowCurvature(SubBatchCurvature):
+    """Mean curvature of some samples through a root of it."""
+
+    def __init__(
+        self, network: Network, samples: Samples, root: OutputRoot, *, seed: int = 0, progress_bar: bool = False
+    ):
+        self.network = network
+        self.samples = samples
+        self.root = root
+        self.seed = seed
+        self.progress_bar = progress_bar
+        self._used: set[str] = set()
+        self._stacked: GramFactor | None = None
+
+    @property
+    def source(self) -> str:
+        """Who computed what was asked for so far."""
+        return " and ".join(sorted(self._used)) if self._used else NOBODY
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Columns r of the root."""
+        return self.root.n_columns(self.network.n_outputs)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the root: r times samples."""
+        return self.n_samples * self.rows_per_sample
+
+    @property
+    def bytes_of_rows(self) -> int:
+        """Memory that all rows together take."""
+        return self.n_rows * self.network.n_parameters * self.network.like.element_size()
+
+    @property
+    def is_random(self) -> bool:
+        """Whether targets are drawn."""
+        return isinstance(self.root, MonteCarloGaussNewton)
+
+    def redrawn(self) -> "RowCurvature":
+        """The same samples with other drawn targets; itself where none are drawn."""
+        if not self.is_random:
+            return self
+        return RowCurvature(self.network, self.samples, self.root, seed=self.seed + 1, progress_bar=self.progress_bar)
+
+    def batches(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches, and what the root needs to know of each sample: the same draws at every pass."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for batch in self.samples:
+            yield batch, self.root.side(batch.targets, self.network.n_outputs, generator)
+
+    def row_groups(self, description: str = "[Computing rows]") -> Iterator[tuple[int, RowBlocks]]:
+        """The rows of every sample: number of samples of each group, and their rows in one or more blocks."""
+        if self._stacked is not None:
+            r = self.rows_per_sample
+            stacked = self._stacked.rows.unflatten(0, (-1, r))
+            for rows in stacked.split(max(1, self.network.rows_per_chunk(r))):
+                yield len(rows), iter([rows])
+            return
+        with self._progress(description) as bar:
+            for batch, side in self.batches():
+                for n, blocks, who in self.network.root_rows(batch, self.root, side):
+                    self._used.add(who)
+                    yield n, blocks
+                    bar.update(n)
+
+    def rows(self, description: str = "[Computing rows]") -> Iterator[Float[Tensor, "n r P"]]:
+        """All rows, block by block."""
+        for _, blocks in self.row_groups(description):
+            yield from blocks
+
+    def stacked_rows(self) -> GramFactor:
+        """All rows in one matrix, kept; those of a sample are next to each other."""
+        if self._stacked is None:
+            r, P = self.rows_per_sample, self.network.n_parameters
+            rows = self.network.like.new_empty(self.n_rows, P)
+            start = 0
+            for block in self.rows():
+                rows[start : start + len(block) * block.shape[1]] = block.flatten(0, 1)
+                start += len(block) * block.shape[1]
+            owner = torch.arange(self.n_samples, device=rows.device).repeat_interleave(r)
+            self._stacked = GramFactor(rows, owner, self.n_samples)
+        return self._stacked
+
+    def dense(self) -> Float[Tensor, "P P"]:
+        """H itself in double precision."""
+        H = dense_curvature(self.rows(), self.network.n_parameters, self.network.like)
+        return H / self.n_samples
+
+    def linear_map(self) -> "RowProducts":
+        """Products with H, each batch made ready once and kept."""
+        return RowProducts(self)
+
+    def moments(self, directions: Float[Tensor, "P k"], residual: Residual = "none") -> DirectionalMoments:
+        """Curvature along directions, its spread over samples, and what is left outside, in one pass.
+
+        Args:
+            directions: orthonormal columns.
+            residual: what to say about the complement of the directions.
+
+        Returns:
+            The moments; sums are kept in double precision.
+        """
+        if residual == "none" and self._columns_are_cheaper(directions.shape[1]):
+            return self._moments_by_columns(directions)
+        sums = RunningMoments(directions.shape[1], directions)
+        trace = sums.first.new_zeros(())
+        diagonal = sums.first.new_zeros(len(directions) if residual == "diagonal" else 0)
+        for n, blocks in self.row_groups("[Curvature along directions]"):
+            quadratics = sums.first.new_zeros(n, directions.shape[1])
+            for rows in blocks:
+                projections = rows @ directions
+                quadratics += projections.to(quadratics.dtype).square().sum(1)
+                if residual == "trace":
+                    trace += rows.to(trace.dtype).square().sum()
+                if residual == "diagonal":
+                    diagonal += (rows - projections @ directions.T).square().sum((0, 1))
+            sums.add(quadratics)
+        return sums.moments(trace if residual == "trace" else None, diagonal if residual == "diagonal" else None)
+
+    def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
+        """Curvature along every vector of a basis, and its spread over samples: the sum over rows of squares."""
+        sums = RunningMoments(self.network.n_parameters, self.network.like)
+        for n, blocks in self.row_groups("[Curvature along the basis]"):
+            quadratics = sums.first.new_zeros(n, self.network.n_parameters)
+            for rows in blocks:
+                quadratics += basis.coordinates(rows).square().sum(1)
+            sums.add(quadratics)
+        return sums.moments()
+
+    def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:
+        self._used.add("torch.func products")
+        sums = RunningMoments(directions.shape[1], directions)
+        with self._progress("[Curvature along directions]") as bar:
+            for batch, side in self.batches():
+                for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
+                    projections = self.network.root_columns(some.inputs, self.root, known, directions)
+                    sums.add(projections.to(sums.first.dtype).square().sum(1))
+                    bar.update(len(some))
+        return sums.moments()
+
+    def _columns_are_cheaper(self, k: int) -> bool:
+        able = self.network.capabilities
+        foreign = self.network.foreign
+        offered = foreign is not None and foreign.offers_rows(self.root)
+        if self._stacked is not None or offered or not able.columns or k == 0:
+            return False
+        if not able.vmapped_rows:
+            return True
+        return able.vmapped_columns and k <= _ROWS_WIN_ABOVE * self.rows_per_sample
+
+    def _progress(self, description: str) -> "tqdm[None]":
+        return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
+
+
+class RowProducts:
+    """The map X to H X of a set of samples, ready for many products."""
+
+    def __init__(self, curvature: RowCurvature):
+        self.curvature = curvature
+        network, self._batches = curvature.network, []
+        if network.capabilities.columns:
+            curvature._used.add("torch.func products")
+            for batch, side in curvature.batches():
+                for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
+                    self._batches.append(network.products(some.inputs, curvature.root, known))
+
+    def __call__(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
+        """H X."""
+        exact = accumulation_dtype(X)
+        total = torch.zeros_like(X, dtype=exact)
+        for products in self._batches:
+            total += products(X)
+        if not self._batches:
+            for block in self.curvature.rows():
+                V = block.flatten(0, 1)
+                total += V.T @ (V @ X)
+        return (total / self.curvature.n_samples).to(X.dtype)

@@ -1,0 +1,109 @@
+"""What a set of samples can be asked about its curvature, whatever kind of curvature it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+
+Residual = Literal["none", "trace", "diagonal"]
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionalMoments:
+    r"""What a set of samples says along given directions $u_i$, and about what they do not span.
+
+    Attributes:
+        n_samples: number n of samples.
+        means: $u_i^\top H u_i$.
+        standard_deviations: of the per-sample values $u_i^\top H_n u_i$ (ddof 1).
+        trace: of H; only where it was asked for.
+        residual_diagonal: diagonal of $(I - UU^\top) H (I - UU^\top)$; only where it was asked for.
+    """
+
+    n_samples: int
+    means: Float[Tensor, " k"]
+    standard_deviations: Float[Tensor, " k"]
+    trace: Float[Tensor, ""] | None = None
+    residual_diagonal: Float[Tensor, " P"] | None = None
+
+
+class SubBatchCurvature(ABC):
+    """The mean curvature H of some samples, never formed unless asked for."""
+
+    network: Network
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Who computed what was asked for so far."""
+
+    @property
+    @abstractmethod
+    def n_samples(self) -> int:
+        """Number of samples."""
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """The largest rank that H can have."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether H itself is drawn (Monte Carlo), so that a sample may say something else the next time."""
+        return False
+
+    def redrawn(self) -> "SubBatchCurvature":
+        """The same samples with other draws; itself where nothing is drawn."""
+        return self
+
+    @abstractmethod
+    def moments(self, directions: Float[Tensor, "P k"], residual: Residual = "none") -> DirectionalMoments:
+        """Curvature along directions, its spread over samples, and what is left outside."""
+
+    @abstractmethod
+    def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
+        """Curvature along every vector of a basis, and its spread over samples."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "P P"]:
+        """H itself in double precision; for few parameters."""
+
+    @abstractmethod
+    def linear_map(self) -> Callable[[Tensor], Tensor]:
+        """Products H X for X (P, b), ready for many."""
+
+
+class RunningMoments:
+    """Sums of per-sample values over one pass, in double precision."""
+
+    def __init__(self, k: int, like: Tensor):
+        exact = accumulation_dtype(like)
+        self.n = 0
+        self.first = like.new_zeros(k, dtype=exact)
+        self.second = like.new_zeros(k, dtype=exact)
+
+    def add(self, values: Float[Tensor, "n k"]) -> None:
+        """Values of some more samples."""
+        values = values.to(self.first.dtype)
+        self.n += len(values)
+        self.first += values.sum(0)
+        self.second += values.square().sum(0)
+
+    def moments(self, trace: Tensor | None = None, diagonal: Tensor | None = None) -> DirectionalMoments:
+        """Means and spreads of what was added, with sums over the same samples of what is left outside."""
+        means = self.first / self.n
+        spread = (self.second - self.n * means.square()).clamp_min(0) / max(self.n - 1, 1)
+        return DirectionalMoments(
+            self.n,
+            means,
+            spread.sqrt(),
+            None if trace is None else trace / self.n,
+            None if diagonal is None else diagonal / self.n,
+        )

@@ -1,0 +1,104 @@
+"""All weights, the last layer, or a subnetwork: which parameters of a model a posterior is over."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.contexts import evaluating
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.inputs import Inputs
+
+SubsetOfWeights = Literal["all", "last_layer", "subnetwork"]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSubset:
+    """What the user asked for; the names are those of the public constructor.
+
+    Attributes:
+        kind: all weights, the last layer or a subnetwork.
+        last_layer_name: of `named_modules`; None: the last module with parameters that a forward pass goes through.
+        subnetwork_indices: positions in the flat vector of the trainable parameters, increasing.
+    """
+
+    kind: SubsetOfWeights
+    last_layer_name: str | None = None
+    subnetwork_indices: Tensor | None = None
+
+    def select(self, model: nn.Module) -> ParameterSelection | None:
+        """The parameters; None where only a forward pass can tell which they are.
+
+        Raises:
+            ValueError: if there is no such layer, or the indices are not increasing positions in the flat vector.
+        """
+        everything = ParameterSelection.all_weights(model)
+        if self.kind != "last_layer" and self.last_layer_name is not None:
+            raise ValueError(f"last_layer_name is of subset_of_weights='last_layer'; got it with {self.kind!r}.")
+        if self.kind != "subnetwork" and self.subnetwork_indices is not None:
+            raise ValueError(f"subnetwork_indices are of subset_of_weights='subnetwork'; got them with {self.kind!r}.")
+        if self.kind == "last_layer":
+            return None if self.last_layer_name is None else everything.layer(self.last_layer_name)
+        if self.kind == "subnetwork":
+            return everything.subnetwork(_checked(self.subnetwork_indices, everything.n_parameters))
+        return everything
+
+    def select_by(self, model: nn.Module, inputs: Inputs) -> ParameterSelection:
+        """The parameters, with a forward pass where that has to tell.
+
+        Raises:
+            ValueError: as `select`, or if the model cannot be evaluated or has no layer to find.
+        """
+        known = self.select(model)
+        if known is not None:
+            return known
+        everything = ParameterSelection.all_weights(model)
+        return everything.layer(last_layer_of(everything, inputs))
+
+
+def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
+    """Name of the last module with trainable parameters and without children that a forward pass goes through.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    called: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda module, arguments, output: called.append(name)  # noqa: ARG005
+
+    leaves = [
+        (name, module)
+        for name, module in selection.model.named_modules()
+        if not list(module.children()) and any(p.requires_grad for p in module.parameters())
+    ]
+    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
+    try:
+        with torch.no_grad(), evaluating(selection.model):
+            selection.evaluated(selection.unflatten(selection.vector()), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called or called[-1] == "":
+        raise ValueError(
+            "The model's last layer could not be found: no module with trainable parameters of its own was called. "
+            "Pass last_layer_name, or take subset_of_weights='all'."
+        )
+    return called[-1]
+
+
+def _checked(indices: Tensor | None, n: int) -> Tensor:
+    """Indices as a LongTensor on the CPU."""
+    expected = f"subnetwork_indices must be increasing positions (a 1-D LongTensor) in the {n} trainable parameters"
+    if indices is None:
+        raise ValueError(f"{expected}; got none.")
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:
+        shown = f"{indices.dtype} of shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else repr(indices)
+        raise ValueError(f"{expected}; got {shown}.")
+    indices = indices.detach().cpu()
+    if int(indices.min()) < 0 or int(indices.max()) >= n:
+        raise ValueError(f"{expected}; got {int(indices.min())} to {int(indices.max())}.")
+    if bool((indices.diff() <= 0).any()):
+        raise ValueError(f"{expected}; got some twice or out of order: pass indices.unique().")
+    return indices

@@ -1,0 +1,102 @@
+r"""Orthogonal bases made of Kronecker products, one block per parameter.
+
+For a parameter seen as a matrix (rows, columns), flattened row by row, a block is $Q_L \otimes Q_R$; coordinates of a
+vector with matrix form M are $Q_L^\top M Q_R$. A side without a basis of its own keeps its axes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BasisBlock:
+    """The basis of one parameter.
+
+    Attributes:
+        rows: number of rows of the parameter as a matrix.
+        columns: number of its columns.
+        left: orthogonal basis of the rows' space; None for the axes.
+        right: orthogonal basis of the columns' space; None for the axes.
+    """
+
+    rows: int
+    columns: int
+    left: Float[Tensor, "o o"] | None = None
+    right: Float[Tensor, "i i"] | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries of the parameter."""
+        return self.rows * self.columns
+
+    def rotated(self, x: Float[Tensor, "*batch p"], *, back: bool) -> Float[Tensor, "*batch p"]:
+        """Vectors in coordinates, or coordinates as vectors again."""
+        if self.left is None and self.right is None:
+            return x
+        M = x.reshape(*x.shape[:-1], self.rows, self.columns)
+        if self.left is not None:
+            M = (self.left if back else self.left.mT) @ M
+        if self.right is not None:
+            M = M @ (self.right.mT if back else self.right)
+        return M.reshape(x.shape)
+
+    def squared(self) -> "BasisBlock":
+        """The entries squared, which maps a diagonal in coordinates to the diagonal of the matrix."""
+        left = None if self.left is None else self.left.square()
+        right = None if self.right is None else self.right.square()
+        return BasisBlock(self.rows, self.columns, left, right)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBasis:
+    """An orthogonal matrix K (P, P), block-diagonal with Kronecker products as blocks, never formed."""
+
+    blocks: tuple[BasisBlock, ...]
+
+    @property
+    def n_parameters(self) -> int:
+        """P."""
+        return sum(block.size for block in self.blocks)
+
+    def coordinates(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+        r"""$x K$: rows in the coordinates of the basis."""
+        return self._mapped(self.blocks, x, back=False)
+
+    def vectors(self, coordinates: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+        r"""$x K^\top$: the way back."""
+        return self._mapped(self.blocks, coordinates, back=True)
+
+    def diagonal_of(self, d: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+        r"""The diagonal of $K \mathrm{diag}(d) K^\top$."""
+        return self._mapped(self._squared, d, back=True)
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        """K itself; for tests and small problems."""
+        return torch.block_diag(
+            *(
+                torch.kron(_or_axes(b.left, b.rows, self._like), _or_axes(b.right, b.columns, self._like))
+                for b in self.blocks
+            )
+        )
+
+    @cached_property
+    def _squared(self) -> tuple[BasisBlock, ...]:
+        return tuple(block.squared() for block in self.blocks)
+
+    @property
+    def _like(self) -> Tensor:
+        sides = [side for b in self.blocks for side in (b.left, b.right) if side is not None]
+        return sides[0] if sides else torch.zeros(())
+
+    @staticmethod
+    def _mapped(blocks: tuple[BasisBlock, ...], x: Tensor, *, back: bool) -> Tensor:
+        parts = x.split([block.size for block in blocks], dim=-1)
+        return torch.cat([block.rotated(part, back=back) for block, part in zip(blocks, parts, strict=True)], dim=-1)
+
+
+def _or_axes(side: Tensor | None, n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device) if side is None else side
