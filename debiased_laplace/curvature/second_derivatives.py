@@ -1,4 +1,4 @@
-r"""Second derivatives of losses: quadratics $u^\top \nabla^2 \ell_n u$ of each sample, products $\sum_n \nabla^2 \ell_n x$.
+r"""Second derivatives of losses: $u^\top \nabla^2 \ell_n u$ of each sample, and products $\sum_n \nabla^2 \ell_n x$.
 
 Forward mode twice gives the quadratics of all samples of a batch at once; not every operation has it, and backward mode
 twice is the way through that all have.
