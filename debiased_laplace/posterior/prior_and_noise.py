@@ -26,8 +26,9 @@ class PriorAndNoise(ParametricLaplace):
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(positive(value, "prior_precision"), device=self._device)
-        self._prior_precision = self._checked_prior(value.to(self._dtype).reshape(-1) if value.ndim == 0 else value)
+        # a number goes to the model's precision directly: through torch's default dtype it would lose half its digits
+        prior = torch.as_tensor(positive(value, "prior_precision"), dtype=self._dtype, device=self._device)
+        self._prior_precision = self._checked_prior(prior.reshape(1) if prior.ndim == 0 else prior)
         self._precision = None
 
     @property
@@ -72,7 +73,8 @@ class PriorAndNoise(ParametricLaplace):
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        mean = finite(value, "prior_mean").to(device=self._device, dtype=self._dtype)
+        finite(value, "prior_mean")
+        mean = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         if mean.ndim > 1:
             raise ValueError(f"prior_mean must be one number or one per parameter; got shape {tuple(mean.shape)}.")
         if self._selection is not None and mean.numel() not in (1, self._selection.n_parameters):

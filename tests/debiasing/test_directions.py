@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from models import MODELS, targets
 from oracles import dense_ggn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import GaussNewton
+from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.samples import Samples
@@ -22,7 +23,8 @@ def curvature_of(name, likelihood, n=12):
     y = targets(likelihood)
     network = meet_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X[:8], y[:8]))
     source = sample_source(DataLoader(TensorDataset(X[:n], y[:n]), batch_size=5), 0)
-    return SubBatchCurvature(network, Samples(source, source.indices, torch.device("cpu"), 0)), model, X[:n]
+    samples = Samples(source, source.indices, torch.device("cpu"), 0)
+    return RowCurvature(network, samples, GaussNewton(network.likelihood)), model, X[:n]
 
 
 @pytest.mark.parametrize(
@@ -109,5 +111,7 @@ def test_no_curvature_at_all_is_rank_zero():
         curvature.network.capabilities,
     )
     for solver in ("gram", "lanczos"):
-        pairs = find_directions(SubBatchCurvature(network, curvature.samples), rank=None, solver=solver, seed=0)
+        pairs = find_directions(
+            RowCurvature(network, curvature.samples, curvature.root), rank=None, solver=solver, seed=0
+        )
         assert pairs.vectors.shape == (93, 0)
