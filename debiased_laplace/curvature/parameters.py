@@ -172,11 +172,11 @@ class ParameterSelection:
 
     @cached_property
     def _places(self) -> dict[str, str]:
-        """Every place at which a selected parameter stands, each module once, and the parameter's own name.
+        """Every place at which a trainable parameter stands, each module once, and the parameter's own name.
 
         `functional_call`'s own handling of ties does not put a module back that is registered under two names.
         """
-        own = {id(p): name for name, p in self.model.named_parameters() if name in set(self.names)}
+        own = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad or name in self.names}
         return {
             f"{path}.{local}" if path else local: own[id(p)]
             for path, module in self.model.named_modules()
@@ -193,7 +193,7 @@ class ParameterSelection:
         Raises:
             ValueError: if the model returns anything but a tensor or an output with logits.
         """
-        placed = {place: self._whole(name, parameters[name]) for place, name in self._places.items()}
+        placed = {place: self._whole(name, parameters) for place, name in self._places.items()}
         arguments: tuple[Inputs, ...] = (inputs,)
         keywords = dict(model_kwargs or {})
         if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
@@ -221,12 +221,14 @@ class ParameterSelection:
                 f"{dtype_of(inputs)}: {error}"
             ) from error
 
-    def _whole(self, name: str, values: Tensor) -> Tensor:
-        """A parameter with the selected entries replaced by these values."""
-        entries = self._entries_by_name[name]
+    def _whole(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
+        """A parameter with the selected entries replaced by these values; the others are constants."""
+        p = self._by_name[name].detach()
+        if name not in parameters:
+            return p
+        entries, values = self._entries_by_name[name], parameters[name]
         if entries is None:
             return values
-        p = self._by_name[name].detach()
         return p.reshape(-1).index_put((entries.to(p.device),), values).reshape(p.shape)
 
     @cached_property

@@ -1,0 +1,7 @@
+"""`python -m debiased_laplace.cli`."""
+
+import sys
+
+from debiased_laplace.cli import main
+
+sys.exit(main())

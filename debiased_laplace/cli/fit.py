@@ -1,0 +1,176 @@
+"""`debiased-laplace fit`: a posterior of a trained model, written as a state that `DebiasedLaplace` loads again."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, quiet_imports, seed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+
+_BACKENDS = (
+    "CurvlinopsGGN",
+    "CurvlinopsEF",
+    "CurvlinopsHessian",
+    "BackPackGGN",
+    "BackPackEF",
+    "AsdlGGN",
+    "AsdlEF",
+    "AsdlHessian",
+)
+_OF_THE_POSTERIOR = (
+    "subset_of_weights",
+    "hessian_structure",
+    "rank",
+    "magnitudes",
+    "direction_samples",
+    "magnitude_samples",
+    "complement",
+    "solver",
+    "seed",
+    "kron_basis",
+    "kron_magnitudes",
+    "kfac_approx",
+    "prior_precision",
+    "sigma_noise",
+    "temperature",
+    "last_layer_name",
+    "dict_key_x",
+    "dict_key_y",
+)
+"""Arguments of `DebiasedLaplace` that go to it as they are; those not given keep its defaults."""
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "fit",
+        help="fit a posterior of a trained model and write its state",
+        description=(
+            "Fit a Laplace posterior of a trained model. --model and --loader name callables without arguments as "
+            "module:callable; modules of the working directory are found. Options that are not given have the defaults "
+            "of DebiasedLaplace, whose documentation says what they mean."
+        ),
+    )
+    _add_inputs(parser)
+    _add_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_argument_group("what to fit")
+    given.add_argument("--model", required=True, metavar="MODULE:CALLABLE", help="returns the torch.nn.Module")
+    given.add_argument("--weights", type=Path, help="state dict of the trained model (loaded with weights_only=True)")
+    given.add_argument("--loader", required=True, metavar="MODULE:CALLABLE", help="returns the training DataLoader")
+    given.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
+    given.add_argument("--out", type=Path, required=True, help="file of the state; replaced if it exists")
+    given.add_argument("--n-data", type=int, help="size of the data set that the likelihood stands for")
+    given.add_argument("--device", default="auto", help='where to compute: "cpu", "cuda", … or "auto" (default)')
+    given.add_argument("--tune-prior", action="store_true", help="tune the prior precision by marginal likelihood")
+    given.add_argument("--no-progress", action="store_true", help="show no progress")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("arguments of DebiasedLaplace")
+    options.add_argument("--subset-of-weights", choices=("all", "last_layer", "subnetwork"))
+    options.add_argument("--hessian-structure", choices=("lowrank", "kron", "full"))
+    options.add_argument("--rank", type=int)
+    options.add_argument("--magnitudes", choices=("held_out", "same_batch"))
+    options.add_argument("--direction-samples", type=_amount, help="a number (64) or a share (0.5) of the samples")
+    options.add_argument("--magnitude-samples", type=_amount, help="likewise; all the rest if not given")
+    options.add_argument("--complement", choices=("none", "isotropic", "diagonal"))
+    options.add_argument("--solver", choices=("auto", "gram", "lanczos"))
+    options.add_argument("--seed", type=seed)
+    options.add_argument("--kron-basis", choices=("row_matrices", "kfac"))
+    options.add_argument("--kron-magnitudes", choices=("exact", "kronecker"))
+    options.add_argument("--kfac-approx", choices=("expand", "reduce"))
+    options.add_argument("--prior-precision", type=float)
+    options.add_argument("--sigma-noise", type=float)
+    options.add_argument("--temperature", type=float)
+    options.add_argument("--last-layer-name")
+    options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")
+    options.add_argument("--dict-key-x")
+    options.add_argument("--dict-key-y")
+    options.add_argument("--backend", choices=_BACKENDS)
+    options.add_argument("--stochastic", action="store_true", help="Monte-Carlo GGN")
+    options.add_argument("--num-samples", type=int, help="targets drawn for each sample by --stochastic")
+
+
+def _amount(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    file_to_write(parsed.out, "--out")
+    device = device_named(parsed.device)
+    with quiet_imports():
+        import torch
+
+        from debiased_laplace.posterior.factory import DebiasedLaplace
+    model = _model(parsed).to(device)
+    la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
+    loader = called(parsed.loader, "--loader")
+    la.fit(loader, n_data=parsed.n_data, progress_bar=not parsed.no_progress)
+    if parsed.tune_prior:
+        la.optimize_prior_precision(method="marglik", progress_bar=not parsed.no_progress)
+    torch.save(la.state_dict(), parsed.out)
+    _report(la, parsed)
+    return 0
+
+
+def _model(parsed: argparse.Namespace) -> "nn.Module":
+    """The model, with the trained weights.
+
+    Raises:
+        ValueError: if it is none, or the weights are not its own.
+    """
+    from torch import nn
+
+    model = called(parsed.model, "--model")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {parsed.model!r} must return a torch.nn.Module; got {type(model).__name__}.")
+    if parsed.weights is not None:
+        weights = _loaded(parsed.weights, "--weights")
+        try:
+            model.load_state_dict(weights)
+        except Exception as error:
+            raise ValueError(f"--weights {parsed.weights} does not fit the model: {error}") from error
+    return model
+
+
+def _options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `DebiasedLaplace`, as far as they were given."""
+    options = {name: getattr(parsed, name) for name in _OF_THE_POSTERIOR if getattr(parsed, name) is not None}
+    if parsed.subnetwork_indices is not None:
+        options["subnetwork_indices"] = _loaded(parsed.subnetwork_indices, "--subnetwork-indices")
+    if parsed.backend is not None:
+        from laplace import curvature
+
+        options["backend"] = getattr(curvature, parsed.backend)
+    kwargs = {"stochastic": True} if parsed.stochastic else {}
+    if parsed.num_samples is not None:
+        kwargs["num_samples"] = parsed.num_samples
+    return {**options, "backend_kwargs": kwargs} if kwargs else options
+
+
+def _loaded(path: Path, option: str) -> Any:
+    """A file that holds tensors and nothing that could run."""
+    import torch
+
+    if not path.is_file():
+        raise ValueError(f"{option} {path} is no file.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{option} {path} cannot be loaded with weights_only=True: {first}") from error
+
+
+def _report(la: "DebiasedParametricLaplace", parsed: argparse.Namespace) -> None:
+    print(la)
+    print(f"curvature: {la.curvature_source}; log marginal likelihood {float(la.log_marginal_likelihood()):.4g} nats")
+    print(f"written to {parsed.out}; to use it, make a DebiasedLaplace of the same model and options, then")
+    print(f'  la.load_state_dict(torch.load("{parsed.out}", weights_only=True))')

@@ -1,0 +1,218 @@
+"""`debiased-laplace fit`: what it writes, `DebiasedLaplace` loads again."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.cli import main
+
+MODULE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def model():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=generator)
+    return DataLoader(TensorDataset(X, torch.randint(3, (40,), generator=generator)), batch_size=10)
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=generator)
+    return DataLoader(TensorDataset(X, torch.randn(40, 3, generator=generator)), batch_size=10)
+
+
+def broken():
+    raise RuntimeError("no data today")
+
+
+number = 7
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "problem_of_the_user.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    torch.save(model.state_dict(), "weights.pt")
+    torch.save(torch.arange(2, 30, 3), "indices.pt")
+    yield tmp_path
+    sys.modules.pop("problem_of_the_user", None)
+
+
+def make_model():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for p in model.parameters():
+            nn.init.normal_(p)
+    return model
+
+
+def make_loader(likelihood):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=generator)
+    if likelihood == "regression":
+        y = torch.randn(40, 3, generator=generator)
+    else:
+        y = torch.randint(3, (40,), generator=generator)
+    return DataLoader(TensorDataset(X, y), batch_size=10)
+
+
+def arguments(likelihood="classification", loader=None, **options):
+    loader = loader or ("problem_of_the_user:loader" if likelihood == "classification" else "problem_of_the_user:pairs")
+    given = {
+        "model": "problem_of_the_user:model",
+        "weights": "weights.pt",
+        "loader": loader,
+        "likelihood": likelihood,
+        "out": "posterior.pt",
+        "device": "cpu",
+        **options,
+    }
+    flat = ["fit", "--no-progress"]
+    for name, value in given.items():
+        flat.append(f"--{name.replace('_', '-')}")
+        flat += [] if value is True else [str(value)]
+    return flat
+
+
+CASES = {
+    "low rank": {"rank": 4, "complement": "diagonal", "magnitude_samples": 15},
+    "low rank by Lanczos on the same batch": {"rank": 3, "solver": "lanczos", "magnitudes": "same_batch"},
+    "Kronecker": {"hessian_structure": "kron", "direction_samples": 0.4},
+    "Kronecker by K-FAC": {"hessian_structure": "kron", "kron_basis": "kfac", "kfac_approx": "reduce"},
+    "Kronecker with its own magnitudes": {"hessian_structure": "kron", "kron_magnitudes": "kronecker"},
+    "full": {"hessian_structure": "full", "seed": 3},
+    "last layer, low rank": {"subset_of_weights": "last_layer"},
+    "last layer by name, Kronecker": {
+        "subset_of_weights": "last_layer",
+        "hessian_structure": "kron",
+        "last_layer_name": "2",
+    },
+    "last layer, full": {"subset_of_weights": "last_layer", "hessian_structure": "full"},
+    "subnetwork, low rank": {"subset_of_weights": "subnetwork", "subnetwork_indices": "indices.pt"},
+    "subnetwork, Kronecker": {
+        "subset_of_weights": "subnetwork",
+        "hessian_structure": "kron",
+        "subnetwork_indices": "indices.pt",
+    },
+    "subnetwork, full": {
+        "subset_of_weights": "subnetwork",
+        "hessian_structure": "full",
+        "subnetwork_indices": "indices.pt",
+    },
+    "empirical Fisher": {"backend": "CurvlinopsEF"},
+    "Hessian": {"backend": "CurvlinopsHessian", "hessian_structure": "full"},
+    "Monte Carlo": {"backend": "AsdlGGN", "stochastic": True, "num_samples": 3},
+}
+
+
+def constructor_arguments(options):
+    from laplace import curvature
+
+    options = dict(options)
+    if "backend" in options:
+        options["backend"] = getattr(curvature, options["backend"])
+    kwargs = {key: options.pop(key) for key in ("stochastic", "num_samples") if key in options}
+    if kwargs:
+        options["backend_kwargs"] = kwargs
+    if "subnetwork_indices" in options:
+        options["subnetwork_indices"] = torch.load(options["subnetwork_indices"], weights_only=True)
+    return options
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_is_that_of_the_same_fit_in_python(case, likelihood, folder, capsys):
+    hyper = {"prior_precision": 0.4, "temperature": 1.3}
+    if likelihood == "regression":
+        hyper["sigma_noise"] = 0.7
+    assert main(arguments(likelihood, **CASES[case], **hyper, n_data=90)) == 0
+    printed = capsys.readouterr().out
+    assert "load_state_dict" in printed
+    model, options = make_model(), constructor_arguments(CASES[case])
+    expected = DebiasedLaplace(model, likelihood, **options, **hyper)
+    expected.fit(make_loader(likelihood), n_data=90)
+    loaded = DebiasedLaplace(model, likelihood, **options)
+    loaded.load_state_dict(torch.load("posterior.pt", weights_only=True))
+    assert repr(loaded) == repr(expected)
+    assert repr(loaded) in printed
+    assert loaded.n_data == 90
+    x = make_loader(likelihood).dataset.tensors[0][:6]
+    found, wanted = (la(x) if likelihood == "regression" else (la(x),) for la in (loaded, expected))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_prior_is_tuned_on_request(folder):
+    assert main(arguments(hessian_structure="kron", tune_prior=True, prior_precision=0.4)) == 0
+    la = DebiasedLaplace(make_model(), "classification", "all", "kron", prior_precision=0.4)
+    la.fit(make_loader("classification"))
+    la.optimize_prior_precision(method="marglik")
+    state = torch.load("posterior.pt", weights_only=True)
+    torch.testing.assert_close(state["prior_precision"], la.prior_precision, rtol=1e-3, atol=0.0)
+    assert abs(float(state["prior_precision"]) - 0.4) > 0.1
+
+
+WRONG = {
+    "no such module": ({"model": "nowhere_to_be_found:model"}, "--model 'nowhere_to_be_found:model' cannot be found"),
+    "no such callable": ({"model": "problem_of_the_user:mdel"}, "cannot be found: .*mdel"),
+    "no colon": ({"loader": "problem_of_the_user"}, "--loader names a callable as module:callable"),
+    "not callable": ({"loader": "problem_of_the_user:number"}, "number' is a int"),
+    "a callable that fails": ({"loader": "problem_of_the_user:broken"}, "failed: RuntimeError: no data today"),
+    "a model that is none": ({"model": "problem_of_the_user:loader"}, "must return a torch.nn.Module; got DataLoader"),
+    "no such weights": ({"weights": "nothing.pt"}, "--weights nothing.pt is no file"),
+    "weights of another model": ({"weights": "indices.pt"}, "does not fit the model"),
+    "weights that are no tensors": ({"weights": "problem_of_the_user.py"}, "cannot be loaded with weights_only=True"),
+    "a share of two": ({"direction_samples": 2.0}, "direction_samples"),
+    "an option of another structure": ({"hessian_structure": "full", "rank": 3}, "rank is of hessian_structure"),
+    "n_data too small": ({"n_data": 3}, "expected at least 40, got 3"),
+    "num_samples alone": ({"num_samples": 3}, "stochastic=True"),
+    "a folder in the way": ({"out": "."}, "--out must be a file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_and_exit_code_2(case, folder, capsys):
+    options, expected = WRONG[case]
+    assert main(arguments(**options)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("debiased-laplace: ")
+    assert re.search(expected, error), error
+    assert not (folder / "posterior.pt").exists()
+
+
+def test_a_pickle_that_would_run_code_is_not_run(folder):
+    (folder / "evil.py").write_text(
+        "import os\nclass Evil:\n    def __reduce__(self):\n        return os.mkdir, ('ran',)\n"
+    )
+    script = "import torch, evil; torch.save(evil.Evil(), 'weights.pt')"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
+    assert main(arguments()) == 2
+    assert not (folder / "ran").exists()
+
+
+def test_as_a_process_with_progress(folder):
+    command = [a for a in arguments(hessian_structure="kron") if a != "--no-progress"]
+    done = subprocess.run(
+        [sys.executable, "-m", "debiased_laplace.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "posterior.pt").exists()
+    assert "[Reading samples]" in done.stderr
+    assert "Warning" not in done.stderr
+    assert "DebiasedKronLaplace" in done.stdout
