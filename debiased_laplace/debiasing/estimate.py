@@ -7,7 +7,7 @@ from torch import Tensor
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.debiasing import complement as outside
 from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
-from debiased_laplace.debiasing.directions import REQUESTED, find_directions
+from debiased_laplace.debiasing.directions import REQUESTED, choose_solver, find_directions
 from debiased_laplace.debiasing.kronecker import estimate_kronecker
 from debiased_laplace.debiasing.magnitudes import (
     Magnitudes,
@@ -32,10 +32,18 @@ def estimate(
 
     Returns:
         The estimate.
+
+    Raises:
+        ValueError: if a full structure does not fit into memory.
     """
     if options.structure == "kron":
         return estimate_kronecker(a, b, n_data, options)
     if options.structure == "full":
+        if choose_solver(a, None) == "lanczos":
+            raise ValueError(
+                f"hessian_structure='full' of {a.network.n_parameters:,} parameters does not fit into a quarter of the "
+                "free memory; expected fewer ('last_layer' or 'subnetwork'), or 'lowrank' or 'kron'."
+            )
         # every direction, and in the null space of H_a, whose directions are anybody's, one mean value
         options = replace(options, rank=None, complement="isotropic", solver="gram")
     return estimate_same_batch(a, n_data, options) if b is None else estimate_held_out(a, b, n_data, options)
