@@ -215,3 +215,153 @@ def dense_log_marginal_likelihood(
     scatter = (P0 * (mean - prior_mean) ** 2).sum()
     log_det_ratio = torch.linalg.slogdet(posterior_precision)[1] - P0.log().sum()
     return log_likelihood - 0.5 * float(log_det_ratio + scatter)
+
+
+def sample_loss(outputs: Tensor, target: Tensor, likelihood: str) -> Tensor:
+    """Negative log-likelihood of one sample with outputs (C,), up to constants, with unit noise."""
+    if likelihood == "regression":
+        return 0.5 * (target - outputs) @ (target - outputs)
+    return torch.logsumexp(outputs, 0) - outputs[int(target)]
+
+
+def dense_gradients(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> Tensor:
+    """Gradient of each sample's loss, (n, P)."""
+    rows = []
+    for x, target in zip(X, y, strict=True):
+        loss = sample_loss(model(x[None])[0], target, likelihood)
+        gradients = torch.autograd.grad(loss, trainable(model), allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    return torch.stack(rows)
+
+
+def dense_empirical_fisher(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> tuple[list[Tensor], Tensor]:
+    """Empirical Fisher (P, P) of each sample, and their mean."""
+    per_sample = [torch.outer(g, g) for g in dense_gradients(model, X, y, likelihood)]
+    return per_sample, sum(per_sample) / len(per_sample)
+
+
+def dense_hessian(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> tuple[list[Tensor], Tensor]:
+    """Hessian (P, P) of each sample's loss, one row at a time by differentiating its gradient, and their mean."""
+    per_sample = []
+    for x, target in zip(X, y, strict=True):
+        loss = sample_loss(model(x[None])[0], target, likelihood)
+        gradients = torch.autograd.grad(
+            loss, trainable(model), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows = []
+        for entry in torch.cat([g.reshape(-1) for g in gradients]):
+            if entry.requires_grad:
+                row = torch.autograd.grad(
+                    entry, trainable(model), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            else:
+                row = [torch.zeros_like(p) for p in trainable(model)]
+            rows.append(torch.cat([r.reshape(-1) for r in row]))
+        per_sample.append(torch.stack(rows))
+    return per_sample, sum(per_sample) / len(per_sample)
+
+
+def dense_kronecker_product(left: Tensor, right: Tensor) -> Tensor:
+    """The Kronecker product, block by block."""
+    return torch.cat([torch.cat([entry * right for entry in row], dim=1) for row in left], dim=0)
+
+
+def block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """Square matrices along the diagonal of one."""
+    n = sum(len(block) for block in blocks)
+    matrix = torch.zeros(n, n, dtype=blocks[0].dtype)
+    start = 0
+    for block in blocks:
+        matrix[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    return matrix
+
+
+def partial_traces(block: Tensor, o: int, i: int) -> tuple[Tensor, Tensor]:
+    """Partial traces (o, o) and (i, i) of the curvature of an (o, i) matrix that is flattened row by row."""
+    left, right = torch.zeros(o, o, dtype=block.dtype), torch.zeros(i, i, dtype=block.dtype)
+    for r in range(o):
+        for s in range(o):
+            left[r, s] = sum(block[r * i + c, s * i + c] for c in range(i))
+    for c in range(i):
+        for d in range(i):
+            right[c, d] = sum(block[r * i + c, r * i + d] for r in range(o))
+    return left, right
+
+
+def dense_kronecker_basis(model: nn.Module, H: Tensor) -> Tensor:
+    """The basis (P, P) of a curvature: eigenvectors of the partial traces, by decreasing eigenvalue.
+
+    Matrix-shaped parameters have two sides, biases of linear layers and convolutions one, and all others their axes.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    biases = {id(layer.bias) for layer in layers}
+    blocks, start = [], 0
+    for p in trainable(model):
+        block = H[start : start + p.numel(), start : start + p.numel()]
+        start += p.numel()
+        if p.ndim >= 2:
+            left, right = partial_traces(block, len(p), p.numel() // len(p))
+            blocks.append(
+                dense_kronecker_product(
+                    torch.linalg.eigh(left)[1].flip(1),
+                    torch.linalg.eigh(right)[1].flip(1),
+                )
+            )
+        elif id(p) in biases:
+            blocks.append(torch.linalg.eigh(block)[1].flip(1))
+        else:
+            blocks.append(torch.eye(p.numel(), dtype=H.dtype))
+    return block_diagonal(blocks)
+
+
+@dataclass
+class DenseKroneckerPosterior:
+    """Everything about a Kronecker posterior with exact magnitudes."""
+
+    in_sample: Tensor  # (P,), curvature of the direction samples along the basis
+    magnitudes: Tensor  # (P,), estimate of the full batch
+    standard_errors: Tensor  # (P,)
+    curvature: Tensor  # (P, P)
+    posterior_precision: Tensor  # (P, P)
+
+
+def dense_kronecker_posterior(
+    basis: Tensor,
+    per_sample: list[Tensor],
+    direction_indices: Tensor,
+    magnitude_indices: Tensor | None,
+    *,
+    n_data: int,
+    prior_precision: float | Tensor = 1.0,
+    sigma_noise: float = 1.0,
+    temperature: float = 1.0,
+) -> DenseKroneckerPosterior:
+    """Curvature along each column k of the basis, one at a time; biased where there are no magnitude samples.
+
+    Negative values, which a Hessian can have, are 0.
+    """
+    H_a = mean_of(per_sample, direction_indices)
+    n_a = len(direction_indices)
+    if magnitude_indices is None:
+        H, seen_by, share, unseen = H_a, direction_indices, 0.0, 1 - n_a / n_data
+    else:
+        share, seen_by = n_a / n_data, magnitude_indices
+        H = share * H_a + (1 - share) * mean_of(per_sample, magnitude_indices)
+        unseen = 1 - len(magnitude_indices) / (n_data - n_a)
+    in_sample, magnitudes, errors = [], [], []
+    for k in basis.T:
+        of_samples = torch.stack([k @ per_sample[j] @ k for j in seen_by.tolist()])
+        in_sample.append(k @ H_a @ k)
+        magnitudes.append((k @ H @ k).clamp(min=0))
+        errors.append((1 - share) * (unseen / len(seen_by)) ** 0.5 * of_samples.std(correction=1))
+    m = torch.stack(magnitudes)
+    curvature = basis @ torch.diag(m) @ basis.T
+    precision = dense_posterior_precision(
+        curvature,
+        n_data=n_data,
+        prior_precision=prior_precision,
+        sigma_noise=sigma_noise,
+        temperature=temperature,
+    )
+    return DenseKroneckerPosterior(torch.stack(in_sample), m, torch.stack(errors), curvature, precision)

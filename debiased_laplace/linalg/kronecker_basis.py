@@ -99,4 +99,5 @@ class KroneckerBasis:
 
 
 def _or_axes(side: Tensor | None, n: int, like: Tensor) -> Tensor:
-    return torch.eye(n, dtype=like.dtype, device=like.device) if side is None else side
+    # torch.kron refuses some column-major matrices, which is what decompositions return
+    return torch.eye(n, dtype=like.dtype, device=like.device) if side is None else side.contiguous()

@@ -3,9 +3,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from oracles import dense_kl
+from oracles import block_diagonal, dense_kl, dense_kronecker_product
 from torch import Tensor
 
+from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import (
     LowRankPlusDiagonal,
     differentiable_log_det,
@@ -20,6 +21,7 @@ RTOL = {torch.float64: 1e-9, torch.float32: 2e-4}
 class Case:
     diagonal: Tensor
     magnitudes: Tensor
+    in_basis: bool = False
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -52,18 +54,43 @@ CASES: dict[str, Callable[[], Case]] = {
     "negative magnitudes, isotropic": lambda: Case(tensor(2.0)[0], tensor(5.0, -1.0, -1.8)),
     "negative magnitudes, full diagonal": lambda: Case(uneven() + 1, tensor(5.0, -0.9, -0.3)),
     "repeated magnitudes": lambda: Case(uneven(), tensor(3.0, 3.0, 3.0)),
+    "basis, rank 0, full diagonal": lambda: Case(uneven(), tensor(), in_basis=True),
+    "basis, rank 0, isotropic": lambda: Case(tensor(2.5)[0], tensor(), in_basis=True),
+    "basis, rank 4, full diagonal": lambda: Case(uneven(), tensor(40.0, 3.0, 0.7, 0.02), in_basis=True),
+    "basis, rank 4, isotropic": lambda: Case(tensor(0.3)[0], tensor(40.0, 3.0, 0.7, 0.02), in_basis=True),
+    "basis, zero and negative magnitudes": lambda: Case(uneven() + 1, tensor(5.0, 0.0, -0.9), in_basis=True),
+    "basis, as many directions as parameters": lambda: Case(uneven(), draw(P, seed=2).exp(), in_basis=True),
 }
+WITHOUT_BASIS = [name for name in CASES if not name.startswith("basis")]
+
+
+def kronecker_basis(dtype: torch.dtype = torch.float64) -> tuple[KroneckerBasis, Tensor]:
+    """Blocks with a basis on both sides, on either, and on none; and the matrix."""
+    left, right, rows, columns = (orthonormal(n, seed=30 + n, n=n) for n in (3, 4, 2, 5))
+    axes = torch.eye(5, dtype=torch.float64)
+    blocks = [(3, 4, left, right), (2, 2, rows, None), (1, 5, None, columns), (2, 1, None, None)]
+    basis = KroneckerBasis(
+        tuple(
+            BasisBlock(o, i, *(None if side is None else side.to(dtype) for side in sides)) for o, i, *sides in blocks
+        )
+    )
+    products = [
+        dense_kronecker_product(axes[:o, :o] if le is None else le, axes[:i, :i] if ri is None else ri)
+        for o, i, le, ri in blocks
+    ]
+    return basis, block_diagonal(products)
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[LowRankPlusDiagonal, Tensor]:
     """The operator in the given precision, and its matrix, summed up one direction at a time in double precision."""
     case = CASES[name]()
     U = orthonormal(len(case.magnitudes))
-    operator = LowRankPlusDiagonal(case.diagonal.to(dtype), U.to(dtype), case.magnitudes.to(dtype))
+    basis, K = kronecker_basis(dtype) if case.in_basis else (None, None)
+    operator = LowRankPlusDiagonal(case.diagonal.to(dtype), U.to(dtype), case.magnitudes.to(dtype), basis)
     matrix = torch.diag(operator.diagonal.double().expand(P)).clone()
     for u, m in zip(operator.directions.double().T, operator.magnitudes.double(), strict=True):
         matrix += m * torch.outer(u, u)
-    return operator, matrix
+    return operator, matrix if K is None else K @ matrix @ K.T
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, *, scale: float | None = None) -> None:
@@ -140,6 +167,15 @@ def test_variance_and_its_trace(name: str, dtype: torch.dtype) -> None:
 def test_covariance_diagonal_is_that_of_the_inverse(name: str, dtype: torch.dtype) -> None:
     operator, matrix = make(name, dtype)
     assert_close(operator.covariance_diagonal, torch.linalg.inv(matrix).diagonal(), dtype)
+
+
+@contract
+@both_precisions
+def test_coordinate_variances_are_those_along_the_vectors_of_the_basis(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    K = torch.eye(P, dtype=torch.float64) if operator.basis is None else kronecker_basis()[1]
+    expected = torch.stack([k @ torch.linalg.inv(matrix) @ k for k in K.T])
+    assert_close(operator.coordinate_variances, expected, dtype)
 
 
 @contract
@@ -245,7 +281,8 @@ def test_refuses_what_is_no_precision(case: str) -> None:
 
 @pytest.mark.parametrize("kind", ["number", "one entry", "per parameter"])
 @pytest.mark.parametrize("magnitudes", ["positive", "zero and negative", "none"])
-def test_gradients_of_the_log_det_are_those_of_the_dense_one(kind: str, magnitudes: str) -> None:
+@pytest.mark.parametrize("in_basis", [False, True], ids=["axes", "basis"])
+def test_gradients_of_the_log_det_are_those_of_the_dense_one(kind: str, magnitudes: str, in_basis: bool) -> None:
     diagonal = {"number": tensor(2.3)[0], "one entry": tensor(2.3), "per parameter": uneven() + 1}[
         kind
     ].requires_grad_()
@@ -255,9 +292,12 @@ def test_gradients_of_the_log_det_are_those_of_the_dense_one(kind: str, magnitud
         "none": tensor(),
     }[magnitudes].requires_grad_()
     U = orthonormal(len(m))
-    operator = LowRankPlusDiagonal(diagonal.detach(), U, m.detach())
-    found = torch.autograd.grad(3 * differentiable_log_det(diagonal, m, operator), [diagonal, m])
-    dense = torch.logdet(torch.diag(diagonal.expand(P)) + (U * m) @ U.T)
+    basis, K = kronecker_basis() if in_basis else (None, torch.eye(P, dtype=torch.float64))
+    operator = LowRankPlusDiagonal(diagonal.detach(), U, m.detach(), basis)
+    value = differentiable_log_det(diagonal, m, operator)
+    found = torch.autograd.grad(3 * value, [diagonal, m])
+    dense = torch.logdet(K @ (torch.diag(diagonal.expand(P)) + (U * m) @ U.T) @ K.T)
+    assert value.item() == pytest.approx(dense.item(), rel=1e-10)
     expected = torch.autograd.grad(3 * dense, [diagonal, m])
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.shape == theirs.shape
@@ -281,12 +321,16 @@ def test_kl_divergence_is_the_dense_one_in_both_directions(first: str, second: s
     q = LowRankPlusDiagonal(1.7 * case.diagonal, U, case.magnitudes)
     for one, other in ((p, q), (q, p)):
         dense_one, dense_other = one.to_dense(), other.to_dense()
+        if other.basis is not None:
+            with pytest.raises(ValueError, match="reference without a Kronecker basis"):
+                kl_divergence(one, other)
+            continue
         expected = dense_kl(dense_one, dense_other)
         assert expected > 0.1
         assert float(kl_divergence(one, other)) == pytest.approx(expected, rel=1e-9)
 
 
-@contract
+@pytest.mark.parametrize("name", WITHOUT_BASIS)
 @both_precisions
 def test_kl_divergence_of_equals_is_zero(name: str, dtype: torch.dtype) -> None:
     operator, _ = make(name, dtype)
