@@ -74,13 +74,15 @@ def _storable(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
-    """The sides of every block that has some."""
-    entries: dict[str, Any] = {}
-    for i, block in enumerate(basis.blocks if basis is not None else ()):
+    """The sides of every block; an empty one for the axes, so that a missing entry is not read as them."""
+    if basis is None:
+        return {}
+    entries: dict[str, Any] = {"basis_n_blocks": len(basis.blocks)}
+    for i, block in enumerate(basis.blocks):
         entries[f"basis_{i}_rows"], entries[f"basis_{i}_columns"] = block.rows, block.columns
         for side in ("left", "right"):
-            if getattr(block, side) is not None:
-                entries[f"basis_{i}_{side}"] = getattr(block, side)
+            own = getattr(block, side)
+            entries[f"basis_{i}_{side}"] = torch.zeros(0, 0) if own is None else own
     return entries
 
 
@@ -155,7 +157,8 @@ def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
     fits = curvature.directions.shape == (P, k) and curvature.weights.shape == (k,)
     if not fits or curvature.diagonal.numel() not in (1, P):
         raise ValueError(f"Expected directions of shape ({P}, k) with k weights, and a diagonal of 1 or {P} entries.")
-    errors = state.get("magnitudes_standard_errors")
+    # products of factors look at no sample on its own
+    errors = None if state["option_kron_magnitudes"] == "kronecker" else state["magnitudes_standard_errors"]
     magnitudes = Magnitudes(
         _like(state["magnitudes_values"], like),
         None if errors is None else _like(errors, like),
@@ -172,21 +175,15 @@ def _basis(state: dict[str, Any], like: Tensor) -> KroneckerBasis | None:
     if state["option_structure"] != "kron":
         return None
     blocks: list[BasisBlock] = []
-    while f"basis_{len(blocks)}_rows" in state:
-        i = len(blocks)
-        left, right = (state.get(f"basis_{i}_{side}") for side in ("left", "right"))
+    for i in range(state["basis_n_blocks"]):
         rows, columns = state[f"basis_{i}_rows"], state[f"basis_{i}_columns"]
-        for side, n in ((left, rows), (right, columns)):
-            if side is not None and side.shape != (n, n):
-                raise ValueError(f"Expected a side of basis block {i} of shape ({n}, {n}); got {tuple(side.shape)}.")
-        blocks.append(
-            BasisBlock(
-                rows,
-                columns,
-                None if left is None else _like(left, like),
-                None if right is None else _like(right, like),
-            )
-        )
+        sides: list[Tensor | None] = []
+        for name, n in (("left", rows), ("right", columns)):
+            side = state[f"basis_{i}_{name}"]
+            if side.numel() and side.shape != (n, n):
+                raise ValueError(f"Expected basis_{i}_{name} of shape ({n}, {n}); got {tuple(side.shape)}.")
+            sides.append(_like(side, like) if side.numel() else None)
+        blocks.append(BasisBlock(rows, columns, *sides))
     basis = KroneckerBasis(tuple(blocks))
     if basis.n_parameters != len(like):
         raise ValueError(f"Expected a basis of {len(like)} vectors; the state has {basis.n_parameters}.")
@@ -204,7 +201,8 @@ def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
     """Refuse a state that does not belong here."""
     if not isinstance(state, dict):
         raise ValueError(f"Expected a state as a dictionary; got {type(state).__name__}.")
-    for key in ("version", "cls_name", "likelihood", "curvature", "mean", "weights_fingerprint", "parameters"):
+    needed = ("version", "cls_name", "likelihood", "curvature", "weights_fingerprint", "parameters", "last_layer_name")
+    for key in (*needed, "mean"):
         if key not in state:
             raise ValueError(f"The state has no entry {key!r}; it is not one of this package, or of an older version.")
     if state["version"] != VERSION:

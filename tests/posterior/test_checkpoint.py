@@ -110,8 +110,17 @@ def test_what_belongs_elsewhere_is_refused(case):
     assert torch.equal(la(X), before)
 
 
-def test_every_entry_is_missed():
-    la, X, _, _ = fitted("MLP", "classification", rank=3)
+MISSED = {
+    "low rank": {"rank": 3},
+    "Kronecker, a parameter of axes and the errors": {"hessian_structure": "kron"},
+    "Kronecker, magnitudes without errors": {"hessian_structure": "kron", "kron_magnitudes": "kronecker"},
+    "last layer, every direction": {"subset_of_weights": "last_layer", "hessian_structure": "full"},
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+def test_every_entry_is_missed(case):
+    la, X, _, _ = fitted("LayerNorm and raw parameters", "classification", **MISSED[case])
     state, before = la.state_dict(), la(X)
     for key in state:
         with pytest.raises(ValueError, match=key):

@@ -4,13 +4,13 @@ import warnings
 
 import pytest
 import torch
-from debiased_laplace.posterior.lowrank import DebiasedLowRankLaplace
 from laplace import FullLaplace, Laplace, ParametricLaplace
 from models import targets
 from posterior_cases import close, hyper_parameters, loader_of
 from torch import nn
 
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.posterior.structures import DebiasedLowRankLaplace
 
 RTOL = 1e-6  # laplace-torch's default backend multiplies by a single-precision identity
 

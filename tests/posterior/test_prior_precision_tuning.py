@@ -174,7 +174,7 @@ WRONG = {
     "unknown structure": ({"prior_structure": "block"}, "prior_structure"),
     "start at zero": ({"init_prior_prec": 0.0}, "init_prior_prec"),
     "start at NaN": ({"init_prior_prec": math.nan}, "init_prior_prec"),
-    "start of a wrong length": ({"init_prior_prec": torch.ones(5)}, "prior precision"),
+    "start of a wrong length": ({"init_prior_prec": torch.ones(5)}, r"one per parameter \(93\); got 5"),
     "negative steps": ({"n_steps": -1}, "n_steps"),
     "negative learning rate": ({"lr": -0.1}, "learning rate"),
 }

@@ -122,7 +122,7 @@ def test_a_damaged_state_leaves_the_posterior_as_it_was(data):
     la = fitted(model, Subset(data, range(12)))
     state = fitted(model, data).state_dict()
     damages = {
-        "prior_precision": (torch.ones(7), "prior precision"),
+        "prior_precision": (torch.ones(7), r"one per parameter \(51\); got 7"),
         "curvature_directions": (torch.ones(5, 2), "directions of shape|damaged"),
         "curvature_diagonal": (None, "damaged"),
         "curvature_weights": (torch.full_like(state["curvature_weights"], float("nan")), "finite"),

@@ -29,6 +29,14 @@ def fitted(likelihood="classification", **options):
     return la
 
 
+def subnetwork(indices):
+    return DebiasedLaplace(mlp()[0], "classification", "subnetwork", subnetwork_indices=indices)
+
+
+def kron(**options):
+    return DebiasedLaplace(mlp()[0], "classification", "all", "kron", **options)
+
+
 X = mlp()[1]
 CASES = {
     "rank: float": lambda: fresh(rank=2.5),
@@ -54,15 +62,20 @@ CASES = {
     "temperature: several": lambda: fresh(temperature=torch.ones(2)),
     "sigma_noise: several": lambda: fresh("regression", sigma_noise=torch.ones(3)),
     "likelihood: unknown": lambda: fresh("poisson"),
-    "likelihood: reward": lambda: fresh("reward_modeling"),
-    "subset: last_layer": lambda: DebiasedLaplace(mlp()[0], "classification", "last_layer"),
-    "subset: subnetwork": lambda: DebiasedLaplace(mlp()[0], "classification", "subnetwork"),
     "subset: unknown": lambda: DebiasedLaplace(mlp()[0], "classification", "first_layer"),
-    "structure: kron": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "kron"),
-    "structure: full": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "full"),
     "structure: unknown": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "tree"),
-    "backend: laplace-torch's": lambda: fresh(backend=object),
-    "backend_kwargs: given": lambda: fresh(backend_kwargs={"stochastic": True}),
+    "subnetwork: no indices": lambda: subnetwork(None),
+    "subnetwork: a list": lambda: subnetwork([0, 1]),
+    "subnetwork: floats": lambda: subnetwork(torch.tensor([0.0, 1.0])),
+    "subnetwork: a mask": lambda: subnetwork(torch.ones(93, dtype=torch.bool)),
+    "last_layer_name: a number": lambda: DebiasedLaplace(mlp()[0], "classification", "last_layer", last_layer_name=4),
+    "kron_basis: unknown": lambda: kron(kron_basis="ekfac"),
+    "kron_magnitudes: unknown": lambda: kron(kron_magnitudes="eigenvalues"),
+    "kfac_approx: unknown": lambda: kron(kron_basis="kfac", kfac_approx="sum"),
+    "backend: no class of laplace-torch's": lambda: fresh(backend=object),
+    "backend: its name": lambda: fresh(backend="CurvlinopsGGN"),
+    "backend_kwargs: unknown": lambda: fresh(backend_kwargs={"last_layer": True}),
+    "backend_kwargs: draws: text": lambda: fresh(backend_kwargs={"stochastic": True, "num_samples": "many"}),
     "loader: a number": lambda: fresh().fit(7),
     "loader: None": lambda: fresh().fit(None),
     "loader: a tensor": lambda: fresh().fit(X),
