@@ -253,7 +253,11 @@ class ParameterSelection:
 
 
 def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:
-    """Whether a model's `forward` takes the entries of a mapping by name rather than the mapping itself."""
+    """Whether a model's `forward` takes the entries of a mapping by name rather than the mapping itself.
+
+    It does where it names one of them and asks for nothing else; an entry that it does not know is then its own to
+    refuse, by name.
+    """
     signature = inspect.signature(model.forward).parameters
     kinds = inspect.Parameter
     named = {n for n, p in signature.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
@@ -261,4 +265,4 @@ def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:
     keys = set(keys)
     if required - keys:
         return False
-    return keys <= named or any(p.kind is kinds.VAR_KEYWORD for p in signature.values())
+    return bool(keys & named) or any(p.kind is kinds.VAR_KEYWORD for p in signature.values())

@@ -28,14 +28,14 @@ class SampleSource:
     """The samples of a loader, addressable by their position in its data set.
 
     Attributes:
-        dataset: the loader's map-style data set.
+        dataset: the loader's map-style data set: anything with `__getitem__`, which may be a list.
         indices: positions that the loader yields, increasing, each once.
         batch_size: samples a batch.
         options: the loader's own workers, collate function and pinning.
         keys: where a mapping holds what.
     """
 
-    dataset: Dataset[Any]
+    dataset: Any
     indices: Int64[Tensor, " n"]
     batch_size: int
     options: dict[str, Any]
@@ -197,7 +197,8 @@ class _Stacked(Dataset[tuple[Inputs, Tensor]]):
         }
         if len(shapes) > 1:
             raise ValueError(
-                f"Expected batches of samples of one shape (input, target); got {' and '.join(sorted(shapes)[:2])}."
+                f"Expected batches of samples of one shape (input, target); got {' and '.join(sorted(shapes)[:2])}. "
+                "Batches padded each to its own length need padding to one length, or pass the DataLoader itself."
             )
         inputs = [part.inputs for part in parts]
         self.inputs: Inputs
