@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from laplace.baselaplace import ParametricLaplace
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -26,6 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.roots import GaussNewton
+from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.linalg.lanczos import lanczos
@@ -184,12 +185,13 @@ def difference(la: ParametricLaplace, X: Tensor) -> float:
     return max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in zip(ours, theirs, strict=True))
 
 
-def curvature_of(model: nn.Module, samples: TensorDataset) -> SubBatchCurvature:
+def curvature_of(model: nn.Module, samples: TensorDataset) -> RowCurvature:
     """The curvature of some samples, nothing computed yet."""
     la = _fitted.setdefault(id(model), _small_fit(model, samples))
     source = sample_source(DataLoader(samples, batch_size=128), 0)
     device = samples.tensors[0].device
-    return SubBatchCurvature(la.fitted.network, Samples(source, source.indices, device, 0))
+    network = la.fitted.network
+    return RowCurvature(network, Samples(source, source.indices, device, 0), GaussNewton(network.likelihood))
 
 
 _fitted: dict[int, Any] = {}

@@ -14,13 +14,15 @@ from debiased_laplace.curvature.derivatives import (
     Capabilities,
     columns,
     find_capabilities,
-    identity_root,
+    identity_cotangents,
     looped_rows,
     vmapped_rows,
 )
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import GaussNewton
+from debiased_laplace.data.batches import Batch
 
 N = 12
 
@@ -244,7 +246,7 @@ def test_finding_out_leaves_the_random_state_and_the_model_alone() -> None:
 @every_model
 def test_looped_rows_are_the_jacobian(name: str) -> None:
     s = setup(name)
-    rows, outputs = looped_rows(s.selection, s.parameters, s.X, identity_root)
+    rows, outputs = looped_rows(s.selection, s.parameters, s.X, torch.zeros(N), identity_cotangents)
     assert_close(rows, s.J)
     assert_close(outputs, s.outputs)
     assert not rows.requires_grad
@@ -257,7 +259,7 @@ def test_vmapped_rows_are_the_jacobian(name: str) -> None:
     s = setup(name)
     if not s.capabilities.vmapped_rows:
         pytest.skip(s.capabilities.reasons["vmapped rows"])
-    rows, outputs = vmapped_rows(s.selection, s.parameters, s.X, identity_root)
+    rows, outputs = vmapped_rows(s.selection, s.parameters, s.X, torch.zeros(N), identity_cotangents)
     assert_close(rows, s.J)
     assert_close(outputs, s.outputs)
 
@@ -267,10 +269,14 @@ def test_vmapped_rows_are_the_jacobian(name: str) -> None:
 def test_rows_of_the_root_square_to_the_ggn_of_each_sample(name: str, kind: str) -> None:
     s = setup(name)
     expected = torch.stack([J.T @ output_hessian(f, kind) @ J for J, f in zip(s.J, s.outputs, strict=True)])
-    root = likelihood_named(kind).root
-    found = [looped_rows(s.selection, s.parameters, s.X, root)[0]]
+    likelihood = likelihood_named(kind)
+
+    def root(outputs: Tensor, side: Tensor) -> Tensor:
+        return likelihood.root(outputs, slice(None))
+
+    found = [looped_rows(s.selection, s.parameters, s.X, torch.zeros(N), root)[0]]
     if s.capabilities.vmapped_rows:
-        found.append(vmapped_rows(s.selection, s.parameters, s.X, root)[0])
+        found.append(vmapped_rows(s.selection, s.parameters, s.X, torch.zeros(N), root)[0])
     for rows in found:
         assert_close(rows.mT @ rows, expected)
 
@@ -288,6 +294,10 @@ def test_columns_are_the_jacobian_times_tangents(name: str, k: int) -> None:
         assert_close(outputs, s.outputs)
 
 
+def ggn_root(kind: str) -> GaussNewton:
+    return GaussNewton(likelihood_named(kind))
+
+
 def ggn_sum(s: Setup, kind: str) -> Tensor:
     return sum(J.T @ output_hessian(f, kind) @ J for J, f in zip(s.J, s.outputs, strict=True))
 
@@ -299,7 +309,7 @@ def test_products_of_a_batch_are_right_at_every_use(name: str, kind: str) -> Non
     if not s.capabilities.columns:
         pytest.skip(s.capabilities.reasons["columns"])
     H = ggn_sum(s, kind)
-    products = BatchProducts(s.selection, s.parameters, s.X, likelihood_named(kind).root, s.capabilities)
+    products = BatchProducts(s.selection, s.parameters, s.X, torch.zeros(N), ggn_root(kind), s.capabilities)
     U = s.tangents(4)
     for X in (U, U[:, :1], 2 * U, U[:, 1:3], U):
         assert_close(products(X), H @ X)
@@ -330,7 +340,7 @@ def test_products_agree_whichever_way_they_are_made(name: str, way: str) -> None
     s = setup(name)
     H = ggn_sum(s, "classification")
     able = without(name, **WAYS[way])
-    products = BatchProducts(s.selection, s.parameters, s.X, likelihood_named("classification").root, able)
+    products = BatchProducts(s.selection, s.parameters, s.X, torch.zeros(N), ggn_root("classification"), able)
     U = s.tangents(3)
     for _ in range(3):
         assert_close(products(U), H @ U)
@@ -340,8 +350,7 @@ def test_products_of_a_gru_are_right_at_the_second_and_third_use() -> None:
     # torch's linearization of a GRU spoils its own constants, so that only its first use is right
     s = setup("GRU")
     H = ggn_sum(s, "classification")
-    root = likelihood_named("classification").root
-    products = BatchProducts(s.selection, s.parameters, s.X, root, s.capabilities)
+    products = BatchProducts(s.selection, s.parameters, s.X, torch.zeros(N), ggn_root("classification"), s.capabilities)
     u = s.tangents(1)
     for scale in (1.0, -2.0, 1.0):
         assert_close(products(scale * u), scale * H @ u)
@@ -369,12 +378,18 @@ def test_a_networks_jacobians_and_rows_come_in_chunks(
     monkeypatch.setattr("debiased_laplace.curvature.network.CHUNK_BYTES", samples_a_chunk * size)
     net = network(s)
     assert net.n_parameters == s.P
-    assert net.rows_per_chunk == min(samples_a_chunk, 256)
+    assert net.rows_per_chunk(3) == min(samples_a_chunk, 256)
     jacobians = list(net.jacobians(s.X))
     assert [len(J) for J, _ in jacobians] == [len(part) for part in s.X.split(samples_a_chunk)]
     assert_close(torch.cat([J for J, _ in jacobians]), s.J)
     assert_close(torch.cat([f for _, f in jacobians]), s.outputs)
-    V = torch.cat(list(net.ggn_rows(s.X)))
+    batch = Batch(s.X, torch.zeros(N, dtype=torch.int64))
+    groups = [
+        (n, list(blocks), who) for n, blocks, who in net.root_rows(batch, ggn_root("classification"), batch.targets)
+    ]
+    assert [n for n, _, _ in groups] == [len(part) for part in s.X.split(samples_a_chunk)]
+    assert {(len(blocks), who) for _, blocks, who in groups} == {(1, "torch.func rows")}
+    V = torch.cat([blocks[0] for _, blocks, _ in groups])
     assert_close((V.mT @ V).sum(0), ggn_sum(s, "classification"))
     assert_close(net.outputs(s.X), s.outputs)
     assert not net.outputs(s.X).requires_grad
@@ -390,10 +405,11 @@ def test_a_networks_columns_come_in_groups_of_directions(n_directions: int) -> N
         torch.stack([J.T @ output_hessian(f, "classification") @ J for J, f in zip(s.J, s.outputs, strict=True)]),
         U,
     )
-    pushed = network(s).ggn_columns(s.X, U)
+    root, side = ggn_root("classification"), torch.zeros(N)
+    pushed = network(s).root_columns(s.X, root, side, U)
     assert pushed.shape == (N, 3, n_directions)
     assert_close(pushed.square().sum(1), expected)
-    assert_close(network(s, vmapped_columns=False).ggn_columns(s.X, U), pushed)
+    assert_close(network(s, vmapped_columns=False).root_columns(s.X, root, side, U), pushed)
 
 
 @pytest.mark.parametrize("looped", [False, True], ids=["as found", "looped"])

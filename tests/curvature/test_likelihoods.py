@@ -10,6 +10,7 @@ from torch.autograd.functional import hessian
 from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 
 KINDS = ["classification", "regression"]
+ALL = slice(None)
 
 
 def outputs(n: int = 6, C: int = 4, scale: float = 2.0) -> Tensor:
@@ -20,14 +21,14 @@ def outputs(n: int = 6, C: int = 4, scale: float = 2.0) -> Tensor:
 def test_the_root_is_that_of_the_losss_second_derivative(kind: str) -> None:
     likelihood = likelihood_named(kind)
     f, y = outputs(), targets(kind, 6, 4)
-    S = likelihood.root(f)
+    S = likelihood.root(f, ALL)
     assert S.shape == (6, 4, 4)
     for i in range(6):
         expected = hessian(lambda g, i=i: likelihood.loss(g[None], y[i : i + 1]), f[i])
         assert torch.allclose(S[i] @ S[i].T, expected, rtol=1e-9, atol=1e-14)
         assert torch.allclose(S[i] @ S[i].T, output_hessian(f[i], kind), rtol=1e-9, atol=1e-14)
-        assert torch.allclose(likelihood.root(f[i]), S[i], rtol=1e-12)
-    assert torch.allclose(likelihood.root(f.reshape(2, 3, 4)), S.reshape(2, 3, 4, 4), rtol=1e-12)
+        assert torch.allclose(likelihood.root(f[i], ALL), S[i], rtol=1e-12)
+    assert torch.allclose(likelihood.root(f.reshape(2, 3, 4), ALL), S.reshape(2, 3, 4, 4), rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +66,7 @@ EXTREME = {
 @pytest.mark.parametrize("case", EXTREME)
 def test_extreme_logits_have_a_finite_root(case: str, dtype: torch.dtype) -> None:
     f = torch.tensor(EXTREME[case], dtype=dtype)
-    S = likelihood_named("classification").root(f)
+    S = likelihood_named("classification").root(f, ALL)
     p = torch.tensor([math.exp(v - max(EXTREME[case])) for v in EXTREME[case]], dtype=torch.float64)
     p = p / p.sum()
     expected = torch.diag(p) - torch.outer(p, p)
@@ -74,14 +75,14 @@ def test_extreme_logits_have_a_finite_root(case: str, dtype: torch.dtype) -> Non
 
 
 def test_the_softmax_root_has_no_curvature_along_the_ones() -> None:
-    S = likelihood_named("classification").root(outputs())
+    S = likelihood_named("classification").root(outputs(), ALL)
     assert torch.allclose(S.sum(1), torch.zeros(6, 4, dtype=torch.float64), atol=1e-15)
     assert [int(torch.linalg.matrix_rank(s)) for s in S] == [3] * 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_root_keeps_the_dtype(kind: str) -> None:
-    assert likelihood_named(kind).root(outputs().float()).dtype == torch.float32
+    assert likelihood_named(kind).root(outputs().float(), ALL).dtype == torch.float32
 
 
 UNFIT = {

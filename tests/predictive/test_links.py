@@ -63,16 +63,17 @@ def test_probit():
         )
         for m, S in zip(mean, covariance, strict=True)
     ]
-    torch.testing.assert_close(links.probit(mean, covariance), torch.stack(expected))
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(links.probit(mean, variance), torch.stack(expected))
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_draws_have_the_covariance_that_they_should(diagonal):
     mean, covariance = gaussians(n=2, C=3)
     n = 40_000
-    draws = links.gaussian_draws(
-        mean, covariance, n_samples=n, diagonal=diagonal, generator=torch.Generator().manual_seed(3)
-    )
+    draw = links.independent_draws if diagonal else links.gaussian_draws
+    spread = covariance.diagonal(dim1=-2, dim2=-1) if diagonal else covariance
+    draws = draw(mean, spread, n_samples=n, generator=torch.Generator().manual_seed(3))
     assert draws.shape == (n, 2, 3)
     for i in range(2):
         expected = torch.diag(covariance[i].diagonal()) if diagonal else covariance[i]
@@ -94,21 +95,31 @@ def test_draws_of_a_singular_covariance():
         mean,
         torch.outer(v, v)[None],
         n_samples=50,
-        diagonal=False,
         generator=torch.Generator().manual_seed(1),
     )
     deviations = draws[:, 0] - mean
     assert float(deviations.std()) > 0.5
     torch.testing.assert_close(deviations, torch.outer(deviations[:, 0], v), rtol=1e-5, atol=1e-5)
-    still = links.gaussian_draws(
-        mean, torch.zeros(1, 3, 3, dtype=torch.float64), n_samples=2, diagonal=True, generator=None
-    )
+    zero = torch.zeros(1, 3, dtype=torch.float64)
+    still = links.gaussian_draws(mean, torch.diag_embed(zero), n_samples=2, generator=None)
+    torch.testing.assert_close(still, mean.expand(2, 1, 3))
+    still = links.independent_draws(mean, zero, n_samples=2, generator=None)
     assert torch.equal(still, mean.expand(2, 1, 3))
 
 
-def test_monte_carlo_is_the_mean_softmax_of_the_draws():
+def test_a_variance_that_rounding_made_negative_counts_as_none():
+    mean, variance = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1e-9, 4.0]])
+    draws = links.independent_draws(mean, variance, n_samples=30, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(draws[:, 0, 0], torch.ones(30))
+    assert float(draws[:, 0, 1].std()) > 1
+
+
+def test_the_same_generator_gives_the_same_draws_of_either_kind():
     mean, covariance = gaussians()
-    options = {"n_samples": 9, "diagonal": False}
-    draws = links.gaussian_draws(mean, covariance, generator=torch.Generator().manual_seed(4), **options)
-    found = links.monte_carlo(mean, covariance, generator=torch.Generator().manual_seed(4), **options)
-    torch.testing.assert_close(found, torch.softmax(draws, -1).mean(0))
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    for draw, spread in ((links.gaussian_draws, covariance), (links.independent_draws, variance)):
+        first, again, other = (
+            draw(mean, spread, n_samples=9, generator=torch.Generator().manual_seed(seed)) for seed in (4, 4, 5)
+        )
+        assert torch.equal(first, again)
+        assert not torch.isclose(first, other).any()

@@ -1,19 +1,20 @@
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from debiased_laplace.curvature.ggn import SubBatchCurvature
 from models import MODELS, targets
 from oracles import dense_ggn
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
-from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
+from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.samples import Samples
@@ -54,8 +55,9 @@ def curvature(
     batch_size: int = 7,
     dtype: torch.dtype = torch.float64,
     progress_bar: bool = False,
+    root: Callable[[Likelihood], OutputRoot] = GaussNewton,
     **capabilities: bool,
-) -> SubBatchCurvature:
+) -> RowCurvature:
     net = network(name, kind, dtype)
     if capabilities:
         net = dataclasses.replace(net, capabilities=dataclasses.replace(net.capabilities, **capabilities))
@@ -63,7 +65,7 @@ def curvature(
     y = targets(kind, dtype=dtype)
     batches = [(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(X), batch_size)]
     samples = Samples(sample_source(batches, 0), indices, torch.device("cpu"), 0)
-    return SubBatchCurvature(net, samples, progress_bar=progress_bar)
+    return RowCurvature(net, samples, root(net.likelihood), seed=5, progress_bar=progress_bar)
 
 
 def expected_curvatures(name: str, kind: str, indices: Tensor = SOME) -> tuple[Tensor, Tensor]:
@@ -159,7 +161,7 @@ def test_the_linear_map_without_columns_goes_through_rows(name: str) -> None:
     assert c.source == "torch.func rows"
 
 
-def check_moments(c: SubBatchCurvature, name: str, kind: str, k: int, residual: str = "none") -> None:
+def check_moments(c: RowCurvature, name: str, kind: str, k: int, residual: str = "none") -> None:
     of_samples, H = expected_curvatures(name, kind, c.samples.indices)
     dtype = c.network.like.dtype
     U = directions(len(H), k, dtype)
@@ -241,7 +243,7 @@ def test_engines_are_chosen_by_what_is_possible_then_by_cost_and_agree(case: str
 @pytest.mark.parametrize("batch_size", [1, 3, 16], ids="batches of {}".format)
 @pytest.mark.parametrize("residual", ["none", "diagonal"])
 def test_several_batches_say_the_same_as_one(batch_size: int, residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("debiased_laplace.curvature.ggn._BATCH", 5)
+    monkeypatch.setattr("debiased_laplace.curvature.row_curvature._BATCH", 5)
     monkeypatch.setattr("debiased_laplace.curvature.network.CHUNK_BYTES", 4 * 3 * 93 * 8)
     c = curvature("MLP", batch_size=batch_size)
     check_moments(c, "MLP", "classification", 4, residual)
