@@ -20,14 +20,17 @@ class Batch:
     targets: Tensor
 
     def __post_init__(self) -> None:
-        named = {**tensors_of(self.inputs), "targets": self.targets}
-        if any(t.ndim == 0 for t in named.values()):
-            shapes = {name: tuple(t.shape) for name, t in named.items()}
+        if not tensors_of(self.inputs):
+            raise ValueError("Expected at least one tensor as inputs; got an empty mapping.")
+        # pairs: a mapping may have an entry of this name too
+        named = [*tensors_of(self.inputs).items(), ("targets", self.targets)]
+        if any(t.ndim == 0 for _, t in named):
+            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named)
             raise ValueError(f"Inputs and targets need a first dimension that counts samples; got shapes {shapes}.")
-        lengths = {name: len(t) for name, t in named.items()}
-        if len(set(lengths.values())) > 1:
+        if len({len(t) for _, t in named}) > 1:
+            lengths = ", ".join(f"{name} {len(t)}" for name, t in named)
             raise ValueError(
-                f"A batch has {n_samples_of(self.inputs)} inputs but {len(self.targets)} targets: {lengths}."
+                f"A batch has {n_samples_of(self.inputs)} inputs but {len(self.targets)} targets ({lengths})."
             )
 
     def __len__(self) -> int:
@@ -102,16 +105,17 @@ def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
 
 def sample_hashes(batch: Batch) -> Int64[Tensor, " n"]:
     """A 64-bit hash of each sample's input and target, by which it is known wherever it turns up."""
-    named = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors_of(batch.inputs).items())}
     # the same label is the same in any integer or floating-point type
-    targets = batch.targets.detach().cpu().contiguous()
-    named["targets"] = targets.to(torch.float64 if targets.is_floating_point() else torch.int64)
-    header = "".join(f"{name}{t.dtype}{tuple(t.shape[1:])}" for name, t in named.items()).encode()
+    targets = batch.targets.to(torch.float64 if batch.targets.is_floating_point() else torch.int64)
+    # the order in which a mapping was made is no property of the sample; a plain tensor has no name
+    named = [("", batch.inputs)] if isinstance(batch.inputs, Tensor) else sorted(batch.inputs.items())
+    parts = [(name, t.detach().cpu().contiguous()) for name, t in (*named, ("", targets))]
+    header = "".join(f"{name}{t.dtype}{tuple(t.shape[1:])}" for name, t in parts).encode()
     hashes = [
         int.from_bytes(
             blake2b(header + b"".join(_bytes(t) for t in sample), digest_size=8).digest(), "little", signed=True
         )
-        for sample in zip(*named.values(), strict=True)
+        for sample in zip(*(t for _, t in parts), strict=True)
     ]
     return torch.tensor(hashes, dtype=torch.int64)
 

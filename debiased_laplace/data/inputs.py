@@ -60,8 +60,8 @@ def n_samples_of(inputs: Inputs) -> int:
 
 
 def shape_of(inputs: Inputs) -> object:
-    """The shape, or every shape by its key: for messages."""
-    return tuple(inputs.shape) if isinstance(inputs, Tensor) else {k: tuple(v.shape) for k, v in inputs.items()}
+    """The shape, or every shape by its key, in the order of the keys."""
+    return tuple(inputs.shape) if isinstance(inputs, Tensor) else {k: tuple(v.shape) for k, v in sorted(inputs.items())}
 
 
 def dtype_of(inputs: Inputs) -> object:

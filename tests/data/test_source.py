@@ -22,7 +22,8 @@ from torch.utils.data import (
     random_split,
 )
 
-from debiased_laplace.data.batches import sample_hashes
+from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, sample_source
 
@@ -364,3 +365,85 @@ def test_samples_are_moved_to_the_device() -> None:
     source = sample_source([(X, Y)], seed=0)
     for batch in Samples(source, torch.arange(4), torch.device("meta"), seed=0):
         assert batch.inputs.device.type == "meta"
+
+
+IDS, MASK = torch.arange(3 * N).reshape(N, 3), torch.arange(3 * N).reshape(N, 3) % 2 == 0
+KEYS = MappingKeys("ids", "y")
+
+
+class Mappings(Dataset[dict[str, Tensor]]):
+    """One mapping an item, as the data sets of Hugging Face have."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"ids": IDS[i], "y": Y[i], "mask": MASK[i]}
+
+
+def mapping(part: slice) -> dict[str, Tensor]:
+    return {"ids": IDS[part], "mask": MASK[part], "y": Y[part]}
+
+
+OF_MAPPINGS: dict[str, tuple[Any, list[int], int]] = {
+    "a loader": (lambda: DataLoader(Mappings(), batch_size=5, shuffle=True), list(range(N)), 5),
+    "a loader over a Subset": (lambda: DataLoader(Subset(Mappings(), [4, 9]), batch_size=5), [4, 9], 5),
+    "a list of mappings": (lambda: [mapping(slice(9)), mapping(slice(9, N))], list(range(N)), 14),
+    "a list of one mapping": (lambda: [mapping(slice(4, 6))], [4, 5], 2),
+    "a list of mappings, keys in another order": (
+        lambda: [mapping(slice(9)), dict(reversed(mapping(slice(9, N)).items()))],
+        list(range(N)),
+        14,
+    ),
+    "a list of pairs of mappings and targets": (
+        lambda: [({"ids": IDS[:7], "mask": MASK[:7]}, Y[:7]), ({"ids": IDS[7:9], "mask": MASK[7:9]}, Y[7:9])],
+        list(range(9)),
+        7,
+    ),
+    "a list with an empty batch": (lambda: [mapping(slice(0)), mapping(slice(3))], [0, 1, 2], 3),
+}
+
+
+@pytest.mark.parametrize("case", OF_MAPPINGS)
+def test_samples_that_are_mappings(case: str) -> None:
+    make, expected, batch_size = OF_MAPPINGS[case]
+    source = sample_source(make(), 3, KEYS)
+    assert source.batch_size == batch_size
+    assert not source.augments(3)
+    batches = list(source.batches(source.indices, 0))
+    assert max(len(batch) for batch in batches) == min(batch_size, len(expected))
+    for batch in batches:
+        assert set(batch.inputs) == {"ids", "mask"}
+    assert torch.equal(torch.cat([batch.inputs["ids"] for batch in batches]), IDS[expected])
+    assert torch.equal(torch.cat([batch.inputs["mask"] for batch in batches]), MASK[expected])
+    assert torch.cat([batch.targets for batch in batches]).tolist() == expected
+    # the same sample is known by the same hash, wherever it comes from
+    hashes = torch.cat([sample_hashes(batch) for batch in batches])
+    assert torch.equal(hashes, sample_hashes(Batch({"mask": MASK[expected], "ids": IDS[expected]}, Y[expected])))
+
+
+REFUSED_MAPPINGS: dict[str, tuple[Any, str]] = {
+    "entries of two shapes": (lambda: [mapping(slice(4)), {**mapping(slice(4)), "ids": IDS[:4, :2]}], "one shape"),
+    "an entry missing": (lambda: [mapping(slice(4)), {"ids": IDS[:4], "y": Y[:4]}], "one shape"),
+    "mappings and tensors": (lambda: [mapping(slice(4)), (IDS[:4], Y[:4])], "one shape"),
+    "targets of two shapes": (lambda: [mapping(slice(4)), {**mapping(slice(4)), "y": Y[:4, None]}], "one shape"),
+    "no targets": (lambda: [{"ids": IDS}], "dict_key_y='y'"),
+    "no inputs": (lambda: [{"mask": MASK, "y": Y}], "dict_key_x='ids'"),
+    "only empty ones": (lambda: [mapping(slice(0))], "no samples"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MAPPINGS)
+def test_refuses_lists_of_mappings_that_cannot_be_joined(case: str) -> None:
+    make, message = REFUSED_MAPPINGS[case]
+    with pytest.raises(ValueError, match=message):
+        sample_source(make(), 0, KEYS)
+
+
+def test_samples_of_mappings_can_be_kept_and_moved() -> None:
+    source = sample_source(DataLoader(Mappings(), batch_size=4), 0, KEYS)
+    samples = Samples(source, torch.tensor([9, 2, 5, 6, 1]), torch.device("cpu"), seed=0)
+    kept = samples.keeping(list(samples))
+    assert [b.inputs["ids"][:, 0].tolist() for b in kept] == [[27, 6, 15, 18], [3]]
+    moved = Samples(source, torch.arange(4), torch.device("meta"), 0)
+    assert {t.device.type for b in moved for t in b.inputs.values()} == {"meta"}
