@@ -4,6 +4,7 @@ Nothing here imports the package. The formulas are those of the method, written 
 """
 
 from dataclasses import dataclass
+from itertools import product
 from math import log, pi
 
 import torch
@@ -365,3 +366,45 @@ def dense_kronecker_posterior(
         temperature=temperature,
     )
     return DenseKroneckerPosterior(torch.stack(in_sample), m, torch.stack(errors), curvature, precision)
+
+
+def kfac_positions(layer: nn.Module, a: Tensor) -> Tensor:
+    """What one sample's input (without a batch dimension) shows a layer's weight at each position, (positions, i)."""
+    if isinstance(layer, nn.Linear):
+        return a.reshape(-1, a.shape[-1])
+    n_space = a.ndim - 1
+    padded = torch.zeros(len(a), *(a.shape[1 + d] + 2 * layer.padding[d] for d in range(n_space)), dtype=a.dtype)
+    inside = [slice(None)] + [slice(layer.padding[d], layer.padding[d] + a.shape[1 + d]) for d in range(n_space)]
+    padded[tuple(inside)] = a
+    reach = [layer.dilation[d] * (layer.kernel_size[d] - 1) + 1 for d in range(n_space)]
+    starts = [range(0, padded.shape[1 + d] - reach[d] + 1, layer.stride[d]) for d in range(n_space)]
+    rows = []
+    for start in product(*starts):
+        window = [slice(None)] + [slice(s, s + reach[d], layer.dilation[d]) for d, s in enumerate(start)]
+        rows.append(padded[tuple(window)].reshape(-1))
+    return torch.stack(rows)
+
+
+def dense_kfac_factors(
+    layer: nn.Module, inputs: list[Tensor], gradients: list[list[Tensor]], approximation: str
+) -> tuple[Tensor, Tensor]:
+    """Factors (o, o) and (i, i) of one layer.
+
+    `inputs` holds each sample's input; `gradients` holds, for each sample and each column of its root, the derivative
+    of that column's combination of outputs with respect to the layer's output.
+    """
+    o = layer.weight.shape[0]
+    G, A, n_inputs = 0.0, 0.0, 0
+    for a, of_sample in zip(inputs, gradients, strict=True):
+        seen = kfac_positions(layer, a)
+        if approximation == "reduce":
+            seen = seen.mean(0, keepdim=True)
+        for row in seen:
+            A, n_inputs = A + torch.outer(row, row), n_inputs + 1
+        for g in of_sample:
+            at = g.reshape(-1, o) if isinstance(layer, nn.Linear) else g.reshape(o, -1).T
+            if approximation == "reduce":
+                at = at.sum(0, keepdim=True)
+            for row in at:
+                G = G + torch.outer(row, row)
+    return G / len(inputs), A / n_inputs

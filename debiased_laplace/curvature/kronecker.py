@@ -181,16 +181,18 @@ class KfacSums:
         return found
 
     def _add(self, batch: Batch, side: Tensor) -> None:
-        seen: list[tuple[str, Tensor, Tensor]] = []
+        seen: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
-                if arguments:
-                    seen.append((name, arguments[0].detach(), output))
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Any:  # noqa: ARG001
+                self._add_inputs(name, (arguments[0] if arguments else named["input"]).detach())
+                seen.append((name, output))
+                # what comes next may work in place, and would put its own output in the place of this one
+                return output.clone()
 
             return hook
 
-        handles = [layer.register_forward_hook(note(name)) for name, layer in self._layers.items()]
+        handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in self._layers.items()]
         leaves = {name: p.detach().requires_grad_() for name, p in self.network.parameters.items()}
         try:
             with torch.enable_grad():
@@ -199,19 +201,22 @@ class KfacSums:
             for handle in handles:
                 handle.remove()
         self.n += len(batch)
-        for name, a, _ in seen:
-            A = _positions_of_inputs(self._layers[name], a)
-            A = A.mean(1, keepdim=True) if self.approximation == "reduce" else A
-            self._positions[name] = self._positions.get(name, 0) + A.shape[0] * A.shape[1]
-            _accumulate(self._inputs, name, A)
-        at = [output for _, _, output in seen]
+        if not seen:
+            return
+        at = [output for _, output in seen]
         S = self.root.columns(outputs.detach(), side, slice(None))
         for cotangent in S.unbind(-1):
             gradients = torch.autograd.grad(outputs, at, cotangent, retain_graph=True, materialize_grads=True)
-            for (name, _, _), g in zip(seen, gradients, strict=True):
+            for (name, _), g in zip(seen, gradients, strict=True):
                 G = _positions_of_outputs(self._layers[name], g)
                 G = G.sum(1, keepdim=True) if self.approximation == "reduce" else G
                 _accumulate(self._gradients, name, G)
+
+    def _add_inputs(self, name: str, a: Tensor) -> None:
+        A = _positions_of_inputs(self._layers[name], a)
+        A = A.mean(1, keepdim=True) if self.approximation == "reduce" else A
+        self._positions[name] = self._positions.get(name, 0) + A.shape[0] * A.shape[1]
+        _accumulate(self._inputs, name, A)
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, x: Tensor) -> None:

@@ -1,0 +1,52 @@
+"""Samples of the small networks, and their curvature as the package computes it."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from models import MODELS, targets
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.survey import meet_network
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.samples import Samples
+from debiased_laplace.data.source import sample_source
+
+
+def network_of(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> Network:
+    """All weights of a model."""
+    with differentiable_kernels(model):
+        return meet_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X, y))
+
+
+@cache
+def small_network(name: str, likelihood: str = "classification") -> tuple[Network, Tensor, Tensor]:
+    """One of the small networks, with its data."""
+    model, X = MODELS[name]()
+    y = targets(likelihood)
+    return network_of(model, X, y, likelihood), X, y
+
+
+def samples_of(X: Tensor, y: Tensor, indices: Tensor, batch_size: int = 7) -> Samples:
+    """The samples at some positions."""
+    batches = [(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(X), batch_size)]
+    return Samples(sample_source(batches, 0), indices, torch.device("cpu"), 0)
+
+
+def rows_of(
+    network: Network,
+    X: Tensor,
+    y: Tensor,
+    indices: Tensor | None = None,
+    root: Callable[[Likelihood], OutputRoot] = GaussNewton,
+    seed: int = 0,
+) -> RowCurvature:
+    """Curvature with a root of the samples at some positions, of all by default."""
+    indices = torch.arange(len(X)) if indices is None else indices
+    return RowCurvature(network, samples_of(X, y, indices), root(network.likelihood), seed=seed)
