@@ -66,7 +66,7 @@ class ParameterSelection:
         Raises:
             ValueError: if there is no module of that name, or it has none of these parameters.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if name not in modules:
             raise ValueError(f"Expected last_layer_name as one of the modules {list(modules)[1:]}; got {name!r}.")
         own = {id(p) for p in modules[name].parameters()}

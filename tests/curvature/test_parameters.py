@@ -1,13 +1,16 @@
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from models import MODELS
-from oracles import flat_parameters
+from oracles import dense_jacobian, flat_parameters
 from torch import Tensor, nn
+from torch.func import jacrev
 from torch.nn.utils import parameters_to_vector
 
-from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.parameters import ParameterSelection, takes_keywords
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -159,3 +162,262 @@ def test_the_fingerprint_survives_saving_and_changes_with_every_tensor(name: str
         assert fingerprint(other) != before, key
         value.copy_(saved)
     assert fingerprint(other) == before
+
+
+class Tied(nn.Module):
+    """A weight in two places, first as an embedding and then transposed in the head; a module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.embed = nn.Linear(4, 4)
+            self.middle = nn.Linear(4, 4)
+            self.again = self.middle
+            self.head = nn.Linear(4, 4)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.middle(self.embed(x).tanh()).tanh()).tanh())
+
+
+def tied() -> tuple[nn.Module, Tensor]:
+    return Tied(), torch.randn(5, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+WITH_TIES = {**MODELS, "tied weights": tied}
+
+# model, name of the layer, positions in the flat vector of all trainable parameters
+LAYERS = {
+    "the last linear layer": ("MLP", "4", range(75, 93)),
+    "a convolution": ("convolutions and pooling", "0", range(40)),
+    "a layer without a bias": ("LayerNorm and raw parameters", "head", range(73, 91)),
+    "a module with children": ("transformer", "layer", range(154)),
+    "a frozen bias": ("partly frozen", "4", range(30, 45)),
+    "tied to an earlier layer": ("tied weights", "head", [*range(16), *range(40, 44)]),
+    "tied to a later layer": ("tied weights", "embed", range(20)),
+    "a module under its second name": ("tied weights", "again", range(20, 40)),
+    "the model itself": ("MLP", "", range(93)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_is_the_columns_of_its_parameters(case: str) -> None:
+    name, layer, positions = LAYERS[case]
+    model, X = WITH_TIES[name]()
+    everything = ParameterSelection.all_weights(model)
+    selection = everything.layer(layer)
+    assert selection.indices.tolist() == list(positions)
+    assert selection.last_layer == layer
+    assert selection.subset == f"last layer {layer!r}"
+    assert everything.last_layer is None
+    check_selection(selection, model, X)
+
+
+# positions as a function of P
+SUBNETWORKS = {
+    "all": lambda P: range(P),
+    "the first": lambda P: [0],
+    "the last": lambda P: [P - 1],
+    "every third": lambda P: range(1, P, 3),
+    "one whole parameter and part of the next": lambda P: range(min(P, 40)),
+    "without the first": lambda P: range(1, P),
+    "first and last": lambda P: [0, P - 1],
+}
+
+
+@pytest.mark.parametrize("case", SUBNETWORKS)
+@pytest.mark.parametrize("name", ["MLP", "LayerNorm and raw parameters", "partly frozen", "GRU", "tied weights"])
+def test_a_subnetwork_is_the_columns_of_its_entries(name: str, case: str) -> None:
+    model, X = WITH_TIES[name]()
+    everything = ParameterSelection.all_weights(model)
+    indices = torch.tensor(list(SUBNETWORKS[case](everything.n_parameters)))
+    selection = everything.subnetwork(indices)
+    assert torch.equal(selection.indices, indices)
+    assert selection.subset == f"{len(indices)} entries"
+    check_selection(selection, model, X)
+    # a parameter keeps its shape where all of it is selected, and only there
+    for parameter, shape, entries in zip(selection.names, selection.shapes, selection.entries, strict=True):
+        own = dict(model.named_parameters())[parameter]
+        assert (entries is None) == (shape.numel() == own.numel())
+        assert shape == (own.shape if entries is None else (len(entries),))
+    if case == "all":
+        assert selection.description == everything.description
+
+
+def check_selection(selection: ParameterSelection, model: nn.Module, X: Tensor) -> None:
+    """Values, calls and derivatives with respect to the selected entries are those of the model, and only those."""
+    theta, J = flat_parameters(model), torch.stack([dense_jacobian(model, x) for x in X[:3]])
+    before = copy.deepcopy(model.state_dict())
+    chosen = selection.indices
+    assert selection.n_parameters == len(chosen) == sum(selection.sizes)
+    assert torch.equal(selection.vector(), theta[chosen])
+    lead = torch.randn(2, 3, len(chosen), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(selection.flatten(selection.unflatten(lead), n_lead=2), lead)
+
+    found = jacrev(lambda v: selection.call(selection.unflatten(v), X[:3]))(selection.vector())
+    assert torch.allclose(found, J[..., chosen], rtol=1e-9, atol=1e-12 * float(J.abs().max()))
+
+    shifted = theta.clone()
+    shifted[chosen] += torch.linspace(0.1, 0.4, len(chosen), dtype=theta.dtype)
+    outputs = selection.call(selection.unflatten(shifted[chosen]), X)
+    assert torch.allclose(outputs, at_vector(model, shifted, X), rtol=1e-10)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(p.grad is None for p in model.parameters())
+
+
+def at_vector(model: nn.Module, values: Tensor, X: Tensor) -> Tensor:
+    """The oracle: the values written into a copy."""
+    other, start = copy.deepcopy(model), 0
+    with torch.no_grad():
+        for p in other.parameters():
+            if p.requires_grad:
+                p.copy_(values[start : start + p.numel()].reshape(p.shape))
+                start += p.numel()
+        return other(X)
+
+
+def test_parameters_outside_the_selection_have_no_gradient_through_it() -> None:
+    model, X = MODELS["MLP"]()
+    everything = ParameterSelection.all_weights(model)
+    for selection in (everything.layer("4"), everything.subnetwork(torch.tensor([3, 80]))):
+        values = selection.vector().requires_grad_()
+        selection.call(selection.unflatten(values), X).sum().backward()
+        assert float(values.grad.abs().max()) > 0
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_subnetwork_of_a_layer_counts_in_both() -> None:
+    model, X = MODELS["MLP"]()
+    layer = ParameterSelection.all_weights(model).layer("2")
+    selection = layer.subnetwork(torch.tensor([0, 34, 35, 39]))
+    assert selection.indices.tolist() == [35, 69, 70, 74]
+    check_selection(selection, model, X)
+
+
+DIFFERENT = {
+    "all and a layer": lambda s: (s, s.layer("4")),
+    "two layers": lambda s: (s.layer("0"), s.layer("2")),
+    "all and all but one": lambda s: (s, s.subnetwork(torch.arange(1, 93))),
+    "as many entries of one parameter": lambda s: (
+        s.subnetwork(torch.tensor([0, 1])),
+        s.subnetwork(torch.tensor([0, 2])),
+    ),
+    "as many entries of two parameters": lambda s: (s.subnetwork(torch.tensor([0])), s.subnetwork(torch.tensor([28]))),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_descriptions_tell_selections_apart(case: str) -> None:
+    model, _ = MODELS["MLP"]()
+    first, second = DIFFERENT[case](ParameterSelection.all_weights(model))
+    again, _ = DIFFERENT[case](ParameterSelection.all_weights(MODELS["MLP"]()[0]))
+    assert first.description != second.description
+    assert first.description == again.description
+
+
+def test_layers_that_are_not_there_are_refused() -> None:
+    selection = ParameterSelection.all_weights(MODELS["partly frozen"]()[0])
+    with pytest.raises(ValueError, match=r"\['0', '1', '2', '3', '4'\]; got 'head'"):
+        selection.layer("head")
+    for without in ("1", "2"):  # an activation, and a frozen layer
+        with pytest.raises(ValueError, match=f"{without}' has no trainable parameters"):
+            selection.layer(without)
+
+
+def model_with(forward: Any) -> nn.Module:
+    model = nn.Module()
+    model.layer = nn.Linear(2, 2).double()
+    # a bound method, as every forward is
+    model.forward = forward.__get__(model)
+    return model
+
+
+# forward, keys of the mapping, whether they go in by name
+FORWARDS = {
+    "all keys named": (lambda self, input_ids, mask: 0, ["input_ids", "mask"], True),
+    "all keys named, and defaults": (lambda self, input_ids, mask=None, labels=None: 0, ["input_ids"], True),
+    "keys only by name": (lambda self, *, input_ids, mask=None: 0, ["mask", "input_ids"], True),
+    "a key that is not named, which the model may refuse": (lambda self, input_ids: 0, ["input_ids", "mask"], True),
+    "one mapping by default": (lambda self, batch=None: 0, ["input_ids", "mask"], False),
+    "any keys": (lambda self, **kwargs: 0, ["input_ids", "mask"], True),
+    "one key named, and any others": (lambda self, input_ids, **kwargs: 0, ["input_ids", "mask"], True),
+    "any keys, and a required argument": (lambda self, batch, **kwargs: 0, ["input_ids", "mask"], False),
+    "one mapping": (lambda self, batch: 0, ["input_ids", "mask"], False),
+    "one mapping, and options": (lambda self, batch, scale=1.0: 0, ["input_ids"], False),
+    "a key of the mapping's own name": (lambda self, x: 0, ["x"], True),
+    "required arguments that are missing": (lambda self, input_ids, mask: 0, ["input_ids"], False),
+    "only by position": (lambda self, input_ids, /: 0, ["input_ids"], False),
+    "any positions": (lambda self, *inputs: 0, ["input_ids"], False),
+}
+
+
+@pytest.mark.parametrize("case", FORWARDS)
+def test_mappings_go_in_by_name_where_the_model_names_their_keys(case: str) -> None:
+    forward, keys, expected = FORWARDS[case]
+    assert takes_keywords(model_with(forward), keys) == expected
+    assert takes_keywords(model_with(forward), dict.fromkeys(keys)) == expected
+
+
+# what the model returns for x and mask; all of them are the same function
+STYLES = {
+    "by name": lambda self, x, mask: self.layer(x) * mask[:, None],
+    "by name, in another order": lambda self, mask, x=None: self.layer(x) * mask[:, None],
+    "one mapping": lambda self, batch: self.layer(batch["x"]) * batch["mask"][:, None],
+    "any names": lambda self, **batch: self.layer(batch["x"]) * batch["mask"][:, None],
+    "an output with logits": lambda self, x, mask: SimpleNamespace(loss=None, logits=self.layer(x) * mask[:, None]),
+    "logits of one mapping": lambda self, b: SimpleNamespace(logits=self.layer(b["x"]) * b["mask"][:, None]),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_model_of_mappings_is_called_in_its_own_way(style: str) -> None:
+    model = model_with(STYLES[style])
+    inputs = {
+        "x": torch.randn(4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        "mask": torch.tensor([1.0, 0.0, 2.0, 3.0], dtype=torch.float64),
+    }
+    selection = ParameterSelection.all_weights(model)
+    values = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.7, -0.2], dtype=torch.float64)
+    W, b = values[:4].reshape(2, 2), values[4:]
+    expected = (inputs["x"] @ W.T + b) * inputs["mask"][:, None]
+    assert torch.allclose(selection.call(selection.unflatten(values), inputs), expected, rtol=1e-12)
+    assert torch.allclose(selection.evaluated(selection.unflatten(values), inputs), expected, rtol=1e-12)
+
+
+def test_further_keyword_arguments_join_a_mapping_and_win() -> None:
+    model = model_with(lambda self, x, scale=1.0: scale * self.layer(x))
+    selection = ParameterSelection.all_weights(model)
+    parameters, x = selection.unflatten(selection.vector()), torch.ones(3, 2, dtype=torch.float64)
+    plain = selection.call(parameters, {"x": x})
+    assert torch.allclose(selection.call(parameters, {"x": x}, {"scale": 3.0}), 3 * plain, rtol=1e-12)
+    assert torch.allclose(selection.call(parameters, x, {"scale": 3.0}), 3 * plain, rtol=1e-12)
+    both = selection.call(parameters, {"x": x, "scale": torch.tensor(5.0)}, {"scale": 3.0})
+    assert torch.allclose(both, 3 * plain, rtol=1e-12)
+
+
+NO_TENSORS = {
+    "a tuple": (lambda self, x: (self.layer(x),), "got tuple"),
+    "a dictionary with logits as a key": (lambda self, x: {"logits": self.layer(x)}, "got dict"),
+    "logits that are no tensor": (lambda self, x: SimpleNamespace(logits=[1.0]), "got list"),
+    "nothing": (lambda self, x: None, "got NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TENSORS)
+def test_refuses_outputs_that_are_no_tensor(case: str) -> None:
+    forward, message = NO_TENSORS[case]
+    selection = ParameterSelection.all_weights(model_with(forward))
+    with pytest.raises(ValueError, match=f"tensor of logits; {message}"):
+        selection.call(selection.unflatten(selection.vector()), torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_what_a_model_cannot_read_is_said_in_terms_of_the_inputs() -> None:
+    selection = ParameterSelection.all_weights(model_with(lambda self, x, mask: self.layer(x) * mask))
+    parameters = selection.unflatten(selection.vector())
+    with pytest.raises(ValueError, match=r"inputs of shape \(3, 5\) and torch.float64: .*mask"):
+        selection.evaluated(parameters, torch.ones(3, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"shape \{'mask': \(3, 1\), 'x': \(3, 5\)\} and \{'x': torch.float64, 'mask'"):
+        selection.evaluated(parameters, {"x": torch.ones(3, 5, dtype=torch.float64), "mask": torch.ones(3, 1)})
