@@ -135,6 +135,61 @@ def partly_frozen_net(n_outputs: int = 3, dtype: torch.dtype = torch.float64) ->
         return _finished(model, torch.randn(N_SAMPLES, 4), dtype)
 
 
+class _ResidualBlock(nn.Module):
+    def __init__(self, stride: int):
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(2)
+        self.second = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(2)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(2, 2, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first_norm(self.first(x)))
+        return torch.relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
+
+
+def resnet(n_outputs: int = 3, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    """Two residual blocks, the second one with a stride, and running statistics of their own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(20)
+        model = nn.Sequential(
+            nn.Conv2d(1, 2, 3, bias=False),
+            nn.BatchNorm2d(2),
+            _ResidualBlock(1),
+            _ResidualBlock(2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2, n_outputs),
+        )
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.normal_(std=0.3)
+                layer.running_var.uniform_(0.5, 2.0)
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                nn.init.normal_(layer.bias, mean=0.3, std=0.3)
+        return _finished(model, torch.randn(N_SAMPLES, 1, 6, 6), dtype)
+
+
+class _Reused(nn.Module):
+    def __init__(self, n_outputs: int):
+        super().__init__()
+        self.step = nn.Linear(4, 4)
+        self.head = nn.Linear(4, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.step(x))
+        return self.head(x)
+
+
+def reused_module_net(n_outputs: int = 3, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    """One layer that is called three times, and a head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(21)
+        return _finished(_Reused(n_outputs), torch.randn(N_SAMPLES, 4), dtype)
+
+
 MODELS: dict[str, Build] = {
     "MLP": mlp,
     "convolutions and pooling": cnn,
@@ -144,6 +199,8 @@ MODELS: dict[str, Build] = {
     "GRU": gru_classifier,
     "transformer": transformer_classifier,
     "partly frozen": partly_frozen_net,
+    "ResNet with BatchNorm": resnet,
+    "reused module": reused_module_net,
 }
 
 
