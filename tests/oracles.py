@@ -45,6 +45,14 @@ def output_hessian(outputs: Tensor, likelihood: str) -> Tensor:
     return H
 
 
+def output_gradient(outputs: Tensor, target: Tensor, likelihood: str) -> Tensor:
+    """Derivative (C,) of one sample's negative log-likelihood with respect to its outputs."""
+    if likelihood == "regression":
+        return outputs - target
+    p = outputs.exp() / outputs.exp().sum()
+    return torch.stack([p[i] - 1 if i == int(target) else p[i] for i in range(len(outputs))])
+
+
 def dense_ggn(model: nn.Module, X: Tensor, likelihood: str) -> tuple[list[Tensor], Tensor]:
     """GGN (P, P) of each sample, and their mean."""
     per_sample = []

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from models import targets
-from oracles import output_hessian
+from oracles import output_gradient, output_hessian
 from torch import Tensor
 from torch.autograd.functional import hessian
 
@@ -115,3 +115,82 @@ def test_accepts_targets_that_fit(kind: str) -> None:
 def test_unknown_likelihoods_are_refused_with_what_there_is(name: str) -> None:
     with pytest.raises(ValueError, match=r"classification.*regression"):
         likelihood_named(name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_with_the_root_and_the_second_derivative_without_forming_them(kind: str) -> None:
+    likelihood, f = likelihood_named(kind), outputs()
+    X = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    S = likelihood.root(f, ALL)
+    H = torch.stack([output_hessian(o, kind) for o in f])
+    torch.testing.assert_close(likelihood.root_transposed(f, X), S.mT @ X)
+    torch.testing.assert_close(likelihood.hessian_product(f, X[..., 0]), (H @ X[..., :1])[..., 0])
+    for i in range(6):
+        torch.testing.assert_close(likelihood.root_transposed(f[i], X[i]), S[i].T @ X[i])
+        torch.testing.assert_close(likelihood.hessian_product(f[i], X[i, :, 0]), H[i] @ X[i, :, 0])
+
+
+@pytest.mark.parametrize("chosen", [slice(0, 1), slice(1, 3), slice(3, 4), slice(3, 9), slice(0, 0)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_columns_of_the_root(kind: str, chosen: slice) -> None:
+    likelihood = likelihood_named(kind)
+    torch.testing.assert_close(likelihood.root(outputs(), chosen), likelihood.root(outputs(), ALL)[..., chosen])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_and_the_gradient_of_each_sample(kind: str) -> None:
+    likelihood, f, y = likelihood_named(kind), outputs(), targets(kind, 6, 4)
+    each = likelihood.per_sample_loss(f, y)
+    assert each.shape == (6,)
+    for i in range(6):
+        torch.testing.assert_close(each[i], likelihood.loss(f[i : i + 1], y[i : i + 1]))
+    expected = torch.stack([output_gradient(o, t, kind) for o, t in zip(f, y, strict=True)])
+    torch.testing.assert_close(likelihood.gradient(f, y), expected)
+    torch.testing.assert_close(likelihood.gradient(f[2], y[2]), expected[2])
+    torch.testing.assert_close(likelihood.gradient(f.float(), y).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", EXTREME)
+def test_extreme_logits_have_finite_products_and_gradients(case: str, dtype: torch.dtype) -> None:
+    f, likelihood = torch.tensor(EXTREME[case], dtype=dtype), likelihood_named("classification")
+    S = likelihood.root(f, ALL)
+    eye = torch.eye(3, dtype=dtype)
+    assert torch.equal(likelihood.root_transposed(f, eye).isfinite(), torch.ones(3, 3, dtype=torch.bool))
+    torch.testing.assert_close(likelihood.root_transposed(f, eye), S.mT, rtol=0, atol=1e-6)
+    assert bool(likelihood.hessian_product(f, eye[0]).isfinite().all())
+    for label in range(3):
+        assert bool(likelihood.gradient(f, torch.tensor(label)).isfinite().all())
+        drawn = likelihood.drawn_targets(f.expand(9, 3), torch.linspace(0.001, 0.999, 9)[:, None])
+        # a class that is impossible is never drawn
+        assert bool((torch.softmax(f, 0)[drawn] > 0).all())
+
+
+def test_labels_are_drawn_by_the_inverse_of_the_distribution_function() -> None:
+    f = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    noise = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.9999999], dtype=torch.float64)[:, None]
+    found = likelihood_named("classification").drawn_targets(f.expand(6, 3), noise)
+    assert found.tolist() == [0, 0, 1, 1, 2, 2]
+    # in single precision the probabilities do not add up to one: no label beyond the last
+    f = torch.zeros(1000)
+    last = likelihood_named("classification").drawn_targets(f, torch.tensor([1 - 1e-16], dtype=torch.float64))
+    assert int(last) == 999
+
+
+def test_real_targets_are_drawn_around_the_outputs() -> None:
+    likelihood = likelihood_named("regression")
+    noise = likelihood.noise(6, 4, torch.Generator().manual_seed(1))
+    assert noise.shape == (6, 4)
+    torch.testing.assert_close(likelihood.drawn_targets(outputs(), noise), outputs() + noise)
+    assert likelihood.drawn_targets(outputs().float(), noise).dtype == torch.float32
+    many = likelihood.noise(4000, 2, torch.Generator().manual_seed(2))
+    assert abs(float(many.mean())) < 4.5 / 8000**0.5
+    assert abs(float(many.var()) - 1) < 4.5 * (2 / 8000) ** 0.5
+
+
+def test_reward_models_have_the_likelihood_of_a_pair() -> None:
+    reward = likelihood_named("reward_modeling")
+    f, y = outputs(6, 2), targets("classification", 6, 2)
+    # Bradley and Terry: the logistic function of the difference of the two rewards
+    difference = f.gather(1, y[:, None])[:, 0] - f.gather(1, 1 - y[:, None])[:, 0]
+    torch.testing.assert_close(reward.per_sample_loss(f, y), -torch.nn.functional.logsigmoid(difference))
