@@ -120,6 +120,9 @@ class HessianCurvature(SubBatchCurvature):
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
         """Products H X."""
+        if self.foreign is not None:
+            H = self.dense()
+            return lambda X: (H @ X.to(H.dtype)).to(X.dtype)
 
         def product(X: Tensor) -> Tensor:
             total = torch.zeros_like(X, dtype=accumulation_dtype(X))

@@ -39,7 +39,9 @@ def estimate_kronecker(
     if options.kron_magnitudes == "exact":
         magnitudes = _exact(a, b, basis, n_data)
     else:
-        magnitudes = _from_factors(factors, b, basis, a.n_samples / n_data, options)
+        # draws that the basis has been chosen by would count twice
+        again = factors_of(a.redrawn(), options)[0] if b is not None and a.is_random else factors
+        magnitudes = _from_factors((factors, again), b, basis, a.n_samples / n_data, options)
     like = a.network.like
     curvature = LowRankCurvature(
         magnitudes.values.to(like.dtype), like.new_zeros(len(like), 0), like.new_zeros(0), basis
@@ -96,17 +98,17 @@ def _exact(a: SubBatchCurvature, b: SubBatchCurvature | None, basis: KroneckerBa
 
 
 def _from_factors(
-    of_a: list[KroneckerFactors],
+    of_a: tuple[list[KroneckerFactors], list[KroneckerFactors]],
     b: SubBatchCurvature | None,
     basis: KroneckerBasis,
     f: float,
     options: EstimatorOptions,
 ) -> Magnitudes:
     """Products of the factors' own curvatures along the basis: unbiased factor by factor only."""
-    in_sample = _diagonal(of_a, basis)
+    in_sample, share_of_a = (_diagonal(factors, basis) for factors in of_a)
     if b is None:
         return floored(in_sample, None, in_sample)
-    return floored(f * in_sample + (1 - f) * _diagonal(factors_of(b, options)[0], basis), None, in_sample)
+    return floored(f * share_of_a + (1 - f) * _diagonal(factors_of(b, options)[0], basis), None, in_sample)
 
 
 def _diagonal(factors: list[KroneckerFactors], basis: KroneckerBasis) -> Tensor:

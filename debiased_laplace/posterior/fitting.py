@@ -1,6 +1,6 @@
 """From a loader to a curvature estimate: the one path that every structure, subset and backend takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,8 @@ def fit_curvature(
         curvatures = _curvatures(problem, network, some, surveys, seed, progress_bar=progress_bar)
         estimated = estimate(curvatures[0], None if split.shared else curvatures[1], split.n_data, options)
     loss = sum(found.loss for found in surveys) * split.n_data / split.n_samples
-    fit = Fit(split, identities, estimated, loss, network.n_outputs, network)
+    # a backend's copies of the model have done their work: they are large, and some cannot be pickled
+    fit = Fit(split, identities, estimated, loss, network.n_outputs, replace(network, foreign=None))
     return network.selection, fit
 
 

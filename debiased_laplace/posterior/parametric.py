@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
@@ -160,8 +161,9 @@ class DebiasedParametricLaplace(PredictiveInterface):
 
     def _warn_of_dropped_directions(self) -> None:
         """The threshold of `rank=None` is relative to the largest curvature; the posterior's is the prior."""
-        dropped = self.n_data * float(self._H_factor) * self.fitted.estimate.dropped
-        prior = float(self.prior_precision.min())
+        # laplace-torch's training by marginal likelihood gives hyper-parameters that carry a graph
+        dropped = self.n_data * float(torch.as_tensor(self._H_factor).detach()) * self.fitted.estimate.dropped
+        prior = float(self.prior_precision.detach().min())
         alone = self._structure == "lowrank" and self._options.complement == "none"
         if alone and self._options.rank is None and dropped > prior:
             warnings.warn(
