@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from debiased_laplace.curvature.contexts import evaluating
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -58,7 +59,9 @@ class WeightSubset:
 
 
 def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
-    """Name of the last module with trainable parameters and without children that a forward pass goes through.
+    """Name of the last module with trainable parameters of its own that a forward pass goes through.
+
+    A module that holds parameters and other layers too counts only where none of those was called inside it.
 
     Raises:
         ValueError: if there is none.
@@ -66,21 +69,27 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
     called: list[str] = []
 
     def note(name: str) -> Any:
-        return lambda module, arguments, output: called.append(name)  # noqa: ARG005
+        def called_now(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001
+            if not (called and called[-1].startswith(f"{name}.")):
+                called.append(name)
 
-    leaves = [
-        (name, module)
+        return called_now
+
+    handles = [
+        module.register_forward_hook(note(name))
         for name, module in selection.model.named_modules()
-        if not list(module.children()) and any(p.requires_grad for p in module.parameters())
+        # a parametrized weight is held by a module inside the layer that it belongs to
+        if name
+        and ".parametrizations." not in f".{name}"
+        and any(p.requires_grad for p in module.parameters(recurse=is_parametrized(module)))
     ]
-    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
     try:
         with torch.no_grad(), evaluating(selection.model):
             selection.evaluated(selection.unflatten(selection.vector()), inputs)
     finally:
         for handle in handles:
             handle.remove()
-    if not called or called[-1] == "":
+    if not called:
         raise ValueError(
             "The model's last layer could not be found: no module with trainable parameters of its own was called. "
             "Pass last_layer_name, or take subset_of_weights='all'."
