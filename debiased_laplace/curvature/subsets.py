@@ -28,6 +28,11 @@ class WeightSubset:
     last_layer_name: str | None = None
     subnetwork_indices: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        # what the caller writes into the tensor later is not what was asked for
+        if isinstance(self.subnetwork_indices, Tensor):
+            object.__setattr__(self, "subnetwork_indices", self.subnetwork_indices.detach().clone())
+
     def select(self, model: nn.Module) -> ParameterSelection | None:
         """The parameters; None where only a forward pass can tell which they are.
 
