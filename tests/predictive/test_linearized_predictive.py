@@ -1,6 +1,7 @@
 """The linearized predictive and drawn networks, in chunks of samples, against dense Jacobians."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,9 @@ def test_predictions_in_chunks(name, chunk, monkeypatch):
     flat = J.flatten(0, 1)
     torch.testing.assert_close(mean, model(X).detach().flatten())
     torch.testing.assert_close(joint, flat @ covariance @ flat.T)
+    mean, alone = linearized.predict_variances(network, precision, X)
+    torch.testing.assert_close(mean, model(X).detach())
+    torch.testing.assert_close(alone, variance.diagonal(dim1=-2, dim2=-1))
     deviations = torch.randn(3, len(covariance), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     functions = linearized.draw_functions(network, X, deviations)
     expected = torch.stack([model(X).detach() + (J @ d) for d in deviations])
@@ -81,3 +85,53 @@ def test_keyword_arguments_reach_the_model():
     weights = flat_parameters(model)[None]
     found = sampling.network_draws(network, X, weights, {"scale": 3.0})
     torch.testing.assert_close(found[0], 3 * model(X).detach())
+
+
+# samples and draws at once, number of draws, what can be pushed forward many at a time; whether JVPs answer
+DRAWS = {
+    "fewer draws than outputs": (128, 32, 2, True, True),
+    "as many draws as outputs": (128, 32, 3, True, False),
+    "fewer draws, but one JVP at a time": (128, 32, 2, False, False),
+    "several groups of samples": (4, 32, 2, True, True),
+    "draws one at a time": (128, 1, 2, True, True),
+}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_functions_are_drawn_by_whichever_way_is_cheaper(case, monkeypatch):
+    batch, at_once, n_draws, many, by_jvp = DRAWS[case]
+    model, X, network, _, J = problem("BatchNorm")
+    monkeypatch.setattr(linearized, "_BATCH", batch)
+    monkeypatch.setattr(linearized, "_DRAWS", at_once)
+    network = replace(network, capabilities=replace(network.capabilities, vmapped_columns=many))
+    pushed, plain = [], network_module.Network.pushed
+
+    def counted(self, inputs, tangents):
+        pushed.append((len(inputs), tangents.shape[1]))
+        return plain(self, inputs, tangents)
+
+    monkeypatch.setattr(network_module.Network, "pushed", counted)
+    generator = torch.Generator().manual_seed(1)
+    deviations = torch.randn(n_draws, network.n_parameters, dtype=torch.float64, generator=generator)
+    found = linearized.draw_functions(network, X, deviations)
+    torch.testing.assert_close(found, torch.stack([model(X).detach() + (J @ d) for d in deviations]))
+    assert bool(pushed) == by_jvp
+    assert all(n <= batch and k <= at_once for n, k in pushed)
+
+
+def test_variances_and_functions_with_a_graph_have_gradients_with_respect_to_the_inputs():
+    _, X, network, precision, _ = problem("MLP")
+    generator = torch.Generator().manual_seed(1)
+    deviations = torch.randn(2, network.n_parameters, dtype=torch.float64, generator=generator)
+
+    def total(x, create_graph):
+        mean, variance = linearized.predict_variances(network, precision, x, create_graph=create_graph)
+        return (mean + variance).sum() + linearized.draw_functions(
+            network, x, deviations, create_graph=create_graph
+        ).square().sum()
+
+    x = X[:3].clone().requires_grad_()
+    total(x, create_graph=True).backward()
+    u, step = torch.randn(x.shape, generator=generator, dtype=torch.float64), 1e-6
+    rise = total(X[:3] + step * u, create_graph=False) - total(X[:3] - step * u, create_graph=False)
+    assert float((x.grad * u).sum()) == pytest.approx(float(rise) / (2 * step), rel=1e-6)
