@@ -34,9 +34,10 @@ def small_network(name: str, likelihood: str = "classification") -> tuple[Networ
 
 
 def samples_of(X: Tensor, y: Tensor, indices: Tensor, batch_size: int = 7) -> Samples:
-    """The samples at some positions."""
+    """The samples at some positions, held in memory."""
     batches = [(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(X), batch_size)]
-    return Samples(sample_source(batches, 0), indices, torch.device("cpu"), 0)
+    kept = [Batch(X[some], y[some]) for some in indices.split(batch_size)]
+    return Samples(sample_source(batches, 0), indices, torch.device("cpu"), 0).keeping(kept)
 
 
 def rows_of(
@@ -46,7 +47,8 @@ def rows_of(
     indices: Tensor | None = None,
     root: Callable[[Likelihood], OutputRoot] = GaussNewton,
     seed: int = 0,
+    batch_size: int = 7,
 ) -> RowCurvature:
     """Curvature with a root of the samples at some positions, of all by default."""
     indices = torch.arange(len(X)) if indices is None else indices
-    return RowCurvature(network, samples_of(X, y, indices), root(network.likelihood), seed=seed)
+    return RowCurvature(network, samples_of(X, y, indices, batch_size), root(network.likelihood), seed=seed)
