@@ -172,7 +172,7 @@ def test_evidence_and_state():
 
 
 def test_what_a_reward_model_is_not_given():
-    with pytest.raises(ValueError, match="(?i)sigma.noise.*regression"):
+    with pytest.raises(ValueError, match=r"(?i)sigma.noise.*regression"):
         DebiasedLaplace(Reward(), "reward_modeling", sigma_noise=0.7)
     la = DebiasedLaplace(Reward(), "reward_modeling", prior_precision=PRIOR)
     pairs, preferred = data()
