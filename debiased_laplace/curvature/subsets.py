@@ -94,6 +94,9 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
     finally:
         for handle in handles:
             handle.remove()
+    if not called and not list(selection.model.children()):
+        # the model is itself a layer, whose name among its own modules is empty
+        return ""
     if not called:
         raise ValueError(
             "The model's last layer could not be found: no module with trainable parameters of its own was called. "

@@ -178,17 +178,20 @@ class Uncalled(nn.Module):
         return x @ self.layer.weight.T
 
 
-NOTHING = {
-    "no layers": OnlyRaw,
-    "a layer that is not called": Uncalled,
-    "the model is the layer": lambda: nn.Linear(4, 3),
-}
-
-
-@pytest.mark.parametrize("case", NOTHING)
-def test_where_no_layer_is_called_there_is_none(case: str) -> None:
+def test_where_no_layer_is_called_there_is_none() -> None:
     with pytest.raises(ValueError, match=r"could not be found.*last_layer_name.*subset_of_weights='all'"):
-        WeightSubset("last_layer").select_by(built(NOTHING[case]), X)
+        WeightSubset("last_layer").select_by(built(Uncalled), X)
+
+
+ONLY_ITSELF = {"a linear layer": lambda: nn.Linear(4, 3), "raw parameters": OnlyRaw}
+
+
+@pytest.mark.parametrize("case", ONLY_ITSELF)
+def test_a_model_without_layers_is_its_own_last_layer(case: str) -> None:
+    model = built(ONLY_ITSELF[case])
+    found = WeightSubset("last_layer").select_by(model, X)
+    assert found.names == tuple(name for name, _ in model.named_parameters())
+    assert found.last_layer == ""
 
 
 def test_a_model_that_cannot_be_evaluated_is_left_without_hooks() -> None:
