@@ -1,5 +1,6 @@
 """Examples run, and print the numbers that they claim."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,23 @@ def test_same_batch_against_split(tmp_path):
     assert done.stdout.count("KL to the full batch") == 12
     assert "nan" not in done.stdout
     assert figure.read_text().count("<svg") == 1
+
+
+@pytest.mark.slow
+def test_kronecker():
+    options = ["--draws", "2", "--epochs", "5", "--batch", "32"]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "02_kronecker.py", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "32 of 1200 samples, mean ± standard deviation over 2 draws" in done.stdout
+    found = re.findall(
+        r"prior precision (\d+), (\w+, \w+, \w+): KL to the full batch (\d+) ± \d+ nats, of an input's logits [\d.]+ ± "
+        r"[\d.]+, total variation [\d.]+ ± [\d.]+\n",
+        done.stdout,
+    )
+    assert {prior for prior, _, _ in found} == {"4", "40", "400"}
+    assert len({(prior, kind) for prior, kind, _ in found}) == 18
 
 
 def test_benchmarks_can_be_asked_for_help():
