@@ -154,7 +154,9 @@ def _linearize(
         # tracing names constants in a way that torch.fx itself warns about
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
         outputs, push = linearize(network, parameters)
-    return outputs, push
+
+    # the trace remembers the model's own parameters, and not that they were detached
+    return outputs, torch.no_grad()(push)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,14 @@ class Network:
         """Any flat vector of the parameters' dtype and device."""
         return next(iter(self.parameters.values())).reshape(-1)[:1].expand(self.n_parameters)
 
+    @property
+    def bytes_of_a_row(self) -> int:
+        """Memory that a row takes while it is computed: of a subnetwork, whole parameters, and what is pulled back."""
+        return max(self.selection.n_differentiated, self.n_outputs) * self.like.element_size()
+
     def rows_per_chunk(self, n_rows: int) -> int:
         """Samples of so many rows each that fit into one chunk; 0 where a single one does not."""
-        size = n_rows * self.n_parameters * self.like.element_size()
-        return min(_MOST_SAMPLES, CHUNK_BYTES // size)
+        return min(_MOST_SAMPLES, CHUNK_BYTES // (n_rows * self.bytes_of_a_row))
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """Outputs (n, C) of a batch, without a graph."""
@@ -112,7 +116,7 @@ class Network:
     def _grouped(self, inputs: Inputs, side: Tensor, root: OutputRoot, n_rows: int) -> Iterator[tuple[int, RowBlocks]]:
         size = self.rows_per_chunk(n_rows)
         # where one sample's rows are too many, its rows come in blocks
-        step = n_rows if size else max(1, CHUNK_BYTES // (self.n_parameters * self.like.element_size()))
+        step = n_rows if size else max(1, CHUNK_BYTES // self.bytes_of_a_row)
         for chunk, known in zip(split(inputs, max(size, 1)), side.split(max(size, 1)), strict=True):
             yield len(known), self._blocks(chunk, known, root, [slice(i, i + step) for i in range(0, n_rows, step)])
 

@@ -114,6 +114,11 @@ class ParameterSelection:
         return sum(self.sizes)
 
     @cached_property
+    def n_differentiated(self) -> int:
+        """Number of entries of all parameters that have selected ones: a backward pass computes them all."""
+        return sum(self._by_name[name].numel() for name in self.names)
+
+    @cached_property
     def indices(self) -> Int64[Tensor, " P"]:
         """Positions of the selected entries in the flat vector of all trainable parameters."""
         starts, start = {}, 0

@@ -38,10 +38,11 @@ class BasisBlock:
         if self.left is None and self.right is None:
             return x
         M = x.reshape(*x.shape[:-1], self.rows, self.columns)
-        if self.left is not None:
-            M = (self.left if back else self.left.mT) @ M
+        # bases stand on the right of contiguous matrices: elsewhere matmul repeats them for every vector
         if self.right is not None:
             M = M @ (self.right.mT if back else self.right)
+        if self.left is not None:
+            M = (M.mT.contiguous() @ (self.left.mT if back else self.left)).mT
         return M.reshape(x.shape)
 
     def squared(self) -> "BasisBlock":

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
-from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import moved
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -23,6 +23,8 @@ from debiased_laplace.posterior.hyperparameters import one_of, positive
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 Structure = Literal["scalar", "layerwise", "diag"]
+
+_MANY_OUTPUTS = 100  # above, no more Jacobians are held than one chunk
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ Prediction = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring) -> Callable[[], Iterable[Prediction]]:
     """Predictions on the validation data under the current prior, as often as asked.
 
-    Jacobians do not depend on the prior: they are computed once where they fit into a quarter of the free memory. Draws
-    use the same numbers at every grid point.
+    Jacobians do not depend on the prior: they are computed once where they fit into a quarter of the free memory and
+    the outputs are not too many. Draws use the same numbers at every grid point.
     """
     with undisturbed_randomness(la.fitted_seed):
         batches = [as_batch(loaded, la._problem.keys) for loaded in loader]
@@ -195,7 +197,8 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
             )
             yield out, batch.targets.to(la._center.device)
 
-    if scoring.pred_type != "glm" or size > free_memory(la._center.device) // 4:
+    affordable = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else free_memory(la._center.device) // 4
+    if scoring.pred_type != "glm" or size > affordable:
         return anew
     # one call through the front door, so that options and inputs are checked as anywhere else
     la(batches[0].first(1).inputs, pred_type="glm", link_approx=link, n_samples=scoring.n_samples, fitting=pairs)
@@ -203,10 +206,13 @@ def _predictor(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring)
 
     def cached() -> Iterable[Prediction]:
         for (J, mean), batch in zip(jacobians, batches, strict=True):
-            covariance = la.posterior_precision.variance(J)
-            out: Tensor | tuple[Tensor, Tensor] = (mean, covariance)
-            if la.likelihood != "regression":
-                out = la.link(mean, covariance, link, scoring.n_samples, generator())
+            out: Tensor | tuple[Tensor, Tensor]
+            if la.likelihood == "regression":
+                out = (mean, la.posterior_precision.variance(J))
+            else:
+                alone = link == "probit"
+                spread = la.posterior_precision.variances(J) if alone else la.posterior_precision.variance(J)
+                out = la.link(mean, spread, link, scoring.n_samples, generator())
             yield out, batch.targets.to(la._center.device)
 
     return cached
