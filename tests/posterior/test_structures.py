@@ -212,12 +212,14 @@ def test_states_of_other_subsets_are_refused():
 class Unregistered(nn.Module):
     """Parameters of its own, and no layer with any."""
 
-    def __init__(self):
+    def __init__(self, *layers):
         super().__init__()
+        self.layers = nn.Sequential(*layers) if layers else None
         self.weight = nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double())
 
     def forward(self, x):
-        return x @ self.weight
+        x = x @ self.weight
+        return x if self.layers is None else self.layers(x)
 
 
 def frozen_head():
@@ -230,8 +232,11 @@ LAYERS = {
     "no module of that name": (mlp()[0], "head", "one of the modules.*got 'head'"),
     "a module without parameters": (mlp()[0], "3", "no trainable parameters"),
     "a frozen module": (frozen_head(), "4", "no trainable parameters"),
-    "a model that is one layer": (nn.Linear(4, 3).double(), None, "could not be found.*Pass last_layer_name"),
-    "parameters outside layers": (Unregistered(), None, "could not be found.*subset_of_weights='all'"),
+    "parameters outside layers": (
+        Unregistered(nn.Tanh()),
+        None,
+        "could not be found.*Pass last_layer_name, or take subset_of_weights='all'",
+    ),
 }
 
 
@@ -242,6 +247,20 @@ def test_layers_that_cannot_be_taken(case):
         DebiasedLaplace(model, "classification", "last_layer", last_layer_name=name).fit(
             loader_of(mlp()[1], targets("classification"))
         )
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3).double(), Unregistered])
+def test_a_model_without_layers_is_its_own_last_one(make):
+    model = make()
+    found = []
+    for subset in ("last_layer", "all"):
+        la = DebiasedLaplace(model, "classification", subset, "kron", prior_precision=0.4)
+        la.fit(loader_of(mlp()[1], targets("classification")))
+        found.append(la)
+    close(found[0].posterior_precision.to_dense(), found[1].posterior_precision.to_dense(), 1e-12)
+    loaded = DebiasedLaplace(model, "classification", "last_layer", "kron")
+    loaded.load_state_dict(found[0].state_dict())
+    assert torch.equal(loaded(mlp()[1]), found[0](mlp()[1]))
 
 
 def test_a_frozen_head_leaves_the_layer_before_it():
