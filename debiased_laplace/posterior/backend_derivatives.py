@@ -120,7 +120,9 @@ class BackendDerivatives:
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
             with self._asked(task) as backend:
-                factors = backend.kron(batch.inputs, batch.targets, N=n_samples, **options)[1].kfacs
+                # Curvlinops would draw the same for every batch
+                seed = {"seed": int(torch.randint(2**31 - 1, ()))} if "mc_samples" in options else {}
+                factors = backend.kron(batch.inputs, batch.targets, N=n_samples, **options, **seed)[1].kfacs
             # the empirical Fisher of the squared error is twice that of the negative log-likelihood
             weight = (backend.factor if isinstance(self._root, EmpiricalFisher) else 1.0) / n_samples
             for name, pair in zip(self._names, factors, strict=True):

@@ -40,7 +40,7 @@ class BackendChoice:
     n_draws: int
 
     @classmethod
-    def of(cls, backend: Any, kwargs: dict[str, Any] | None) -> "BackendChoice":
+    def of(cls, backend: Any, kwargs: Any) -> "BackendChoice":
         """What the constructor's `backend` and `backend_kwargs` say.
 
         Raises:

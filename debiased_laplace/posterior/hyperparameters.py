@@ -19,7 +19,7 @@ from debiased_laplace.debiasing.options import (
 )
 from debiased_laplace.errors import NotBuiltError
 
-Amount = float | Tensor
+Amount = int | float | Tensor
 
 
 def positive(value: Amount, name: str) -> Amount:

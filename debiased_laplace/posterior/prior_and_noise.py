@@ -25,7 +25,7 @@ class PriorAndNoise(ParametricLaplace):
         return self._prior_precision
 
     @prior_precision.setter
-    def prior_precision(self, value: float | Tensor) -> None:
+    def prior_precision(self, value: int | float | Tensor) -> None:
         # a number goes to the model's precision directly: through torch's default dtype it would lose half its digits
         prior = torch.as_tensor(positive(value, "prior_precision"), dtype=self._dtype, device=self._device)
         self._prior_precision = self._checked_prior(prior.reshape(1) if prior.ndim == 0 else prior)
@@ -59,7 +59,7 @@ class PriorAndNoise(ParametricLaplace):
         return self._sigma_noise
 
     @sigma_noise.setter
-    def sigma_noise(self, value: float | Tensor) -> None:
+    def sigma_noise(self, value: int | float | Tensor) -> None:
         value = one_positive(value, "sigma_noise")
         if self.likelihood != "regression" and value != 1:
             raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {float(value)}.")
@@ -72,7 +72,7 @@ class PriorAndNoise(ParametricLaplace):
         return self._prior_mean
 
     @prior_mean.setter
-    def prior_mean(self, value: float | Tensor) -> None:
+    def prior_mean(self, value: int | float | Tensor) -> None:
         finite(value, "prior_mean")
         mean = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         if mean.ndim > 1:
@@ -90,7 +90,7 @@ class PriorAndNoise(ParametricLaplace):
         return self._temperature
 
     @temperature.setter
-    def temperature(self, value: float) -> None:
+    def temperature(self, value: int | float) -> None:
         self._temperature = float(one_positive(value, "temperature"))
         self._precision = None
 

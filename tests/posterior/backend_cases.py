@@ -388,3 +388,135 @@ def _in_kronecker_basis(of_a, f: float, of_b, subset: str, likelihood: str, exac
             m = f * along[0] + (1 - f) * along[1]
         blocks.append(K @ torch.diag(m.clamp_min(0)) @ K.T)
     return torch.block_diag(*blocks)
+
+
+class _UsedTwice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.shared(torch.tanh(self.shared(hidden)))))
+
+
+class _NotSequential(nn.Module):
+    """Modules for every operation, put together by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tanh, self.head = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tanh(self.first(x)))
+
+
+class _RawParameter(nn.Module):
+    """A weight that belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x @ self.weight))
+
+
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+
+
+def _with_batch_norm() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    model[1].running_mean.normal_(std=0.5)
+    model[1].running_var.uniform_(0.5, 3.0)
+    return model
+
+
+def _partly_frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[2].requires_grad_(False)
+    return model
+
+
+ARCHITECTURES = {  # what builds it, shape of a sample, dtype
+    "convolutions, single precision": (_convolutions, (1, 4, 4), torch.float32),
+    "convolutions, double precision": (_convolutions, (1, 4, 4), torch.float64),
+    "ReLU": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (4,), torch.float64),
+    "BatchNorm": (_with_batch_norm, (4,), torch.float64),
+    "LayerNorm": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)),
+        (4,),
+        torch.float64,
+    ),
+    "a raw parameter": (_RawParameter, (4,), torch.float64),
+    "a frozen layer": (_partly_frozen, (4,), torch.float64),
+    "a module used twice": (_UsedTwice, (4,), torch.float64),
+    "not a Sequential": (_NotSequential, (4,), torch.float64),
+    "sequences": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), _Mean(), nn.Linear(5, 3)), (3, 4), torch.float64),
+}
+
+
+@cache
+def architecture(name: str):
+    """Model, inputs and labels; the model is never to be written to."""
+    build, shape, dtype = ARCHITECTURES[name]
+    generator = torch.Generator().manual_seed(7)
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        model = build().to(dtype).eval()
+    X = torch.randn(N_SAMPLES, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return model, X, torch.randint(3, (N_SAMPLES,), generator=generator)
+
+
+_ALL = tuple(name for name, chosen in BACKENDS.items() if chosen.cls is not None and "stochastic" not in name)
+_WITH_FACTORS = ("CurvlinopsGGN", "AsdlGGN", "CurvlinopsEF", "AsdlEF")
+_AND_DRAWN = (*_WITH_FACTORS, "CurvlinopsGGN, stochastic", "AsdlGGN, stochastic")
+
+OWN_ROWS = {  # which backends' rows (or Hessians) are right, for all others torch.func computes
+    "convolutions, single precision": _ALL,
+    "convolutions, double precision": _ALL,
+    "ReLU": _ALL,
+    "BatchNorm": _ALL,
+    "LayerNorm": ("CurvlinopsGGN", "AsdlGGN", "CurvlinopsEF", "AsdlEF", "AsdlHessian"),
+    "a raw parameter": ("CurvlinopsGGN", "CurvlinopsEF", "CurvlinopsHessian", "AsdlHessian"),
+    "a frozen layer": tuple(name for name in _ALL if "BackPack" not in name),
+    "a module used twice": ("CurvlinopsGGN", "CurvlinopsEF", "CurvlinopsHessian", "AsdlHessian"),
+    "not a Sequential": _ALL,
+    "sequences": tuple(name for name in _ALL if name not in ("AsdlGGN", "AsdlEF")),
+}
+OWN_FACTORS = {  # the same of K-FAC's factors
+    "convolutions, single precision": _AND_DRAWN,
+    "convolutions, double precision": _AND_DRAWN,
+    "ReLU": (*_AND_DRAWN, "BackPackGGN", "BackPackGGN, stochastic"),
+    "BatchNorm": (),
+    "LayerNorm": (),
+    "a raw parameter": (),
+    "a frozen layer": _AND_DRAWN,
+    "a module used twice": (),
+    "not a Sequential": _AND_DRAWN,
+    "sequences": ("CurvlinopsGGN", "CurvlinopsEF", "CurvlinopsGGN, stochastic"),
+}
+
+
+_CAPABILITIES: dict[tuple[str, int], tuple] = {}
+
+
+def remembering(find):
+    """What torch.func can do with a model, found out once for each model and subset of its weights."""
+
+    def found_once(selection, parameters, inputs):
+        key = (selection.description, id(selection.model))
+        if key not in _CAPABILITIES:  # the model is kept, so that no other takes its address
+            _CAPABILITIES[key] = (selection.model, find(selection, parameters, inputs))
+        return _CAPABILITIES[key][1]
+
+    return found_once

@@ -1,11 +1,15 @@
 """laplace-torch's backends: every cell of the table against the dense oracle, and nothing of the user's is touched."""
 
+import copy
+import runpy
 import warnings
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
 from backend_cases import (
+    ARCHITECTURES,
     BACKENDS,
     BATCH,
     CASES,
@@ -14,36 +18,37 @@ from backend_cases import (
     N_DATA,
     N_DIRECTION,
     N_MAGNITUDE,
+    OWN_FACTORS,
+    OWN_ROWS,
     STRUCTURES,
+    architecture,
     data_of,
     expected_curvature,
     fixed_noise,
     indices_of,
+    remembering,
 )
+from laplace import marglik_training
+from laplace.curvature import AsdlEF, AsdlGGN, AsdlHessian, BackPackEF, BackPackGGN, CurvlinopsGGN
+from laplace.curvature.curvlinops import CurvlinopsInterface
 from posterior_cases import close, loader_of
+from torch import nn
 
 import debiased_laplace.curvature.survey as surveying
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton
+from debiased_laplace.posterior.backend_derivatives import BackendDerivatives
+from debiased_laplace.posterior.backends import BackendChoice
 
 PRIOR, SIGMA, TEMPERATURE = 0.4, 0.7, 1.3
 METHODS = ("jacobians", "last_layer_jacobians", "gradients", "full", "kron")
 TRIED = 7  # samples at most that a backend is tried on before it is used
-CAPABILITIES = {}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What torch.func can do with a model is found out once."""
-    find = surveying.find_capabilities
-
-    def found_once(selection, parameters, inputs):
-        key = (selection.description, id(selection.model))
-        if key not in CAPABILITIES:
-            CAPABILITIES[key] = (selection.model, find(selection, parameters, inputs))
-        return CAPABILITIES[key][1]
-
-    monkeypatch.setattr(surveying, "find_capabilities", found_once)
+    """Most of a small fit is finding out what torch.func can do with the model."""
+    monkeypatch.setattr(surveying, "find_capabilities", remembering(surveying.find_capabilities))
 
 
 @pytest.fixture
@@ -127,3 +132,123 @@ def test_cell_is_computed_by_whom_the_table_says_and_is_right(cell, monkeypatch,
     seen.clear()
     la(X[:2, 0] if likelihood == "reward modeling" else X[:2])
     assert not seen
+
+
+def of_architecture(name, backend, **options):
+    model, X, y = architecture(name)
+    options = {"kron_basis": "kfac", **BACKENDS[backend].arguments, **options}
+    la = DebiasedLaplace(model, "classification", "all", "kron", temperature=TEMPERATURE, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        la.fit(loader_of(X, y, BATCH))
+    return la, [str(w.message) for w in caught if "torch.jit" not in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("None")])
+def test_architecture_is_computed_by_the_backend_only_where_it_is_right(backend, name, monkeypatch):
+    kind, cls = BACKENDS[backend].kind, BACKENDS[backend].cls
+    la, said = of_architecture(name, backend)
+    tried = {
+        "Jacobians or gradients": kind in ("GGN", "EF") and backend not in OWN_ROWS[name],
+        "Hessian": kind == "Hessian" and backend not in OWN_ROWS[name],
+        "Kronecker factors": kind != "Hessian" and backend not in OWN_FACTORS[name],
+    }
+    expected = [what for what, failed in tried.items() if failed]
+    assert [message.split("cannot compute the ")[1].split(" of this model")[0] for message in said] == expected
+    own = [backend in OWN_ROWS[name], *[backend in OWN_FACTORS[name]] * (kind != "Hessian")]
+    assert (cls.__name__ in la.curvature_source) == any(own)
+    assert ("torch.func" in la.curvature_source) == (not all(own))
+
+    if kind != "Monte-Carlo GGN":  # whose factors are drawn anew by whoever computes
+        monkeypatch.setattr(BackendDerivatives, "try_task", lambda *_: "it is not asked")
+        without, _ = of_architecture(name, backend)
+        assert "torch.func" in without.curvature_source
+        assert cls.__name__ not in without.curvature_source
+        tolerance = 1e-3 if "single" in name else 1e-6
+        close(la.posterior_precision.to_dense(), without.posterior_precision.to_dense(), tolerance)
+
+
+def test_reduced_kfac_is_curvlinops_own_and_what_the_others_cannot():
+    la, said = of_architecture("sequences", "CurvlinopsGGN", kfac_approx="reduce")
+    without, _ = of_architecture("sequences", "None", kfac_approx="reduce")
+    expanded, _ = of_architecture("sequences", "None")
+    assert la.curvature_source == "CurvlinopsGGN"
+    assert not said
+    close(la.posterior_precision.to_dense(), without.posterior_precision.to_dense())
+    assert not torch.allclose(la.posterior_precision.to_dense(), expanded.posterior_precision.to_dense())
+    for backend in ("BackPackGGN", "AsdlGGN"):
+        la, said = of_architecture("ReLU", backend, kfac_approx="reduce", kron_magnitudes="kronecker")
+        assert "it has no kfac_approx='reduce'" in said[0]
+        assert la.curvature_source == "torch.func rows"
+
+
+class AsdfghjklGGN(CurvlinopsGGN):
+    """A name that laplace-torch has for a package that is not on the package index."""
+
+
+REFUSED = {
+    "a name": ("CurvlinopsGGN", None, "one of laplace-torch's classes CurvlinopsGGN, .*; got 'CurvlinopsGGN'"),
+    "an instance": (
+        CurvlinopsGGN(nn.Linear(2, 2), "classification"),
+        None,
+        "one of laplace-torch's classes CurvlinopsGGN, .*; got <.*CurvlinopsGGN object",
+    ),
+    "another class": (nn.Linear, None, "one of laplace-torch's classes CurvlinopsGGN"),
+    "a class that says no curvature": (CurvlinopsInterface, None, "one of CurvlinopsGGN, .* says no curvature"),
+    "the old package": (AsdfghjklGGN, None, "not on the package index; expected one of CurvlinopsGGN"),
+    "options that are no mapping": (CurvlinopsGGN, [("stochastic", True)], "backend_kwargs as a mapping"),
+    "last_layer": (CurvlinopsGGN, {"last_layer": True}, r"got \['last_layer'\].*follow from subset_of_weights"),
+    "an option of another backend": (AsdlGGN, {"low_rank": 3}, r"'stochastic' and 'num_samples'; got \['low_rank'\]"),
+    "stochastic as a word": (CurvlinopsGGN, {"stochastic": "yes"}, "stochastic as True or False; got 'yes'"),
+    "stochastic empirical Fisher": (
+        BackPackEF,
+        {"stochastic": True},
+        "BackPackEF computes the EF. Expected them with CurvlinopsGGN, BackPackGGN, AsdlGGN or backend=None",
+    ),
+    "stochastic Hessian": (AsdlHessian, {"stochastic": True}, "AsdlHessian computes the Hessian. Expected them with"),
+    "draws of an empirical Fisher": (AsdlEF, {"num_samples": 2}, "AsdlEF computes the EF. Expected them with"),
+    "draws without stochastic": (CurvlinopsGGN, {"num_samples": 2}, "num_samples is of stochastic=True"),
+    "no draws": (CurvlinopsGGN, {"stochastic": True, "num_samples": 0}, "at least 1; got 0"),
+    "fewer than no draws": (None, {"stochastic": True, "num_samples": -1}, "at least 1; got -1"),
+    "half a draw": (None, {"stochastic": True, "num_samples": 1.5}, "num_samples must be an integer; got 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    backend, kwargs, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        BackendChoice.of(backend, kwargs)
+
+
+@pytest.mark.parametrize("backend", [CurvlinopsGGN, AsdlGGN, BackPackGGN], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
+@pytest.mark.parametrize("likelihood", ["classification", "regression, one output"])
+def test_training_by_marginal_likelihood(likelihood, structure, backend):
+    model, X, y = data_of(likelihood)
+    model = copy.deepcopy(model)
+    la, _, margliks, _ = marglik_training(
+        model,
+        loader_of(X, y, 12),
+        LIKELIHOODS[likelihood][0],
+        f"debiased_{structure}",
+        backend=backend,
+        n_epochs=2,
+        n_hypersteps=5,
+        lr_hyp=0.02,
+        prior_prec_init=PRIOR,
+        sigma_noise_init=SIGMA,
+    )
+    assert la.curvature_source == backend.__name__
+    assert len(margliks) == 10
+    assert margliks[4] < margliks[0]  # negative log marginal likelihoods, within one fit
+    assert margliks[9] < margliks[5]
+    assert la.prior_precision.shape == (4,)  # layerwise
+    assert not torch.allclose(la.prior_precision, torch.full((4,), PRIOR, dtype=torch.float64))
+    assert la.posterior_precision.to_dense().isfinite().all()
+
+
+def test_page_is_generated_from_these_cases():
+    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "backend_table.py"))
+    assert script["PAGE"].read_text() == script["text"]()
