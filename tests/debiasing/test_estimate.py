@@ -191,7 +191,7 @@ def test_negative_magnitudes_of_a_hessian_are_floored_and_counted(structure: str
 
 # --- Monte Carlo ---
 
-DRAWS = 150
+DRAWS = 100
 
 
 class Drawn:
@@ -243,7 +243,7 @@ def test_monte_carlo_magnitudes_are_right_on_average_with_the_share_of_the_direc
     drawn = Drawn("held_out", *SPLITS[case])
     assert float(z_scores(drawn.errors).abs().max()) < 4
     # with the very draws that chose the directions they would not be: the test has power
-    assert float(z_scores(drawn.without)[0]) > 6
+    assert float(z_scores(drawn.without)[0]) > 5
     ratio = drawn.stated.square().mean(0).sqrt() / drawn.errors.std(0)
     # draws are never known exactly: no error is 0, and none smaller than the noise of the draws
     assert bool((drawn.stated > 0).all())
@@ -253,7 +253,7 @@ def test_monte_carlo_magnitudes_are_right_on_average_with_the_share_of_the_direc
 
 def test_monte_carlo_of_the_same_batch_is_biased_even_on_all_the_data() -> None:
     drawn = Drawn("same_batch", torch.arange(14), torch.arange(0), 14)
-    assert float(z_scores(drawn.errors)[0]) > 8
+    assert float(z_scores(drawn.errors)[0]) > 6
     assert bool((drawn.stated > 0).all())
 
 
