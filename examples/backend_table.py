@@ -27,13 +27,12 @@ sample, drawn from the model itself.
 
 **Who computes.** The backend, where it is right: its `jacobians` or `last_layer_jacobians` (GGN), its `gradients`
 (empirical Fisher), its `full` (Hessian), and with `kron_basis="kfac"` its `kron`. Otherwise torch.func computes the
-same curvature, exactly. A `UserWarning` then says why, and `la.curvature_source` says who it was in any case. The rows
+same curvature. A `UserWarning` then says why, and `la.curvature_source` says who it was in any case. The rows
 of a Monte-Carlo GGN are always torch.func's: its draws follow `seed`. The standard errors of Hessian magnitudes are
 torch.func's as well.
 
 **What is verified at `fit`.** Rows and Hessians on two samples and Kronecker factors on up to eight are compared with
-torch.func's before any is used, at every fit, so a model that a backend does not understand cannot give wrong numbers
-silently. Drawn factors cannot be compared; the backend's exact ones on the same model are, in their place. A backend
+torch.func's before any is used, at every fit, so that a model which a backend does not understand is noticed. Drawn factors cannot be compared; the backend's exact ones on the same model are, in their place. A backend
 works on copies of the model: no hook, attribute or gradient of yours is touched.
 
 **What predictions use.** torch.func, whatever the backend: `la(x)`, sampling, tuning of the prior and `held_out_kl`

@@ -99,7 +99,15 @@ def posterior(backend, structure, subset, likelihood, **options):
     )
 
 
-@pytest.mark.parametrize("cell", CASES, ids=", ".join)
+def marked(cell):
+    """The cells that other cells stand for where the clock counts: all of them take more than a minute."""
+    backend, structure, _, likelihood = cell
+    seldom = likelihood in ("regression, one output", "reward modeling") and backend not in ("None", "CurvlinopsGGN")
+    seldom |= structure == "full" and ("stochastic" in backend or "EF" in backend)
+    return pytest.param(cell, id=", ".join(cell), marks=[pytest.mark.slow] * seldom)
+
+
+@pytest.mark.parametrize("cell", map(marked, CASES))
 def test_cell_is_computed_by_whom_the_table_says_and_is_right(cell, monkeypatch, known_draws):
     backend, _, _, likelihood = cell
     who, cls = CASES[cell], BACKENDS[backend].cls
