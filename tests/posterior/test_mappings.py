@@ -436,9 +436,9 @@ WRONG_BATCHES = {
     "no inputs": (lambda c: without(c, "input_ids"), r"inputs.*dict_key_x='input_ids'.*attention_mask"),
     "a text among the tensors": (lambda c: {**c, "text": ["a"] * len(c["labels"])}, r"mapping of tensors.*text.*list"),
     "targets as a list": (lambda c: {**c, "labels": c["labels"].tolist()}, r"targets.*as a tensor"),
-    "a shorter mask": (lambda c: {**c, "attention_mask": c["attention_mask"][1:]}, r"'attention_mask': \d"),
+    "a shorter mask": (lambda c: {**c, "attention_mask": c["attention_mask"][1:]}, r"attention_mask 7"),
     "fewer targets": (lambda c: {**c, "labels": c["labels"][1:]}, r"\d inputs but \d targets"),
-    "a number among the tensors": (lambda c: {**c, "weight": torch.tensor(2.0)}, r"first dimension.*'weight': \(\)"),
+    "a number among the tensors": (lambda c: {**c, "weight": torch.tensor(2.0)}, r"first dimension.*weight \(\)"),
     "an infinite entry": (
         lambda c: {**c, "attention_mask": c["attention_mask"] / torch.zeros(1)},
         r"finite attention_mask",
