@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network, RowBlocks
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
@@ -115,6 +116,11 @@ class RowCurvature(SubBatchCurvature):
             owner = torch.arange(self.n_samples, device=rows.device).repeat_interleave(r)
             self._stacked = GramFactor(rows, owner, self.n_samples)
         return self._stacked
+
+    def keep_rows(self) -> None:
+        """Hold all rows in memory, where they fit into a quarter of what is free: they are needed more than once."""
+        if self.bytes_of_rows <= free_memory(self.network.like.device) // 4:
+            self.stacked_rows()
 
     def dense(self) -> Float[Tensor, "P P"]:
         """H itself in double precision."""

@@ -84,13 +84,10 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gr
 
 
 def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eigenpairs:
-    like = curvature.network.like
-    keep = curvature.bytes_of_rows <= free_memory(like.device) // 4
     if curvature.n_rows < curvature.network.n_parameters:
         return curvature.stacked_rows().eigenpairs(threshold, rank)
-    if keep:
-        curvature.stacked_rows()
-    return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=like.dtype)
+    curvature.keep_rows()
+    return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
 
 
 def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float, seed: int) -> Eigenpairs:

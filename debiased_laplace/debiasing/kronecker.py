@@ -34,6 +34,8 @@ def estimate_kronecker(
     Returns:
         The estimate, with the magnitudes as a diagonal in the basis.
     """
+    if isinstance(a, RowCurvature) and options.kron_basis == "row_matrices":
+        a.keep_rows()
     factors, who = factors_of(a, options)
     basis = kronecker_basis(factors, a.network.like.dtype)
     if options.kron_magnitudes == "exact":
