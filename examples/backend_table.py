@@ -32,8 +32,9 @@ of a Monte-Carlo GGN are always torch.func's: its draws follow `seed`. The stand
 torch.func's as well.
 
 **What is verified at `fit`.** Rows and Hessians on two samples and Kronecker factors on up to eight are compared with
-torch.func's before any is used, at every fit, so that a model which a backend does not understand is noticed. Drawn factors cannot be compared; the backend's exact ones on the same model are, in their place. A backend
-works on copies of the model: no hook, attribute or gradient of yours is touched.
+torch.func's before any is used, at every fit, so that a model which a backend does not understand is noticed. Drawn
+factors cannot be compared; the backend's exact ones on the same model are, in their place. A backend works on copies of
+the model: no hook, attribute or gradient of yours is touched.
 
 **What predictions use.** torch.func, whatever the backend: `la(x)`, sampling, tuning of the prior and `held_out_kl`
 never call it.

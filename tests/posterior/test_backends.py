@@ -107,7 +107,7 @@ def marked(cell):
     return pytest.param(cell, id=", ".join(cell), marks=[pytest.mark.slow] * seldom)
 
 
-@pytest.mark.parametrize("cell", map(marked, CASES))
+@pytest.mark.parametrize("cell", [marked(cell) for cell in CASES])
 def test_cell_is_computed_by_whom_the_table_says_and_is_right(cell, monkeypatch, known_draws):
     backend, _, _, likelihood = cell
     who, cls = CASES[cell], BACKENDS[backend].cls
