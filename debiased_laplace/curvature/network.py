@@ -1,7 +1,7 @@
 """A network at its trained weights: how its outputs and their derivatives are computed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -149,6 +149,11 @@ class Network:
         """$J_n u_i$ as (n, C, k) for a few tangents (P, k), and the outputs (n, C)."""
         vmapped = self.capabilities.vmapped_columns
         return derivatives.columns(self.selection, self.parameters, inputs, tangents, vmapped=vmapped)
+
+    def ready_for_products(self, inputs: Inputs) -> "Network":
+        """The network, having tried on some inputs whether linearizing it once is right."""
+        linear = derivatives.allows_linearization(self.selection, self.parameters, inputs)
+        return replace(self, capabilities=replace(self.capabilities, linearized=linear))
 
     def products(self, inputs: Inputs, root: OutputRoot, side: Tensor) -> BatchProducts:
         """The batch made ready for many products with the curvature."""

@@ -198,19 +198,7 @@ class ParameterSelection:
         Raises:
             ValueError: if the model returns anything but a tensor or an output with logits.
         """
-        placed = {place: self._whole(name, parameters) for place, name in self._places.items()}
-        arguments: tuple[Inputs, ...] = (inputs,)
-        keywords = dict(model_kwargs or {})
-        if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
-            arguments, keywords = (), {**inputs, **keywords}
-        outputs: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
-        outputs = getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"Expected the model to return a tensor, or an output with a tensor of logits; got "
-                f"{type(outputs).__name__}."
-            )
-        return outputs
+        return _logits(self._returned(parameters, inputs, model_kwargs))
 
     def evaluated(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """As `call`, where a failure is the caller's to mend.
@@ -219,12 +207,22 @@ class ParameterSelection:
             ValueError: if the model cannot be evaluated, in terms of what was given.
         """
         try:
-            return self.call(parameters, inputs)
+            returned = self._returned(parameters, inputs, None)
         except Exception as error:
             raise ValueError(
                 f"The model could not be evaluated on a batch of inputs of shape {shape_of(inputs)} and "
                 f"{dtype_of(inputs)}: {error}"
             ) from error
+        return _logits(returned)
+
+    def _returned(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None) -> object:
+        placed = {place: self._whole(name, parameters) for place, name in self._places.items()}
+        arguments: tuple[Inputs, ...] = (inputs,)
+        keywords = dict(model_kwargs or {})
+        if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
+            arguments, keywords = (), {**inputs, **keywords}
+        returned: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
+        return returned
 
     def _whole(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
         """A parameter with the selected entries replaced by these values; the others are constants."""
@@ -255,6 +253,16 @@ class ParameterSelection:
                 digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _logits(returned: object) -> Tensor:
+    outputs = getattr(returned, "logits", returned)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            "Expected the model to return a tensor, or an output with a tensor of logits; "
+            f"got {type(outputs).__name__}."
+        )
+    return outputs
 
 
 def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:

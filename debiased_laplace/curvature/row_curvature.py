@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.curvature.derivatives import BatchProducts
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network, RowBlocks
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
@@ -198,10 +199,12 @@ class RowProducts:
 
     def __init__(self, curvature: RowCurvature):
         self.curvature = curvature
-        network, self._batches = curvature.network, []
+        network = curvature.network
+        self._batches: list[BatchProducts] = []
         if network.capabilities.columns:
             curvature._used.add("torch.func products")
             for batch, side in curvature.batches():
+                network = network if self._batches else network.ready_for_products(batch.inputs)
                 for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
                     self._batches.append(network.products(some.inputs, curvature.root, known))
 

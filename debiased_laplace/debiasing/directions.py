@@ -22,6 +22,7 @@ LANCZOS_RANK = 100
 """Directions that `rank=None` means where only Lanczos is affordable."""
 
 _LARGEST_BLOCK = 16
+_LARGEST_SIDE = 12_000  # of the matrix whose eigenvectors `rank=None` asks for: a minute or more of all cores
 
 
 def find_directions(
@@ -78,7 +79,9 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gr
     gram_bytes = curvature.bytes_of_rows + 3 * 8 * R * R
     if min(gram_bytes, 3 * 8 * P * P) > budget:
         return "lanczos"
-    if rank is None or P <= R:
+    if rank is None:
+        return "gram" if min(R, P) <= _LARGEST_SIDE else "lanczos"
+    if P <= R:
         return "gram"
     return "gram" if curvature.n_samples * r * r <= 100 * (6 * rank + 40) else "lanczos"
 
@@ -102,9 +105,9 @@ def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float
     n = supported(pairs.values, threshold)
     if rank is None and n == k < limit:
         warnings.warn(
-            f"The rows of {curvature.n_samples} direction samples do not fit into a quarter of the free "
-            f"memory: rank=None means the {k} leading directions here. Pass rank, or fewer "
-            "direction_samples.",
+            f"All directions of {curvature.n_samples} direction samples would take more than a quarter of the free "
+            f"memory, or the eigenvectors of a matrix of more than {_LARGEST_SIDE:,} rows: rank=None means the {k} "
+            "leading directions here. Pass rank, or fewer direction_samples.",
             stacklevel=3,
         )
     return Eigenpairs(pairs.values[:n], pairs.vectors[:, :n], pairs.residuals[:n], pairs.outcome)

@@ -286,7 +286,7 @@ def test_a_network_of_mappings_can_do_what_its_twin_can(twin: str) -> None:
     assert able.vmapped_rows
     assert able.columns
     assert able.vmapped_columns
-    assert able.linearized
+    assert network.ready_for_products(inputs).capabilities.linearized
     close(network.outputs(inputs), model(X).detach())
     chunks = list(network.jacobians(inputs))
     close(torch.cat([J for J, _ in chunks]), torch.stack([dense_jacobian(model, x) for x in X]))
