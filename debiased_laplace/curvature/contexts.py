@@ -11,14 +11,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every submodule's mode is as it was."""
-    modes = {module: module.training for module in model.modules()}
+    """The model in evaluation mode; afterwards every submodule's mode and attributes are as they were.
+
+    A forward pass that keeps something on its module (attention weights, features) would keep a tensor of a
+    transformation here, which can be neither used nor copied afterwards.
+    """
+    attributes = {module: dict(module.__dict__) for module in model.modules()}
     try:
         model.eval()
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, before in attributes.items():
+            for name in module.__dict__.keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)
 
 
 @contextmanager

@@ -217,6 +217,11 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     try:
         expected, _ = looped_rows(selection, parameters, some, nothing, cotangents)
     except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise ValueError(
+                f"The outputs do not depend on the selected parameters ({selection.subset}); expected parameters that "
+                "enter them."
+            ) from error
         raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
     tangents = torch.randn(selection.n_parameters, 2, generator=generator).to(like)
     pushed = expected @ tangents

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 
+from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
@@ -111,6 +112,8 @@ def kronecker_basis(factors: Iterable[KroneckerFactors], dtype: torch.dtype) -> 
 
 def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> list[KroneckerFactors]:
     r"""$L = \frac1n \sum M M^\top$ and $R = \sum M^\top M / \sum \|M\|^2$ of every parameter: L ⊗ R keeps the trace."""
+    if curvature.linear_layer is not None:
+        return _outer_product_factors(curvature, curvature.linear_layer, shapes)
     like = curvature.network.like
     exact = accumulation_dtype(like)
     sizes = [shape.rows.size * shape.columns.size for shape in shapes]
@@ -120,10 +123,43 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
     ]
     for block in curvature.rows("[Kronecker factors]"):
         for part, shape, (left, right) in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
-            M = part.reshape(-1, shape.rows.size, shape.columns.size)
+            # a parameter may be empty: no -1 in its shape
+            M = part.reshape(part.shape[0] * part.shape[1], shape.rows.size, shape.columns.size)
             left += torch.einsum("nop,nqp->oq", M, M) if shape.rows.full else M.square().sum((0, 2))
             right += torch.einsum("nop,noq->pq", M, M) if shape.columns.full else M.square().sum((0, 1))
     return [_trace_preserving(left / curvature.n_samples, right) for left, right in sums]
+
+
+def _outer_product_factors(
+    curvature: RowCurvature, layer: LinearLayer, shapes: list[MatrixShape]
+) -> list[KroneckerFactors]:
+    r"""The same of a last linear layer, where M is $s \varphi^\top$ and a row of the bias s."""
+    exact = accumulation_dtype(curvature.network.like)
+    sums: list[tuple[Tensor, Tensor]] = []
+    for features, columns in curvature.outer_products("[Kronecker factors]"):
+        features = features.to(exact)
+        lengths = features.square().sum(1)
+        if not sums:
+            C, d = curvature.network.n_outputs, features.shape[1]
+            for part, shape in zip(layer.parts, shapes, strict=True):
+                left = features.new_zeros((C, C) if shape.rows.full else (C,))
+                right = features.new_zeros((d, d) if shape.columns.full else (d if part == "weight" else 1,))
+                sums.append((left, right))
+        for S in columns:
+            S = S.to(exact)
+            sizes = S.square().sum((1, 2))
+            for part, shape, (left, right) in zip(layer.parts, shapes, sums, strict=True):
+                weights = lengths if part == "weight" else torch.ones_like(lengths)
+                left += _weighted_gram(S.mT.flatten(0, 1), weights.repeat_interleave(S.shape[2]), full=shape.rows.full)
+                y = features if part == "weight" else torch.ones_like(features[:, :1])
+                right += _weighted_gram(y, sizes, full=shape.columns.full)
+    return [_trace_preserving(left / curvature.n_samples, right) for left, right in sums]
+
+
+def _weighted_gram(x: Tensor, weights: Tensor, *, full: bool) -> Tensor:
+    """Sum over rows of w x x' (its diagonal only, unless full)."""
+    weighted = x * weights[:, None]
+    return x.T @ weighted if full else (x * weighted).sum(0)
 
 
 def partial_trace_factors(H: Tensor, shapes: list[MatrixShape]) -> list[KroneckerFactors]:
@@ -162,6 +198,8 @@ class KfacSums:
         self._inputs: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
+        # layers whose first dimension does not count samples, or through which no gradient comes
+        self._strange: set[str] = set()
 
     def add(self, batch: Batch, side: Tensor) -> None:
         """Some more samples; the model's hooks are removed again."""
@@ -172,6 +210,8 @@ class KfacSums:
         """Factors by the parameter's name, means over samples."""
         found: dict[str, KroneckerFactors] = {}
         for layer, G in self._gradients.items():
+            if layer in self._strange:
+                continue
             G = G / self.n
             if layer in self._weights:
                 A = self._inputs[layer] / max(self._positions[layer], 1)
@@ -184,8 +224,12 @@ class KfacSums:
         seen: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Any:  # noqa: ARG001
-                self._add_inputs(name, (arguments[0] if arguments else named["input"]).detach())
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Any:
+                a = (arguments[0] if arguments else named["input"]).detach()
+                if not output.requires_grad or not _counts_samples(module, a, output, len(batch)):
+                    self._strange.add(name)
+                    return output
+                self._add_inputs(name, a)
                 seen.append((name, output))
                 # what comes next may work in place, and would put its own output in the place of this one
                 return output.clone()
@@ -240,6 +284,13 @@ def _diagonal_in(factor: Tensor, basis: Tensor | None) -> Tensor:
         return factor.diagonal()
     Q = basis.to(factor.dtype)
     return (Q * (factor @ Q)).sum(0)
+
+
+def _counts_samples(layer: nn.Module, a: Tensor, output: Tensor, n: int) -> bool:
+    """Whether a layer is called as K-FAC knows it: samples first, then positions, or channels and positions."""
+    dimensions = {nn.Conv1d: (3,), nn.Conv2d: (4,)}
+    expected = next((d for kind, d in dimensions.items() if isinstance(layer, kind)), tuple(range(2, 10)))
+    return a.ndim in expected and len(a) == n == len(output)
 
 
 KfacLayer = nn.Linear | nn.Conv1d | nn.Conv2d

@@ -47,6 +47,10 @@ class ParameterSelection:
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected model as a torch.nn.Module; got {type(model).__name__}.")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ValueError(f"Expected the model itself; got it inside {type(model).__name__}: pass model.module.")
+        # a compiled model is differentiated as it was written
+        model = getattr(model, "_orig_mod", model)
         selected = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not selected:
             raise ValueError("The model has no trainable parameters; expected at least one with requires_grad=True.")

@@ -5,6 +5,7 @@ matrix-vector product). Which one ran is chosen by what the model allows, then b
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -12,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.derivatives import BatchProducts
+from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import free_memory
-from debiased_laplace.curvature.network import Network, RowBlocks
+from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
 from debiased_laplace.data.batches import Batch
@@ -159,14 +161,57 @@ class RowCurvature(SubBatchCurvature):
             sums.add(quadratics)
         return sums.moments(trace if residual == "trace" else None, diagonal if residual == "diagonal" else None)
 
+    @cached_property
+    def linear_layer(self) -> LinearLayer | None:
+        """The last linear layer that the parameters are of, whose rows need not be formed; None where they are not."""
+        foreign = self.network.foreign
+        if foreign is not None and foreign.offers_rows(self.root):
+            return None
+        return LinearLayer.of(self.network, next(iter(self.samples)).first(2).inputs)
+
+    def outer_products(self, description: str) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        r"""Features (n, d) and columns (n, C, r) of a last linear layer, whose rows are $s \varphi^\top$."""
+        layer = self.linear_layer
+        assert layer is not None  # for the type checker
+        self._used.add(TORCH_ROWS)
+        with self._progress(description) as bar:
+            for batch, side in self.batches():
+                for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
+                    features, outputs = layer.features(some.inputs)
+                    yield features, layer.root_columns(outputs, self.root, known)
+                    bar.update(len(some))
+
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Curvature along every vector of a basis, and its spread over samples: the sum over rows of squares."""
+        if self.linear_layer is not None:
+            return self._moments_of_outer_products(basis, self.linear_layer)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         for n, blocks in self.row_groups("[Curvature along the basis]"):
             quadratics = sums.first.new_zeros(n, self.network.n_parameters)
             for rows in blocks:
                 quadratics += basis.coordinates(rows).square().sum(1)
             sums.add(quadratics)
+        return sums.moments()
+
+    def _moments_of_outer_products(self, basis: KroneckerBasis, layer: LinearLayer) -> DirectionalMoments:
+        r"""The same for rows $s \varphi^\top$: of a sample, $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
+        sums = RunningMoments(self.network.n_parameters, self.network.like)
+        exact = sums.first.dtype
+        for features, columns in self.outer_products("[Curvature along the basis]"):
+            of_outputs = [features.new_zeros(len(features), self.network.n_outputs, dtype=exact) for _ in basis.blocks]
+            for S in columns:
+                for total, block in zip(of_outputs, basis.blocks, strict=True):
+                    rotated = S if block.left is None else block.left.mT @ S
+                    total += rotated.square().sum(-1)
+            first, second = [], []
+            for part, x, block in zip(layer.parts, of_outputs, basis.blocks, strict=True):
+                y = features if block.right is None else features @ block.right
+                y = y.to(exact).square() if part == "weight" else x.new_ones(len(x), 1)
+                first.append((x.T @ y).flatten())
+                second.append((x.square().T @ y.square()).flatten())
+            sums.n += len(features)
+            sums.first += torch.cat(first)
+            sums.second += torch.cat(second)
         return sums.moments()
 
     def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:

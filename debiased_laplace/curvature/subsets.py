@@ -89,8 +89,9 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
         and any(p.requires_grad for p in module.parameters(recurse=is_parametrized(module)))
     ]
     try:
-        with torch.no_grad(), evaluating(selection.model):
-            selection.evaluated(selection.unflatten(selection.vector()), inputs)
+        with torch.enable_grad(), evaluating(selection.model):
+            leaves = {name: p.requires_grad_() for name, p in selection.unflatten(selection.vector()).items()}
+            outputs = selection.evaluated(leaves, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -102,7 +103,11 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
             "The model's last layer could not be found: no module with trainable parameters of its own was called. "
             "Pass last_layer_name, or take subset_of_weights='all'."
         )
-    return called[-1]
+    # an auxiliary head may be called last, and enter nothing
+    gradients = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
+    entering = {name for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    own = {name: {p for p in entering if p.startswith(f"{name}.")} for name in called}
+    return next((name for name in reversed(called) if own[name]), called[-1])
 
 
 def _checked(indices: Tensor | None, n: int) -> Tensor:

@@ -34,7 +34,7 @@ def estimate_kronecker(
     Returns:
         The estimate, with the magnitudes as a diagonal in the basis.
     """
-    if isinstance(a, RowCurvature) and options.kron_basis == "row_matrices":
+    if isinstance(a, RowCurvature) and options.kron_basis == "row_matrices" and a.linear_layer is None:
         a.keep_rows()
     factors, who = factors_of(a, options)
     basis = kronecker_basis(factors, a.network.like.dtype)

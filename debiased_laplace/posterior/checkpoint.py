@@ -92,10 +92,11 @@ def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
     Raises:
         ValueError: if entries are missing, or the state belongs to something else; the posterior stays as it was.
     """
-    _check(la, state)
     before = dict(la.__dict__)
     try:
-        _restore(la, state)
+        with torch.inference_mode(False):
+            _check(la, state)
+            _restore(la, state)
     except Exception as error:
         la.__dict__.clear()
         la.__dict__.update(before)
@@ -123,6 +124,10 @@ def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         state["samples_augmented"],
     )
     options = {field.name: state[f"option_{field.name}"] for field in fields(EstimatorOptions)}
+    if options["structure"] != la._structure:
+        raise ValueError(f"Expected the structure {la._structure!r}; the state has {options['structure']!r}.")
+    if len(identities.hashes) != split.n_samples or len(identities.positions) != split.n_samples:
+        raise ValueError(f"Expected the identities of {split.n_samples} samples; the state has {len(identities)}.")
     options["rank"] = None if options["rank"] < 0 else options["rank"]
     la._options = estimator_options(options.pop("structure"), options)
     la._split_options = replace(la._split_options, seed=la._options.seed)
@@ -165,6 +170,10 @@ def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
         _like(state["magnitudes_in_sample"], like),
         state["magnitudes_n_floored"],
     )
+    n_magnitudes = P if state["option_structure"] == "kron" else k
+    lengths = {len(t) for t in (magnitudes.values, magnitudes.in_sample, errors) if t is not None}
+    if lengths != {n_magnitudes}:
+        raise ValueError(f"Expected {n_magnitudes} magnitudes with their errors; the state has {sorted(lengths)}.")
     outcome = SolverOutcome(
         state["solver"], state["solver_converged"], state["solver_products"], state["solver_reason"]
     )

@@ -133,8 +133,9 @@ class FittedPosterior(PriorAndNoise):
         """The precision N τ H + P0 as an operator (`to_dense()` gives the matrix)."""
         self._check_H_init()
         if self._precision is None:
-            diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
             curvature = self.fitted.estimate.curvature
+            with torch.inference_mode(False):
+                diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
             self._precision = LowRankPlusDiagonal(diagonal, curvature.directions, weights, curvature.basis)
         return self._precision
 

@@ -110,6 +110,8 @@ class DebiasedParametricLaplace(PredictiveInterface):
         if self._problem.backend.kind != "GGN" or self._problem.backend.backend is not None:
             options += f", {self._problem.backend.kind}"
         over = "last layer" if self._selection is None else f"{self._selection.n_parameters:,} parameters"
+        if self._selection is not None and self._selection.last_layer is not None:
+            over = f"{self._selection.subset}, {over}"
         head = f"{type(self).__name__}({self.likelihood}, {over}, {options}"
         if self._fit is None:
             return f"{head}, not fitted)"
@@ -221,18 +223,16 @@ class DebiasedParametricLaplace(PredictiveInterface):
         """
         self._check_H_init()
         method = name_of(method)
-        if method == "marglik":
-            prior_tuning.by_marginal_likelihood(
-                self,
-                prior_tuning.Ascent(n_steps, lr, init_prior_prec, name_of(prior_structure)),
-                progress_bar=progress_bar,
-            )
-        elif method == "gridsearch":
-            grid = prior_tuning.prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-            scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
-            prior_tuning.by_grid_search(self, grid, val_loader, scoring, progress_bar=progress_bar)
-        else:
+        if method not in ("marglik", "gridsearch"):
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
+        with torch.inference_mode(False):
+            if method == "marglik":
+                ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, name_of(prior_structure))
+                prior_tuning.by_marginal_likelihood(self, ascent, progress_bar=progress_bar)
+            else:
+                grid = prior_tuning.prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+                scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
+                prior_tuning.by_grid_search(self, grid, val_loader, scoring, progress_bar=progress_bar)
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
 
@@ -253,7 +253,8 @@ class DebiasedParametricLaplace(PredictiveInterface):
         Warns:
             UserWarning: if the fitted samples' share is above a tenth and missing.
         """
-        return judging.held_out_kl(self, loader, fitted_loader)
+        with torch.inference_mode(False):
+            return judging.held_out_kl(self, loader, fitted_loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, strings and numbers that `load_state_dict` restores the posterior from, beside the same weights."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.data.inputs import Inputs, moved, n_samples_of, shape_of, tensors_of
+from debiased_laplace.data.inputs import Inputs, moved, n_samples_of, on_each, shape_of, tensors_of
 from debiased_laplace.posterior.fitted import FittedPosterior
 from debiased_laplace.posterior.hyperparameters import name_of, one_of
 from debiased_laplace.predictive import linearized, links, sampling
@@ -196,10 +196,13 @@ class PredictiveInterface(FittedPosterior):
 
     @contextmanager
     def _looking(self, x: Inputs) -> Iterator[tuple[Network, Inputs]]:
-        """The network and the inputs on its device, in evaluation mode while the block runs."""
+        """The network and the inputs on its device, in evaluation mode while the block runs.
+
+        Inference mode is left: nothing can be differentiated in it, and what is kept from here on would be spoilt.
+        """
         self._check_H_init()
-        with evaluating(self.model), differentiable_kernels(self.model):
-            inputs = moved(x, self._center.device)
+        with torch.inference_mode(False), evaluating(self.model), differentiable_kernels(self.model):
+            inputs = on_each(moved(x, self._center.device), lambda t: t.clone() if t.is_inference() else t)
             network = self.network_for(inputs)
             network.check_inputs(inputs)
             yield network, inputs

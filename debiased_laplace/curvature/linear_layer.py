@@ -1,0 +1,99 @@
+r"""Rows with respect to a last linear layer, which are outer products: $s \varphi^\top$ for a column s of the root.
+
+With features $\varphi$ and outputs $W \varphi + b$, the Jacobian is $I \otimes \varphi^\top$, and neither it nor the
+parameters' squares have to be formed: a Kronecker basis and the curvature along it need the root of the outputs'
+curvature and the features only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.roots import OutputRoot
+from debiased_laplace.data.inputs import Inputs
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLayer:
+    """A linear layer whose output is the network's, and whose parameters alone are selected.
+
+    Attributes:
+        network: the network.
+        layer: the layer.
+        parts: "weight" or "bias" for each selected parameter, in order.
+    """
+
+    network: Network
+    layer: nn.Linear
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, network: Network, inputs: Inputs) -> "LinearLayer | None":
+        """The layer, if the selection is one, and its output on some inputs is the network's."""
+        selection = network.selection
+        if selection.last_layer is None or any(entries is not None for entries in selection.entries):
+            return None
+        layer = dict(selection.model.named_modules()).get(selection.last_layer)
+        if type(layer) is not nn.Linear:
+            return None
+        names = {id(p): local for local, p in layer.named_parameters(recurse=False)}
+        own = {name: names.get(id(p)) for name, p in selection.model.named_parameters() if name in selection.names}
+        parts = tuple(own[name] or "" for name in selection.names)
+        if "" in parts:
+            return None
+        found = cls(network, layer, parts)
+        try:
+            features, outputs = found.features(inputs)
+        except ValueError:
+            return None
+        return found if torch.equal(found._applied(features), outputs) and found._is_all_there_is(inputs) else None
+
+    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The layer's inputs (n, d), and the outputs (n, C).
+
+        Raises:
+            ValueError: if the layer is not called exactly once, with one vector for each sample.
+        """
+        seen: list[Tensor] = []
+        handle = self.layer.register_forward_pre_hook(
+            lambda module, arguments, named: seen.append((arguments or (named["input"],))[0].detach()),  # noqa: ARG005
+            with_kwargs=True,
+        )
+        try:
+            outputs = self.network.outputs(inputs)
+        finally:
+            handle.remove()
+        if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(outputs):
+            raise ValueError("Expected a layer that is called once, with one vector for each sample.")
+        return seen[0], outputs
+
+    def root_columns(self, outputs: Tensor, root: OutputRoot, side: Tensor) -> Iterator[Tensor]:
+        """Columns of the root (n, C, r), in blocks that bound the memory."""
+        r = root.n_columns(self.network.n_outputs)
+        step = max(1, CHUNK_BYTES // (outputs.numel() * outputs.element_size()))
+        for start in range(0, r, step):
+            yield root.columns(outputs, side, slice(start, min(start + step, r)))
+
+    def _is_all_there_is(self, inputs: Inputs) -> bool:
+        """Whether gradients are those of the layer alone; its weights may be used elsewhere too."""
+        leaves = {name: p.detach().requires_grad_() for name, p in self.network.parameters.items()}
+        features, outputs = self.features(inputs)
+        generator = torch.Generator().manual_seed(0)
+        cotangents = torch.randn(outputs.shape, generator=generator).to(outputs)
+        with torch.enable_grad():
+            loss = (self.network.selection.call(leaves, inputs) * cotangents).sum()
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        ours = {"weight": cotangents.T @ features, "bias": cotangents.sum(0)}
+        return all(
+            torch.allclose(g, ours[part], rtol=1e-3, atol=1e-4 * float(ours[part].abs().max()))
+            for g, part in zip(found, self.parts, strict=True)
+        )
+
+    def _applied(self, features: Tensor) -> Tensor:
+        """The layer on these features."""
+        with torch.no_grad():
+            return self.layer(features)
