@@ -29,6 +29,7 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
+from debiased_laplace.linalg.outer_products import outer_factors
 
 KfacApproximation = Literal["expand", "reduce"]
 _LARGEST_SIDE = 4096
@@ -125,6 +126,12 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
         for part, shape, (left, right) in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
             # a parameter may be empty: no -1 in its shape
             M = part.reshape(part.shape[0] * part.shape[1], shape.rows.size, shape.columns.size)
+            factors = outer_factors(M)
+            if factors is not None:
+                g, a = factors
+                left += _weighted_gram(g, a.square().sum(1), full=shape.rows.full)
+                right += _weighted_gram(a, g.square().sum(1), full=shape.columns.full)
+                continue
             left += torch.einsum("nop,nqp->oq", M, M) if shape.rows.full else M.square().sum((0, 2))
             right += torch.einsum("nop,noq->pq", M, M) if shape.columns.full else M.square().sum((0, 1))
     return [_trace_preserving(left / curvature.n_samples, right) for left, right in sums]

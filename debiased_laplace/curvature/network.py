@@ -55,7 +55,8 @@ class Network:
     @property
     def like(self) -> Tensor:
         """Any flat vector of the parameters' dtype and device."""
-        return next(iter(self.parameters.values())).reshape(-1)[:1].expand(self.n_parameters)
+        some = next(p for p in self.parameters.values() if p.numel())
+        return some.reshape(-1)[:1].expand(self.n_parameters)
 
     @property
     def bytes_of_a_row(self) -> int:

@@ -189,7 +189,7 @@ class RowCurvature(SubBatchCurvature):
         for n, blocks in self.row_groups("[Curvature along the basis]"):
             quadratics = sums.first.new_zeros(n, self.network.n_parameters)
             for rows in blocks:
-                quadratics += basis.coordinates(rows).square().sum(1)
+                quadratics += basis.summed_squares(rows)
             sums.add(quadratics)
         return sums.moments()
 

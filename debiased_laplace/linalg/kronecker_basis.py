@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.linalg.outer_products import outer_factors
+
 
 @dataclass(frozen=True, eq=False)
 class BasisBlock:
@@ -45,6 +47,20 @@ class BasisBlock:
             M = (M.mT.contiguous() @ (self.left.mT if back else self.left)).mT
         return M.reshape(x.shape)
 
+    def summed_squares(self, x: Float[Tensor, "n r p"]) -> Float[Tensor, "n p"]:
+        """Squared coordinates of vectors, summed over the second dimension."""
+        if self.left is None and self.right is None:
+            return x.square().sum(1)
+        n, r = x.shape[:2]
+        factors = outer_factors(x.reshape(n * r, self.rows, self.columns))
+        if factors is None:
+            return self.rotated(x, back=False).square().sum(1)
+        g, a = (
+            (v if side is None else v @ side).square().unflatten(0, (n, r))
+            for v, side in zip(factors, (self.left, self.right), strict=True)
+        )
+        return (g.mT @ a).flatten(1)
+
     def squared(self) -> "BasisBlock":
         """The entries squared, which maps a diagonal in coordinates to the diagonal of the matrix."""
         left = None if self.left is None else self.left.square()
@@ -70,6 +86,11 @@ class KroneckerBasis:
     def vectors(self, coordinates: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""$x K^\top$: the way back."""
         return self._mapped(self.blocks, coordinates, back=True)
+
+    def summed_squares(self, rows: Float[Tensor, "n r P"]) -> Float[Tensor, "n P"]:
+        """Squared coordinates of rows, summed over the r rows of each of the n groups."""
+        parts = rows.split([block.size for block in self.blocks], dim=-1)
+        return torch.cat([block.summed_squares(part) for block, part in zip(self.blocks, parts, strict=True)], dim=-1)
 
     def diagonal_of(self, d: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
         r"""The diagonal of $K \mathrm{diag}(d) K^\top$."""

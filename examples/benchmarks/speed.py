@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from laplace import Laplace
 from laplace.baselaplace import ParametricLaplace
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -179,6 +180,22 @@ def predictive(device: str, repeats: int) -> None:
         )
 
 
+def kron(device: str, repeats: int) -> None:
+    """Kronecker posteriors of 128 samples, ours with exact magnitudes against laplace-torch's K-FAC."""
+    model, data = problem(device)
+    loader = DataLoader(TensorDataset(*(t[:128] for t in data.tensors)), batch_size=64)
+    for subset in ("all", "last_layer"):
+
+        def ours(subset: str = subset) -> None:
+            la = DebiasedLaplace(model, "classification", subset, "kron", prior_precision=3.0)
+            la.fit(loader)
+
+        def theirs(subset: str = subset) -> None:
+            Laplace(model, "classification", subset, "kron", prior_precision=3.0).fit(loader)
+
+        compare(f"fit of kron over {subset}: ours / laplace-torch's", ours, theirs, device, repeats)
+
+
 def difference(la: ParametricLaplace, X: Tensor) -> float:
     """Largest relative difference between our predictive and laplace-torch's own on the same object."""
     ours, theirs = la._glm_predictive_distribution(X), ParametricLaplace._glm_predictive_distribution(la, X)
@@ -206,7 +223,7 @@ def _small_fit(model: nn.Module, samples: TensorDataset) -> Any:
     return la
 
 
-PARTS = {"fit": fit, "lanczos": lanczos_step, "gram": gram, "predictive": predictive}
+PARTS = {"fit": fit, "lanczos": lanczos_step, "gram": gram, "predictive": predictive, "kron": kron}
 
 
 def main() -> None:
