@@ -200,9 +200,9 @@ class RowCurvature(SubBatchCurvature):
         for features, columns in self.outer_products("[Curvature along the basis]"):
             of_outputs = [features.new_zeros(len(features), self.network.n_outputs, dtype=exact) for _ in basis.blocks]
             for S in columns:
+                rows = S.mT.contiguous()
                 for total, block in zip(of_outputs, basis.blocks, strict=True):
-                    rotated = S if block.left is None else block.left.mT @ S
-                    total += rotated.square().sum(-1)
+                    total += (rows if block.left is None else rows @ block.left).square().sum(1)
             first, second = [], []
             for part, x, block in zip(layer.parts, of_outputs, basis.blocks, strict=True):
                 y = features if block.right is None else features @ block.right

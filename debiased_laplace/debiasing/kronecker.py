@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from debiased_laplace.curvature.kfac import KfacSums
 from debiased_laplace.curvature.kronecker import (
-    KfacSums,
     KroneckerFactors,
     kronecker_basis,
     matrix_shapes,

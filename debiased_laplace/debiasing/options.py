@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from debiased_laplace.curvature.kronecker import KfacApproximation
+from debiased_laplace.curvature.kfac import KfacApproximation
 from debiased_laplace.debiasing.complement import ComplementKind, LowRankCurvature
 from debiased_laplace.debiasing.directions import Solver
 from debiased_laplace.debiasing.magnitudes import Magnitudes

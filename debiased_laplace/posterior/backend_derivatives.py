@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from debiased_laplace.curvature.derivatives import looped_rows
-from debiased_laplace.curvature.kronecker import KfacApproximation, KfacSums, KroneckerFactors
+from debiased_laplace.curvature.kfac import KfacApproximation, KfacSums
+from debiased_laplace.curvature.kronecker import KroneckerFactors
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, takes_keywords

@@ -13,7 +13,7 @@ from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.curvature.asdl import AsdlHessian
 from laplace.curvature.curvlinops import CurvlinopsHessian
 
-from debiased_laplace.curvature.kronecker import KfacApproximation
+from debiased_laplace.curvature.kfac import KfacApproximation
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton, OutputRoot

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from debiased_laplace.curvature.kronecker import KfacApproximation
+from debiased_laplace.curvature.kfac import KfacApproximation
 from debiased_laplace.debiasing.complement import ComplementKind
 from debiased_laplace.debiasing.directions import Solver
 from debiased_laplace.debiasing.options import (

@@ -111,7 +111,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
             options += f", {self._problem.backend.kind}"
         over = "last layer" if self._selection is None else f"{self._selection.n_parameters:,} parameters"
         if self._selection is not None and self._selection.last_layer is not None:
-            over = f"{self._selection.subset}, {over}"
+            over = f"{over} of {self._selection.subset}"
         head = f"{type(self).__name__}({self.likelihood}, {over}, {options}"
         if self._fit is None:
             return f"{head}, not fitted)"

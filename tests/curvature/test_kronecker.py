@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature import kronecker as module
 from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.kfac import KfacApproximation, KfacSums
 from debiased_laplace.curvature.kronecker import (
-    KfacApproximation,
-    KfacSums,
     KroneckerFactors,
     kronecker_basis,
     matrix_shapes,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
-from debiased_laplace.curvature.kronecker import KfacSums
+from debiased_laplace.curvature.kfac import KfacSums
 from debiased_laplace.curvature.roots import EmpiricalFisher, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives

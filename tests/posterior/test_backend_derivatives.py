@@ -24,7 +24,7 @@ from torch import nn
 import debiased_laplace.curvature.survey as surveying
 import debiased_laplace.posterior.backend_derivatives as module
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.curvature.kronecker import KfacSums
+from debiased_laplace.curvature.kfac import KfacSums
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton

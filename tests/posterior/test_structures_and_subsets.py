@@ -235,6 +235,7 @@ def test_state_and_what_it_says(case):
     assert loaded.n_layers == la.n_layers == len(selected_shapes(la.model, expected.indices))
     shown = repr(loaded)
     assert shown == repr(la)
-    assert shown.startswith(f"{type(la).__name__}({cell.kind}, {len(expected.center):,} parameters, ")
+    where = f" of last layer {la.selection.last_layer!r}" if cell.subset == "last_layer" else ""
+    assert shown.startswith(f"{type(la).__name__}({cell.kind}, {len(expected.center):,} parameters{where}, ")
     assert "fitted on 15 + 15 of 40 samples" in shown
     assert ("rank=" in shown) is (cell.structure != "kron")
