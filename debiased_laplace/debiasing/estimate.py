@@ -41,8 +41,9 @@ def estimate(
     if options.structure == "full":
         if choose_solver(a, None) == "lanczos":
             raise ValueError(
-                f"hessian_structure='full' of {a.network.n_parameters:,} parameters does not fit into a quarter of the "
-                "free memory; expected fewer ('last_layer' or 'subnetwork'), or 'lowrank' or 'kron'."
+                f"hessian_structure='full' of {a.network.n_parameters:,} parameters and {a.n_samples:,} direction "
+                "samples takes more than a quarter of the free memory, or too long; expected fewer ('last_layer', "
+                "'subnetwork', direction_samples), or 'lowrank' or 'kron'."
             )
         # every direction, and in the null space of H_a, whose directions are anybody's, one mean value
         options = replace(options, rank=None, complement="isotropic", solver="gram")

@@ -45,9 +45,8 @@ def estimate_kronecker(
         again = factors_of(a.redrawn(), options)[0] if b is not None and a.is_random else factors
         magnitudes = _from_factors((factors, again), b, basis, a.n_samples / n_data, options)
     like = a.network.like
-    curvature = LowRankCurvature(
-        magnitudes.values.to(like.dtype), like.new_zeros(len(like), 0), like.new_zeros(0), basis
-    )
+    magnitudes = magnitudes.to(like.dtype)
+    curvature = LowRankCurvature(magnitudes.values, like.new_zeros(len(like), 0), like.new_zeros(0), basis)
     outcome = SolverOutcome("dense", True, 0, "all eigenvectors of every pair of Kronecker factors")
     source = joined(who, (a if b is None else b).source)
     return CurvatureEstimate(curvature, magnitudes, outcome, source)

@@ -31,6 +31,11 @@ class Magnitudes:
     in_sample: Float[Tensor, " k"]
     n_floored: int
 
+    def to(self, dtype: torch.dtype) -> "Magnitudes":
+        """The same in another precision."""
+        errors = None if self.standard_errors is None else self.standard_errors.to(dtype)
+        return Magnitudes(self.values.to(dtype), errors, self.in_sample.to(dtype), self.n_floored)
+
 
 def held_out(
     in_sample: Float[Tensor, " k"],

@@ -253,3 +253,16 @@ def test_a_damaged_state_is_refused_and_changes_nothing(case):
     with pytest.raises(ValueError, match=r"state|Expected|damaged"):
         la.load_state_dict(state)
     torch.testing.assert_close(la(X[:2]), expected)
+
+
+@pytest.mark.parametrize("basis", ["row_matrices", "kfac"])
+@pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
+def test_everything_is_in_the_precision_of_the_model(structure, basis):
+    if structure != "kron" and basis == "kfac":
+        pytest.skip("of kron only")
+    model, X = MODELS["MLP"](dtype=torch.float32)
+    options = {"kron_basis": basis} if structure == "kron" else {}
+    la = DebiasedLaplace(model, "classification", hessian_structure=structure, prior_precision=PRIOR, **options)
+    la.fit(loader_of(X, targets("classification")))
+    found = [la.directional_curvatures, la.in_sample_curvatures, la.standard_errors, la(X[:2]), la.sample(2), *la.H]
+    assert {t.dtype for t in found} == {torch.float32}
