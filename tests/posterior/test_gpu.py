@@ -38,3 +38,30 @@ def test_gpu_equals_cpu(name, solver):
         found[device] = la.directional_curvatures.cpu(), la(X).cpu(), la.log_marginal_likelihood().cpu()
     for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer", "subnetwork"])
+@pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_every_structure_and_subset_on_a_gpu_equals_the_cpu(likelihood: str, structure: str, subset: str) -> None:
+    model, X = MODELS["convolutions and pooling"]()
+    data = TensorDataset(X, targets(likelihood))
+    found = {}
+    for device in ("cpu", "cuda"):
+        la = DebiasedLaplace(
+            copy.deepcopy(model).to(device),
+            likelihood,
+            subset,
+            structure,
+            prior_precision=0.4,
+            sigma_noise=0.6 if likelihood == "regression" else 1.0,
+            subnetwork_indices=torch.arange(1, 30, 3) if subset == "subnetwork" else None,
+        )
+        la.fit(DataLoader(data, batch_size=16))
+        generator = torch.Generator(device=device).manual_seed(1)
+        assert la.sample(2, generator).device.type == device
+        predicted = la(X)
+        first = predicted[0] if isinstance(predicted, tuple) else predicted
+        found[device] = first.cpu(), la.log_marginal_likelihood().detach().cpu()
+    for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
