@@ -13,10 +13,12 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.debiasing.options import SplitCurvature
 
 
 def network_of(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> Network:
@@ -52,3 +54,8 @@ def rows_of(
     """Curvature with a root of the samples at some positions, of all by default."""
     indices = torch.arange(len(X)) if indices is None else indices
     return RowCurvature(network, samples_of(X, y, indices, batch_size), root(network.likelihood), seed=seed)
+
+
+def two_sets(a: SubBatchCurvature, b: SubBatchCurvature | None, n_data: int) -> SplitCurvature:
+    """Directions from a, magnitudes from b, or from a too where there is no b."""
+    return SplitCurvature(a, b, None, n_data)

@@ -7,7 +7,7 @@ and counted.
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -87,7 +87,13 @@ class HessianCurvature(SubBatchCurvature):
             self._dense = (H + H.T) / (2 * self.n_samples)
         return self._dense
 
-    def moments(self, directions: Float[Tensor, "P k"], residual: Residual = "none") -> DirectionalMoments:
+    def part(self, positions: Int64[Tensor, " m"]) -> "HessianCurvature":
+        """The mean Hessian of some of the samples."""
+        return HessianCurvature(self.network, self.samples.at(positions), self.derivatives)
+
+    def moments(
+        self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
+    ) -> DirectionalMoments:
         """Curvature along directions, its spread over samples, and what is left outside."""
         found = self._quadratic_moments(directions)
         if self.foreign is None and residual == "none":
@@ -98,7 +104,11 @@ class HessianCurvature(SubBatchCurvature):
         diagonal = None
         if residual == "diagonal":
             outside = H - HU @ U.T
-            diagonal = (outside - U @ (U.T @ outside)).diagonal().clamp_min(0)
+            outside = outside - U @ (U.T @ outside)
+            if basis is not None:
+                rotated = basis.coordinates(outside.to(directions.dtype))
+                outside = basis.coordinates(rotated.T).to(H.dtype)
+            diagonal = outside.diagonal().clamp_min(0)
         return DirectionalMoments(
             found.n_samples,
             (U * HU).sum(0),

@@ -7,6 +7,7 @@ layers: every parameter with the shape of a matrix has them.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,11 +17,15 @@ from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.eigenpairs import supported
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
 
 _LARGEST_SIDE = 4096
 """A side longer than this keeps its axes: its eigenvectors would cost its cube."""
+
+_SUPPORTED = 1e-10
+"""Eigenvalues of a factor below this fraction of its largest are rounding."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,29 @@ class KroneckerFactors:
 
     def basis(self, dtype: torch.dtype) -> BasisBlock:
         """Eigenvectors of both sides, by decreasing eigenvalue."""
-        return BasisBlock(
-            len(self.left), len(self.right), _eigenvectors(self.left, dtype), _eigenvectors(self.right, dtype)
-        )
+        left, right = (None if pairs is None else pairs[1].to(dtype) for pairs in self._eigenpairs)
+        return BasisBlock(len(self.left), len(self.right), left, right)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """How many eigenvectors of each side the samples support; all of a side that keeps its axes."""
+        sides = zip((self.left, self.right), self._eigenpairs, strict=True)
+        left, right = (len(side) if pairs is None else supported(pairs[0], _SUPPORTED) for side, pairs in sides)
+        return left, right
+
+    def averaged_over_null(self, values: Tensor) -> Tensor:
+        """Values along the basis, (o · i,), with their mean wherever eigenvectors have no support in the samples."""
+        left, right = self.ranks
+        M = values.reshape(len(self.left), len(self.right)).clone()
+        if left < len(M):
+            M[left:] = M[left:].mean(0)
+        if right < M.shape[1]:
+            M[:, right:] = M[:, right:].mean(1, keepdim=True)
+        return M.flatten()
+
+    @cached_property
+    def _eigenpairs(self) -> list[tuple[Tensor, Tensor] | None]:
+        return [None if side.ndim == 1 else _decreasing(side) for side in (self.left, self.right)]
 
     def diagonal_in(self, block: BasisBlock) -> Tensor:
         """Curvature along the vectors of a basis, (o · i,)."""
@@ -175,8 +200,9 @@ def _trace_preserving(left: Tensor, right: Tensor) -> KroneckerFactors:
     return KroneckerFactors(left, right / total if bool(total != 0) else right)
 
 
-def _eigenvectors(factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return torch.linalg.eigh(factor)[1].flip(1).to(dtype) if factor.ndim == 2 else None
+def _decreasing(factor: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(factor)
+    return values.flip(0), vectors.flip(1)
 
 
 def _diagonal_in(factor: Tensor, basis: Tensor | None) -> Tensor:

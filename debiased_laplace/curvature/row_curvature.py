@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,6 +81,16 @@ class RowCurvature(SubBatchCurvature):
             return self
         return RowCurvature(self.network, self.samples, self.root, seed=self.seed + 1, progress_bar=self.progress_bar)
 
+    def part(self, positions: Int64[Tensor, " m"]) -> "RowCurvature":
+        """The mean curvature of some of the samples; kept rows are shared out."""
+        some = self.samples.at(positions)
+        part = RowCurvature(self.network, some, self.root, seed=self.seed, progress_bar=False)
+        if self._stacked is not None:
+            rows = self._stacked.rows.unflatten(0, (-1, self.rows_per_sample))[positions.to(self._stacked.rows.device)]
+            part._hold(rows.flatten(0, 1))
+        part._used = self._used
+        return part
+
     def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Batches, and what the root needs to know of each sample: the same draws at every pass."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -110,14 +120,17 @@ class RowCurvature(SubBatchCurvature):
     def stacked_rows(self) -> GramFactor:
         """All rows in one matrix, kept; those of a sample are next to each other."""
         if self._stacked is None:
-            r, P = self.rows_per_sample, self.network.n_parameters
-            rows = self.network.like.new_empty(self.n_rows, P)
+            rows = self.network.like.new_empty(self.n_rows, self.network.n_parameters)
             start = 0
             for block in self.rows():
                 rows[start : start + len(block) * block.shape[1]] = block.flatten(0, 1)
                 start += len(block) * block.shape[1]
-            owner = torch.arange(self.n_samples, device=rows.device).repeat_interleave(r)
-            self._stacked = GramFactor(rows, owner, self.n_samples)
+            return self._hold(rows)
+        return self._stacked
+
+    def _hold(self, rows: Float[Tensor, "R P"]) -> GramFactor:
+        owner = torch.arange(self.n_samples, device=rows.device).repeat_interleave(self.rows_per_sample)
+        self._stacked = GramFactor(rows, owner, self.n_samples)
         return self._stacked
 
     def keep_rows(self) -> None:
@@ -134,12 +147,15 @@ class RowCurvature(SubBatchCurvature):
         """Products with H, each batch made ready once and kept."""
         return RowProducts(self)
 
-    def moments(self, directions: Float[Tensor, "P k"], residual: Residual = "none") -> DirectionalMoments:
+    def moments(
+        self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
+    ) -> DirectionalMoments:
         """Curvature along directions, its spread over samples, and what is left outside, in one pass.
 
         Args:
             directions: orthonormal columns.
             residual: what to say about the complement of the directions.
+            basis: in whose coordinates the residual's diagonal is; None for the axes.
 
         Returns:
             The moments; sums are kept in double precision.
@@ -157,7 +173,7 @@ class RowCurvature(SubBatchCurvature):
                 if residual == "trace":
                     trace += rows.to(trace.dtype).square().sum()
                 if residual == "diagonal":
-                    diagonal += (rows - projections @ directions.T).square().sum((0, 1))
+                    diagonal += summed_squares(rows - projections @ directions.T, basis)
             sums.add(quadratics)
         return sums.moments(trace if residual == "trace" else None, diagonal if residual == "diagonal" else None)
 
@@ -237,6 +253,11 @@ class RowCurvature(SubBatchCurvature):
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
+
+
+def summed_squares(rows: Float[Tensor, "n r P"], basis: KroneckerBasis | None) -> Float[Tensor, " P"]:
+    """Squared coordinates of all rows, summed; in a basis if there is one."""
+    return rows.square().sum((0, 1)) if basis is None else basis.summed_squares(rows).sum(0)
 
 
 class RowProducts:

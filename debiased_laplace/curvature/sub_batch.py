@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.curvature.network import Network
@@ -24,7 +24,8 @@ class DirectionalMoments:
         means: $u_i^\top H u_i$.
         standard_deviations: of the per-sample values $u_i^\top H_n u_i$ (ddof 1).
         trace: of H; only where it was asked for.
-        residual_diagonal: diagonal of $(I - UU^\top) H (I - UU^\top)$; only where it was asked for.
+        residual_diagonal: diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis if one was given; only where it was
+            asked for.
     """
 
     n_samples: int
@@ -38,6 +39,7 @@ class SubBatchCurvature(ABC):
     """The mean curvature H of some samples, never formed unless asked for."""
 
     network: Network
+    progress_bar: bool
 
     @property
     @abstractmethod
@@ -64,8 +66,14 @@ class SubBatchCurvature(ABC):
         return self
 
     @abstractmethod
-    def moments(self, directions: Float[Tensor, "P k"], residual: Residual = "none") -> DirectionalMoments:
-        """Curvature along directions, its spread over samples, and what is left outside."""
+    def part(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":
+        """The mean curvature of some of the samples, by their increasing positions among them."""
+
+    @abstractmethod
+    def moments(
+        self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
+    ) -> DirectionalMoments:
+        """Curvature along directions, its spread over samples, and what is left outside (its diagonal in a basis)."""
 
     @abstractmethod
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:

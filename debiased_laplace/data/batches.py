@@ -45,6 +45,12 @@ class Batch:
         pairs = zip(split(self.inputs, size), self.targets.split(size), strict=True)
         return [Batch(x, y) for x, y in pairs]
 
+    def at(self, positions: Int64[Tensor, " m"]) -> "Batch":
+        """The samples at these positions."""
+        return Batch(
+            on_each(self.inputs, lambda t: t[positions.to(t.device)]), self.targets[positions.to(self.targets.device)]
+        )
+
     def first(self, n: int) -> "Batch":
         """The first n samples."""
         return Batch(on_each(self.inputs, lambda t: t[:n]), self.targets[:n])

@@ -37,6 +37,18 @@ class Samples:
         for batch in loaded:
             yield batch.to(self.device)
 
+    def at(self, positions: Int64[Tensor, " m"]) -> "Samples":
+        """Those at these positions, increasing, among the samples."""
+        chosen = Samples(self.source, self.indices[positions], self.device, self.seed)
+        if self.kept is None:
+            return chosen
+        parts, start = [], 0
+        for batch in self.kept:
+            inside = positions[(positions >= start) & (positions < start + len(batch))] - start
+            parts += [batch.at(inside)] if len(inside) else []
+            start += len(batch)
+        return chosen.keeping(parts)
+
     def keeping(self, batches: list[Batch]) -> "Samples":
         """The same samples, held in memory."""
         return Samples(self.source, self.indices, self.device, self.seed, tuple(batches))

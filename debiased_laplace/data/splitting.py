@@ -20,6 +20,7 @@ class SubBatches:
         magnitude_indices: likewise; disjoint from the direction indices unless `shared`.
         n_data: size N of the data set that the likelihood stands for.
         shared: both sets are the same samples (every sample does both jobs).
+        folds: of cross-fitting, the fold (0, 1, …) of every sample; None without.
 
     Raises:
         OverlapError: if the sets overlap without being shared, or a sample comes twice.
@@ -30,6 +31,7 @@ class SubBatches:
     magnitude_indices: Int64[Tensor, " b"]
     n_data: int
     shared: bool
+    folds: Int64[Tensor, " a"] | None = None
 
     def __post_init__(self) -> None:
         for indices in (self.direction_indices, self.magnitude_indices):
@@ -39,6 +41,8 @@ class SubBatches:
             raise OverlapError("Shared sub-batches must be the same samples.")
         if not self.shared and bool(torch.isin(self.direction_indices, self.magnitude_indices).any()):
             raise OverlapError("Direction and magnitude samples must be disjoint.")
+        if self.folds is not None and (not self.shared or self.folds.shape != self.direction_indices.shape):
+            raise ValueError("Folds are of shared samples, one number for each.")
         if self.n_data < self.n_samples:
             raise ValueError(
                 f"n_data is the size of the data set that the likelihood stands for, the given samples "
@@ -71,6 +75,7 @@ def draw_sub_batches(
     shared: bool,
     n_data: int | None,
     seed: int,
+    n_folds: int | None = None,
 ) -> SubBatches:
     """Draw the sub-batches from the samples that a loader yields.
 
@@ -81,6 +86,7 @@ def draw_sub_batches(
         shared: let every drawn sample do both jobs.
         n_data: size of the data set that the likelihood stands for; None: the given samples.
         seed: of the draw.
+        n_folds: of cross-fitting, into which shared samples are dealt out evenly; None for none.
 
     Returns:
         The index sets.
@@ -118,8 +124,16 @@ def draw_sub_batches(
     second = order[n_directions : n_directions + n_magnitudes].sort().values
     if shared:
         both = torch.cat([first, second]).sort().values
-        return SubBatches(both, both, n_data, shared=True)
+        folds = None if n_folds is None else _deal(len(both), n_folds, generator)
+        return SubBatches(both, both, n_data, shared=True, folds=folds)
     return SubBatches(first, second, n_data, shared=False)
+
+
+def _deal(n: int, n_folds: int, generator: torch.Generator) -> Tensor:
+    """The fold of every sample, sizes differing by one at most."""
+    if n < n_folds:
+        raise ValueError(f"n_folds={n_folds} needs a sample for every fold; expected at least {n_folds}, got {n}.")
+    return (torch.arange(n) % n_folds)[torch.randperm(n, generator=generator)]
 
 
 def _count(amount: Amount, n: int, name: str) -> int:

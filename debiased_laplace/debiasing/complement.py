@@ -9,12 +9,13 @@ from torch import Tensor
 from debiased_laplace.curvature.sub_batch import Residual
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
-ComplementKind = Literal["none", "isotropic", "diagonal"]
+ComplementKind = Literal["none", "isotropic", "diagonal", "kron"]
 
 RESIDUAL_OF: dict[ComplementKind, Residual] = {
     "none": "none",
     "isotropic": "trace",
     "diagonal": "diagonal",
+    "kron": "diagonal",
 }
 """What has to be measured on the samples for each kind."""
 
@@ -25,7 +26,7 @@ class LowRankCurvature:
 
     Attributes:
         diagonal: D; one number where it is isotropic.
-        directions: U.
+        directions: U, in the coordinates of the basis.
         weights: m, which is not the curvature along the directions where D adds to it.
         basis: K; None for the axes.
     """
@@ -58,10 +59,12 @@ def diagonal(
     directions: Float[Tensor, "P k"],
     magnitudes: Float[Tensor, " k"],
     residual: Float[Tensor, " P"],
+    basis: KroneckerBasis | None = None,
 ) -> LowRankCurvature:
-    r"""The diagonal of $(I - UU^\top) H (I - UU^\top)$: non-negative, and the trace of H is kept.
+    r"""The diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis: non-negative, and the trace of H is kept.
 
     It adds curvature along the directions too, $u_i^\top D u_i$; taking that off the magnitudes would keep their values
     and lose as much of the trace.
     """
-    return LowRankCurvature(residual.to(magnitudes.dtype), directions, magnitudes)
+    rotated = directions if basis is None else basis.coordinates(directions.T).T.contiguous()
+    return LowRankCurvature(residual.to(magnitudes.dtype), rotated, magnitudes, basis)

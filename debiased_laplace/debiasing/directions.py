@@ -46,7 +46,7 @@ def find_directions(
             converge.
     """
     if threshold is None:
-        threshold = SUPPORTED if rank is None else REQUESTED
+        threshold = threshold_of(rank)
     chosen = choose_solver(curvature, rank) if solver == "auto" else solver
     if chosen == "lanczos":
         pairs = _by_lanczos(curvature, rank, threshold, seed)
@@ -61,6 +61,11 @@ def find_directions(
             stacklevel=2,
         )
     return pairs
+
+
+def threshold_of(rank: int | None) -> float:
+    """The smallest eigenvalue that counts, relative to the largest."""
+    return SUPPORTED if rank is None else REQUESTED
 
 
 def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gram", "lanczos"]:
@@ -93,21 +98,32 @@ def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eig
     return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
 
 
-def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float, seed: int) -> Eigenpairs:
+def lanczos_pairs(curvature: SubBatchCurvature, k: int, threshold: float, seed: int) -> Eigenpairs:
+    """At most k leading eigenpairs above the threshold, by products only.
+
+    Warns:
+        UserWarning: if Lanczos did not converge.
+    """
     network = curvature.network
-    limit = min(network.n_parameters, curvature.n_rows)
-    k = min(LANCZOS_RANK if rank is None else rank, limit)
     # a regression's last layer repeats every eigenvalue once per output
     repeated = network.n_outputs if network.likelihood.name == "regression" else 1
+    k = min(k, network.n_parameters, curvature.n_rows)
     pairs = lanczos(curvature.linear_map(), network.like, k, block_size=min(repeated, _LARGEST_BLOCK), seed=seed)
     if not pairs.outcome.converged:
-        warnings.warn(f"Lanczos did not converge: {pairs.outcome.reason}.", stacklevel=3)
+        warnings.warn(f"Lanczos did not converge: {pairs.outcome.reason}.", stacklevel=4)
     n = supported(pairs.values, threshold)
-    if rank is None and n == k < limit:
+    return Eigenpairs(pairs.values[:n], pairs.vectors[:, :n], pairs.residuals[:n], pairs.outcome)
+
+
+def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float, seed: int) -> Eigenpairs:
+    limit = min(curvature.network.n_parameters, curvature.n_rows)
+    k = min(LANCZOS_RANK if rank is None else rank, limit)
+    pairs = lanczos_pairs(curvature, k, threshold, seed)
+    if rank is None and len(pairs.values) == k < limit:
         warnings.warn(
             f"All directions of {curvature.n_samples} direction samples would take more than a quarter of the free "
             f"memory, or the eigenvectors of a matrix of more than {_LARGEST_SIDE:,} rows: rank=None means the {k} "
             "leading directions here. Pass rank, or fewer direction_samples.",
             stacklevel=3,
         )
-    return Eigenpairs(pairs.values[:n], pairs.vectors[:, :n], pairs.residuals[:n], pairs.outcome)
+    return pairs

@@ -1,5 +1,7 @@
 """The Kronecker posterior's curvature: an eigenbasis from some samples, the curvature along it from others."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,44 +14,50 @@ from debiased_laplace.curvature.kronecker import (
     row_matrix_factors,
 )
 from debiased_laplace.curvature.row_curvature import NOBODY, RowCurvature
-from debiased_laplace.curvature.sub_batch import SubBatchCurvature
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.debiasing.complement import LowRankCurvature
-from debiased_laplace.debiasing.magnitudes import Magnitudes, floored, held_out, same_batch
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
+from debiased_laplace.debiasing.cross_fitting import Fold, each_fold, pooled
+from debiased_laplace.debiasing.magnitudes import Magnitudes, cross_fitted, floored, held_out, same_batch
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
-def estimate_kronecker(
-    a: SubBatchCurvature, b: SubBatchCurvature | None, n_data: int, options: EstimatorOptions
-) -> CurvatureEstimate:
-    """Eigenbasis from a, magnitudes from b; from a as well where there is no b.
+def estimate_kronecker(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstimate:
+    """An eigenbasis, then magnitudes: from other samples, from other folds, or from the same samples.
 
     Args:
-        a: curvature of the direction samples.
-        b: curvature of the magnitude samples, disjoint from them; None for the biased estimate.
-        n_data: N.
+        split: curvature of the samples, by what they are used for.
         options: basis, magnitudes and K-FAC's approximation.
 
     Returns:
         The estimate, with the magnitudes as a diagonal in the basis.
     """
-    if isinstance(a, RowCurvature) and options.kron_basis == "row_matrices" and a.linear_layer is None:
-        a.keep_rows()
+    a, b = split.directions, split.magnitudes
+    keep_rows_for_factors(a, options)
     factors, who = factors_of(a, options)
     basis = kronecker_basis(factors, a.network.like.dtype)
     if options.kron_magnitudes == "exact":
-        magnitudes = _exact(a, b, basis, n_data)
+        magnitudes = _exact(split, basis, options)
     else:
-        # draws that the basis has been chosen by would count twice
-        again = factors_of(a.redrawn(), options)[0] if b is not None and a.is_random else factors
-        magnitudes = _from_factors((factors, again), b, basis, a.n_samples / n_data, options)
+        magnitudes = _from_factors(split, factors, basis, options)
     like = a.network.like
     magnitudes = magnitudes.to(like.dtype)
     curvature = LowRankCurvature(magnitudes.values, like.new_zeros(len(like), 0), like.new_zeros(0), basis)
     outcome = SolverOutcome("dense", True, 0, "all eigenvectors of every pair of Kronecker factors")
     source = joined(who, (a if b is None else b).source)
     return CurvatureEstimate(curvature, magnitudes, outcome, source)
+
+
+def keep_rows_for_factors(curvature: SubBatchCurvature, options: EstimatorOptions) -> None:
+    """Rows that give the factors are needed again; those of a last linear layer need no forming."""
+    if isinstance(curvature, RowCurvature) and options.kron_basis == "row_matrices" and curvature.linear_layer is None:
+        curvature.keep_rows()
+
+
+def basis_from(curvature: SubBatchCurvature, options: EstimatorOptions) -> KroneckerBasis:
+    """The Kronecker eigenbasis of some samples."""
+    return kronecker_basis(factors_of(curvature, options)[0], curvature.network.like.dtype)
 
 
 def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple[list[KroneckerFactors], str]:
@@ -89,27 +97,56 @@ def joined(*sources: str) -> str:
     return " and ".join(sorted(names - {NOBODY}))
 
 
-def _exact(a: SubBatchCurvature, b: SubBatchCurvature | None, basis: KroneckerBasis, n_data: int) -> Magnitudes:
+def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptions) -> Magnitudes:
+    a, b, n_data = split.directions, split.magnitudes, split.n_data
     seen_by_a = a.coordinate_moments(basis)
-    if b is None:
+    in_sample = seen_by_a.means
+    if b is None and split.folds is None:
         deviations = seen_by_a.standard_deviations
-        return same_batch(seen_by_a.means, deviations, n=a.n_samples, n_data=n_data, drawn=a.is_random)
+        return same_batch(in_sample, deviations, n=a.n_samples, n_data=n_data, drawn=a.is_random)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
-    return held_out(seen_by_a.means, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
+    if b is not None:
+        return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
+    assert split.folds is not None  # for the type checker
+    found = []
+    for fold in each_fold(split.folds, progress_bar=a.progress_bar):
+        found.append(_fold_along_others(a, fold, options))
+    return cross_fitted(in_sample, pooled(found), n_data=n_data, redrawn=redrawn, decreasing=False)
+
+
+def _fold_along_others(batch: SubBatchCurvature, fold: Fold, options: EstimatorOptions) -> DirectionalMoments:
+    """A fold's curvature along the other folds' basis; where that has no support, vectors are anybody's: their mean."""
+    factors, _ = factors_of(batch.part(fold.others), options)
+    seen = batch.part(fold.held).coordinate_moments(kronecker_basis(factors, batch.network.like.dtype))
+
+    def averaged(values: Tensor) -> Tensor:
+        blocks = values.split([len(f.left) * len(f.right) for f in factors])
+        return torch.cat([f.averaged_over_null(block) for f, block in zip(factors, blocks, strict=True)])
+
+    return replace(
+        seen, means=averaged(seen.means), standard_deviations=averaged(seen.standard_deviations.square()).sqrt()
+    )
 
 
 def _from_factors(
-    of_a: tuple[list[KroneckerFactors], list[KroneckerFactors]],
-    b: SubBatchCurvature | None,
-    basis: KroneckerBasis,
-    f: float,
-    options: EstimatorOptions,
+    split: SplitCurvature, factors: list[KroneckerFactors], basis: KroneckerBasis, options: EstimatorOptions
 ) -> Magnitudes:
     """Products of the factors' own curvatures along the basis: unbiased factor by factor only."""
-    in_sample, share_of_a = (_diagonal(factors, basis) for factors in of_a)
-    if b is None:
+    a, b, f = split.directions, split.magnitudes, split.share
+    in_sample = _diagonal(factors, basis)
+    if b is None and split.folds is None:
         return floored(in_sample, None, in_sample)
-    return floored(f * share_of_a + (1 - f) * _diagonal(factors_of(b, options)[0], basis), None, in_sample)
+    # draws that the basis has been chosen by would count twice
+    share_of_a = _diagonal(factors_of(a.redrawn(), options)[0], basis) if a.is_random else in_sample
+    if b is not None:
+        return floored(f * share_of_a + (1 - f) * _diagonal(factors_of(b, options)[0], basis), None, in_sample)
+    assert split.folds is not None  # for the type checker
+    c = torch.zeros_like(in_sample)
+    for fold in each_fold(split.folds, progress_bar=a.progress_bar):
+        others = basis_from(a.part(fold.others), options)
+        held = factors_of(a.part(fold.held), options)[0]
+        c += len(fold.held) / a.n_samples * _diagonal(held, others)
+    return floored(f * share_of_a + (1 - f) * c, None, in_sample)
 
 
 def _diagonal(factors: list[KroneckerFactors], basis: KroneckerBasis) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from debiased_laplace.curvature.sub_batch import DirectionalMoments
@@ -73,6 +74,43 @@ def held_out(
         of_b = (1 - f) ** 2 * b.standard_deviations.square() / b.n_samples
         errors = (of_a + of_b).sqrt()
     return floored(values.to(in_sample.dtype), errors, in_sample)
+
+
+def cross_fitted(
+    in_sample: Float[Tensor, " k"],
+    folds: DirectionalMoments,
+    *,
+    n_data: int,
+    redrawn: DirectionalMoments | None = None,
+    decreasing: bool,
+) -> Magnitudes:
+    r"""$f \lambda_i(H_B) + (1 - f) c_i$ with $f = |B| / N$: $c_i$ is what folds say along others' i-th direction.
+
+    Valid only if folds are of samples and B is drawn from all N. At B = N it is the full batch itself.
+
+    Args:
+        in_sample: $u_i^\top H_B u_i$.
+        folds: pooled moments of the folds, matched by index.
+        n_data: N.
+        redrawn: for a Monte-Carlo curvature, moments along the directions with fresh draws, in place of `in_sample`.
+        decreasing: whether the true values are known to decrease with the index, as those of eigenvectors do on
+            average: $c_i$ is made non-increasing by isotonic regression, which keeps its sum.
+
+    Returns:
+        The magnitudes; their standard errors, from the spread of all samples, are approximate: B stands for the rest
+        of the data, of which it is no part, so that $\sqrt{(1 - f) / |B|}$ takes the place of $1 / \sqrt{|B|}$.
+    """
+    n = folds.n_samples
+    f = n / n_data
+    c = _non_increasing(folds.means) if decreasing else folds.means
+    share = in_sample if redrawn is None else redrawn.means
+    errors = ((1.0 if redrawn is not None else 1 - f) / n) ** 0.5 * folds.standard_deviations
+    return floored((f * share + (1 - f) * c).to(in_sample.dtype), errors, in_sample)
+
+
+def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    fitted = isotonic_regression(values.cpu().numpy(), increasing=False)
+    return torch.from_numpy(fitted.x.copy()).to(values)
 
 
 def same_batch(

@@ -7,6 +7,7 @@ direction whose eigenvalue is a million times below the largest.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,8 +34,9 @@ class GramFactor:
     sample_of_row: Int64[Tensor, " R"]
     n_samples: int
 
+    @cached_property
     def gram(self) -> Float[Tensor, "R R"]:
-        r"""$V V^\top / n$ in double precision."""
+        r"""$V V^\top / n$ in double precision; kept, because folds are sub-blocks of it."""
         return row_products(self.rows, accumulation_dtype(self.rows)) / self.n_samples
 
     def eigenpairs(self, threshold: float, rank: int | None = None) -> Eigenpairs:
@@ -47,7 +49,7 @@ class GramFactor:
         Returns:
             The leading pairs; residuals are rounding, estimated from the Gram side.
         """
-        values, W = torch.linalg.eigh(self.gram())
+        values, W = torch.linalg.eigh(self.gram)
         values, W = values.flip(0), W.flip(1)
         k = supported(values, threshold)
         dropped = _largest_after(values, k)

@@ -18,7 +18,7 @@ from debiased_laplace.posterior.fitting import Fit
 from debiased_laplace.posterior.hyperparameters import estimator_options
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
-VERSION = 2
+VERSION = 3
 
 
 def state_of(la: PredictiveInterface) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
         "split_direction_indices": split.direction_indices,
         "split_magnitude_indices": split.magnitude_indices,
         "split_shared": split.shared,
+        "split_folds": torch.zeros(0, dtype=torch.int64) if split.folds is None else split.folds,
         "samples_hashes": identities.hashes,
         "samples_positions": identities.positions,
         "samples_n_root": identities.n_root,
@@ -116,6 +117,7 @@ def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         state["split_magnitude_indices"].clone(),
         state["n_data"],
         state["split_shared"],
+        state["split_folds"].clone() if len(state["split_folds"]) else None,
     )
     identities = SampleIdentities(
         state["samples_hashes"].clone(),
@@ -181,7 +183,7 @@ def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
 
 
 def _basis(state: dict[str, Any], like: Tensor) -> KroneckerBasis | None:
-    if state["option_structure"] != "kron":
+    if "kron" not in (state["option_structure"], state["option_complement"]):
         return None
     blocks: list[BasisBlock] = []
     for i in range(state["basis_n_blocks"]):

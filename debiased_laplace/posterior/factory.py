@@ -16,10 +16,11 @@ def DebiasedLaplace(
     hessian_structure: str = "lowrank",
     *,
     rank: int | None = None,
-    magnitudes: Literal["held_out", "same_batch"] = "held_out",
+    magnitudes: Literal["held_out", "cross_fitted", "same_batch"] = "held_out",
     direction_samples: int | float = 0.5,
     magnitude_samples: int | float | None = None,
-    complement: Literal["none", "isotropic", "diagonal"] = "none",
+    n_folds: int = 8,
+    complement: Literal["none", "isotropic", "diagonal", "kron"] = "none",
     solver: Literal["auto", "gram", "lanczos"] = "auto",
     seed: int = 0,
     kron_basis: Literal["row_matrices", "kfac"] = "row_matrices",
@@ -50,12 +51,15 @@ def DebiasedLaplace(
         hessian_structure: "lowrank": low rank plus diagonal; "kron": curvature along every vector of a Kronecker basis;
             "full": every direction, for few parameters.
         rank: (lowrank) number of directions; None: every one that the direction samples support, within memory.
-        magnitudes: "held_out": curvature along the directions from other samples than the directions. "same_batch":
-            both from the same samples, the biased way, for comparison.
+        magnitudes: "held_out": curvature along the directions from other samples than the directions. "cross_fitted":
+            every sample gives both, but never both at once: samples are dealt into folds, and each fold is measured
+            along the directions of the others. "same_batch": both from the same samples, the biased way, for
+            comparison.
         direction_samples: samples for the directions, a number or a share of those given to `fit`.
         magnitude_samples: samples for the magnitudes; None: all the rest.
-        complement: (lowrank) curvature outside the directions: "none" (the prior alone), "isotropic" (their mean) or
-            "diagonal".
+        n_folds: (cross_fitted) how many folds.
+        complement: (lowrank) curvature outside the directions: "none" (the prior alone), "isotropic" (their mean),
+            "diagonal", or "kron": a diagonal in the eigenbasis of the parameters' Kronecker factors.
         solver: (lowrank) "gram" (all rows at once), "lanczos" (products only) or "auto".
         seed: of the split, of any start vector and of Monte-Carlo draws.
         kron_basis: (kron) eigenvectors of the summed row matrices of each parameter, "row_matrices", or of K-FAC's
@@ -102,6 +106,7 @@ def DebiasedLaplace(
         magnitudes=magnitudes,
         direction_samples=direction_samples,
         magnitude_samples=magnitude_samples,
+        n_folds=n_folds,
         complement=complement,
         solver=solver,
         seed=seed,

@@ -69,12 +69,13 @@ class FittedPosterior(PriorAndNoise):
             ValueError: for a Kronecker posterior, whose P directions are products of small bases.
         """
         curvature = self.fitted.estimate.curvature
-        if curvature.basis is not None:
+        if self._options.structure == "kron":
             raise ValueError(
                 "A Kronecker posterior holds no matrix of directions; expected hessian_structure='lowrank' or 'full'. "
                 "`posterior_precision.basis` maps vectors to its coordinates, in which `directional_curvatures` stand."
             )
-        return curvature.directions
+        U, basis = curvature.directions, curvature.basis
+        return U if basis is None else basis.vectors(U.T).T
 
     @property
     def directional_curvatures(self) -> Float[Tensor, " k"]:

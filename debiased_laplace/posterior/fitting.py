@@ -23,7 +23,7 @@ from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, root_length, sample_source
 from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
 from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
 from debiased_laplace.errors import RepeatedSamplesError
 from debiased_laplace.posterior.backends import BackendChoice
 
@@ -109,9 +109,10 @@ def fit_curvature(
         source.indices,
         direction_samples=split_options.direction_samples,
         magnitude_samples=split_options.magnitude_samples,
-        shared=options.magnitudes == "same_batch",
+        shared=options.magnitudes != "held_out",
         n_data=n_data,
         seed=seed,
+        n_folds=options.n_folds if options.magnitudes == "cross_fitted" else None,
     )
     model = problem.model
     with (
@@ -134,7 +135,8 @@ def fit_curvature(
         ]
         identities = _identities(source, split, surveys, augmented=augmented)
         curvatures = _curvatures(problem, network, some, surveys, seed, progress_bar=progress_bar)
-        estimated = estimate(curvatures[0], None if split.shared else curvatures[1], split.n_data, options)
+        roles = SplitCurvature(curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data)
+        estimated = estimate(roles, options)
     loss = sum(found.loss for found in surveys) * split.n_data / split.n_samples
     # a backend's copies of the model have done their work: they are large, and some cannot be pickled
     fit = Fit(split, identities, estimated, loss, network.n_outputs, replace(network, foreign=None))
@@ -188,7 +190,7 @@ def _identities(source: SampleSource, split: SubBatches, surveys: list[Survey], 
     root, positions = source.root()
     hashes = torch.cat([found.hashes for found in surveys])
     identities = SampleIdentities(hashes, positions[split.used_indices], root_length(root, positions), augmented, root)
-    if identities.n_repeated and not split.shared:
+    if identities.n_repeated and not (split.shared and split.folds is None):
         positions, order = split.used_indices.sort()
         raise RepeatedSamplesError(positions[_repeats(hashes[order])])
     return identities

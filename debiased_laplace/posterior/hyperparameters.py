@@ -72,8 +72,8 @@ def name_of(option: object) -> str:
 
 _PLANNED = {
     "direction_samples": ("auto",),
-    "magnitudes": ("cross_fitted", "auto"),
-    "complement": ("kron", "auto"),
+    "magnitudes": ("auto",),
+    "complement": ("auto",),
     "rank": ("auto",),
 }
 
@@ -150,7 +150,10 @@ def estimator_options(structure: Structure, options: dict[str, Any]) -> Estimato
     rank = None if rank is None else integer(rank, "rank (an integer or None)")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, or None; got {rank!r}.")
-    numbers = {"rank": rank, "seed": integer(options["seed"], "seed")}
+    n_folds = integer(options["n_folds"], "n_folds")
+    if n_folds < 2:
+        raise ValueError(f"n_folds must be at least 2; got {n_folds}.")
+    numbers = {"rank": rank, "seed": integer(options["seed"], "seed"), "n_folds": n_folds}
     checked = EstimatorOptions(structure=structure, **{**options, **numbers})
     _check_structure(checked)
     return checked
@@ -172,7 +175,8 @@ def _check_structure(options: EstimatorOptions) -> None:
     defaults.update(rank=None, complement="none", solver="auto")
     for name, structures in _STRUCTURE_OF.items():
         value = getattr(options, name)
-        if options.structure not in structures and value != defaults[name]:
+        of_complement = options.complement == "kron" and name in ("kron_basis", "kfac_approx")
+        if options.structure not in structures and value != defaults[name] and not of_complement:
             raise ValueError(
                 f"{name} is of hessian_structure={' or '.join(map(repr, structures))}; got {name}={value!r} with "
                 f"{options.structure!r}."

@@ -40,6 +40,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
         magnitudes: str = "held_out",
         direction_samples: int | float = 0.5,
         magnitude_samples: int | float | None = None,
+        n_folds: int = 8,
         complement: str = "none",
         solver: str = "auto",
         seed: int = 0,
@@ -67,6 +68,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
                 "complement": complement,
                 "solver": solver,
                 "seed": seed,
+                "n_folds": n_folds,
                 "kron_basis": kron_basis,
                 "kron_magnitudes": kron_magnitudes,
                 "kfac_approx": kfac_approx,
@@ -80,7 +82,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
             BackendChoice.of(backend, backend_kwargs),
             MappingKeys(dict_key_x, dict_key_y),
         )
-        self._prior_of_blocks = self._structure == "kron"
         self._selection = self._problem.subset.select(model)
         self._fit: Fit | None = None
         super().__init__(
@@ -99,6 +100,10 @@ class DebiasedParametricLaplace(PredictiveInterface):
         else:
             # as laplace-torch: not known before the first forward pass
             self.__dict__.update(n_params=None, n_layers=None, mean=None)
+
+    @property
+    def _prior_of_blocks(self) -> bool:
+        return "kron" in (self._structure, self._options.complement)
 
     def _init_H(self) -> None:
         self.H = None
@@ -236,25 +241,30 @@ class DebiasedParametricLaplace(PredictiveInterface):
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
 
-    def held_out_kl(self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None) -> HeldOutKL:
+    def held_out_kl(
+        self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None, *, progress_bar: bool = False
+    ) -> HeldOutKL:
         """Distance to the full-batch posterior in nats, up to a constant that posteriors of this model share.
+
+        `debiased_laplace.held_out_kl` is the same for these and for laplace-torch's own posteriors.
 
         Args:
             loader: training samples left out of the fit; None only where all `n_data` samples were fitted.
             fitted_loader: the fitted samples, whose share is then exact.
+            progress_bar: show progress.
 
         Returns:
             The estimate, with its standard error; differences of two are paired by sample.
 
         Raises:
             OverlapError: if a sample of the loader was fitted.
-            ValueError: if `fitted_loader` does not yield the fitted samples.
+            ValueError: if `fitted_loader` does not yield the fitted samples, or the model's weights have changed.
 
         Warns:
             UserWarning: if the fitted samples' share is above a tenth and missing.
         """
         with torch.inference_mode(False):
-            return judging.held_out_kl(self, loader, fitted_loader)
+            return judging.judged(judging.debiased_candidate(self), loader, fitted_loader, progress_bar=progress_bar)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, strings and numbers that `load_state_dict` restores the posterior from, beside the same weights."""

@@ -16,8 +16,11 @@ class PriorAndNoise(ParametricLaplace):
     _selection: ParameterSelection | None = None
     # the posterior precision under the present hyper-parameters, once it was asked for
     _precision: LowRankPlusDiagonal | None = None
-    # whether the prior has to be the same for all entries of a parameter
-    _prior_of_blocks = False
+
+    @property
+    def _prior_of_blocks(self) -> bool:
+        """Whether the prior has to be the same for all entries of a parameter."""
+        return False
 
     @property
     def prior_precision(self) -> Tensor:
@@ -106,8 +109,8 @@ class PriorAndNoise(ParametricLaplace):
             return prior
         if self._prior_of_blocks:
             raise ValueError(
-                f"A Kronecker posterior takes one prior_precision, or one per parameter tensor ({n_tensors}), because "
-                f"its basis mixes the entries of a tensor; got {len(prior)}."
+                f"A Kronecker posterior or complement takes one prior_precision, or one per parameter tensor "
+                f"({n_tensors}), because its basis mixes the entries of a tensor; got {len(prior)}."
             )
         if len(prior) != P:
             raise ValueError(

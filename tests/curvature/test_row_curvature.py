@@ -115,7 +115,7 @@ def test_stacked_rows_know_their_samples(name: str) -> None:
     for i in range(16):
         mine = factor.rows[factor.sample_of_row == i]
         assert_close(mine.T @ mine, of_samples[i])
-    assert_close(factor.gram(), factor.rows @ factor.rows.T / 16)
+    assert_close(factor.gram, factor.rows @ factor.rows.T / 16)
     assert_close(factor.rows.T @ factor.rows / 16, mean)
     assert c.stacked_rows() is factor  # kept
     assert_close(torch.cat(list(c.rows())).flatten(0, 1), factor.rows)

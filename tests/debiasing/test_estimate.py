@@ -14,7 +14,7 @@ from oracles import (
     dense_posterior_precision,
     mean_of,
 )
-from sub_batches import network_of, rows_of, samples_of, small_network
+from sub_batches import network_of, rows_of, samples_of, small_network, two_sets
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
@@ -71,7 +71,7 @@ def dense_precision(found: CurvatureEstimate, n_data: int = N_DATA) -> Tensor:
 def test_full_has_every_direction_and_one_mean_value_in_the_null_space(name: str, likelihood: str) -> None:
     network, X, y = small_network(name, likelihood)
     per_sample = oracle(name, likelihood)
-    found = estimate(rows_of(network, X, y, A), rows_of(network, X, y, B), N_DATA, options(structure="full"))
+    found = estimate(two_sets(rows_of(network, X, y, A), rows_of(network, X, y, B), N_DATA), options(structure="full"))
     expected = dense_low_rank_posterior(
         network.selection.model, X, likelihood, A, B, complement="isotropic", threshold=REQUESTED,
         per_sample=per_sample, **HYPER,
@@ -96,7 +96,7 @@ def test_full_has_every_direction_and_one_mean_value_in_the_null_space(name: str
 def test_full_reaches_further_down_than_a_rank_that_is_left_open() -> None:
     network, X, y = small_network("MLP", "regression")
     a, b = rows_of(network, X, y, ORDER[:36]), rows_of(network, X, y, ORDER[36:])
-    ranks = {s: len(estimate(a, b, 40, options(structure=s)).magnitudes.values) for s in ("full", "lowrank")}
+    ranks = {s: len(estimate(two_sets(a, b, 40), options(structure=s)).magnitudes.values) for s in ("full", "lowrank")}
     values = torch.linalg.eigvalsh(mean_of(oracle("MLP", "regression"), ORDER[:36]))
     assert ranks["full"] == int((values > 1e-10 * values[-1]).sum())
     assert ranks["lowrank"] == int((values > 1e-6 * values[-1]).sum()) < ranks["full"]
@@ -107,7 +107,7 @@ def test_full_of_all_the_data_is_the_full_batch(name: str) -> None:
     network, X, y = small_network(name)
     H = mean_of(oracle(name, "classification"), torch.arange(40))
     expected = dense_posterior_precision(H, n_data=40, prior_precision=0.37, sigma_noise=0.6, temperature=1.3)
-    whole = estimate(rows_of(network, X, y), None, 40, options(structure="full", magnitudes="same_batch"))
+    whole = estimate(two_sets(rows_of(network, X, y), None, 40), options(structure="full", magnitudes="same_batch"))
     close(dense_precision(whole, 40), expected)
     assert not whole.magnitudes.standard_errors.any()
 
@@ -116,7 +116,7 @@ def test_full_of_a_split_of_all_the_data_has_its_trace() -> None:
     network, X, y = small_network("MLP")
     H = mean_of(oracle("MLP", "classification"), torch.arange(40))
     a, b = rows_of(network, X, y, ORDER[:15]), rows_of(network, X, y, ORDER[15:])
-    found = estimate(a, b, 40, options(structure="full"))
+    found = estimate(two_sets(a, b, 40), options(structure="full"))
     U = found.curvature.directions
     close(found.magnitudes.values, (U * (H @ U)).sum(0))
     assert float(torch.trace(dense_precision(found, 40))) == pytest.approx(
@@ -141,7 +141,7 @@ def test_low_rank(complement: str, magnitudes: str, root: str) -> None:
     biased = magnitudes == "same_batch"
     a = rows_of(network, X, y, torch.cat([A, B]).sort().values if biased else A, **how)
     b = None if biased else rows_of(network, X, y, B, **how)
-    found = estimate(a, b, N_DATA, options(rank=4, complement=complement, magnitudes=magnitudes))
+    found = estimate(two_sets(a, b, N_DATA), options(rank=4, complement=complement, magnitudes=magnitudes))
     expected = dense_low_rank_posterior(
         model, X, "regression", A, B, rank=4, complement=complement, magnitudes=magnitudes,
         per_sample=per_sample, **HYPER,
@@ -172,7 +172,7 @@ def test_negative_magnitudes_of_a_hessian_are_floored_and_counted(structure: str
     f = 4 / N_DATA
     H_a = mean_of(per_sample, first)
     H = f * H_a + (1 - f) * mean_of(per_sample, second)
-    found = estimate(a, b, N_DATA, options(structure=structure))
+    found = estimate(two_sets(a, b, N_DATA), options(structure=structure))
     U, threshold = found.curvature.directions, 1e-10 if structure == "full" else 1e-6
     eigenvalues = torch.linalg.eigvalsh(H_a).flip(0)
     # leading means algebraically largest: directions of negative curvature are none
@@ -218,7 +218,7 @@ class Drawn:
         errors, without, stated = [], [], []
         for seed in range(DRAWS):
             b = drawn(second, seed + 1000) if len(second) else None
-            found = estimate(drawn(first, 2 * seed), b, n_data, options(rank=3, magnitudes=magnitudes))
+            found = estimate(two_sets(drawn(first, 2 * seed), b, n_data), options(rank=3, magnitudes=magnitudes))
             U = found.curvature.directions
             truth = (U * (H @ U)).sum(0)
             errors.append(found.magnitudes.values - truth)
@@ -266,7 +266,7 @@ def test_monte_carlo_estimates_are_made_of_three_sets_of_draws(complement: str) 
         return rows_of(network, X, y, part, lambda kind: MonteCarloGaussNewton(kind, 2), seed)
 
     a, b = drawn(A, 5), drawn(B, 9)
-    found = estimate(a, b, N_DATA, options(rank=4, complement=complement))
+    found = estimate(two_sets(a, b, N_DATA), options(rank=4, complement=complement))
     again = a.redrawn()
     assert again.is_random
     f = len(A) / N_DATA

@@ -17,7 +17,7 @@ from oracles import (
     partial_traces,
     trainable,
 )
-from sub_batches import network_of, rows_of, samples_of, small_network
+from sub_batches import network_of, rows_of, samples_of, small_network, two_sets
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
@@ -61,7 +61,7 @@ def of_split(name: str, likelihood: str, *, b: bool = True, root=None, seed: int
     how = {} if root is None else {"root": root}
     first = rows_of(network, X, y, A, **how, seed=seed)
     second = rows_of(network, X, y, B, **how, seed=seed + 100) if b else None
-    return estimate(first, second, N_DATA, options(**chosen))
+    return estimate(two_sets(first, second, N_DATA), options(**chosen))
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
@@ -134,9 +134,12 @@ def test_all_the_data_leave_nothing_to_estimate(kron_basis: str) -> None:
     network, X, y = small_network("LayerNorm and raw parameters")
     per_sample = oracle("LayerNorm and raw parameters", "classification")
     H = mean_of(per_sample, torch.arange(40))
-    whole = estimate(rows_of(network, X, y), None, 40, options(magnitudes="same_batch", kron_basis=kron_basis))
+    whole = estimate(
+        two_sets(rows_of(network, X, y), None, 40), options(magnitudes="same_batch", kron_basis=kron_basis)
+    )
     split = estimate(
-        rows_of(network, X, y, ORDER[:15]), rows_of(network, X, y, ORDER[15:]), 40, options(kron_basis=kron_basis)
+        two_sets(rows_of(network, X, y, ORDER[:15]), rows_of(network, X, y, ORDER[15:]), 40),
+        options(kron_basis=kron_basis),
     )
     for found in (whole, split):
         K = found.curvature.basis.to_dense()
@@ -206,7 +209,7 @@ def test_a_layer_that_is_never_called_has_no_silent_zero() -> None:
     H = dense_ggn(model, X, "classification")[1]
     for kron_magnitudes in ("exact", "kronecker"):
         chosen = options(magnitudes="same_batch", kron_basis="kfac", kron_magnitudes=kron_magnitudes)
-        found = estimate(rows_of(network, X, y), None, 20, chosen)
+        found = estimate(two_sets(rows_of(network, X, y), None, 20), chosen)
         assert float(found.magnitudes.values[:20].sum()) == pytest.approx(float(torch.trace(H[:20, :20])), rel=1e-9)
         assert float(found.magnitudes.values[20:25].sum()) == pytest.approx(float(torch.trace(H[20:25, 20:25])))
 
@@ -295,7 +298,7 @@ def test_negative_curvature_of_a_hessian_is_floored_and_counted() -> None:
     per_sample = dense_hessian(network.selection.model, X, y, "classification")[0]
     derivatives = SecondDerivatives(network.selection, network.parameters, network.likelihood, Batch(X[:2], y[:2]))
     a, b = (HessianCurvature(network, samples_of(X, y, part), derivatives) for part in (first, second))
-    found = estimate(a, b, N_DATA, options())
+    found = estimate(two_sets(a, b, N_DATA), options())
     K = found.curvature.basis.to_dense()
     expected = dense_kronecker_posterior(K, per_sample, first, second, n_data=N_DATA, prior_precision=PRIOR)
     close(found.magnitudes.values, expected.magnitudes)
@@ -306,11 +309,11 @@ def test_negative_curvature_of_a_hessian_is_floored_and_counted() -> None:
     along = (K.T @ H @ K).diagonal()
     # where the curvature is 0, rounding says which sign it has
     assert 3 < int((along < -1e-12).sum()) <= found.magnitudes.n_floored <= int((along < 1e-12).sum())
-    biased = estimate(a, None, N_DATA, options(magnitudes="same_batch"))
+    biased = estimate(two_sets(a, None, N_DATA), options(magnitudes="same_batch"))
     close(biased.magnitudes.values, expected.in_sample.clamp_min(0))
     assert biased.magnitudes.n_floored >= int((expected.in_sample < -1e-12).sum()) > 3
     # K-FAC knows no Hessian: the layers' blocks have their partial traces, all other parameters their diagonal
-    of_layers = estimate(a, b, N_DATA, options(kron_basis="kfac"))
+    of_layers = estimate(two_sets(a, b, N_DATA), options(kron_basis="kfac"))
     close(of_layers.magnitudes.values, found.magnitudes.values)
 
 
@@ -338,7 +341,7 @@ def test_monte_carlo_draws_are_right_on_average_along_the_basis_that_they_chose(
     errors, without, stated = [], [], []
     for seed in range(DRAWS):
         b = drawn(second, seed + 1000)
-        found = estimate(drawn(first, 2 * seed), b, 9, options(kron_basis=kron_basis))
+        found = estimate(two_sets(drawn(first, 2 * seed), b, 9), options(kron_basis=kron_basis))
         K = found.curvature.basis.to_dense()
         truth = (K.T @ H @ K).diagonal()
         seen_by_b = b.coordinate_moments(found.curvature.basis).means

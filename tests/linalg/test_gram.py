@@ -114,7 +114,7 @@ def test_the_gram_matrix_is_put_together_from_panels_of_rows_and_columns() -> No
     # 530 rows: three panels; 33,000 columns: two panels
     V = draw(530, 33_000, seed=4).float()
     V[:, 32_000:] *= 10
-    G = factor(V, 53).gram()
+    G = factor(V, 53).gram
     assert G.dtype == torch.float64
     assert torch.equal(G, G.T)
     for i, j in ((0, 0), (3, 300), (300, 3), (529, 0), (0, 529), (520, 257), (255, 256)):

@@ -1,0 +1,179 @@
+r"""Cross-fitting: every sample gives directions and magnitudes, but never both at once.
+
+The samples are dealt into folds. Of each fold the curvature is measured along the eigenvectors of all other folds;
+values of the same index are then averaged over folds and belong to the eigenvectors of all samples.
+
+References:
+    Lam (2016), doi 10.1214/15-AOS1393; Lamrani, Bongiorno & Potters (2025), arXiv 2503.15186 (both for covariances).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace.curvature.row_curvature import RowCurvature, summed_squares
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
+from debiased_laplace.debiasing.directions import lanczos_pairs
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
+from debiased_laplace.linalg.held_out_rows import HeldOutRows
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+
+TAIL = 0.05
+"""Share of a fold's trailing values whose mean stands for the directions that the other folds do not have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One fold among all samples.
+
+    Attributes:
+        held: positions of its samples among all.
+        others: positions of all other samples.
+    """
+
+    held: Int64[Tensor, " h"]
+    others: Int64[Tensor, " o"]
+
+
+def each_fold(folds: Int64[Tensor, " n"], *, progress_bar: bool = False) -> Iterator[Fold]:
+    """The folds, one after the other."""
+    for number in tqdm(folds.unique(), disable=not progress_bar, desc="[Cross-fitting]"):
+        yield Fold((folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
+
+
+def cross_fitted_moments(
+    batch: SubBatchCurvature,
+    folds: Int64[Tensor, " n"],
+    pairs: Eigenpairs,
+    residual: Residual = "none",
+    *,
+    threshold: float,
+    seed: int = 0,
+    basis_of: Callable[[SubBatchCurvature], KroneckerBasis] | None = None,
+) -> DirectionalMoments:
+    r"""What each fold says along the directions of the others, matched by index and averaged.
+
+    With the Gram solver no network pass and no product of all pairs of rows is repeated; with the dense one the samples
+    are gone through twice more at most; Lanczos runs once for every fold.
+
+    Args:
+        batch: curvature of all samples.
+        folds: the fold of every sample.
+        pairs: eigenpairs of the batch's curvature, whose indices the values are matched to.
+        residual: what to say about the complement of the directions.
+        threshold: eigenvalues of the other folds below this fraction of their largest are dropped.
+        seed: of Lanczos' start vectors.
+        basis_of: for the residual's diagonal: a basis from some samples.
+
+    Returns:
+        The moments, as many as there are pairs.
+    """
+    k = len(pairs.values)
+    if pairs.outcome.solver == "gram" and isinstance(batch, RowCurvature):
+        look = _through_gram(batch, k, threshold, residual)
+    elif pairs.outcome.solver == "lanczos":
+        look = _through_lanczos(batch, k, threshold, residual, seed)
+    else:
+        look = _through_dense(batch, k, threshold, residual)
+    found = []
+    for fold in each_fold(folds, progress_bar=batch.progress_bar):
+        basis = None if basis_of is None else basis_of(batch.part(fold.others))
+        found.append(extended(look(fold, basis), k))
+    return pooled(found)
+
+
+def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
+    """Moments of all samples from those of the folds: the spread includes how much the folds differ."""
+    n = sum(fold.n_samples for fold in folds)
+    means = sum((fold.n_samples * fold.means for fold in folds), start=torch.zeros_like(folds[0].means)) / n
+    within = torch.zeros_like(means)
+    for fold in folds:
+        within += (fold.n_samples - 1) * fold.standard_deviations.square()
+        within += fold.n_samples * (fold.means - means).square()
+
+    def mean_of(parts: list[Tensor | None]) -> Tensor | None:
+        known = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
+        return torch.stack(known).sum(0) / n if known else None
+
+    return DirectionalMoments(
+        n,
+        means,
+        (within / max(n - 1, 1)).sqrt(),
+        mean_of([fold.trace for fold in folds]),
+        mean_of([fold.residual_diagonal for fold in folds]),
+    )
+
+
+def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
+    """As many values as all samples have directions: the missing ones take the mean of the trailing ones, not zero.
+
+    The standard deviations do likewise, which is a little too large for a mean.
+    """
+    known = len(fold.means)
+    if known == k:
+        return fold
+    if known == 0:
+        zeros = fold.means.new_zeros(k)
+        return replace(fold, means=zeros, standard_deviations=zeros)
+    tail = max(1, math.ceil(TAIL * known))
+
+    def filled(values: Tensor) -> Tensor:
+        return torch.cat([values, values[-tail:].mean().expand(k - known)])
+
+    return replace(fold, means=filled(fold.means), standard_deviations=filled(fold.standard_deviations))
+
+
+Look = Callable[[Fold, KroneckerBasis | None], DirectionalMoments]
+"""The moments of a fold along the directions of the others, the residual's diagonal in a basis."""
+
+
+def _through_gram(batch: RowCurvature, k: int, threshold: float, residual: Residual) -> Look:
+    """Sub-blocks of the one Gram matrix."""
+    factor, r = batch.stacked_rows(), batch.rows_per_sample
+
+    def look(fold: Fold, basis: KroneckerBasis | None) -> DirectionalMoments:
+        held = torch.isin(factor.sample_of_row, fold.held.to(factor.rows.device))
+        rows = HeldOutRows.of(factor, held, threshold, k)
+        sums = RunningMoments(rows.projections.shape[1], factor.rows)
+        sums.add(rows.projections.square().unflatten(0, (-1, r)).sum(1))
+        diagonal = trace = None
+        if residual == "trace":
+            trace = factor.gram.diagonal()[held].sum() * factor.n_samples
+        if residual == "diagonal":
+            outside = rows.outside(factor).unflatten(0, (-1, r))
+            diagonal = summed_squares(outside, basis).to(sums.first.dtype)
+        return sums.moments(trace, diagonal)
+
+    return look
+
+
+def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, residual: Residual) -> Look:
+    """The dense curvature of the others: the whole minus the fold's."""
+    H, n = batch.dense(), batch.n_samples
+
+    def look(fold: Fold, basis: KroneckerBasis | None) -> DirectionalMoments:
+        held = batch.part(fold.held)
+        if isinstance(held, RowCurvature):
+            held.keep_rows()
+        h = held.n_samples
+        values, U = torch.linalg.eigh((n * H - h * held.dense()) / (n - h))
+        values, U = values.flip(0), U.flip(1)
+        m = min(supported(values, threshold), k)
+        return held.moments(U[:, :m].to(batch.network.like.dtype), residual, basis)
+
+    return look
+
+
+def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, residual: Residual, seed: int) -> Look:
+    """Another run for the others of every fold."""
+
+    def look(fold: Fold, basis: KroneckerBasis | None) -> DirectionalMoments:
+        pairs = lanczos_pairs(batch.part(fold.others), k, threshold, seed)
+        return batch.part(fold.held).moments(pairs.vectors, residual, basis)
+
+    return look
