@@ -8,11 +8,11 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,16 +46,32 @@ def each_fold(folds: Int64[Tensor, " n"], *, progress_bar: bool = False) -> Iter
         yield Fold((folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every fold.
+
+    Attributes:
+        rank: number of leading directions.
+        threshold: directions of a fold's others below this fraction of their largest eigenvalue do not count.
+        residual: what to say about all others.
+        in_basis: whether the residual's diagonal is in the basis of the fold's others, or along the axes.
+    """
+
+    rank: int
+    threshold: float
+    residual: Residual
+    in_basis: bool
+
+
 def cross_fitted_moments(
     batch: SubBatchCurvature,
     folds: Int64[Tensor, " n"],
     pairs: Eigenpairs,
-    residual: Residual = "none",
+    questions: Sequence[Question],
     *,
-    threshold: float,
     seed: int = 0,
     basis_of: Callable[[SubBatchCurvature], KroneckerBasis] | None = None,
-) -> DirectionalMoments:
+) -> list[DirectionalMoments]:
     r"""What each fold says along the directions of the others, matched by index and averaged.
 
     With the Gram solver no network pass and no product of all pairs of rows is repeated; with the dense one the samples
@@ -65,26 +81,28 @@ def cross_fitted_moments(
         batch: curvature of all samples.
         folds: the fold of every sample.
         pairs: eigenpairs of the batch's curvature, whose indices the values are matched to.
-        residual: what to say about the complement of the directions.
-        threshold: eigenvalues of the other folds below this fraction of their largest are dropped.
+        questions: what to find out; several cost little more than one.
         seed: of Lanczos' start vectors.
-        basis_of: for the residual's diagonal: a basis from some samples.
+        basis_of: a basis from some samples, for questions in one.
 
     Returns:
-        The moments, as many as there are pairs.
+        The moments, for each question as many as its rank.
     """
-    k = len(pairs.values)
+    k = max((question.rank for question in questions), default=0)
+    threshold = min((question.threshold for question in questions), default=0.0)
     if pairs.outcome.solver == "gram" and isinstance(batch, RowCurvature):
-        look = _through_gram(batch, k, threshold, residual)
+        look = _through_gram(batch, k, threshold)
     elif pairs.outcome.solver == "lanczos":
-        look = _through_lanczos(batch, k, threshold, residual, seed)
+        look = _through_lanczos(batch, k, threshold, seed)
     else:
-        look = _through_dense(batch, k, threshold, residual)
-    found = []
+        look = _through_dense(batch, k, threshold)
+    found: list[list[DirectionalMoments]] = [[] for _ in questions]
     for fold in each_fold(folds, progress_bar=batch.progress_bar):
         basis = None if basis_of is None else basis_of(batch.part(fold.others))
-        found.append(extended(look(fold, basis), k))
-    return pooled(found)
+        answer = look(fold)
+        for question, answers in zip(questions, found, strict=True):
+            answers.append(extended(answer(question, basis if question.in_basis else None), question.rank))
+    return [pooled(answers) for answers in found]
 
 
 def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
@@ -128,35 +146,43 @@ def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
     return replace(fold, means=filled(fold.means), standard_deviations=filled(fold.standard_deviations))
 
 
-Look = Callable[[Fold, KroneckerBasis | None], DirectionalMoments]
-"""The moments of a fold along the directions of the others, the residual's diagonal in a basis."""
+Answer = Callable[[Question, KroneckerBasis | None], DirectionalMoments]
+"""A fold's moments along the directions of the others, the residual's diagonal in a basis."""
+
+Look = Callable[[Fold], Answer]
 
 
-def _through_gram(batch: RowCurvature, k: int, threshold: float, residual: Residual) -> Look:
+def _through_gram(batch: RowCurvature, k: int, threshold: float) -> Look:
     """Sub-blocks of the one Gram matrix."""
     factor, r = batch.stacked_rows(), batch.rows_per_sample
 
-    def look(fold: Fold, basis: KroneckerBasis | None) -> DirectionalMoments:
+    def look(fold: Fold) -> Answer:
         held = torch.isin(factor.sample_of_row, fold.held.to(factor.rows.device))
         rows = HeldOutRows.of(factor, held, threshold, k)
-        sums = RunningMoments(rows.projections.shape[1], factor.rows)
-        sums.add(rows.projections.square().unflatten(0, (-1, r)).sum(1))
-        diagonal = trace = None
-        if residual == "trace":
-            trace = factor.gram.diagonal()[held].sum() * factor.n_samples
-        if residual == "diagonal":
-            outside = rows.outside(factor).unflatten(0, (-1, r))
-            diagonal = summed_squares(outside, basis).to(sums.first.dtype)
-        return sums.moments(trace, diagonal)
+
+        def answer(question: Question, basis: KroneckerBasis | None) -> DirectionalMoments:
+            rank = _rank_of(question, rows.values)
+            projections = rows.projections[:, :rank]
+            sums = RunningMoments(projections.shape[1], factor.rows)
+            sums.add(projections.square().unflatten(0, (-1, r)).sum(1))
+            diagonal = trace = None
+            if question.residual == "trace":
+                trace = factor.gram.diagonal()[held].sum() * factor.n_samples
+            if question.residual == "diagonal":
+                outside = rows.outside(factor, rank).unflatten(0, (-1, r))
+                diagonal = summed_squares(outside, basis).to(sums.first.dtype)
+            return sums.moments(trace, diagonal)
+
+        return answer
 
     return look
 
 
-def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, residual: Residual) -> Look:
+def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
     """The dense curvature of the others: the whole minus the fold's."""
     H, n = batch.dense(), batch.n_samples
 
-    def look(fold: Fold, basis: KroneckerBasis | None) -> DirectionalMoments:
+    def look(fold: Fold) -> Answer:
         held = batch.part(fold.held)
         if isinstance(held, RowCurvature):
             held.keep_rows()
@@ -164,16 +190,24 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, residual:
         values, U = torch.linalg.eigh((n * H - h * held.dense()) / (n - h))
         values, U = values.flip(0), U.flip(1)
         m = min(supported(values, threshold), k)
-        return held.moments(U[:, :m].to(batch.network.like.dtype), residual, basis)
+        return _along(held, values[:m], U[:, :m].to(batch.network.like.dtype))
 
     return look
 
 
-def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, residual: Residual, seed: int) -> Look:
+def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: int) -> Look:
     """Another run for the others of every fold."""
 
-    def look(fold: Fold, basis: KroneckerBasis | None) -> DirectionalMoments:
+    def look(fold: Fold) -> Answer:
         pairs = lanczos_pairs(batch.part(fold.others), k, threshold, seed)
-        return batch.part(fold.held).moments(pairs.vectors, residual, basis)
+        return _along(batch.part(fold.held), pairs.values, pairs.vectors)
 
     return look
+
+
+def _along(held: SubBatchCurvature, values: Float[Tensor, " k"], U: Float[Tensor, "P k"]) -> Answer:
+    return lambda question, basis: held.moments(U[:, : _rank_of(question, values)], question.residual, basis)
+
+
+def _rank_of(question: Question, values: Float[Tensor, " k"]) -> int:
+    return min(question.rank, supported(values, question.threshold))

@@ -1,5 +1,6 @@
 """The estimator as a whole: split samples in, curvature of the full batch out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -7,8 +8,8 @@ from torch import Tensor
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.debiasing import complement as outside
-from debiased_laplace.debiasing.complement import RESIDUAL_OF, LowRankCurvature
-from debiased_laplace.debiasing.cross_fitting import cross_fitted_moments
+from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
+from debiased_laplace.debiasing.cross_fitting import Question, cross_fitted_moments
 from debiased_laplace.debiasing.directions import REQUESTED, choose_solver, find_directions, threshold_of
 from debiased_laplace.debiasing.kronecker import basis_from, estimate_kronecker
 from debiased_laplace.debiasing.magnitudes import (
@@ -19,23 +20,8 @@ from debiased_laplace.debiasing.magnitudes import (
     same_batch,
 )
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
-from debiased_laplace.linalg.eigenpairs import Eigenpairs
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What the samples say along the directions and outside them.
-
-    Attributes:
-        own: of the samples that the directions come from, where their eigenvalues are not all of it.
-        others: of the samples that the magnitudes come from, or of the folds; None for the biased estimate.
-        basis: in which the diagonal outside is; None for the axes.
-    """
-
-    own: DirectionalMoments | None
-    others: DirectionalMoments | None
-    basis: KroneckerBasis | None
 
 
 def estimate(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstimate:
@@ -55,17 +41,7 @@ def estimate(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstim
         return estimate_kronecker(split, options)
     if options.structure == "full":
         options = _full(split.directions, options)
-    a = split.directions
-    if options.complement == "kron" and isinstance(a, RowCurvature):
-        a.keep_rows()
-    pairs = find_directions(
-        a, rank=options.rank, solver=options.solver, seed=options.seed, threshold=_threshold(options)
-    )
-    evidence = _evidence(split, pairs, options)
-    magnitudes = _magnitudes(split, pairs, evidence)
-    curvature = _with_complement(pairs, magnitudes, evidence, split.share, options)
-    source = (a if split.magnitudes is None else split.magnitudes).source
-    return CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, pairs.dropped)
+    return estimate_low_ranks(split, options, [LowRankChoice(options.rank, options.complement)])[0]
 
 
 def _full(a: SubBatchCurvature, options: EstimatorOptions) -> EstimatorOptions:
@@ -79,30 +55,105 @@ def _full(a: SubBatchCurvature, options: EstimatorOptions) -> EstimatorOptions:
     return replace(options, rank=None, complement="isotropic", solver="gram")
 
 
-def _threshold(options: EstimatorOptions) -> float:
-    return REQUESTED if options.structure == "full" else threshold_of(options.rank)
+@dataclass(frozen=True)
+class LowRankChoice:
+    """In what low-rank estimates from the same samples can differ without much being computed twice."""
+
+    rank: int | None
+    complement: ComplementKind
 
 
-def _evidence(split: SplitCurvature, pairs: Eigenpairs, options: EstimatorOptions) -> Evidence:
-    a, U = split.directions, pairs.vectors
-    residual = RESIDUAL_OF[options.complement]
-    basis = basis_from(a, options) if options.complement == "kron" else None
+def estimate_low_ranks(
+    split: SplitCurvature, options: EstimatorOptions, choices: Sequence[LowRankChoice]
+) -> list[CurvatureEstimate]:
+    """Several low-rank estimates that share their directions, those of smaller rank taking the leading ones.
+
+    Args:
+        split: curvature of the samples, by what they are used for.
+        options: all but rank and complement, which the choices say.
+        choices: rank and complement of each.
+
+    Returns:
+        An estimate for each choice.
+    """
+    a = split.directions
+    in_basis = any(choice.complement == "kron" for choice in choices)
+    if (in_basis or len(choices) > 1) and isinstance(a, RowCurvature):
+        a.keep_rows()
+    ranks = [choice.rank for choice in choices]
+    largest = None if None in ranks else max((rank for rank in ranks if rank is not None), default=None)
+    threshold = min(_threshold(options, rank) for rank in ranks)
+    pairs = find_directions(a, rank=largest, solver=options.solver, seed=options.seed, threshold=threshold)
+    basis = basis_from(a, options) if in_basis else None
+    questions = []
+    for choice in choices:
+        threshold = _threshold(options, choice.rank)
+        k = min(len(pairs.values) if choice.rank is None else choice.rank, supported(pairs.values, threshold))
+        questions.append(Question(k, threshold, RESIDUAL_OF[choice.complement], choice.complement == "kron"))
+    others = _others(split, pairs, questions, basis, options)
+    estimates = []
+    for choice, question, along in zip(choices, questions, others, strict=True):
+        leading = pairs if question.rank == len(pairs.values) else pairs.leading(question.rank)
+        evidence = _evidence(split, leading, question, along, basis)
+        magnitudes = _magnitudes(split, leading, evidence)
+        curvature = _with_complement(leading, magnitudes, evidence, choice.complement, split.share)
+        source = (a if split.magnitudes is None else split.magnitudes).source
+        estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
+    return estimates
+
+
+def _threshold(options: EstimatorOptions, rank: int | None) -> float:
+    return REQUESTED if options.structure == "full" else threshold_of(rank)
+
+
+def _others(
+    split: SplitCurvature,
+    pairs: Eigenpairs,
+    questions: list[Question],
+    basis: KroneckerBasis | None,
+    options: EstimatorOptions,
+) -> list[DirectionalMoments | None]:
+    """What other samples say: those of the magnitudes, or every fold along the directions of the other folds."""
+    b = split.magnitudes
+    if b is not None:
+        if len(questions) > 1 and isinstance(b, RowCurvature):
+            b.keep_rows()
+        return [b.moments(pairs.vectors[:, : q.rank], q.residual, basis if q.in_basis else None) for q in questions]
+    if split.folds is None:
+        return [None] * len(questions)
+    basis_of = None if basis is None else lambda part: basis_from(part, options)
+    found = cross_fitted_moments(split.directions, split.folds, pairs, questions, seed=options.seed, basis_of=basis_of)
+    return list(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the samples say along the directions and outside them.
+
+    Attributes:
+        own: of the samples that the directions come from, where their eigenvalues are not all of it.
+        others: of the samples that the magnitudes come from, or of the folds; None for the biased estimate.
+        basis: in which the diagonal outside is; None for the axes.
+    """
+
+    own: DirectionalMoments | None
+    others: DirectionalMoments | None
+    basis: KroneckerBasis | None
+
+
+def _evidence(
+    split: SplitCurvature,
+    pairs: Eigenpairs,
+    question: Question,
+    others: DirectionalMoments | None,
+    basis: KroneckerBasis | None,
+) -> Evidence:
+    a = split.directions
+    basis = basis if question.in_basis else None
     # the draws that the directions were chosen by would count twice
-    again = a.redrawn() if split.magnitudes is not None or split.folds is not None else a
-    own = again.moments(U, residual, basis) if residual != "none" or again is not a else None
-    others = None
-    if split.magnitudes is not None:
-        others = split.magnitudes.moments(U, residual, basis)
-    elif split.folds is not None:
-        others = cross_fitted_moments(
-            a,
-            split.folds,
-            pairs,
-            residual,
-            threshold=_threshold(options),
-            seed=options.seed,
-            basis_of=None if basis is None else lambda part: basis_from(part, options),
-        )
+    again = a if others is None else a.redrawn()
+    known = question.residual == "none" and again is a
+    own = None if known else again.moments(pairs.vectors, question.residual, basis)
     return Evidence(own, others, basis)
 
 
@@ -123,16 +174,16 @@ def _magnitudes(split: SplitCurvature, pairs: Eigenpairs, evidence: Evidence) ->
 
 
 def _with_complement(
-    pairs: Eigenpairs, magnitudes: Magnitudes, evidence: Evidence, share: float, options: EstimatorOptions
+    pairs: Eigenpairs, magnitudes: Magnitudes, evidence: Evidence, kind: ComplementKind, share: float
 ) -> LowRankCurvature:
     """The low rank with what is outside it, weighted as a finite population wants it."""
     U, m = pairs.vectors, magnitudes.values
     own, others = evidence.own, evidence.others
     weighted = [(share if others is not None else 1.0, own), (1 - share, others)]
     parts = [(weight, part) for weight, part in weighted if part is not None]
-    if options.complement == "none":
+    if kind == "none":
         return outside.without_complement(U, m)
-    if options.complement == "isotropic":
+    if kind == "isotropic":
         return outside.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]))
     return outside.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), evidence.basis)
 

@@ -33,7 +33,7 @@ class Eigenpairs:
         vectors: orthonormal columns.
         residuals: $\|H u - \lambda u\|$, in the unit of the eigenvalues.
         outcome: how the solver ended.
-        dropped: the largest eigenvalue that the threshold left out; 0 where it left out none.
+        dropped: the largest eigenvalue that was left out; 0 where none was.
         projections: $V U$, where the matrix is $V^\top V / n$ and the solver had it at no cost.
     """
 
@@ -47,6 +47,12 @@ class Eigenpairs:
     def __post_init__(self) -> None:
         if bool((self.values.diff() > 0).any()):
             raise ValueError("Eigenvalues must be in decreasing order.")
+
+    def leading(self, k: int) -> "Eigenpairs":
+        """The k leading ones."""
+        projections = None if self.projections is None else self.projections[:, :k]
+        dropped = float(self.values[k]) if k < len(self.values) else self.dropped
+        return Eigenpairs(self.values[:k], self.vectors[:, :k], self.residuals[:k], self.outcome, dropped, projections)
 
 
 def supported(values: Float[Tensor, " k"], threshold: float) -> int:

@@ -17,16 +17,18 @@ from debiased_laplace.linalg.gram import GramFactor
 
 @dataclass(frozen=True, eq=False)
 class HeldOutRows:
-    r"""Rows h against the leading directions of the other rows.
+    r"""Rows h against the leading directions of the other rows o.
 
     Attributes:
+        values: of the others' Gram matrix, decreasing, not divided by the number of samples.
         projections: $V_h U$ with the directions U of the others, by decreasing eigenvalue.
-        combination: A with $A V = V_h U U^\top$: columns of held-out rows are zero.
+        coefficients: C with $U = V_o^\top C$.
         held: which rows these are.
     """
 
+    values: Float[Tensor, " k"]
     projections: Float[Tensor, "h k"]
-    combination: Float[Tensor, "h R"]
+    coefficients: Float[Tensor, "o k"]
     held: Bool[Tensor, " R"]
 
     @classmethod
@@ -44,13 +46,13 @@ class HeldOutRows:
         values, W = torch.linalg.eigh(G[others][:, others])
         values, W = values.flip(0), W.flip(1)
         k = min(supported(values, threshold), rank)
-        scaled = W[:, :k] / values[:k].sqrt()
-        projections = G[held][:, others] @ scaled
-        combination = G.new_zeros(len(projections), len(G))
-        combination[:, others] = projections @ scaled.T
-        return cls(projections, combination, held)
+        coefficients = W[:, :k] / values[:k].sqrt()
+        return cls(values[:k], G[held][:, others] @ coefficients, coefficients, held)
 
-    def outside(self, factor: GramFactor) -> Float[Tensor, "h P"]:
-        """The held-out rows without their part along the directions."""
+    def outside(self, factor: GramFactor, rank: int) -> Float[Tensor, "h P"]:
+        """The held-out rows without their part along the first `rank` directions."""
         V = factor.rows
-        return V[self.held] - self.combination.to(V.dtype) @ V
+        # all rows take part, the held-out ones with zeros: no copy of the others is made
+        combination = self.projections.new_zeros(len(self.projections), len(V))
+        combination[:, ~self.held] = self.projections[:, :rank] @ self.coefficients[:, :rank].T
+        return V[self.held] - combination.to(V.dtype) @ V
