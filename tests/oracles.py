@@ -3,9 +3,10 @@
 Nothing here imports the package. The formulas are those of the method, written as they stand.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from math import log, pi
+from math import ceil, log, pi
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,128 @@ def dense_low_rank_posterior(
     tau = 1 / (sigma_noise**2 * temperature)
     P0 = torch.diag(torch.as_tensor(prior_precision, dtype=H.dtype).expand(P))
     return DenseLowRankPosterior(U, in_sample, m, errors, C, curvature, N * tau * curvature + P0)
+
+
+def eigenpairs_above(H: Tensor, threshold: float, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) above a fraction of the largest, in decreasing order, and their eigenvectors (P, k)."""
+    values, vectors = torch.linalg.eigh(H)
+    values, vectors = values.flip(0), vectors.flip(1)
+    k = sum(1 for value in values if value > threshold * values[0]) if values[0] > 0 else 0
+    k = k if rank is None else min(k, rank)
+    return values[:k], vectors[:, :k]
+
+
+def non_increasing(c: Tensor) -> Tensor:
+    """The closest non-increasing sequence: the smallest, over where a block starts, of the largest mean of a block."""
+    k = len(c)
+    fitted = [min(max(c[j : m + 1].mean() for m in range(i, k)) for j in range(i + 1)) for i in range(k)]
+    return torch.stack(fitted) if k else c
+
+
+def fold_sets(samples: Tensor, folds: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of every fold: the positions of its samples, and those of all others."""
+    return [(samples[folds == number], samples[folds != number]) for number in folds.unique()]
+
+
+def pooled_over_folds(sizes: list[int], means: list[Tensor], deviations: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and spread of all samples: within the folds, and between them."""
+    n = sum(sizes)
+    mean = sum(size * m for size, m in zip(sizes, means, strict=True)) / n
+    squares = torch.zeros_like(mean)
+    for size, m, s in zip(sizes, means, deviations, strict=True):
+        squares = squares + (size - 1) * s**2 + size * (m - mean) ** 2
+    return mean, (squares / (n - 1)).sqrt()
+
+
+@dataclass
+class DenseFolds:
+    """What folds say along the eigenvectors of the other folds, averaged by index and weighed by size."""
+
+    values: Tensor  # (k,)
+    deviations: Tensor  # (k,), of single samples
+    residual: Tensor  # (P,), diagonal outside each fold's directions, in each fold's basis
+    in_fold: list[Tensor]  # the values of every fold, as many as its others have directions
+
+
+def dense_folds(
+    per_sample: list[Tensor],
+    samples: Tensor,
+    folds: Tensor,
+    k: int,
+    *,
+    threshold: float,
+    basis_of: Callable[[Tensor], Tensor] | None = None,
+) -> DenseFolds:
+    """Fold by fold, one direction at a time; missing trailing values are the mean of the last 5 % of the others."""
+    P = len(per_sample[0])
+    sizes, means, deviations, in_fold, residual = [], [], [], [], torch.zeros(P, dtype=per_sample[0].dtype)
+    for held, others in fold_sets(samples, folds):
+        H_others, H_held = mean_of(per_sample, others), mean_of(per_sample, held)
+        _, U = eigenpairs_above(H_others, threshold, k)
+        c, s = [], []
+        for u in U.T:
+            of_samples = torch.stack([u @ per_sample[j] @ u for j in held.tolist()])
+            c.append(of_samples.mean())
+            s.append(of_samples.std(correction=1) if len(held) > 1 else torch.zeros_like(c[-1]))
+        in_fold.append(torch.stack(c))
+        tail = max(1, ceil(0.05 * len(c)))
+        missing = k - len(c)
+        c += [sum(c[-tail:]) / tail] * missing
+        s += [sum(s[-tail:]) / tail] * missing
+        outside = torch.eye(P, dtype=U.dtype) - U @ U.T
+        K = torch.eye(P, dtype=U.dtype) if basis_of is None else basis_of(H_others)
+        residual = residual + len(held) / len(samples) * torch.diagonal(K.T @ outside @ H_held @ outside @ K)
+        sizes.append(len(held))
+        means.append(torch.stack(c))
+        deviations.append(torch.stack(s))
+    return DenseFolds(*pooled_over_folds(sizes, means, deviations), residual, in_fold)
+
+
+def dense_cross_fitted_posterior(
+    per_sample: list[Tensor],
+    samples: Tensor,
+    folds: Tensor,
+    *,
+    n_data: int,
+    complement: str = "none",
+    rank: int | None = None,
+    threshold: float = 1e-6,
+    basis_of: Callable[[Tensor], Tensor] | None = None,
+    prior_precision: float | Tensor = 1.0,
+    sigma_noise: float = 1.0,
+    temperature: float = 1.0,
+) -> DenseLowRankPosterior:
+    """Directions of all samples, magnitudes f lambda + (1 - f) c with the non-increasing c of the folds.
+
+    `basis_of` gives the orthogonal matrix in whose coordinates a diagonal complement is, from a curvature.
+    """
+    H = mean_of(per_sample, samples)
+    P, n = len(H), len(samples)
+    f = n / n_data
+    in_sample, U = eigenpairs_above(H, threshold, rank)
+    k = len(in_sample)
+    found = dense_folds(per_sample, samples, folds, k, threshold=threshold, basis_of=basis_of)
+    m = (f * in_sample + (1 - f) * non_increasing(found.values)).clamp(min=0)
+    outside = torch.eye(P, dtype=H.dtype) - U @ U.T
+    if complement == "none":
+        C = torch.zeros_like(H)
+    elif complement == "isotropic":
+        c = max(float(torch.trace(H) - m.sum()), 0.0) / (P - k) if k < P else 0.0
+        C = c * outside
+    else:
+        K = torch.eye(P, dtype=H.dtype) if basis_of is None else basis_of(H)
+        own = torch.diagonal(K.T @ outside @ H @ outside @ K)
+        C = K @ torch.diag((f * own + (1 - f) * found.residual).clamp(min=0)) @ K.T
+    curvature = U @ torch.diag(m) @ U.T + C
+    precision = dense_posterior_precision(
+        curvature,
+        n_data=n_data,
+        prior_precision=prior_precision,
+        sigma_noise=sigma_noise,
+        temperature=temperature,
+    )
+    errors = ((1 - f) / n) ** 0.5 * found.deviations
+    return DenseLowRankPosterior(U, in_sample, m, errors, C, curvature, precision)
 
 
 def dense_posterior_precision(

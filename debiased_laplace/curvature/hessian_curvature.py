@@ -108,7 +108,7 @@ class HessianCurvature(SubBatchCurvature):
             if basis is not None:
                 rotated = basis.coordinates(outside.to(directions.dtype))
                 outside = basis.coordinates(rotated.T).to(H.dtype)
-            diagonal = outside.diagonal().clamp_min(0)
+            diagonal = outside.diagonal()
         return DirectionalMoments(
             found.n_samples,
             (U * HU).sum(0),

@@ -67,4 +67,5 @@ def diagonal(
     and lose as much of the trace.
     """
     rotated = directions if basis is None else basis.coordinates(directions.T).T.contiguous()
-    return LowRankCurvature(residual.to(magnitudes.dtype), rotated, magnitudes, basis)
+    # a Hessian's may be negative: floored once all samples have had their say, not fold by fold
+    return LowRankCurvature(residual.to(magnitudes.dtype).clamp_min(0), rotated, magnitudes, basis)

@@ -90,11 +90,11 @@ def test_what_the_directions_leave_outside(likelihood: str) -> None:
     U = torch.linalg.eigh(H)[1][:, -12:]
     outside = torch.eye(len(H), dtype=H.dtype) - U @ U.T
     expected = (outside @ H @ outside).diagonal()
-    assert bool((expected < 0).any())  # negative curvature there is none of a posterior's
+    assert bool((expected < 0).any())  # an estimate floors them, where all samples have had their say
     means, spread = mean_and_spread("MLP", likelihood, U)
     by_diagonal, by_trace = c.moments(U, "diagonal"), c.moments(U, "trace")
     assert by_diagonal.residual_diagonal is not None
-    close(by_diagonal.residual_diagonal, expected.clamp_min(0))
+    close(by_diagonal.residual_diagonal, expected)
     assert by_trace.trace is not None
     close(by_trace.trace, torch.trace(H))
     assert by_diagonal.trace is None
