@@ -1,0 +1,231 @@
+"""How far approximate posteriors are from the full-batch one, against the samples that their curvature was read from.
+
+    python examples/benchmarks/fidelity.py --quick             # two tasks, two draws, the main configurations
+    python examples/benchmarks/fidelity.py --draws 5           # everything; hours, resumable at any point
+    python examples/benchmarks/fidelity.py --configurations "lowrank/*/none/free" "laplace-torch/kron" --sizes 64 128 N
+
+Every fit is one configuration on the same B of N training samples, asked to stand for all N. The reference is the dense
+full-batch GGN posterior in double precision; `fidelity_criteria.py` says what is measured. Draws go outermost: an
+interrupted run has the same draws of everything. Results of earlier runs are kept under --cache and not computed again.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+# laplace-torch's own imports still use torch.jit.script, a dozen times
+warnings.filterwarnings("ignore", message="`torch.jit.script")
+
+import fidelity_figure
+import fidelity_table
+import torch
+from fidelity_criteria import Reference, coverage, distances, reference
+from fidelity_posteriors import BASELINE, MAIN, Examination, configurations, fit, loader_of, set_prior
+from fidelity_results import VERSION, Record, Store, key_of, summarize
+from fidelity_tasks import RECIPES, Task, load_task
+from fidelity_verdicts import verdicts
+from tqdm import tqdm
+
+from debiased_laplace.errors import NotBuiltError
+
+SIZES = (32, 64, 128, 256, 512, 1024, "N")
+PRIORS = (1.0, 10.0, 100.0)
+QUICK = {"tasks": ["digits", "30_classes"], "sizes": ["64", "128", "256", "N"], "draws": 2, "configurations": MAIN}
+HELD_OUT = 128
+LARGEST_HELD_OUT = 13_000  # rows: at many classes and samples, a held-out KL costs more than everything else
+LEADING = 10
+
+
+@dataclass(eq=False)
+class Benchmark:
+    """A task being measured.
+
+    Attributes:
+        task: with its dense full-batch curvature.
+        priors: prior precisions of each fit.
+        held_out_draws: draws of which the held-out KL is computed too.
+    """
+
+    task: Task
+    priors: list[float]
+    held_out_draws: int
+    _references: dict[float, Reference] = field(default_factory=dict)
+
+    def reference(self, prior: float) -> Reference:
+        """The full-batch posterior at a prior precision."""
+        if prior not in self._references:
+            task = self.task
+            self._references[prior] = reference(
+                task.curvature,
+                task.jacobians,
+                task.outputs,
+                weight=task.n_data / task.sigma_noise**2,
+                prior=prior,
+                noise=task.sigma_noise if task.likelihood == "regression" else None,
+            )
+        return self._references[prior]
+
+    def keys(self, B: int, draw: int, name: str) -> list[Record]:
+        """What distinguishes the results of a fit, one for each prior."""
+        shared = {"version": VERSION, "task": self.task.name, "weights": self.task.weights}
+        return [
+            {**shared, "B": B, "n_data": self.task.n_data, "draw": draw, "configuration": name, "prior": prior}
+            for prior in self.priors
+        ]
+
+    def measure(self, B: int, draw: int, name: str, options: dict[str, Any]) -> list[Record]:
+        """Fit once, judge at every prior; a failure is a result too.
+
+        Raises:
+            NotBuiltError: if the package does not have the configuration yet.
+        """
+        keys = self.keys(B, draw, name)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = self._measured(B, draw, name, options)
+        except NotBuiltError:
+            raise
+        except Exception as error:
+            return [{**key, "error": f"{type(error).__name__}: {error}"[:500]} for key in keys]
+        said = sorted({str(w.message)[:300] for w in caught if issubclass(w.category, UserWarning)})
+        return [
+            {**key, **result, **({"warnings": said} if said else {})} for key, result in zip(keys, found, strict=True)
+        ]
+
+    def _measured(self, B: int, draw: int, name: str, options: dict[str, Any]) -> list[Record]:
+        task, order = self.task, self.task.order(draw)
+        start = time.perf_counter()
+        la = fit(task, name, options, order[:B], seed=draw)
+        seconds = time.perf_counter() - start
+        examination = Examination(task, la)
+        ours = not name.startswith(BASELINE)
+        shared = {"fit_seconds": round(seconds, 3), **(self._of_directions(examination, name) if ours else {})}
+        left_out = order[B : B + HELD_OUT]
+        rows = (B + len(left_out)) * task.outputs.shape[1]
+        judged = ours and draw < self.held_out_draws and left_out and rows <= LARGEST_HELD_OUT
+        results = []
+        for prior in self.priors:
+            start = time.perf_counter()
+            set_prior(la, prior)
+            result = {**shared, **distances(examination.approximation(prior), self.reference(prior))}
+            result["evaluation_seconds"] = round(time.perf_counter() - start, 3)
+            if judged:
+                kl = la.held_out_kl(loader_of(task, left_out), fitted_loader=loader_of(task, order[:B]))
+                result.update(held_out_kl=kl.value, held_out_kl_standard_error=kl.standard_error)
+            results.append(result)
+        return results
+
+    def _of_directions(self, examination: Examination, name: str) -> Record:
+        """Curvatures used along the leading directions over the full batch's, and intervals that contain those."""
+        la = examination.la
+        result: Record = {"rank": la.rank, "n_magnitude_samples": len(la.split.magnitude_indices)}
+        if name.startswith(("kron", "full")):
+            return result
+        truth, used, errors = examination.true_curvatures(), la.directional_curvatures.double(), la.standard_errors
+        leading = used[:LEADING] / truth[:LEADING]
+        if len(used):
+            result |= {"curvature_ratio": float(leading.mean()), "largest_curvature_ratio": float(leading[0])}
+        if name.endswith("none/free") and bool((errors > 0).any()):
+            result["coverage"] = coverage(used, errors.double(), truth)
+        return result
+
+
+def plan(options: argparse.Namespace, tasks: list[Benchmark]) -> list[tuple[Benchmark, int, int, str, dict[str, Any]]]:
+    """Fits in the order of work: draws outermost, configurations innermost."""
+    table = {
+        name: kind
+        for name, kind in configurations().items()
+        if any(fnmatch(name, pattern) for pattern in options.configurations)
+    }
+    work = []
+    for draw in range(options.draws):
+        for benchmark in tasks:
+            n_data = benchmark.task.n_data
+            sizes = sorted({n_data if size == "N" else int(size) for size in options.sizes})
+            for B in sizes:
+                # all data are all data in every draw
+                if n_data > B or (n_data == B and draw == 0):
+                    work += [(benchmark, B, draw, name, kind) for name, kind in table.items()]
+    return work
+
+
+def run(options: argparse.Namespace, tasks: list[Benchmark], store: Store) -> Counter[str]:
+    """Do what is not done yet; returns what the package does not have, with how many fits waited for it."""
+    missing: Counter[str] = Counter()
+    with tqdm(plan(options, tasks), desc="[Fidelity]", disable=options.silent) as bar:
+        for benchmark, B, draw, name, kind in bar:
+            bar.set_postfix_str(f"draw {draw}, {benchmark.task.name}, B = {B}, {name}")
+            keys = benchmark.keys(B, draw, name)
+            again = any(fnmatch(name, pattern) for pattern in options.redo)
+            if not again and all(key_of(key) in store.records for key in keys):
+                continue
+            try:
+                store.append(benchmark.measure(B, draw, name, kind))
+            except NotBuiltError:
+                missing[name] += 1
+    return missing
+
+
+def main() -> None:
+    """Run, and report everything that is known by then."""
+    options = parsed()
+    torch.set_num_threads(options.threads)
+    store = Store(options.cache / "results.jsonl")
+    tasks = [Benchmark(load_task(name, options.cache), PRIORS, options.held_out_kl) for name in options.tasks]
+    missing: Counter[str] = Counter()
+    try:
+        missing = run(options, tasks, store)
+    except KeyboardInterrupt:
+        print("Interrupted; what was measured is kept, and the same command goes on from there.")
+    current = {b.task.name: b.task.weights for b in tasks}
+    summary = summarize(r for r in store.records.values() if current.get(r["task"]) == r["weights"])
+    lines = verdicts(summary)
+    write_text(options.out, json.dumps({**summary.document(), "verdicts": lines}, indent=1, allow_nan=False) + "\n")
+    write_text(options.table, fidelity_table.markdown(summary, lines))
+    fidelity_figure.draw(summary, options.out.with_suffix(".png"), prior=10.0)
+    print("\n".join(lines))
+    for message, count in summary.errors.items():
+        print(f"failed, {count} times: {message}")
+    if missing:
+        print(f"not available yet, {missing.total()} fits: {', '.join(missing)}")
+    print(f"written: {options.out}, {options.out.with_suffix('.png')}, {options.table}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, in a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, help="draws of the samples and of the estimator's split (5)")
+    parser.add_argument("--tasks", nargs="+", choices=list(RECIPES), help="all of them by default")
+    parser.add_argument("--sizes", nargs="+", help=f"numbers of curvature samples; N is all ({SIZES})")
+    parser.add_argument("--configurations", nargs="+", help="names or patterns of them (all)")
+    parser.add_argument("--redo", nargs="+", default=[], help="patterns of configurations to measure again")
+    parser.add_argument("--quick", action="store_true", help="under ten minutes; the options above still count")
+    parser.add_argument("--held-out-kl", type=int, default=1, help="draws of which the held-out KL is computed (1)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--silent", action="store_true", help="no progress line")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/fidelity"))
+    parser.add_argument("--out", type=Path, default=Path("docs/figures/fidelity.json"), help="the figure is beside it")
+    parser.add_argument("--table", type=Path, default=Path("docs/fidelity_table.md"))
+    options = parser.parse_args()
+    defaults = {"tasks": list(RECIPES), "sizes": SIZES, "draws": 5, "configurations": ["*"]}
+    for name, value in ({**defaults, **QUICK} if options.quick else defaults).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+if __name__ == "__main__":
+    main()

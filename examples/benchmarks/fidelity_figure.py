@@ -1,0 +1,89 @@
+"""The figure: distance to the full batch against curvature samples, one column per task."""
+
+from pathlib import Path
+
+from fidelity_posteriors import BASELINE
+from fidelity_results import Cell, Summary
+from fidelity_tasks import RECIPES
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+LINES = {
+    "lowrank/same_batch/none/free": ("same batch (biased)", "#D55E00", "o"),
+    "lowrank/held_out/none/free": ("split", "#E69F00", "s"),
+    "lowrank/cross_fitted/none/free": ("cross-fitted", "#0072B2", "o"),
+    "lowrank/cross_fitted/kron/100": ("cross-fitted, rank 100 + Kronecker", "#009E73", "D"),
+    "auto": ("automatic", "#000000", "*"),
+    f"{BASELINE}/kron": ("laplace-torch's K-FAC", "#8A8A8A", "^"),
+}
+ROWS = {
+    "parameter_kl": "KL to the full batch,\nparameters [nats]",
+    "total_variation": "total variation of\npredictive probabilities",
+}
+LOWEST = {"parameter_kl": 0.3, "total_variation": 1e-4}
+"""Where the axes end: a posterior of all the data is the full batch but for single precision."""
+
+
+def draw(summary: Summary, path: Path, prior: float) -> None:
+    """Write the figure as PNG; means over draws, bands of ± 1.96 standard errors."""
+    tasks = [task for task in RECIPES if task in summary.n_data]
+    figure = Figure(figsize=(3.1 * len(tasks) + 0.5, 5.6), layout="constrained")
+    grid = figure.subplots(len(ROWS), len(tasks), squeeze=False, sharex="col")
+    for column, task in enumerate(tasks):
+        for row, (criterion, label) in enumerate(ROWS.items()):
+            axes = grid[row, column]
+            _panel(axes, summary, task, prior, criterion)
+            if column == 0:
+                axes.set_ylabel(label)
+        grid[0, column].set_title(f"{RECIPES[task].title}\nN = {summary.n_data[task]:,}", fontsize=10)
+        grid[-1, column].set_xlabel("curvature samples")
+    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [label for label, _, _ in LINES.values()] + [ALL_DATA]
+    shown = [label for label in order if label in handles]
+    if shown:
+        figure.legend(
+            [handles[label] for label in shown], shown, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+ALL_DATA = "laplace-torch's K-FAC on all the data"
+
+
+def _panel(axes: Axes, summary: Summary, task: str, prior: float, criterion: str) -> None:
+    n_data = summary.n_data[task]
+    for name, (label, colour, marker) in LINES.items():
+        points = [
+            (cell.B, found[criterion])
+            for cell, configurations in summary.cells.items()
+            if cell.task == task and cell.prior == prior and criterion in (found := configurations.get(name, {}))
+        ]
+        if not points:
+            continue
+        B = [b for b, _ in points]
+        mean = [max(m.mean, LOWEST[criterion]) for _, m in points]
+        half = [1.96 * m.standard_error if m.n > 1 else 0.0 for _, m in points]
+        low = [max(m - h, LOWEST[criterion]) for m, h in zip(mean, half, strict=True)]
+        high = [m + h for m, h in zip(mean, half, strict=True)]
+        axes.fill_between(B, low, high, color=colour, alpha=0.2, lw=0)
+        axes.plot(B, mean, color=colour, marker=marker, ms=4, lw=1.6, label=label)
+    everything = summary.mean(Cell(task, n_data, prior), f"{BASELINE}/kron", criterion)
+    if everything is not None:
+        axes.axhline(everything, color="#8A8A8A", lw=1, ls="--", label=ALL_DATA)
+    axes.set(xscale="log", yscale="log")
+    sizes = sorted({cell.B for cell in summary.cells if cell.task == task})
+    axes.set_xticks(sizes, [_tick(B, n_data) for B in sizes], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", lw=0.4, color="#DDDDDD")
+
+
+def _tick(B: int, n_data: int) -> str:
+    """All the data have a name; labels too close to it are left out."""
+    if n_data == B:
+        return "N"
+    return str(B) if n_data / B > 1.5 else ""

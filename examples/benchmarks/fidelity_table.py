@@ -1,0 +1,61 @@
+"""The summary as one Markdown page: a table per task and prior, one line per configuration, one column per B."""
+
+from fidelity_results import Cell, Mean, Summary
+from fidelity_tasks import RECIPES
+
+SHOWN = {"parameter_kl": "{:.4g}", "total_variation": "{:.3f}", "predictive_kl": "{:.3g}"}
+
+
+def markdown(summary: Summary, verdicts: list[str]) -> str:
+    """The page."""
+    parts = [
+        "# Fidelity: distance to the full-batch posterior",
+        "Written by `python examples/benchmarks/fidelity.py`. Each entry: KL to the full-batch posterior over the "
+        "parameters in nats / total variation between predictive class probabilities (regression: between the "
+        "predictive densities) / KL of the outputs at a test input (median), means over draws ± standard error of the "
+        "first. B samples of N were used for curvature; all posteriors stand for N.",
+        "Names: structure / magnitudes / complement / rank; `free` is every direction that the samples support.",
+        "## Verdicts",
+        "\n".join(f"- {verdict}" for verdict in verdicts),
+    ]
+    for task, n_data in summary.n_data.items():
+        parts.append(f"## {RECIPES[task].title}, N = {n_data:,}")
+        for prior in sorted({cell.prior for cell in summary.cells if cell.task == task}):
+            parts += [f"### Prior precision {prior:g}", _table(summary, task, prior)]
+    parts += ["## Intervals for directional curvatures", _coverage(summary)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(summary: Summary, task: str, prior: float) -> str:
+    sizes = sorted({cell.B for cell in summary.cells if cell.task == task and cell.prior == prior})
+    names = sorted({name for B in sizes for name in summary.cells.get(Cell(task, B, prior), {})})
+    lines = ["| | " + " | ".join(f"B = {B}" for B in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for name in names:
+        entries = (_entry(summary.cells.get(Cell(task, B, prior), {}).get(name)) for B in sizes)
+        lines.append(f"| {name} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def _entry(criteria: dict[str, Mean] | None) -> str:
+    if not criteria:
+        return ""
+    shown = [form.format(criteria[name].mean) if name in criteria else "–" for name, form in SHOWN.items()]
+    kl = criteria.get("parameter_kl")
+    if kl is not None and kl.n > 1:
+        shown[0] += f" ± {kl.standard_error:.2g}"
+    return " / ".join(shown)
+
+
+def _coverage(summary: Summary) -> str:
+    lines = [
+        "Share of nominal 95 % intervals that contain the full batch's curvature: value ± 1.96 standard errors, and "
+        "the same on a log scale.\n",
+        "| task | configuration | magnitude samples | intervals | plain | log scale |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c['task']} | {c['configuration']} | {c['n_magnitude_samples']} | {c['intervals']} | {c['plain']:.1%} | "
+        f"{c['log']:.1%} |"
+        for c in summary.coverage
+    ]
+    return "\n".join(lines)
