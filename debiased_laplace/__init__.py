@@ -7,5 +7,6 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script")
     from debiased_laplace.calibration import calibration_report
     from debiased_laplace.posterior.factory import DebiasedLaplace
+    from debiased_laplace.posterior.judging import held_out_kl
 
-__all__ = ["DebiasedLaplace", "calibration_report"]
+__all__ = ["DebiasedLaplace", "calibration_report", "held_out_kl"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature.asdfghjkl import AsdfghjklHessian
 from laplace.curvature.asdl import AsdlHessian
 from laplace.curvature.curvlinops import CurvlinopsHessian
 
@@ -70,6 +71,21 @@ class BackendChoice:
             raise ValueError(f"num_samples must be at least 1; got {n_draws}.")
         return cls(backend, "Monte-Carlo GGN" if stochastic else kind, n_draws)
 
+    @classmethod
+    def of_laplace_torch(cls, backend: type, kwargs: Mapping[str, Any]) -> "BackendChoice":
+        """Which curvature a posterior of laplace-torch's is of, to be computed by torch.func.
+
+        Raises:
+            ValueError: if the backend does not say.
+        """
+        hessian = issubclass(backend, CurvlinopsHessian | AsdlHessian | AsdfghjklHessian)
+        kind = "Hessian" if hessian else _kind_by_interface(backend)
+        if kind is None:
+            raise ValueError(
+                f"Expected a posterior of the GGN, the EF or the Hessian; got one by {backend.__name__}."
+            )
+        return cls(None, "Monte-Carlo GGN" if kind == "GGN" and kwargs.get("stochastic") else kind, 1)
+
     def root(self, likelihood: Likelihood) -> OutputRoot | None:
         """The root of the curvature; None for the Hessian, which has none."""
         if self.kind == "GGN":
@@ -124,10 +140,13 @@ def _kind(backend: Any) -> CurvatureKind:
         raise ValueError(
             f"{backend.__name__} needs a package that is not on the package index; expected one of {names}."
         )
+    kind = "Hessian" if issubclass(backend, CurvlinopsHessian | AsdlHessian) else _kind_by_interface(backend)
+    if kind is None:
+        raise ValueError(f"Expected backend as one of {names}; got {backend.__name__}, which says no curvature.")
+    return kind
+
+
+def _kind_by_interface(backend: type) -> CurvatureKind | None:
     if issubclass(backend, GGNInterface):
         return "GGN"
-    if issubclass(backend, EFInterface):
-        return "EF"
-    if issubclass(backend, CurvlinopsHessian | AsdlHessian):
-        return "Hessian"
-    raise ValueError(f"Expected backend as one of {names}; got {backend.__name__}, which says no curvature.")
+    return "EF" if issubclass(backend, EFInterface) else None

@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.network import Network
@@ -26,26 +26,89 @@ from debiased_laplace.debiasing.held_out_kl import (
 )
 from debiased_laplace.errors import OverlapError
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.posterior.candidates import Candidate, debiased_candidate
+from debiased_laplace.posterior.laplace_torch import laplace_torch_candidate, plain_model
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 _SHARE_THAT_MATTERS = 0.1
 _PANEL = 64  # columns of the covariance's root at once
 
 
-def held_out_kl(la: PredictiveInterface, loader: Any, fitted_loader: Any) -> HeldOutKL:
-    """The held-out KL of a fitted posterior; see `DebiasedLaplace`'s method of that name."""
-    fitted = la.fitted
-    n_fitted, n_data = fitted.split.n_samples, fitted.split.n_data
-    if loader is None and (n_fitted < n_data or fitted_loader is None):
-        raise ValueError(
-            f"{n_fitted} of {n_data} samples were fitted; expected a loader of training samples left out of "
-            "the fit. Only a posterior of all the data needs none, and then its fitted_loader."
-        )
-    if loader is not None and n_fitted == n_data:
-        raise ValueError(
-            f"All {n_data} samples were fitted: nothing is left to hold out. Pass loader=None and "
-            "fitted_loader, which gives the exact value."
-        )
+def held_out_kl(
+    posterior: Any,
+    loader: Any,
+    fitted_loader: Any = None,
+    *,
+    n_data: int | None = None,
+    temperature: int | float | None = None,
+    progress_bar: bool = False,
+) -> HeldOutKL:
+    r"""Distance of a posterior to the full-batch posterior in nats, up to a constant; laplace-torch's own included.
+
+    The full-batch posterior has the precision $N \tau H + P_0$, $\tau = 1 / (\sigma^2 T)$, with the prior precision and
+    the noise of the posterior that is judged. Posteriors that share weights, parameters, kind of curvature, $P_0$,
+    $\sigma$, T and N share the constant, whichever library they come from: the difference of their values is paired by
+    sample, and is the difference of their KL divergences to the full batch.
+
+    Cost: rows of every sample of both loaders once, a batch of them in memory at a time.
+
+    Args:
+        posterior: one of this package, or a parametric one of laplace-torch 0.3 (diag, kron, full or lowrank; all
+            weights, last layer or subnetwork).
+        loader: training samples left out of the fit; None only where all N samples were fitted.
+        fitted_loader: the samples that were fitted, for the overlap check and for their exact share. Posteriors of
+            laplace-torch do not remember theirs, and need it.
+        n_data: N. A posterior of this package knows it. For one of laplace-torch, None: the samples that it was fitted
+            to.
+        temperature: T of the full batch. A posterior of this package knows it. For one of laplace-torch, None: its own;
+            with an n_data other than the number of fitted samples it has to be given, because laplace-torch's users set
+            their temperature to n / N to scale the curvature of n samples up to N.
+        progress_bar: show progress.
+
+    Returns:
+        The estimate, with its standard error.
+
+    Raises:
+        NotFittedError: before `fit`.
+        OverlapError: if a sample of the loader was fitted.
+        ValueError: if the posterior is a functional one (GP, ELLA, VaLLA), is not at the model's present weights, or
+            samples, N and temperature do not belong to it.
+
+    Warns:
+        UserWarning: if the fitted samples' share is above a tenth and missing.
+
+    References:
+        docs/conventions.md, "Held-out KL"; Daxberger et al. (2021), arXiv 2106.14806.
+    """
+    with torch.inference_mode(False):
+        if isinstance(posterior, PredictiveInterface):
+            _check_agrees(posterior, n_data, temperature)
+            return judged(debiased_candidate(posterior), loader, fitted_loader, progress_bar=progress_bar)
+        candidate = laplace_torch_candidate(posterior, n_data, temperature)
+        if fitted_loader is None:
+            raise ValueError(
+                "laplace-torch's posteriors do not remember their samples: expected the fitted ones as fitted_loader, "
+                "to tell them from the held-out ones and for their exact share."
+            )
+        with plain_model(candidate.model):
+            return judged(candidate, loader, fitted_loader, progress_bar=progress_bar)
+
+
+def _check_agrees(la: PredictiveInterface, n_data: int | None, temperature: int | float | None) -> None:
+    """What a posterior of this package knows is not to be told otherwise."""
+    la._check_H_init()
+    for name, given, known in (("n_data", n_data, la.n_data), ("temperature", temperature, la.temperature)):
+        if given is not None and given != known:
+            raise ValueError(
+                f"This {type(la).__name__} has {name}={known}; expected the same or None, got {given!r}. Only "
+                "laplace-torch's posteriors need to be told."
+            )
+
+
+def judged(candidate: Candidate, loader: Any, fitted_loader: Any, *, progress_bar: bool) -> HeldOutKL:
+    """The held-out KL of a candidate; see `held_out_kl`, which warns in the name of its caller."""
+    n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
+    _check_loaders(candidate, loader, fitted_loader)
     if fitted_loader is None and n_fitted > _SHARE_THAT_MATTERS * n_data:
         warnings.warn(
             f"The fitted samples are {n_fitted / n_data:.0%} of the data, and their exact share is "
@@ -53,24 +116,21 @@ def held_out_kl(la: PredictiveInterface, loader: Any, fitted_loader: Any) -> Hel
             stacklevel=3,
         )
     # both loaders are looked at before any row is computed
-    given = None if fitted_loader is None else _known(la, fitted_loader)
-    held_out = None if loader is None else _known(la, loader)
+    given = None if fitted_loader is None else _known(candidate, fitted_loader)
+    held_out = None if loader is None else _known(candidate, loader)
     if given is not None:
-        _check_fitted(fitted.identities, given.identities)
-    if held_out is not None:
-        _check_held_out(fitted.identities, held_out.identities, n_data - n_fitted)
-    operator = la.posterior_precision
-    prior = la.prior_precision_diag.detach()
-    terms = KLTerms(
-        float((operator.covariance_diagonal.double() * prior.double()).sum()),
-        float(operator.log_det),
-        float(la.n_data * la._H_factor),
-    )
-    inside = None if given is None else _terms_of(la, terms, given)
+        _check_fitted(candidate, given.identities)
+    fitted = candidate.identities if given is None or candidate.identities is not None else given.identities
+    if held_out is not None and fitted is not None:
+        _check_held_out(fitted, held_out.identities, n_data - n_fitted)
+    terms = candidate.terms
     outside, keys = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    if held_out is not None:
-        outside = _terms_of(la, terms, held_out)
-        keys = held_out.identities.positions if held_out.identities.augmented else held_out.identities.hashes
+    n_rows = sum(len(known.identities) for known in (given, held_out) if known is not None)
+    with tqdm(total=n_rows, disable=not progress_bar, desc="[Held-out KL]") as bar:
+        inside = None if given is None else _terms_of(candidate, terms, given, bar)
+        if held_out is not None:
+            outside = _terms_of(candidate, terms, held_out, bar)
+            keys = held_out.identities.positions if held_out.identities.augmented else held_out.identities.hashes
     return estimate_held_out_kl(
         terms,
         outside,
@@ -78,7 +138,7 @@ def held_out_kl(la: PredictiveInterface, loader: Any, fitted_loader: Any) -> Hel
         n_data=n_data,
         n_fitted=n_fitted,
         sample_keys=keys,
-        context=_context(la),
+        context=candidate.target.context,
     )
 
 
@@ -90,10 +150,10 @@ class _Known:
     identities: SampleIdentities
 
 
-def _known(la: PredictiveInterface, loader: Any) -> _Known:
-    seed = la.fitted_seed
-    source = sample_source(loader, seed, la._problem.keys)
-    samples = Samples(source, source.indices, la._center.device, seed)
+def _known(candidate: Candidate, loader: Any) -> _Known:
+    seed = candidate.seed
+    source = sample_source(loader, seed, candidate.keys)
+    samples = Samples(source, source.indices, candidate.precision.directions.device, seed)
     root, positions = source.root()
     augmented = source.augments(seed)
     with undisturbed_randomness(seed):
@@ -103,32 +163,34 @@ def _known(la: PredictiveInterface, loader: Any) -> _Known:
     )
 
 
-def _terms_of(la: PredictiveInterface, terms: KLTerms, known: _Known) -> Tensor:
+def _terms_of(candidate: Candidate, terms: KLTerms, known: _Known, bar: Any) -> Tensor:
     """Terms of the samples, in the order of their positions."""
-    with evaluating(la.model), differentiable_kernels(la.model), undisturbed_randomness(la.fitted_seed):
-        return sample_terms(terms, _curvature_traces(la, known.samples))
+    with (
+        torch.enable_grad(),
+        evaluating(candidate.model),
+        differentiable_kernels(candidate.model),
+        undisturbed_randomness(candidate.seed),
+    ):
+        return sample_terms(terms, _curvature_traces(candidate, known.samples, bar))
 
 
-def _curvature_traces(la: PredictiveInterface, samples: Samples) -> Iterator[Tensor]:
-    r"""$\mathrm{tr}(\hat P^{-1} H_n)$ of each sample.
-
-    A Monte-Carlo posterior is judged by the GGN that it estimates: fresh draws would add nothing but noise.
-    """
-    precision, choice = la.posterior_precision, la._problem.backend
-    kind = replace(choice, kind="GGN") if choice.kind == "Monte-Carlo GGN" else choice
-    root = kind.root(la._problem.likelihood)
+def _curvature_traces(candidate: Candidate, samples: Samples, bar: Any) -> Iterator[Tensor]:
+    r"""$\mathrm{tr}(\hat P^{-1} H_n)$ of each sample."""
+    precision, root = candidate.precision, candidate.target.root
     for batch in samples:
         batch.check_finite()
-        network = la.network_for(batch.inputs)
+        network = candidate.network(batch)
         with torch.no_grad():
-            evaluated(network.selection, network.parameters, batch)
-        la.check_targets(batch)
+            outputs = evaluated(network.selection, network.parameters, batch)
+        candidate.target.likelihood.check(outputs, batch.targets)
         if root is None:
             yield _hessian_traces(network, precision, batch)
+            bar.update(len(batch))
             continue
         side = root.side(batch.targets, network.n_outputs, torch.Generator())
         for n, blocks, _ in network.root_rows(batch, root, side):
             yield sum((precision.variance_trace(rows) for rows in blocks), start=precision.directions.new_zeros(n))
+            bar.update(n)
 
 
 def _hessian_traces(network: Network, precision: LowRankPlusDiagonal, batch: Batch) -> Tensor:
@@ -137,6 +199,27 @@ def _hessian_traces(network: Network, precision: LowRankPlusDiagonal, batch: Bat
     units = torch.eye(network.n_parameters, dtype=network.like.dtype, device=network.like.device)
     panels = [second.quadratics(batch, precision.root(some).T).sum(1) for some in units.split(_PANEL)]
     return torch.stack(panels).sum(0)
+
+
+def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> None:
+    """Whether there is anything to hold out, and whether it is given."""
+    n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
+    if loader is None and (n_fitted < n_data or fitted_loader is None):
+        raise ValueError(
+            f"{n_fitted} of {n_data} samples were fitted; expected a loader of training samples left out of "
+            "the fit. Only a posterior of all the data needs none, and then its fitted_loader."
+        )
+    if loader is not None and n_fitted == n_data:
+        hint = ""
+        if candidate.identities is None:
+            hint = (
+                " If they are part of a larger data set, pass its size as n_data, and the temperature of the posterior "
+                "of that."
+            )
+        raise ValueError(
+            f"All {n_data} samples were fitted: nothing is left to hold out. Pass loader=None and "
+            f"fitted_loader, which gives the exact value.{hint}"
+        )
 
 
 def _check_held_out(fitted: SampleIdentities, given: SampleIdentities, n_left_out: int) -> None:
@@ -150,8 +233,17 @@ def _check_held_out(fitted: SampleIdentities, given: SampleIdentities, n_left_ou
         raise ValueError(f"n_data leaves {n_left_out} samples out of the fit; the loader yields {len(given)}.")
 
 
-def _check_fitted(expected: SampleIdentities, given: SampleIdentities) -> None:
-    """The loader of the fitted samples has to yield exactly these."""
+def _check_fitted(candidate: Candidate, given: SampleIdentities) -> None:
+    """The loader of the fitted samples has to yield exactly these; where they are not known, as many."""
+    expected = candidate.identities
+    if expected is None:
+        if len(given) != candidate.n_fitted:
+            raise ValueError(
+                f"fitted_loader must yield the {candidate.n_fitted} samples that were fitted; it yields {len(given)}. "
+                "laplace-torch counts the whole data set of the loader that it was fitted to, also what a sampler or "
+                "drop_last leaves out: fit to a Subset instead."
+            )
+        return
     ours, theirs = expected.keys(given)
     if not torch.equal(ours.sort().values, theirs.sort().values):
         raise ValueError(
@@ -159,19 +251,3 @@ def _check_fitted(expected: SampleIdentities, given: SampleIdentities) -> None:
             f"{len(given)}, of which {given.shared_with(expected)} were. They are at "
             "`la.split.direction_indices` and `la.split.magnitude_indices` of the data set."
         )
-
-
-def _context(la: PredictiveInterface) -> str:
-    """What the constant of the KL depends on."""
-    prior = la.prior_precision.detach().double().cpu()
-    prior = prior[:1] if bool((prior == prior[0]).all()) else prior
-    shown = f"{prior.item():.6g}" if prior.numel() == 1 else f"{prior.numel()} entries {hash(tuple(prior.tolist()))}"
-    kind = la._problem.backend.kind.removeprefix("Monte-Carlo ")
-    selection = la.selection
-    over = selection.subset
-    if selection.subset != "all weights":
-        over = f"{over} {sha256(selection.description.encode()).hexdigest()[:8]}"
-    return (
-        f"weights {la.weights_fingerprint[:12]}, {over}, {kind}, prior precision {shown}, "
-        f"sigma_noise {float(la.sigma_noise):.6g}, temperature {la.temperature:.6g}, n_data {la.n_data}"
-    )

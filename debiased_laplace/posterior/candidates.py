@@ -1,0 +1,163 @@
+"""What a posterior has to offer to be judged by its held-out KL, whoever made it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.identities import SampleIdentities
+from debiased_laplace.data.inputs import MappingKeys
+from debiased_laplace.debiasing.held_out_kl import KLTerms
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.posterior.backends import BackendChoice
+from debiased_laplace.posterior.predictions import PredictiveInterface
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    r"""The full-batch posterior, of precision $N \tau H + P_0$ with $\tau = 1 / (\sigma^2 T)$ at the trained weights.
+
+    Attributes:
+        selection: the parameters that it is over.
+        likelihood: of the outputs.
+        choice: which curvature H is the mean of.
+        prior_precision: diagonal of $P_0$.
+        sigma_noise: $\sigma$.
+        temperature: T.
+        n_data: N.
+    """
+
+    selection: ParameterSelection
+    likelihood: Likelihood
+    choice: BackendChoice
+    prior_precision: Float[Tensor, " P"]
+    sigma_noise: float
+    temperature: float
+    n_data: int
+
+    @property
+    def root(self) -> OutputRoot | None:
+        """The root of the curvature; None for a Hessian.
+
+        A Monte-Carlo posterior is judged by the GGN that it estimates: fresh draws would add nothing but noise.
+        """
+        if self.choice.kind == "Monte-Carlo GGN":
+            return GaussNewton(self.likelihood)
+        return self.choice.root(self.likelihood)
+
+    @property
+    def likelihood_weight(self) -> float:
+        r"""$N \tau$."""
+        return self.n_data / (self.sigma_noise**2 * self.temperature)
+
+    @property
+    def context(self) -> str:
+        """Everything that the constant of the KL depends on, in one string that equal targets share."""
+        kind = self.choice.kind.removeprefix("Monte-Carlo ")
+        over = self.selection.subset
+        if over != "all weights":
+            over = f"{over} {sha256(self.selection.description.encode()).hexdigest()[:8]}"
+        return (
+            f"weights {self.selection.fingerprint()[:12]}, {over}, {kind}, prior precision {self._shown_prior}, "
+            f"sigma_noise {self.sigma_noise:.6g}, temperature {self.temperature:.6g}, n_data {self.n_data}"
+        )
+
+    @property
+    def _shown_prior(self) -> str:
+        prior = self.prior_precision
+        if bool((prior == prior[0]).all()):
+            return f"{float(prior[0]):.6g}"
+        # in single precision: the same numbers may have come through either
+        digest = sha256(prior.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+        return f"{len(prior)} entries {digest[:8]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A posterior to be judged.
+
+    Attributes:
+        precision: of the posterior.
+        target: what it is judged against.
+        model: to be looked at without leaving a trace.
+        network: at the posterior's mean, given a first batch.
+        keys: where a mapping holds what.
+        seed: of the loading.
+        n_fitted: number of samples that it was fitted to.
+        identities: of these samples; None where the posterior does not remember them.
+    """
+
+    precision: LowRankPlusDiagonal
+    target: Target
+    model: nn.Module
+    network: Callable[[Batch], Network]
+    keys: MappingKeys
+    seed: int
+    n_fitted: int
+    identities: SampleIdentities | None
+
+    @property
+    def terms(self) -> KLTerms:
+        """The posterior's own terms of the KL."""
+        trace = prior_trace(self.precision, self.target.prior_precision)
+        return KLTerms(trace, float(self.precision.log_det), self.target.likelihood_weight)
+
+
+def prior_trace(precision: LowRankPlusDiagonal, prior: Float[Tensor, " P"]) -> float:
+    r"""$\mathrm{tr}(P^{-1} P_0)$ for a diagonal prior.
+
+    Where the prior is constant in each block of a basis, the trace is the same in the coordinates of the basis, in
+    which no difference of large numbers is needed.
+    """
+    variances = precision.coordinate_variances
+    if precision.basis is not None:
+        parts = prior.split([block.size for block in precision.basis.blocks])
+        if any(bool((part != part[0]).any()) for part in parts if len(part)):
+            variances = precision.covariance_diagonal
+    return float((variances.double() * prior.double()).sum())
+
+
+def debiased_candidate(la: PredictiveInterface) -> Candidate:
+    """One of this package's posteriors.
+
+    Raises:
+        NotFittedError: before `fit`.
+        ValueError: if the model's weights are not those that were fitted.
+    """
+    fitted = la.fitted
+    if la.selection.fingerprint() != la.weights_fingerprint:
+        raise ValueError(
+            "The model's weights or buffers have changed since the fit; expected them as they were fitted. Restore "
+            "them, or fit again."
+        )
+    target = Target(
+        la.selection,
+        la._problem.likelihood,
+        la._problem.backend,
+        la.prior_precision_diag.detach(),
+        float(la.sigma_noise.detach()),
+        float(la.temperature),
+        la.n_data,
+    )
+
+    def network(batch: Batch) -> Network:
+        return la.network_for(batch.inputs)
+
+    split = fitted.split
+    return Candidate(
+        la.posterior_precision,
+        target,
+        la.model,
+        network,
+        la._problem.keys,
+        la.fitted_seed,
+        split.n_samples,
+        fitted.identities,
+    )
