@@ -44,6 +44,7 @@ class RowCurvature(SubBatchCurvature):
         self.progress_bar = progress_bar
         self._used: set[str] = set()
         self._stacked: GramFactor | None = None
+        self._drawn: Tensor | None = None
 
     @property
     def source(self) -> str:
@@ -82,20 +83,28 @@ class RowCurvature(SubBatchCurvature):
         return RowCurvature(self.network, self.samples, self.root, seed=self.seed + 1, progress_bar=self.progress_bar)
 
     def part(self, positions: Int64[Tensor, " m"]) -> "RowCurvature":
-        """The mean curvature of some of the samples; kept rows are shared out."""
+        """The mean curvature of some of the samples, with the same draws; kept rows are shared out."""
         some = self.samples.at(positions)
         part = RowCurvature(self.network, some, self.root, seed=self.seed, progress_bar=False)
         if self._stacked is not None:
             rows = self._stacked.rows.unflatten(0, (-1, self.rows_per_sample))[positions.to(self._stacked.rows.device)]
             part._hold(rows.flatten(0, 1))
+        if self.is_random:
+            # whoever goes through the samples again, for factors say, must not see draws of another sample
+            part._drawn = torch.cat([side for _, side in self.batches()])[positions.to(self.network.like.device)]
         part._used = self._used
         return part
 
     def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Batches, and what the root needs to know of each sample: the same draws at every pass."""
         generator = torch.Generator().manual_seed(self.seed)
+        start = 0
         for batch in self.samples:
-            yield batch, self.root.side(batch.targets, self.network.n_outputs, generator)
+            if self._drawn is None:
+                yield batch, self.root.side(batch.targets, self.network.n_outputs, generator)
+            else:
+                yield batch, self._drawn[start : start + len(batch)]
+            start += len(batch)
 
     def row_groups(self, description: str = "[Computing rows]") -> Iterator[tuple[int, RowBlocks]]:
         """The rows of every sample: number of samples of each group, and their rows in one or more blocks."""

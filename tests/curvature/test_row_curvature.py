@@ -13,7 +13,7 @@ from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
-from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
+from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
@@ -309,3 +309,38 @@ def test_the_model_is_left_as_it_was() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in model.parameters())
+
+
+# --- parts ---
+
+
+@pytest.mark.parametrize("held", ["in memory", "formed again"])
+@every_kind
+def test_parts_add_up_to_the_whole_with_the_same_draws(kind: str, held: str) -> None:
+    whole = curvature(kind=kind, root=lambda likelihood: MonteCarloGaussNewton(likelihood, 2))
+    rows = torch.cat(list(whole.rows()))
+    if held == "in memory":
+        whole.keep_rows()
+    chosen = [torch.tensor([0, 3, 4, 9, 13]), torch.tensor([1, 2, 5, 6, 7, 8, 10, 11, 12, 14, 15])]
+    total = torch.zeros(rows.shape[-1], rows.shape[-1], dtype=rows.dtype)
+    for positions in chosen:
+        part = whole.part(positions)
+        assert part.n_samples == len(positions)
+        torch.testing.assert_close(torch.cat(list(part.rows())), rows[positions])
+        total += part.n_samples * part.dense()
+        # whoever looks at the samples themselves meets the same draws
+        side = torch.cat([side for _, side in part.batches()])
+        assert torch.equal(side, torch.cat([side for _, side in whole.batches()])[positions])
+        again = part.part(torch.tensor([1, 4]))
+        torch.testing.assert_close(torch.cat(list(again.rows())), rows[positions[[1, 4]]])
+    torch.testing.assert_close(total / len(SOME), whole.dense())
+
+
+def test_parts_of_what_is_not_drawn() -> None:
+    whole = curvature()
+    part = whole.part(torch.tensor([2, 7, 8]))
+    torch.testing.assert_close(torch.cat(list(part.rows())), torch.cat(list(whole.rows()))[[2, 7, 8]])
+    expected = sum(oracle("MLP", "classification")[SOME[i]] for i in (2, 7, 8)) / 3
+    torch.testing.assert_close(part.dense(), expected)
+    assert part.source == "torch.func rows"
+    assert whole.source == part.source
