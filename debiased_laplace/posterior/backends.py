@@ -81,9 +81,7 @@ class BackendChoice:
         hessian = issubclass(backend, CurvlinopsHessian | AsdlHessian | AsdfghjklHessian)
         kind = "Hessian" if hessian else _kind_by_interface(backend)
         if kind is None:
-            raise ValueError(
-                f"Expected a posterior of the GGN, the EF or the Hessian; got one by {backend.__name__}."
-            )
+            raise ValueError(f"Expected a posterior of the GGN, the EF or the Hessian; got one by {backend.__name__}.")
         return cls(None, "Monte-Carlo GGN" if kind == "GGN" and kwargs.get("stochastic") else kind, 1)
 
     def root(self, likelihood: Likelihood) -> OutputRoot | None:

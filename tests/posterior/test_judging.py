@@ -14,6 +14,9 @@ OPTIONS = {
     "low rank": {"rank": 4},
     "isotropic": {"rank": 4, "complement": "isotropic"},
     "diagonal": {"rank": 4, "complement": "diagonal"},
+    "cross-fitted": {"magnitudes": "cross_fitted", "n_folds": 4},
+    "Kronecker complement": {"rank": 4, "complement": "kron", "magnitudes": "cross_fitted", "n_folds": 4},
+    "Kronecker": {"hessian_structure": "kron"},
 }
 
 
