@@ -108,7 +108,8 @@ class Examination:
     def approximation(self, prior: float) -> Approximation:
         """What the criteria need, at a prior precision that the posterior has been set to."""
         if isinstance(self.la, ELLA):
-            return Approximation(self.la.functional_variance(self.task.jacobians.float()).double())
+            jacobians = self.task.jacobians.to(self.la.dual_directions.dtype)
+            return Approximation(self.la.functional_variance(jacobians).double())
         P = self.la.posterior_precision
         J = self.task.jacobians
         if isinstance(P, LowRankPlusDiagonal):
