@@ -499,6 +499,84 @@ def dense_kronecker_posterior(
     return DenseKroneckerPosterior(torch.stack(in_sample), m, torch.stack(errors), curvature, precision)
 
 
+def averaged_over_null_blocks(model: nn.Module, H: Tensor, values: Tensor) -> Tensor:
+    """Values (P,) along the Kronecker basis of a curvature, one mean where vectors are anybody's: where H has nothing.
+
+    A row (or column) of a parameter's matrix of values counts as null where its side's eigenvalue is.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    biases = {id(layer.bias) for layer in layers}
+    averaged, start = [], 0
+    for p in trainable(model):
+        block = H[start : start + p.numel(), start : start + p.numel()]
+        own = values[start : start + p.numel()]
+        start += p.numel()
+        if p.ndim >= 2 or id(p) in biases:
+            o, i = len(p), p.numel() // len(p)
+            sides = partial_traces(block, o, i)
+            null = [side < 1e-10 * side.max() for side in (torch.linalg.eigvalsh(s).flip(0) for s in sides)]
+            M = own.reshape(o, i).clone()
+            for c in range(i):
+                if null[0].any():
+                    M[null[0], c] = M[null[0], c].mean()
+            for r in range(o):
+                if null[1].any():
+                    M[r, null[1]] = M[r, null[1]].mean()
+            own = M.reshape(-1)
+        averaged.append(own)
+    return torch.cat(averaged)
+
+
+def dense_cross_fitted_kronecker(
+    per_sample: list[Tensor],
+    samples: Tensor,
+    folds: Tensor,
+    *,
+    n_data: int,
+    basis_of: Callable[[Tensor], Tensor],
+    averaged: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitudes (P,), their errors, and what the samples say of their own basis.
+
+    Args:
+        basis_of: the basis (P, P) of the samples at some positions.
+        averaged: values along the basis of a curvature, averaged where it has nothing; arguments H and values.
+    """
+    f, n = len(samples) / n_data, len(samples)
+    sizes, means, deviations = [], [], []
+    for held, others in fold_sets(samples, folds):
+        K, H_others = basis_of(others), mean_of(per_sample, others)
+        of_samples = torch.stack([torch.diagonal(K.T @ per_sample[j] @ K) for j in held.tolist()])
+        variances = of_samples.var(0, correction=1) if len(held) > 1 else torch.zeros(len(K), dtype=K.dtype)
+        sizes.append(len(held))
+        means.append(averaged(H_others, of_samples.mean(0)))
+        deviations.append(averaged(H_others, variances).sqrt())
+    c, spread = pooled_over_folds(sizes, means, deviations)
+    K = basis_of(samples)
+    own = torch.diagonal(K.T @ mean_of(per_sample, samples) @ K)
+    return (f * own + (1 - f) * c).clamp(min=0), ((1 - f) / n) ** 0.5 * spread, own
+
+
+def dense_kronecker_values(model: nn.Module, H: Tensor, K: Tensor) -> Tensor:
+    """Products of what a curvature's two factors say along a basis (P, P) that has Kronecker products as blocks.
+
+    The factors of a parameter are the partial traces of its block, the second one with trace 1.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    biases = {id(layer.bias) for layer in layers}
+    values, start = [], 0
+    for p in trainable(model):
+        at = slice(start, start + p.numel())
+        start += p.numel()
+        if p.ndim >= 2 or id(p) in biases:
+            left, right = partial_traces(H[at, at], len(p), p.numel() // len(p))
+            product_of_factors = dense_kronecker_product(left, right / torch.trace(right))
+        else:
+            product_of_factors = H[at, at]
+        values.append(torch.diagonal(K[at, at].T @ product_of_factors @ K[at, at]))
+    return torch.cat(values)
+
+
 def kfac_positions(layer: nn.Module, a: Tensor) -> Tensor:
     """What one sample's input (without a batch dimension) shows a layer's weight at each position, (positions, i)."""
     if isinstance(layer, nn.Linear):

@@ -199,7 +199,7 @@ def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: i
     """Another run for the others of every fold."""
 
     def look(fold: Fold) -> Answer:
-        pairs = lanczos_pairs(batch.part(fold.others), k, threshold, seed)
+        pairs = lanczos_pairs(batch.part(fold.others), max(k, 1), threshold, seed)
         return _along(batch.part(fold.held), pairs.values, pairs.vectors)
 
     return look
