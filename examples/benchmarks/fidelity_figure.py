@@ -31,7 +31,7 @@ _BELOW = 0.03
 def draw(summary: Summary, path: Path, prior: float) -> None:
     """Write the figure as PNG; means over draws, bands of ± 1.96 standard errors."""
     tasks = [task for task in RECIPES if task in summary.n_data]
-    figure = Figure(figsize=(3.1 * len(tasks) + 0.5, 5.8), layout="constrained")
+    figure = Figure(figsize=(max(3.1 * len(tasks), 9.0) + 0.5, 6.0), layout="constrained")
     grid = figure.subplots(len(ROWS), max(len(tasks), 1), squeeze=False, sharex="col")
     for column, task in enumerate(tasks):
         for row, (criterion, label) in enumerate(ROWS.items()):
@@ -44,9 +44,8 @@ def draw(summary: Summary, path: Path, prior: float) -> None:
     handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = [label for label in (*(label for label, _, _ in LINES.values()), ALL_DATA) if label in handles]
     if shown:
-        columns = max(len(tasks), 1)
-        place = "outside lower center"
-        figure.legend([handles[k] for k in shown], shown, loc=place, ncols=columns, frameon=False, fontsize=9)
+        place = "outside upper center"
+        figure.legend([handles[k] for k in shown], shown, loc=place, ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, metadata={"Software": None})
 
@@ -61,7 +60,7 @@ def _draws(summary: Summary, prior: float) -> str:
         for mean in configurations.get(name, {}).values()
     }
     shown = "–".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "0"
-    return f"means over {shown} draws, bands ± 1.96 standard errors"
+    return f"means over {shown} draws, bands ± 1.96 standard errors; lines that leave the axes reach the full batch"
 
 
 def _panel(axes: Axes, summary: Summary, task: str, prior: float, criterion: str) -> None:
@@ -102,4 +101,4 @@ def _tick(B: int, n_data: int) -> str:
     """All the data have a name; labels too close to it are left out."""
     if n_data == B:
         return "N"
-    return str(B) if n_data / B > 1.5 else ""
+    return str(B) if n_data / B > 1.3 else ""
