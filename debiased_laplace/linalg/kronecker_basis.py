@@ -96,6 +96,15 @@ class KroneckerBasis:
         r"""The diagonal of $K \mathrm{diag}(d) K^\top$."""
         return self._mapped(self._squared, d, back=True)
 
+    def to(self, dtype: torch.dtype) -> "KroneckerBasis":
+        """The same in another precision."""
+        return KroneckerBasis(
+            tuple(
+                BasisBlock(b.rows, b.columns, *(None if side is None else side.to(dtype) for side in (b.left, b.right)))
+                for b in self.blocks
+            )
+        )
+
     def to_dense(self) -> Float[Tensor, "P P"]:
         """K itself; for tests and small problems."""
         return torch.block_diag(

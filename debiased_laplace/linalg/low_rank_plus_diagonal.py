@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.gram import polish
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
@@ -117,19 +118,29 @@ class LowRankPlusDiagonal:
 
     @cached_property
     def covariance_diagonal(self) -> Float[Tensor, " P"]:
-        """The diagonal of the inverse."""
+        """The diagonal of the inverse.
+
+        In double precision, V orthonormal in it too: where the directions span nearly everything, what they leave is a
+        difference of nearly equal numbers, which a KL divergence multiplies by the curvature again.
+        """
+        exact = accumulation_dtype(self.directions)
+        V, s = polish(self._spectrum[0].to(exact)), self._spectrum[1].to(exact)
+        prior = 1 / self.diagonal.to(exact).expand(self.n_parameters)
         if self.basis is None:
-            return self.coordinate_variances
-        V, s, _ = self._spectrum
-        diagonal = self.diagonal.expand(self.n_parameters)
-        removed = self.basis.vectors((V / diagonal.sqrt()[:, None]).T).square()
-        return self.basis.diagonal_of(1 / diagonal) - (s / (1 + s)) @ removed
+            outside = (1 - V.square().sum(1)).clamp_min(0)
+            return ((outside + (V.square() / (1 + s)).sum(1)) * prior).to(self.directions.dtype)
+        basis = self.basis.to(exact)
+        whole = basis.diagonal_of(prior)
+        removed = basis.vectors((V * prior.sqrt()[:, None]).T).square()
+        # no direction takes away more than the stiffest one does
+        least = whole / (1 + max(float(s.max()), 0.0)) if self.rank else whole
+        return torch.maximum(whole - (s / (1 + s)) @ removed, least).to(self.directions.dtype)
 
     @cached_property
     def coordinate_variances(self) -> Float[Tensor, " P"]:
         """The diagonal of the inverse in the coordinates of the basis."""
         V, s, _ = self._spectrum
-        # 1 - sum V² s/(1+s), written without a difference of nearly equal numbers where s is large
+        # 1 - sum V² s/(1+s); entries far below the prior's are less exact than those of the covariance's diagonal
         outside = (1 - V.square().sum(1)).clamp_min(0)
         inside = (V.square() / (1 + s)).sum(1)
         return (outside + inside) / self.diagonal

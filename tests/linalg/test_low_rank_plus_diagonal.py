@@ -225,6 +225,43 @@ def test_stiff_precisions_keep_their_log_det_and_their_variances(
     assert float((found / variances - 1).abs().max()) <= (1e-5 if dtype == torch.float64 else 1e-3)
 
 
+# how many of 23 directions, by how much the stiffest exceeds the diagonal
+STIFF = {"some directions": (6, 1e6), "all directions but one": (P - 1, 1e6), "all directions": (P, 1e6)}
+
+
+@both_precisions
+@pytest.mark.parametrize("in_basis", [False, True], ids=["axes", "basis"])
+@pytest.mark.parametrize("case", STIFF)
+def test_every_entry_of_the_covariance_s_diagonal_is_exact_and_positive(
+    case: str, in_basis: bool, dtype: torch.dtype
+) -> None:
+    k, stiffness = STIFF[case]
+    basis, K = kronecker_basis(dtype) if in_basis else (None, torch.eye(P, dtype=torch.float64))
+    U, m = orthonormal(k, seed=12), stiffness * torch.logspace(0, -1, k, dtype=torch.float64)
+    operator = LowRankPlusDiagonal(0.1 * uneven().to(dtype), U.to(dtype), m.to(dtype), basis)
+    # of the matrix that is meant: rounding of U itself moves the directions, not the curvature along them
+    matrix = K @ (torch.diag(0.1 * uneven()) + (U * m) @ U.T) @ K.T
+    expected = torch.linalg.inv(matrix).diagonal()
+    if k == P:
+        assert float(expected.max()) < 1e-4  # against 1 to 100 without the directions
+    found = operator.covariance_diagonal
+    assert found.dtype == dtype
+    assert bool((found > 0).all())
+    assert float((found.double() / expected - 1).abs().max()) <= (1e-6 if dtype == torch.float64 else 1e-3)
+
+
+def test_kl_divergence_of_a_stiff_precision_in_a_basis() -> None:
+    """A reference with a large diagonal weighs what is left of the variances by it."""
+    basis, K = kronecker_basis(torch.float32)
+    U, m = orthonormal(P, seed=12), 1e6 * torch.logspace(0, -1, P, dtype=torch.float64)
+    precision = LowRankPlusDiagonal(0.1 * uneven().float(), U.float(), m.float(), basis)
+    reference = LowRankPlusDiagonal(3e5 * uneven().float(), orthonormal(2).float(), tensor(4e5, 2e5).float())
+    dense = K @ (torch.diag(0.1 * uneven()) + (U * m) @ U.T) @ K.T
+    expected = dense_kl(dense, reference.to_dense().double())
+    assert expected > 1
+    assert float(kl_divergence(precision, reference)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_variances_in_single_precision_are_not_a_small_difference_of_large_numbers() -> None:
     n, k = 2000, 50
     U = orthonormal(k, seed=10, n=n)
