@@ -177,3 +177,81 @@ def test_sub_batches_of_more_samples_than_the_data_set_cannot_be_made() -> None:
         sub_batches([1, 2], [3, 4], n_data=3)
     assert sub_batches([1, 2], [3, 4], n_data=4).direction_share == 0.5
     assert sub_batches([1, 2], [1, 2], n_data=2, shared=True).n_samples == 2
+
+
+# --- folds ---
+
+FOLDS = {
+    "a multiple": (20, 5, [4] * 5),
+    "not a multiple": (19, 5, [3, 4, 4, 4, 4]),
+    "two": (7, 2, [3, 4]),
+    "every sample a fold": (6, 6, [1] * 6),
+    "one fold of two samples": (9, 8, [1] * 7 + [2]),
+}
+
+
+@pytest.mark.parametrize("case", FOLDS)
+def test_folds_are_balanced_and_hold_every_sample_once(case: str) -> None:
+    n, n_folds, sizes = FOLDS[case]
+    split = draw(POSITIONS[:n], shared=True, n_folds=n_folds)
+    assert split.shared
+    assert split.folds is not None
+    assert split.folds.shape == split.direction_indices.shape == (n,)
+    assert split.folds.dtype == torch.int64
+    assert sorted(split.folds.bincount(minlength=n_folds).tolist()) == sizes
+
+
+def test_folds_are_of_the_samples_that_are_used() -> None:
+    split = draw(direction_samples=5, magnitude_samples=6, shared=True, n_folds=4)
+    assert split.folds is not None
+    assert split.folds.bincount().tolist() == [3, 3, 3, 2]
+    assert torch.equal(
+        split.direction_indices, draw(direction_samples=5, magnitude_samples=6).used_indices.sort().values
+    )
+
+
+def test_the_seed_decides_on_the_folds_and_the_global_random_state_stays() -> None:
+    before = torch.get_rng_state()
+    folds = [draw(shared=True, n_folds=4, seed=seed).folds for seed in (1, 1, 2, 3)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(folds[0], folds[1])
+    assert len({tuple(f.tolist()) for f in folds}) == 3
+    # dealt out at random, not in the order of the data set
+    assert not torch.equal(folds[0], torch.arange(20) % 4)
+    # the samples themselves are the same with folds and without
+    assert torch.equal(
+        draw(shared=True, n_folds=4, direction_samples=4, magnitude_samples=4).direction_indices,
+        draw(shared=True, direction_samples=4, magnitude_samples=4).direction_indices,
+    )
+
+
+def test_two_samples_share_a_fold_as_often_as_chance_has_it() -> None:
+    n_draws = 1500
+    together = sum(
+        int(f[0] == f[1]) for f in (draw(shared=True, n_folds=4, seed=seed).folds for seed in range(n_draws))
+    )
+    expected = 4 / 19  # of the 19 others, 4 are in a sample's own fold of 5
+    deviation = (n_draws * expected * (1 - expected)) ** 0.5
+    assert abs(together - n_draws * expected) < 4 * deviation
+
+
+def test_more_folds_than_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_folds=21 needs a sample for every fold; expected at least 21, got 20"):
+        draw(shared=True, n_folds=21)
+    with pytest.raises(ValueError, match="n_folds=8 .* got 6"):
+        draw(shared=True, n_folds=8, direction_samples=2, magnitude_samples=4)
+
+
+WRONG_FOLDS = {
+    "of a split": (torch.tensor([0, 1]), [1, 2], [3, 4], False),
+    "one too few": (torch.tensor([0]), [1, 2], [1, 2], True),
+    "one too many": (torch.tensor([0, 1, 0]), [1, 2], [1, 2], True),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FOLDS)
+def test_folds_that_do_not_fit_cannot_be_made(case: str) -> None:
+    folds, a, b, shared = WRONG_FOLDS[case]
+    # the shape checker of the test run may be there first
+    with pytest.raises(Exception, match="one number for each|folds"):
+        SubBatches(torch.tensor(a), torch.tensor(b), 10, shared, folds)
