@@ -15,12 +15,12 @@ def DebiasedLaplace(
     subset_of_weights: str = "all",
     hessian_structure: str = "lowrank",
     *,
-    rank: int | None = None,
-    magnitudes: Literal["held_out", "cross_fitted", "same_batch"] = "held_out",
-    direction_samples: int | float = 0.5,
+    rank: int | Literal["auto"] | None = None,
+    magnitudes: Literal["held_out", "cross_fitted", "same_batch", "auto"] = "held_out",
+    direction_samples: int | float | Literal["auto"] = 0.5,
     magnitude_samples: int | float | None = None,
     n_folds: int = 8,
-    complement: Literal["none", "isotropic", "diagonal", "kron"] = "none",
+    complement: Literal["none", "isotropic", "diagonal", "kron", "auto"] = "none",
     solver: Literal["auto", "gram", "lanczos"] = "auto",
     seed: int = 0,
     kron_basis: Literal["row_matrices", "kfac"] = "row_matrices",
@@ -50,14 +50,16 @@ def DebiasedLaplace(
         subset_of_weights: "all": every parameter with `requires_grad`; "last_layer"; "subnetwork": some entries.
         hessian_structure: "lowrank": low rank plus diagonal; "kron": curvature along every vector of a Kronecker basis;
             "full": every direction, for few parameters.
-        rank: (lowrank) number of directions; None: every one that the direction samples support, within memory.
+        rank: (lowrank) number of directions; None: every one that the direction samples support, within memory. Here,
+            in `magnitudes`, `complement` and `direction_samples`, "auto" chooses by held-out KL under the present prior
+            when `fit` is called: samples are set aside in turn, and used after all. `choice` says what else there was.
         magnitudes: "held_out": curvature along the directions from other samples than the directions. "cross_fitted":
             every sample gives both, but never both at once: samples are dealt into folds, and each fold is measured
             along the directions of the others. "same_batch": both from the same samples, the biased way, for
             comparison.
         direction_samples: samples for the directions, a number or a share of those given to `fit`.
         magnitude_samples: samples for the magnitudes; None: all the rest.
-        n_folds: (cross_fitted) how many folds.
+        n_folds: (cross_fitted) how many folds; other magnitudes ignore it.
         complement: (lowrank) curvature outside the directions: "none" (the prior alone), "isotropic" (their mean),
             "diagonal", or "kron": a diagonal in the eigenbasis of the parameters' Kronecker factors.
         solver: (lowrank) "gram" (all rows at once), "lanczos" (products only) or "auto".

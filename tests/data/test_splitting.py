@@ -238,7 +238,7 @@ def test_two_samples_share_a_fold_as_often_as_chance_has_it() -> None:
 def test_more_folds_than_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="n_folds=21 needs a sample for every fold; expected at least 21, got 20"):
         draw(shared=True, n_folds=21)
-    with pytest.raises(ValueError, match="n_folds=8 .* got 6"):
+    with pytest.raises(ValueError, match=r"n_folds=8 .* got 6"):
         draw(shared=True, n_folds=8, direction_samples=2, magnitude_samples=4)
 
 
@@ -253,5 +253,5 @@ WRONG_FOLDS = {
 def test_folds_that_do_not_fit_cannot_be_made(case: str) -> None:
     folds, a, b, shared = WRONG_FOLDS[case]
     # the shape checker of the test run may be there first
-    with pytest.raises(Exception, match="one number for each|folds"):
+    with pytest.raises(Exception, match=r"one number for each|folds"):
         SubBatches(torch.tensor(a), torch.tensor(b), 10, shared, folds)
