@@ -19,6 +19,7 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 _BATCH = 128  # samples differentiated at once
 _PANEL = 64  # basis vectors at once
@@ -127,6 +128,16 @@ class HessianCurvature(SubBatchCurvature):
             torch.cat([part.means for part in parts]),
             torch.cat([part.standard_deviations for part in parts]),
         )
+
+    def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
+        """A Hessian has no rows: quadratics along every column of a root of the covariance, P of them a sample."""
+        P, like = self.network.n_parameters, self.network.like
+        units = torch.eye(P, dtype=like.dtype, device=like.device).split(_PANEL)
+        found = []
+        for some in self._chunks("[Held-out KL]"):
+            panels = [self.derivatives.quadratics(some, precision.root(unit).T).sum(1) for unit in units]
+            found.append(torch.stack(panels).sum(0))
+        return torch.cat(found)
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
         """Products H X."""

@@ -23,6 +23,7 @@ from debiased_laplace.data.samples import Samples
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
@@ -217,6 +218,13 @@ class RowCurvature(SubBatchCurvature):
                 quadratics += basis.summed_squares(rows)
             sums.add(quadratics)
         return sums.moments()
+
+    def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
+        r"""$\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
+        found = []
+        for n, blocks in self.row_groups("[Held-out KL]"):
+            found.append(sum((precision.variance_trace(rows) for rows in blocks), start=self.network.like.new_zeros(n)))
+        return torch.cat(found)
 
     def _moments_of_outer_products(self, basis: KroneckerBasis, layer: LinearLayer) -> DirectionalMoments:
         r"""The same for rows $s \varphi^\top$: of a sample, $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 Residual = Literal["none", "trace", "diagonal"]
 
@@ -78,6 +79,10 @@ class SubBatchCurvature(ABC):
     @abstractmethod
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Curvature along every vector of a basis, and its spread over samples."""
+
+    @abstractmethod
+    def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
+        r"""$\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "P P"]:

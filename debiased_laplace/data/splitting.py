@@ -124,12 +124,12 @@ def draw_sub_batches(
     second = order[n_directions : n_directions + n_magnitudes].sort().values
     if shared:
         both = torch.cat([first, second]).sort().values
-        folds = None if n_folds is None else _deal(len(both), n_folds, generator)
+        folds = None if n_folds is None else deal(len(both), n_folds, generator)
         return SubBatches(both, both, n_data, shared=True, folds=folds)
     return SubBatches(first, second, n_data, shared=False)
 
 
-def _deal(n: int, n_folds: int, generator: torch.Generator) -> Tensor:
+def deal(n: int, n_folds: int, generator: torch.Generator) -> Tensor:
     """The fold of every sample, sizes differing by one at most."""
     if n < n_folds:
         raise ValueError(f"n_folds={n_folds} needs a sample for every fold; expected at least {n_folds}, got {n}.")

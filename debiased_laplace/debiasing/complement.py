@@ -8,6 +8,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.sub_batch import Residual
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 ComplementKind = Literal["none", "isotropic", "diagonal", "kron"]
 
@@ -35,6 +36,14 @@ class LowRankCurvature:
     directions: Float[Tensor, "P k"]
     weights: Float[Tensor, " k"]
     basis: KroneckerBasis | None = None
+
+    def precision(
+        self, likelihood_weight: float, prior: Float[Tensor, ""] | Float[Tensor, " P"]
+    ) -> LowRankPlusDiagonal:
+        r"""The posterior precision $N \tau H + P_0$, the prior a number, or one per coordinate."""
+        return LowRankPlusDiagonal(
+            likelihood_weight * self.diagonal + prior, self.directions, likelihood_weight * self.weights, self.basis
+        )
 
 
 def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"]) -> LowRankCurvature:

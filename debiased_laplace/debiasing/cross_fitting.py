@@ -40,9 +40,11 @@ class Fold:
     others: Int64[Tensor, " o"]
 
 
-def each_fold(folds: Int64[Tensor, " n"], *, progress_bar: bool = False) -> Iterator[Fold]:
+def each_fold(
+    folds: Int64[Tensor, " n"], *, progress_bar: bool = False, description: str = "[Cross-fitting]"
+) -> Iterator[Fold]:
     """The folds, one after the other."""
-    for number in tqdm(folds.unique(), disable=not progress_bar, desc="[Cross-fitting]"):
+    for number in tqdm(folds.unique(), disable=not progress_bar, desc=description):
         yield Fold((folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
 
 

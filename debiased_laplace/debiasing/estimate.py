@@ -119,10 +119,12 @@ def _others(
         if len(questions) > 1 and isinstance(b, RowCurvature):
             b.keep_rows()
         return [b.moments(pairs.vectors[:, : q.rank], q.residual, basis if q.in_basis else None) for q in questions]
-    if split.folds is None:
+    if split.effective_folds is None:
         return [None] * len(questions)
     basis_of = None if basis is None else lambda part: basis_from(part, options)
-    found = cross_fitted_moments(split.directions, split.folds, pairs, questions, seed=options.seed, basis_of=basis_of)
+    found = cross_fitted_moments(
+        split.directions, split.effective_folds, pairs, questions, seed=options.seed, basis_of=basis_of
+    )
     return list(found)
 
 

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+
 
 @dataclass(frozen=True, eq=False)
 class HeldOutKL:
@@ -110,6 +112,20 @@ class KLTerms:
     prior_trace: float
     log_det: float
     likelihood_weight: float
+
+
+def prior_trace(precision: LowRankPlusDiagonal, prior: Float[Tensor, " P"]) -> float:
+    r"""$\mathrm{tr}(P^{-1} P_0)$ for a diagonal prior.
+
+    Where the prior is constant in each block of a basis, the trace is the same in the coordinates of the basis, in
+    which no difference of large numbers is needed.
+    """
+    variances = precision.coordinate_variances
+    if precision.basis is not None:
+        parts = prior.split([block.size for block in precision.basis.blocks])
+        if any(bool((part != part[0]).any()) for part in parts if len(part)):
+            variances = precision.covariance_diagonal
+    return float((variances.double() * prior.double()).sum())
 
 
 def sample_terms(posterior: KLTerms, traces: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, " n"]:

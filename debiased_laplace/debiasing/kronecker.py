@@ -101,15 +101,15 @@ def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptio
     a, b, n_data = split.directions, split.magnitudes, split.n_data
     seen_by_a = a.coordinate_moments(basis)
     in_sample = seen_by_a.means
-    if b is None and split.folds is None:
+    if b is None and split.effective_folds is None:
         deviations = seen_by_a.standard_deviations
         return same_batch(in_sample, deviations, n=a.n_samples, n_data=n_data, drawn=a.is_random)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
     if b is not None:
         return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
-    assert split.folds is not None  # for the type checker
+    assert split.effective_folds is not None  # for the type checker
     found = []
-    for fold in each_fold(split.folds, progress_bar=a.progress_bar):
+    for fold in each_fold(split.effective_folds, progress_bar=a.progress_bar):
         found.append(_fold_along_others(a, fold, options))
     return cross_fitted(in_sample, pooled(found), n_data=n_data, redrawn=redrawn, decreasing=False)
 
@@ -134,15 +134,15 @@ def _from_factors(
     """Products of the factors' own curvatures along the basis: unbiased factor by factor only."""
     a, b, f = split.directions, split.magnitudes, split.share
     in_sample = _diagonal(factors, basis)
-    if b is None and split.folds is None:
+    if b is None and split.effective_folds is None:
         return floored(in_sample, None, in_sample)
     # draws that the basis has been chosen by would count twice
     share_of_a = _diagonal(factors_of(a.redrawn(), options)[0], basis) if a.is_random else in_sample
     if b is not None:
         return floored(f * share_of_a + (1 - f) * _diagonal(factors_of(b, options)[0], basis), None, in_sample)
-    assert split.folds is not None  # for the type checker
+    assert split.effective_folds is not None  # for the type checker
     c = torch.zeros_like(in_sample)
-    for fold in each_fold(split.folds, progress_bar=a.progress_bar):
+    for fold in each_fold(split.effective_folds, progress_bar=a.progress_bar):
         others = basis_from(a.part(fold.others), options)
         held = factors_of(a.part(fold.held), options)[0]
         c += len(fold.held) / a.n_samples * _diagonal(held, others)

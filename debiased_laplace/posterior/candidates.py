@@ -14,7 +14,7 @@ from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import MappingKeys
-from debiased_laplace.debiasing.held_out_kl import KLTerms
+from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.predictions import PredictiveInterface
@@ -108,20 +108,6 @@ class Candidate:
         """The posterior's own terms of the KL."""
         trace = prior_trace(self.precision, self.target.prior_precision)
         return KLTerms(trace, float(self.precision.log_det), self.target.likelihood_weight)
-
-
-def prior_trace(precision: LowRankPlusDiagonal, prior: Float[Tensor, " P"]) -> float:
-    r"""$\mathrm{tr}(P^{-1} P_0)$ for a diagonal prior.
-
-    Where the prior is constant in each block of a basis, the trace is the same in the coordinates of the basis, in
-    which no difference of large numbers is needed.
-    """
-    variances = precision.coordinate_variances
-    if precision.basis is not None:
-        parts = prior.split([block.size for block in precision.basis.blocks])
-        if any(bool((part != part[0]).any()) for part in parts if len(part)):
-            variances = precision.covariance_diagonal
-    return float((variances.double() * prior.double()).sum())
 
 
 def debiased_candidate(la: PredictiveInterface) -> Candidate:

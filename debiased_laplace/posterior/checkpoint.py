@@ -11,7 +11,7 @@ from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.magnitudes import Magnitudes
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.posterior.fitting import Fit
@@ -43,6 +43,7 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
         "n_outputs": fit.n_outputs,
         "n_data": split.n_data,
         **{f"option_{name}": value for name, value in _storable(asdict(la._options)).items()},
+        "open_options": " ".join(sorted(la._request.open)),
         "curvature_diagonal": estimate.curvature.diagonal,
         "curvature_directions": estimate.curvature.directions,
         "curvature_weights": estimate.curvature.weights,
@@ -131,15 +132,16 @@ def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
     if len(identities.hashes) != split.n_samples or len(identities.positions) != split.n_samples:
         raise ValueError(f"Expected the identities of {split.n_samples} samples; the state has {len(identities)}.")
     options["rank"] = None if options["rank"] < 0 else options["rank"]
-    la._options = estimator_options(options.pop("structure"), options)
-    la._split_options = replace(la._split_options, seed=la._options.seed)
+    chosen = estimator_options(options.pop("structure"), options)
+    la._request, la._fit = Request(chosen, frozenset(state["open_options"].split())), None
+    la._split_options = replace(la._split_options, seed=chosen.seed)
     # the prior of the state replaces the present one, which may not fit
     la._selection = selection
     la.prior_mean = _like(state["prior_mean"], like)
     la.prior_precision = _like(state["prior_precision"], like)
     la.adopt(
         selection,
-        Fit(split, identities, estimate, state["loss"], state["n_outputs"], None),
+        Fit(split, identities, estimate, state["loss"], state["n_outputs"], chosen, None),
         _like(state["mean"], like),
         state["weights_fingerprint"],
     )

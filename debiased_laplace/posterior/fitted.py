@@ -14,10 +14,11 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs
 from debiased_laplace.data.splitting import SubBatches
+from debiased_laplace.debiasing.choice import Choice
+from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
 from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions
-from debiased_laplace.posterior.hyperparameters import EstimatorOptions
 from debiased_laplace.posterior.prior_and_noise import PriorAndNoise
 
 
@@ -27,7 +28,7 @@ class FittedPosterior(PriorAndNoise):
     mean: Tensor
     H: tuple[Tensor, ...] | None
     _problem: Problem
-    _options: EstimatorOptions
+    _request: Request
     _split_options: SplitOptions
     _fit: Fit | None
     # the trained values of the parameters that the posterior is over
@@ -37,6 +38,11 @@ class FittedPosterior(PriorAndNoise):
     def _check_H_init(self) -> None:
         if self._fit is None:
             raise NotFittedError(f"This {type(self).__name__} is not fitted; call fit() first.")
+
+    @property
+    def _options(self) -> EstimatorOptions:
+        """The estimator's options: as asked for, and once fitted as chosen."""
+        return self._request.options if self._fit is None else self._fit.options
 
     @property
     def fitted(self) -> Fit:
@@ -55,6 +61,11 @@ class FittedPosterior(PriorAndNoise):
         if self._fit is None or self._options.structure == "kron":
             return self._options.rank
         return self._fit.estimate.curvature.directions.shape[1]
+
+    @property
+    def choice(self) -> Choice | None:
+        """What "auto" has chosen, and what the others would have cost in nats; None where nothing was left open."""
+        return self.fitted.choice
 
     @property
     def split(self) -> SubBatches:

@@ -1,5 +1,6 @@
 """From a loader to a curvature estimate: the one path that every structure, subset and backend takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +23,9 @@ from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, root_length, sample_source
 from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
+from debiased_laplace.debiasing.choice import Choice, Weighting, choose
 from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request, SplitCurvature
 from debiased_laplace.errors import RepeatedSamplesError
 from debiased_laplace.posterior.backends import BackendChoice
 
@@ -35,6 +37,39 @@ class SplitOptions:
     direction_samples: Amount
     magnitude_samples: Amount | None
     seed: int
+
+    def draw(
+        self, indices: Tensor, request: Request, n_data: int | None, direction_share: float | None = None
+    ) -> SubBatches:
+        """The sub-batches of an estimator; all samples together where it is still to be chosen.
+
+        Args:
+            indices: of the samples that there are.
+            request: what is asked for.
+            n_data: size of the data set that the likelihood stands for.
+            direction_share: of the samples used, as it was chosen; None: as given.
+        """
+        directions, magnitudes = self.direction_samples, self.magnitude_samples
+        options = request.options
+        if direction_share is not None and options.magnitudes == "held_out" and magnitudes is None:
+            directions = round(direction_share * len(indices))
+        return draw_sub_batches(
+            indices,
+            direction_samples=directions,
+            magnitude_samples=magnitudes,
+            shared=bool(request.open) or options.magnitudes != "held_out",
+            n_data=n_data,
+            seed=self.seed,
+            n_folds=options.n_folds if options.magnitudes == "cross_fitted" and not request.open else None,
+        )
+
+    def direction_share(self, n: int) -> float:
+        """The share of the samples used that give directions."""
+        first, second = (
+            0 if amount is None else amount * n if isinstance(amount, float) else amount
+            for amount in (self.direction_samples, self.magnitude_samples)
+        )
+        return first / (n if self.magnitude_samples is None else first + second)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +101,9 @@ class Fit:
         estimate: the curvature.
         loss: n_data / n_used times the summed loss of the samples used, in nats.
         n_outputs: C.
+        options: of the estimate, as asked for or as chosen.
         network: at the weights that were fitted; None after loading from a state.
+        choice: what was chosen among; None where nothing was open, and after loading from a state.
     """
 
     split: SubBatches
@@ -74,7 +111,9 @@ class Fit:
     estimate: CurvatureEstimate
     loss: float
     n_outputs: int
+    options: EstimatorOptions
     network: Network | None
+    choice: Choice | None = None
 
 
 def fit_curvature(
@@ -82,17 +121,19 @@ def fit_curvature(
     loader: object,
     *,
     split_options: SplitOptions,
-    options: EstimatorOptions,
+    request: Request,
+    weighting_of: Callable[[ParameterSelection, int], Weighting],
     n_data: int | None,
     progress_bar: bool,
 ) -> tuple[ParameterSelection, Fit]:
-    """Split, look at the samples once, then directions and magnitudes.
+    """Split, look at the samples once, choose what is open, then directions and magnitudes.
 
     Args:
         problem: model, likelihood, weights, curvature.
         loader: of training samples.
         split_options: which samples do what.
-        options: of the estimator.
+        request: of the estimator, with what is left open.
+        weighting_of: prior and likelihood of the posterior, given its parameters and N, by which to choose.
         n_data: size of the data set that the likelihood stands for; None: the samples given.
         progress_bar: show progress.
 
@@ -105,15 +146,7 @@ def fit_curvature(
     ParameterSelection.all_weights(problem.model).check_finite()
     seed = split_options.seed
     source = sample_source(loader, seed, problem.keys)
-    split = draw_sub_batches(
-        source.indices,
-        direction_samples=split_options.direction_samples,
-        magnitude_samples=split_options.magnitude_samples,
-        shared=options.magnitudes != "held_out",
-        n_data=n_data,
-        seed=seed,
-        n_folds=options.n_folds if options.magnitudes == "cross_fitted" else None,
-    )
+    split = split_options.draw(source.indices, request, n_data)
     model = problem.model
     with (
         torch.inference_mode(False),
@@ -122,7 +155,9 @@ def fit_curvature(
         differentiable_kernels(model),
         undisturbed_randomness(seed),
     ):
-        network, some = _meet(problem, source, split, seed, options)
+        # the biased way alone has no sets of samples to keep apart
+        biased = request.options.magnitudes == "same_batch" and not request.open
+        network, some = _meet(problem, source, split, seed, request.options)
         augmented = source.augments(seed)
         surveys = [
             survey(
@@ -133,14 +168,27 @@ def fit_curvature(
             )
             for first, indices in _sets(split)
         ]
-        identities = _identities(source, split, surveys, augmented=augmented)
+        identities = _identities(source, split, surveys, augmented=augmented, tolerates_repeats=biased)
         curvatures = _curvatures(problem, network, some, surveys, seed, progress_bar=progress_bar)
+        options, choice = request.options, None
+        if request.open:
+            weighting = weighting_of(network.selection, split.n_data)
+            trials = request.trials(split_options.direction_share(len(source.indices)), _largest_rank(curvatures[0]))
+            choice = choose(curvatures[0], trials, weighting, n_data=split.n_data, seed=seed)
+            options = choice.chosen.options
+            union = split.direction_indices
+            split = split_options.draw(source.indices, Request(options), n_data, choice.chosen.direction_share)
+            curvatures = [curvatures[0].part(torch.searchsorted(union, indices)) for _, indices in _sets(split)]
         roles = SplitCurvature(curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data)
         estimated = estimate(roles, options)
     loss = sum(found.loss for found in surveys) * split.n_data / split.n_samples
     # a backend's copies of the model have done their work: they are large, and some cannot be pickled
-    fit = Fit(split, identities, estimated, loss, network.n_outputs, replace(network, foreign=None))
-    return network.selection, fit
+    known = replace(network, foreign=None)
+    return network.selection, Fit(split, identities, estimated, loss, network.n_outputs, options, known, choice)
+
+
+def _largest_rank(curvature: SubBatchCurvature) -> int:
+    return min(curvature.n_rows, curvature.network.n_parameters)
 
 
 def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
@@ -181,7 +229,9 @@ def _seed_of_draws(seed: int, i: int) -> int:
     return (seed * 1_000_003 + 2 * i) % 2**62
 
 
-def _identities(source: SampleSource, split: SubBatches, surveys: list[Survey], *, augmented: bool) -> SampleIdentities:
+def _identities(
+    source: SampleSource, split: SubBatches, surveys: list[Survey], *, augmented: bool, tolerates_repeats: bool
+) -> SampleIdentities:
     """By what the used samples are known.
 
     Raises:
@@ -190,7 +240,7 @@ def _identities(source: SampleSource, split: SubBatches, surveys: list[Survey], 
     root, positions = source.root()
     hashes = torch.cat([found.hashes for found in surveys])
     identities = SampleIdentities(hashes, positions[split.used_indices], root_length(root, positions), augmented, root)
-    if identities.n_repeated and not (split.shared and split.folds is None):
+    if identities.n_repeated and not tolerates_repeats:
         positions, order = split.used_indices.sort()
         raise RepeatedSamplesError(positions[_repeats(hashes[order])])
     return identities

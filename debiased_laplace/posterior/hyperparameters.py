@@ -15,9 +15,9 @@ from debiased_laplace.debiasing.options import (
     KronBasis,
     KronMagnitudes,
     MagnitudesKind,
+    Request,
     Structure,
 )
-from debiased_laplace.errors import NotBuiltError
 
 Amount = int | float | Tensor
 
@@ -70,12 +70,8 @@ def name_of(option: object) -> str:
     return str(getattr(option, "value", option))
 
 
-_PLANNED = {
-    "direction_samples": ("auto",),
-    "magnitudes": ("auto",),
-    "complement": ("auto",),
-    "rank": ("auto",),
-}
+_OPEN = {"rank": None, "magnitudes": "cross_fitted", "complement": "none", "direction_samples": 0.5}
+"""What can be left to be chosen, and what stands in its place until it is."""
 
 
 def integer(value: Any, name: str) -> int:
@@ -96,31 +92,45 @@ def one_of(value: object, kind: object, name: str) -> None:
     """Check an option against its `Literal`.
 
     Raises:
-        NotBuiltError: if it is an option that this release does not have yet.
-        ValueError: if it is no option at all.
+        ValueError: if it is none of them.
     """
     available = get_args(kind)
-    if value in available:
-        return
-    message = f"{name} must be one of {list(available)}; got {value!r}"
-    if value in _PLANNED.get(name, ()):
-        raise NotBuiltError(f"{message}, which is not available yet.")
-    raise ValueError(f"{message}.")
+    if value not in available:
+        shown = [*available, "auto"] if name in _OPEN else list(available)
+        raise ValueError(f"{name} must be one of {shown}; got {value!r}.")
+
+
+def requested(structure: Structure, direction_samples: object, options: dict[str, Any]) -> tuple[Request, Any]:
+    """What is asked for, checked, with what is left open; and the direction samples.
+
+    Raises:
+        ValueError: if an option is out of its range, or left open where the structure has no use for it.
+    """
+    given = {**options, "direction_samples": direction_samples}
+    left = {name for name in _OPEN if isinstance(given[name], str) and given[name] == "auto"}
+    for name in left:
+        if structure not in _STRUCTURE_OF.get(name, (structure,)):
+            raise ValueError(f"{name} is of hessian_structure='lowrank'; got {name}='auto' with {structure!r}.")
+    if "direction_samples" in left and given["magnitudes"] not in ("auto", "held_out"):
+        raise ValueError(
+            f"direction_samples='auto' is of magnitudes='held_out' or 'auto'; with {given['magnitudes']!r} every "
+            "sample gives directions."
+        )
+    given.update({name: _OPEN[name] for name in left})
+    samples = given.pop("direction_samples")
+    return Request(estimator_options(structure, given), frozenset(left)), samples
 
 
 def sample_amounts(directions: object, magnitudes: object) -> tuple[Any, Any]:
     """The numbers or shares of samples, checked as far as they can be without the samples.
 
     Raises:
-        NotBuiltError: if they are to be chosen automatically, which is not available yet.
         ValueError: if they are out of range.
     """
     for amount, name in ((directions, "direction_samples"), (magnitudes, "magnitude_samples")):
         if amount is None and name == "magnitude_samples":
             continue
         message = f"{name} is a number of samples (int, at least 1) or a share of them (float, below 1); got {amount!r}"
-        if isinstance(amount, str) and amount in _PLANNED.get(name, ()):
-            raise NotBuiltError(f"{message}, which is not available yet.")
         whole = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
         if not whole and not (isinstance(amount, float) and 0 < amount < 1):
             raise ValueError(f"{message}.")
@@ -131,7 +141,6 @@ def estimator_options(structure: Structure, options: dict[str, Any]) -> Estimato
     """The estimator's options, checked; the names are those of the public constructor.
 
     Raises:
-        NotBuiltError: if an option is not available yet.
         ValueError: if an option is out of its range, or of another structure.
     """
     kinds = {
@@ -145,9 +154,7 @@ def estimator_options(structure: Structure, options: dict[str, Any]) -> Estimato
     for name, kind in kinds.items():
         one_of(options[name], kind, name)
     rank = options["rank"]
-    if rank == "auto":
-        raise NotBuiltError("rank must be an integer or None; 'auto' is not available yet.")
-    rank = None if rank is None else integer(rank, "rank (an integer or None)")
+    rank = None if rank is None else integer(rank, "rank (an integer, None or 'auto')")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, or None; got {rank!r}.")
     n_folds = integer(options["n_folds"], "n_folds")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
 from debiased_laplace.data.inputs import MappingKeys
+from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.directions import SUPPORTED
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.debiasing.options import Structure
@@ -17,7 +19,7 @@ from debiased_laplace.errors import NotBuiltError
 from debiased_laplace.posterior import checkpoint, judging, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions, fit_curvature
-from debiased_laplace.posterior.hyperparameters import estimator_options, integer, name_of, one_positive, sample_amounts
+from debiased_laplace.posterior.hyperparameters import integer, name_of, one_positive, requested, sample_amounts
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 
@@ -36,9 +38,9 @@ class DebiasedParametricLaplace(PredictiveInterface):
         model: nn.Module,
         likelihood: str,
         *,
-        rank: int | None = None,
+        rank: int | str | None = None,
         magnitudes: str = "held_out",
-        direction_samples: int | float = 0.5,
+        direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,
         n_folds: int = 8,
         complement: str = "none",
@@ -60,8 +62,9 @@ class DebiasedParametricLaplace(PredictiveInterface):
         subnetwork_indices: Tensor | None = None,
     ):
         likelihood = name_of(likelihood)
-        self._options = estimator_options(
+        self._request, directions = requested(
             self._structure,
+            direction_samples,
             {
                 "rank": rank,
                 "magnitudes": magnitudes,
@@ -74,7 +77,8 @@ class DebiasedParametricLaplace(PredictiveInterface):
                 "kfac_approx": kfac_approx,
             },
         )
-        self._split_options = SplitOptions(*sample_amounts(direction_samples, magnitude_samples), self._options.seed)
+        amounts = sample_amounts(directions, magnitude_samples)
+        self._split_options = SplitOptions(*amounts, self._request.options.seed)
         self._problem = Problem(
             model,
             likelihood_named(likelihood),
@@ -103,15 +107,17 @@ class DebiasedParametricLaplace(PredictiveInterface):
 
     @property
     def _prior_of_blocks(self) -> bool:
-        return "kron" in (self._structure, self._options.complement)
+        in_basis = self._options.complement == "kron" if self._fit is None else self._fit.estimate.curvature.basis
+        return self._structure == "kron" or bool(in_basis)
 
     def _init_H(self) -> None:
         self.H = None
 
     def __repr__(self) -> str:
-        options = f"magnitudes={self._options.magnitudes!r}"
-        if self._structure == "lowrank":
-            options += f", complement={self._options.complement!r}"
+        open_to_choice = self._request.open if self._fit is None else frozenset()
+        names = ["magnitudes", "complement"] if self._structure == "lowrank" else ["magnitudes"]
+        shown = {name: "auto" if name in open_to_choice else getattr(self._options, name) for name in names}
+        options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         if self._problem.backend.kind != "GGN" or self._problem.backend.backend is not None:
             options += f", {self._problem.backend.kind}"
         over = "last layer" if self._selection is None else f"{self._selection.n_parameters:,} parameters"
@@ -159,12 +165,24 @@ class DebiasedParametricLaplace(PredictiveInterface):
             self._problem,
             train_loader,
             split_options=self._split_options,
-            options=self._options,
+            request=self._request,
+            weighting_of=self._weighting,
             n_data=n_data,
             progress_bar=progress_bar,
         )
         self.adopt(selection, fit, selection.vector(), selection.fingerprint())
         self._warn_of_dropped_directions()
+
+    def _weighting(self, selection: ParameterSelection, n_data: int) -> Weighting:
+        """By what an estimate becomes this posterior; the prior may not have been told its parameters before."""
+        known, self._selection = self._selection, selection
+        try:
+            prior = self.prior_precision_diag.detach()
+        finally:
+            self._selection = known
+        weight = n_data / (float(torch.as_tensor(self.sigma_noise).detach()) ** 2 * self.temperature)
+        of_blocks = self.prior_precision.numel() in (1, len(selection.names))
+        return Weighting(weight, prior, of_blocks)
 
     def _warn_of_dropped_directions(self) -> None:
         """The threshold of `rank=None` is relative to the largest curvature; the posterior's is the prior."""

@@ -1,0 +1,180 @@
+r"""The estimator that suits the data, chosen by held-out KL on samples that are set aside in turn and then used.
+
+The samples are dealt into parts. Without each part, every trial is fitted on the rest, as if the rest were as large a
+share of its data set as all samples are of theirs, and judged by its KL to the full batch, which the part set aside
+stands for. Where the samples are all the data, nothing is left to stand for and the KL is exact. The winner is then
+fitted on all samples.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.sub_batch import SubBatchCurvature
+from debiased_laplace.data.splitting import deal
+from debiased_laplace.debiasing.complement import LowRankCurvature
+from debiased_laplace.debiasing.cross_fitting import each_fold
+from debiased_laplace.debiasing.directions import choose_solver
+from debiased_laplace.debiasing.estimate import LowRankChoice, estimate, estimate_low_ranks
+from debiased_laplace.debiasing.held_out_kl import prior_trace
+from debiased_laplace.debiasing.options import SplitCurvature, Trial
+
+_PARTS = 4
+_PARTS_OF_LANCZOS = 2  # every part costs a Lanczos run for each trial and fold
+_SMALLEST = 4  # samples a part
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    r"""What turns a curvature into a posterior.
+
+    Attributes:
+        likelihood_weight: $N \tau$.
+        prior: $P_0$: one number, or one per parameter.
+        of_blocks: whether the prior is the same for all entries of a parameter, as a Kronecker basis wants it.
+    """
+
+    likelihood_weight: float
+    prior: Float[Tensor, ""] | Float[Tensor, " P"]
+    of_blocks: bool = True
+
+
+@dataclass(frozen=True)
+class RunnerUp:
+    """A trial that was not chosen.
+
+    Attributes:
+        trial: what it was.
+        excess: its KL to the full batch, less the chosen one's, in nats.
+        standard_error: of the excess, paired by sample.
+    """
+
+    trial: Trial
+    excess: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and by how much.
+
+    Attributes:
+        chosen: the winner. That it came out best of many makes its lead look larger than it is.
+        runners_up: the others, best first.
+        n_samples: set aside in turn, which the values rest on.
+    """
+
+    chosen: Trial
+    runners_up: tuple[RunnerUp, ...]
+    n_samples: int
+
+    def __str__(self) -> str:
+        lines = [f"chosen by held-out KL on {self.n_samples} samples (optimistic): {self.chosen}"]
+        lines += [f"  + {r.excess:.2f} ± {r.standard_error:.2f} nats: {r.trial}" for r in self.runners_up]
+        return "\n".join(lines)
+
+
+def choose(
+    batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weighting, *, n_data: int, seed: int
+) -> Choice:
+    """The trial whose posterior comes closest to the full batch's.
+
+    Args:
+        batch: curvature of all samples.
+        trials: what to choose from.
+        weighting: prior and likelihood of the posteriors.
+        n_data: N.
+        seed: of the parts, and of the splits within.
+
+    Returns:
+        The choice, with what the others would have cost.
+
+    Raises:
+        ValueError: if there are too few samples to set any aside.
+    """
+    trials = [t for t in trials if weighting.of_blocks or t.options.complement != "kron"]
+    if len(trials) == 1:
+        return Choice(trials[0], (), 0)
+    n = batch.n_samples
+    if n < 2 * _SMALLEST:
+        raise ValueError(f"Choosing by held-out KL sets samples aside: expected at least {2 * _SMALLEST}, got {n}.")
+    if isinstance(batch, RowCurvature):
+        batch.keep_rows()
+    lanczos = trials[0].options.structure == "lowrank" and choose_solver(batch, None) == "lanczos"
+    n_parts = min(_PARTS_OF_LANCZOS if lanczos else _PARTS, n // _SMALLEST)
+    parts = deal(n, n_parts, torch.Generator().manual_seed(seed))
+    terms: list[list[Tensor]] = [[] for _ in trials]
+    with warnings.catch_warnings():
+        # what a trial cannot have for want of samples is no news
+        warnings.simplefilter("ignore", UserWarning)
+        for part in each_fold(parts, progress_bar=batch.progress_bar, description="[Choosing]"):
+            rest, held = batch.part(part.others), batch.part(part.held)
+            n_rest = max(rest.n_samples, round(n_data * rest.n_samples / n))
+            for i, curvature in _fitted(rest, trials, n_rest, seed):
+                terms[i].append(_terms(curvature, rest, held, weighting, share=n / n_data))
+    values = torch.stack([torch.cat(parts) for parts in terms])
+    return _ranked(trials, values)
+
+
+def _ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
+    order = values.mean(1).argsort(stable=True).tolist()
+    best, n = order[0], values.shape[1]
+    excess = values - values[best]
+    runners_up = tuple(
+        RunnerUp(trials[i], float(excess[i].mean()), float(excess[i].std(correction=1)) / n**0.5) for i in order[1:]
+    )
+    return Choice(trials[best], runners_up, n)
+
+
+def _terms(
+    curvature: LowRankCurvature, rest: SubBatchCurvature, held: SubBatchCurvature, weighting: Weighting, share: float
+) -> Float[Tensor, " h"]:
+    """What every sample set aside says of a posterior's KL to the full batch, in nats, up to a constant."""
+    like = rest.network.like
+    precision = curvature.precision(weighting.likelihood_weight, weighting.prior)
+    prior = weighting.prior.expand(len(like))
+    own = 0.5 * (prior_trace(precision, prior) + float(precision.log_det))
+    # draws that the posterior was fitted to would judge it too kindly
+    inside = rest.redrawn().traces(precision).double().mean()
+    outside = held.traces(precision).double()
+    return (own + 0.5 * weighting.likelihood_weight * (share * inside + (1 - share) * outside)).cpu()
+
+
+def _fitted(
+    rest: SubBatchCurvature, trials: Sequence[Trial], n_data: int, seed: int
+) -> list[tuple[int, LowRankCurvature]]:
+    """Every trial's estimate; those that differ only in rank and complement share what they can."""
+    groups: dict[tuple[str, float], list[int]] = {}
+    for i, trial in enumerate(trials):
+        share = trial.direction_share if trial.options.magnitudes == "held_out" else 1.0
+        groups.setdefault((trial.options.magnitudes, share), []).append(i)
+    found = []
+    for members in groups.values():
+        options = trials[members[0]].options
+        split = split_for(rest, trials[members[0]], n_data, seed)
+        if options.structure == "lowrank":
+            choices = [LowRankChoice(trials[i].options.rank, trials[i].options.complement) for i in members]
+            estimates = estimate_low_ranks(split, options, choices)
+        else:
+            estimates = [estimate(split, trials[i].options) for i in members]
+        found += [(i, one.curvature) for i, one in zip(members, estimates, strict=True)]
+    return found
+
+
+def split_for(batch: SubBatchCurvature, trial: Trial, n_data: int, seed: int) -> SplitCurvature:
+    """The samples of a batch, by what a trial uses them for."""
+    n, options = batch.n_samples, trial.options
+    generator = torch.Generator().manual_seed(seed)
+    if options.magnitudes == "held_out":
+        order = torch.randperm(n, generator=generator)
+        n_a = min(max(1, round(trial.direction_share * n)), n - 2)
+        a, b = order[:n_a].sort().values, order[n_a:].sort().values
+        return SplitCurvature(batch.part(a), batch.part(b), None, n_data)
+    if options.magnitudes == "cross_fitted":
+        return SplitCurvature(batch, None, deal(n, min(options.n_folds, n), generator), n_data)
+    return SplitCurvature(batch, None, None, n_data)
