@@ -118,11 +118,7 @@ def debiased_candidate(la: PredictiveInterface) -> Candidate:
         ValueError: if the model's weights are not those that were fitted.
     """
     fitted = la.fitted
-    if la.selection.fingerprint() != la.weights_fingerprint:
-        raise ValueError(
-            "The model's weights or buffers have changed since the fit; expected them as they were fitted. Restore "
-            "them, or fit again."
-        )
+    la.check_weights()
     target = Target(
         la.selection,
         la._problem.likelihood,

@@ -13,9 +13,11 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs
+from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice
 from debiased_laplace.debiasing.options import EstimatorOptions, Request
+from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
 from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions
@@ -66,6 +68,11 @@ class FittedPosterior(PriorAndNoise):
     def choice(self) -> Choice | None:
         """What "auto" has chosen, and what the others would have cost in nats; None where nothing was left open."""
         return self.fitted.choice
+
+    @property
+    def stopping(self) -> Stopping | None:
+        """How many samples were enough for `fit(tolerance=...)`, and why; None where that was not asked."""
+        return self.fitted.stopping
 
     @property
     def split(self) -> SubBatches:
@@ -120,6 +127,35 @@ class FittedPosterior(PriorAndNoise):
     def curvature_source(self) -> str:
         """Who computed the curvature along the directions."""
         return self.fitted.estimate.source
+
+    @property
+    def _earlier_samples(self) -> Pool | None:
+        """The samples that the next ones join; None before any fit.
+
+        Raises:
+            ValueError: if they are not known any more, or the weights have changed.
+        """
+        if self._fit is None:
+            return None
+        if self._fit.pool is None:
+            raise ValueError(
+                "override=False goes on from the fitted samples, which are not in a state or a pickle: expected a fit "
+                "in this session. Fit to one loader of all samples."
+            )
+        self.check_weights()
+        return self._fit.pool
+
+    def check_weights(self) -> None:
+        """Refuse other weights than those that were fitted.
+
+        Raises:
+            ValueError: if they, or buffers, have changed.
+        """
+        if self.selection.fingerprint() != self.weights_fingerprint:
+            raise ValueError(
+                "The model's weights or buffers have changed since the fit; expected them as they were fitted. Restore "
+                "them, or fit again."
+            )
 
     @property
     def weights_fingerprint(self) -> str:

@@ -1,6 +1,7 @@
 """From a loader to a curvature estimate: the one path that every structure, subset and backend takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +20,15 @@ from debiased_laplace.curvature.survey import Survey, meet_network, survey
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import MappingKeys
+from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
-from debiased_laplace.data.source import SampleSource, root_length, sample_source
+from debiased_laplace.data.source import SampleSource, root_length
 from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request, SplitCurvature
+from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.errors import RepeatedSamplesError
 from debiased_laplace.posterior.backends import BackendChoice
 
@@ -104,6 +107,8 @@ class Fit:
         options: of the estimate, as asked for or as chosen.
         network: at the weights that were fitted; None after loading from a state.
         choice: what was chosen among; None where nothing was open, and after loading from a state.
+        pool: the samples that loaders have yielded; None after loading from a state.
+        stopping: how many samples were enough; None where that was not asked, and after loading from a state.
     """
 
     split: SubBatches
@@ -114,40 +119,49 @@ class Fit:
     options: EstimatorOptions
     network: Network | None
     choice: Choice | None = None
+    pool: Pool | None = None
+    stopping: Stopping | None = None
 
 
-def fit_curvature(
-    problem: Problem,
-    loader: object,
-    *,
-    split_options: SplitOptions,
-    request: Request,
-    weighting_of: Callable[[ParameterSelection, int], Weighting],
-    n_data: int | None,
-    progress_bar: bool,
-) -> tuple[ParameterSelection, Fit]:
-    """Split, look at the samples once, choose what is open, then directions and magnitudes.
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be estimated, and how.
 
-    Args:
+    Attributes:
         problem: model, likelihood, weights, curvature.
-        loader: of training samples.
         split_options: which samples do what.
         request: of the estimator, with what is left open.
         weighting_of: prior and likelihood of the posterior, given its parameters and N, by which to choose.
-        n_data: size of the data set that the likelihood stands for; None: the samples given.
-        progress_bar: show progress.
-
-    Returns:
-        The parameters, and the fit; the model is as it was.
-
-    Raises:
-        ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
     """
-    ParameterSelection.all_weights(problem.model).check_finite()
-    seed = split_options.seed
-    source = sample_source(loader, seed, problem.keys)
-    split = split_options.draw(source.indices, request, n_data)
-    model = problem.model
+
+    problem: Problem
+    split_options: SplitOptions
+    request: Request
+    weighting_of: Callable[[ParameterSelection, int], Weighting]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A fit, and what it was made from.
+
+    Attributes:
+        selection: the parameters.
+        fit: of the samples.
+        network: with the backend's derivatives.
+        some: samples that the network was met with.
+        curvatures: of all samples used.
+    """
+
+    selection: ParameterSelection
+    fit: Fit
+    network: Network
+    some: Batch
+    curvatures: list[SubBatchCurvature]
+
+
+@contextmanager
+def at_work(model: nn.Module, seed: int) -> Iterator[None]:
+    """The model in evaluation mode and differentiable, whatever the caller's modes; afterwards all is as it was."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -155,24 +169,41 @@ def fit_curvature(
         differentiable_kernels(model),
         undisturbed_randomness(seed),
     ):
+        yield
+
+
+def fit_curvature(task: Task, source: SampleSource, *, n_data: int, progress_bar: bool) -> Fitted:
+    """Split, look at the samples once, choose what is open, then directions and magnitudes.
+
+    Args:
+        task: what is to be estimated.
+        source: the samples.
+        n_data: size of the data set that the likelihood stands for.
+        progress_bar: show progress.
+
+    Returns:
+        The fit; the model is as it was.
+
+    Raises:
+        ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
+    """
+    problem, split_options, request = task.problem, task.split_options, task.request
+    seed = split_options.seed
+    split = split_options.draw(source.indices, request, n_data)
+    with at_work(problem.model, seed):
         # the biased way alone has no sets of samples to keep apart
         biased = request.options.magnitudes == "same_batch" and not request.open
         network, some = _meet(problem, source, split, seed, request.options)
         augmented = source.augments(seed)
         surveys = [
-            survey(
-                network,
-                Samples(source, indices, network.like.device, seed),
-                keep=first,
-                progress_bar=progress_bar,
-            )
+            look_at(network, source, indices, seed, keep=first, progress_bar=progress_bar)
             for first, indices in _sets(split)
         ]
         identities = _identities(source, split, surveys, augmented=augmented, tolerates_repeats=biased)
-        curvatures = _curvatures(problem, network, some, surveys, seed, progress_bar=progress_bar)
+        curvatures = curvatures_of(problem, network, some, surveys, seed, progress_bar=progress_bar)
         options, choice = request.options, None
         if request.open:
-            weighting = weighting_of(network.selection, split.n_data)
+            weighting = task.weighting_of(network.selection, split.n_data)
             trials = request.trials(split_options.direction_share(len(source.indices)), _largest_rank(curvatures[0]))
             choice = choose(curvatures[0], trials, weighting, n_data=split.n_data, seed=seed)
             options = choice.chosen.options
@@ -184,7 +215,16 @@ def fit_curvature(
     loss = sum(found.loss for found in surveys) * split.n_data / split.n_samples
     # a backend's copies of the model have done their work: they are large, and some cannot be pickled
     known = replace(network, foreign=None)
-    return network.selection, Fit(split, identities, estimated, loss, network.n_outputs, options, known, choice)
+    fit = Fit(split, identities, estimated, loss, network.n_outputs, options, known, choice)
+    return Fitted(network.selection, fit, network, some, curvatures)
+
+
+def look_at(
+    network: Network, source: SampleSource, indices: Tensor, seed: int, *, keep: bool, progress_bar: bool
+) -> Survey:
+    """The samples at some positions, looked at once."""
+    samples = Samples(source, indices, network.like.device, seed)
+    return survey(network, samples, keep=keep, progress_bar=progress_bar)
 
 
 def _largest_rank(curvature: SubBatchCurvature) -> int:
@@ -211,9 +251,17 @@ def _meet(
     return problem.backend.attached(network, some, problem.keys, kfac=kfac), some
 
 
-def _curvatures(
-    problem: Problem, network: Network, some: Batch, surveys: list[Survey], seed: int, *, progress_bar: bool
+def curvatures_of(
+    problem: Problem,
+    network: Network,
+    some: Batch,
+    surveys: list[Survey],
+    seed: int,
+    *,
+    progress_bar: bool,
+    n_before: int = 0,
 ) -> list[SubBatchCurvature]:
+    """The curvature of each set of samples; `n_before` sets with draws of their own came before them."""
     root = problem.backend.root(network.likelihood)
     if root is None:
         second = SecondDerivatives(network.selection, network.parameters, network.likelihood, some)
@@ -221,7 +269,7 @@ def _curvatures(
     # draws of a Monte-Carlo curvature differ between the sets of samples, and between a set and its redrawn self
     return [
         RowCurvature(network, found.samples, root, seed=_seed_of_draws(seed, i), progress_bar=progress_bar)
-        for i, found in enumerate(surveys)
+        for i, found in enumerate(surveys, n_before)
     ]
 
 

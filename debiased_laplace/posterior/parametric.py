@@ -15,10 +15,10 @@ from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.directions import SUPPORTED
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.debiasing.options import Structure
-from debiased_laplace.errors import NotBuiltError
 from debiased_laplace.posterior import checkpoint, judging, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
-from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions, fit_curvature
+from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions, Task
+from debiased_laplace.posterior.growing import fit_samples
 from debiased_laplace.posterior.hyperparameters import integer, name_of, one_positive, requested, sample_amounts
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
@@ -147,28 +147,30 @@ class DebiasedParametricLaplace(PredictiveInterface):
             train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs, targets)
                 or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
                 augmentation do not matter.
-            override: must be True; adding data to a fit is not available yet.
+            override: forget earlier fits. False: go on from the fitted samples with those of the loader that were not
+                fitted yet; the posterior is the one that a single fit of all of them gives.
             progress_bar: show progress.
-            n_data: size N of the data set that the likelihood stands for, the loader's samples being part of it;
-                default: the samples that the loader yields.
-            tolerance: not available yet.
+            n_data: size N of the data set that the likelihood stands for, the samples given being part of it; default:
+                as it was given before (`override=False`), or else all samples that loaders have yielded.
+            tolerance: nats of held-out KL; double the samples, in an order that the seed fixes, until that gains less,
+                or all are used. `stopping` says what was gained; a fit with `override=False` goes on from there.
+                None: use all samples at once.
 
         Raises:
-            ValueError: if loader, samples, weights or options cannot be used; model and posterior stay as they were.
+            ValueError: if loader, samples, weights or options cannot be used, with `override=False` also if no sample
+                is new, the weights have changed, or the fitted samples are not known any more (after loading a
+                state); model and posterior stay as they were.
         """
-        if not override:
-            raise NotBuiltError("override must be True; adding data to a fit is not available yet.")
-        if tolerance is not None:
-            raise NotBuiltError("tolerance must be None; stopping early is not available yet.")
+        if not isinstance(override, bool):
+            raise ValueError(f"override must be True or False; got {override!r}.")
         n_data = None if n_data is None else integer(n_data, "n_data")
-        selection, fit = fit_curvature(
-            self._problem,
-            train_loader,
-            split_options=self._split_options,
-            request=self._request,
-            weighting_of=self._weighting,
-            n_data=n_data,
-            progress_bar=progress_bar,
+        if isinstance(tolerance, bool):
+            raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
+        tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
+        task = Task(self._problem, self._split_options, self._request, self._weighting)
+        earlier = None if override else self._earlier_samples
+        selection, fit = fit_samples(
+            task, train_loader, earlier, n_data=n_data, tolerance=tolerance, progress_bar=progress_bar
         )
         self.adopt(selection, fit, selection.vector(), selection.fingerprint())
         self._warn_of_dropped_directions()

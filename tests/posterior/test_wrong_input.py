@@ -72,8 +72,11 @@ WRONG_TYPES = {
     "loader: mappings": r"could not be evaluated.*'input_ids': \(8, 4\).*must be Tensor, not dict",
     "n_data: float": "n_data must be an integer.*40.0",
     "n_data: bool": "n_data must be an integer.*True",
-    "override: False": "override must be True",
-    "tolerance: given": "tolerance must be None",
+    "override: text": "override must be True or False; got 'no'",
+    "override: a number": "override must be True or False; got 0",
+    "tolerance: text": "tolerance.*'small'",
+    "tolerance: bool": "tolerance.*True",
+    "tolerance: several": "tolerance.*one number; got 2",
     "x: list": "inputs as a tensor, or a mapping of tensors; got list",
     "x: None": "inputs as a tensor, or a mapping of tensors; got NoneType",
     "n_samples: float": "n_samples.*2.5",
@@ -101,7 +104,7 @@ def test_wrong_types(case, outcomes):
     classes, message = outcomes[case]
     assert "ValueError" in classes, (classes, message)
     assert re.search(WRONG_TYPES[case], message), message
-    assert ("NotBuiltError" in classes) is ("not available yet" in message or case.startswith(("override", "toler")))
+    assert ("NotBuiltError" in classes) is ("not available yet" in message)
 
 
 def test_every_type_that_is_tried_is_expected(outcomes):
