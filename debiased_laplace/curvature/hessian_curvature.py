@@ -5,6 +5,7 @@ and counted.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -110,12 +111,11 @@ class HessianCurvature(SubBatchCurvature):
                 rotated = basis.coordinates(outside.to(directions.dtype))
                 outside = basis.coordinates(rotated.T).to(H.dtype)
             diagonal = outside.diagonal()
-        return DirectionalMoments(
-            found.n_samples,
-            (U * HU).sum(0),
-            found.standard_deviations,
-            H.trace() if residual == "trace" else None,
-            diagonal,
+        return replace(
+            found,
+            means=(U * HU).sum(0),
+            trace=H.trace() if residual == "trace" else None,
+            residual_diagonal=diagonal,
         )
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
@@ -127,6 +127,7 @@ class HessianCurvature(SubBatchCurvature):
             self.n_samples,
             torch.cat([part.means for part in parts]),
             torch.cat([part.standard_deviations for part in parts]),
+            third_moments=torch.cat([part.third_moments for part in parts if part.third_moments is not None]),
         )
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:

@@ -236,15 +236,17 @@ class RowCurvature(SubBatchCurvature):
                 rows = S.mT.contiguous()
                 for total, block in zip(of_outputs, basis.blocks, strict=True):
                     total += (rows if block.left is None else rows @ block.left).square().sum(1)
-            first, second = [], []
+            first, second, third = [], [], []
             for part, x, block in zip(layer.parts, of_outputs, basis.blocks, strict=True):
                 y = features if block.right is None else features @ block.right
                 y = y.to(exact).square() if part == "weight" else x.new_ones(len(x), 1)
                 first.append((x.T @ y).flatten())
                 second.append((x.square().T @ y.square()).flatten())
+                third.append((x.pow(3).T @ y.pow(3)).flatten())
             sums.n += len(features)
             sums.first += torch.cat(first)
             sums.second += torch.cat(second)
+            sums.third += torch.cat(third)
         return sums.moments()
 
     def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -27,6 +28,9 @@ class DirectionalMoments:
         trace: of H; only where it was asked for.
         residual_diagonal: diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis if one was given; only where it was
             asked for.
+        third_moments: central ones of the per-sample values, mean of $(u_i^\top H_n u_i - u_i^\top H u_i)^3$; None
+            where nobody asked for them.
+        n_folds: of which they were pooled.
     """
 
     n_samples: int
@@ -34,6 +38,21 @@ class DirectionalMoments:
     standard_deviations: Float[Tensor, " k"]
     trace: Float[Tensor, ""] | None = None
     residual_diagonal: Float[Tensor, " P"] | None = None
+    third_moments: Float[Tensor, " k"] | None = None
+    n_folds: int = 1
+
+    @property
+    def third_cumulants(self) -> Float[Tensor, " k"] | None:
+        r"""Of the mean over the samples, $\frac{1}{n^2} E(q_n - q)^3$; None where nobody asked for third moments.
+
+        Kept within what n values can have at their spread: sums of cubes of nearly equal values are mostly rounding.
+        """
+        if self.third_moments is None:
+            return None
+        n = self.n_samples
+        # all values equal but one; the spread has ddof 1
+        most = max(n - 2, 0) * (n - 1) / n**1.5 * self.standard_deviations.pow(3)
+        return torch.minimum(torch.maximum(self.third_moments, -most), most) / n**2
 
 
 class SubBatchCurvature(ABC):
@@ -101,6 +120,7 @@ class RunningMoments:
         self.n = 0
         self.first = like.new_zeros(k, dtype=exact)
         self.second = like.new_zeros(k, dtype=exact)
+        self.third = like.new_zeros(k, dtype=exact)
 
     def add(self, values: Float[Tensor, "n k"]) -> None:
         """Values of some more samples."""
@@ -108,15 +128,18 @@ class RunningMoments:
         self.n += len(values)
         self.first += values.sum(0)
         self.second += values.square().sum(0)
+        self.third += values.pow(3).sum(0)
 
     def moments(self, trace: Tensor | None = None, diagonal: Tensor | None = None) -> DirectionalMoments:
         """Means and spreads of what was added, with sums over the same samples of what is left outside."""
         means = self.first / self.n
-        spread = (self.second - self.n * means.square()).clamp_min(0) / max(self.n - 1, 1)
+        squares = (self.second - self.n * means.square()).clamp_min(0)
+        cubes = self.third - 3 * means * squares - self.n * means.pow(3)
         return DirectionalMoments(
             self.n,
             means,
-            spread.sqrt(),
+            (squares / max(self.n - 1, 1)).sqrt(),
             None if trace is None else trace / self.n,
             None if diagonal is None else diagonal / self.n,
+            cubes / self.n,
         )

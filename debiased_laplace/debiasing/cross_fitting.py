@@ -108,13 +108,18 @@ def cross_fitted_moments(
 
 
 def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
-    """Moments of all samples from those of the folds: the spread includes how much the folds differ."""
+    """Moments of all samples from those of the folds: spread and skewness include how much the folds differ."""
     n = sum(fold.n_samples for fold in folds)
     means = sum((fold.n_samples * fold.means for fold in folds), start=torch.zeros_like(folds[0].means)) / n
     within = torch.zeros_like(means)
+    cubes: Tensor | None = torch.zeros_like(means)
     for fold in folds:
-        within += (fold.n_samples - 1) * fold.standard_deviations.square()
-        within += fold.n_samples * (fold.means - means).square()
+        squares, shift = (fold.n_samples - 1) * fold.standard_deviations.square(), fold.means - means
+        within += squares + fold.n_samples * shift.square()
+        if cubes is None or fold.third_moments is None:
+            cubes = None
+        else:
+            cubes += fold.n_samples * (fold.third_moments + shift.pow(3)) + 3 * shift * squares
 
     def mean_of(parts: list[Tensor | None]) -> Tensor | None:
         known = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
@@ -126,26 +131,30 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
         (within / max(n - 1, 1)).sqrt(),
         mean_of([fold.trace for fold in folds]),
         mean_of([fold.residual_diagonal for fold in folds]),
+        None if cubes is None else cubes / n,
+        len(folds),
     )
 
 
 def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
     """As many values as all samples have directions: the missing ones take the mean of the trailing ones, not zero.
 
-    The standard deviations do likewise, which is a little too large for a mean.
+    The standard deviations do likewise, which is a little too large for a mean, and so do the third moments.
     """
     known = len(fold.means)
     if known == k:
         return fold
-    if known == 0:
-        zeros = fold.means.new_zeros(k)
-        return replace(fold, means=zeros, standard_deviations=zeros)
     tail = max(1, math.ceil(TAIL * known))
 
     def filled(values: Tensor) -> Tensor:
-        return torch.cat([values, values[-tail:].mean().expand(k - known)])
+        return torch.cat([values, values[-tail:].mean().expand(k - known)]) if known else values.new_zeros(k)
 
-    return replace(fold, means=filled(fold.means), standard_deviations=filled(fold.standard_deviations))
+    return replace(
+        fold,
+        means=filled(fold.means),
+        standard_deviations=filled(fold.standard_deviations),
+        third_moments=None if fold.third_moments is None else filled(fold.third_moments),
+    )
 
 
 Answer = Callable[[Question, KroneckerBasis | None], DirectionalMoments]
