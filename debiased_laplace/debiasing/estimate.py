@@ -15,8 +15,8 @@ from debiased_laplace.debiasing.kronecker import basis_from, estimate_kronecker
 from debiased_laplace.debiasing.magnitudes import (
     Magnitudes,
     cross_fitted,
-    deviations_from_projections,
     held_out,
+    moments_from_projections,
     same_batch,
 )
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
@@ -167,12 +167,12 @@ def _magnitudes(split: SplitCurvature, pairs: Eigenpairs, evidence: Evidence) ->
     if others is not None:
         return cross_fitted(pairs.values, others, n_data=split.n_data, redrawn=redrawn, decreasing=True)
     if evidence.own is not None:
-        deviations = evidence.own.standard_deviations
+        own = evidence.own
     elif pairs.projections is not None:
-        deviations = deviations_from_projections(pairs.projections, a.n_samples)
+        own = moments_from_projections(pairs.projections, a.n_samples)
     else:
-        deviations = a.moments(pairs.vectors).standard_deviations
-    return same_batch(pairs.values, deviations, n=a.n_samples, n_data=split.n_data, drawn=a.is_random)
+        own = a.moments(pairs.vectors)
+    return same_batch(pairs.values, own, n_data=split.n_data, drawn=a.is_random)
 
 
 def _with_complement(

@@ -102,8 +102,7 @@ def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptio
     seen_by_a = a.coordinate_moments(basis)
     in_sample = seen_by_a.means
     if b is None and split.effective_folds is None:
-        deviations = seen_by_a.standard_deviations
-        return same_batch(in_sample, deviations, n=a.n_samples, n_data=n_data, drawn=a.is_random)
+        return same_batch(in_sample, seen_by_a, n_data=n_data, drawn=a.is_random)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
     if b is not None:
         return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
@@ -124,7 +123,10 @@ def _fold_along_others(batch: SubBatchCurvature, fold: Fold, options: EstimatorO
         return torch.cat([f.averaged_over_null(block) for f, block in zip(factors, blocks, strict=True)])
 
     return replace(
-        seen, means=averaged(seen.means), standard_deviations=averaged(seen.standard_deviations.square()).sqrt()
+        seen,
+        means=averaged(seen.means),
+        standard_deviations=averaged(seen.standard_deviations.square()).sqrt(),
+        third_moments=None if seen.third_moments is None else averaged(seen.third_moments),
     )
 
 

@@ -5,6 +5,7 @@ References:
     Lam (2016), doi 10.1214/15-AOS1393 (the same idea for covariance matrices).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from jaxtyping import Float
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from debiased_laplace.curvature.sub_batch import DirectionalMoments
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, RunningMoments
+from debiased_laplace.debiasing.intervals import ErrorShape, mismatch_of_folds
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +27,20 @@ class Magnitudes:
             per-sample values were computed.
         in_sample: $u_i^\top H_a u_i$ of the samples that the directions come from.
         n_floored: how many values had to be raised to 0.
+        error_shape: what else is known of the errors; None where there are none, or nobody asked for third moments.
     """
 
     values: Float[Tensor, " k"]
     standard_errors: Float[Tensor, " k"] | None
     in_sample: Float[Tensor, " k"]
     n_floored: int
+    error_shape: ErrorShape | None = None
 
     def to(self, dtype: torch.dtype) -> "Magnitudes":
         """The same in another precision."""
         errors = None if self.standard_errors is None else self.standard_errors.to(dtype)
-        return Magnitudes(self.values.to(dtype), errors, self.in_sample.to(dtype), self.n_floored)
+        shape = None if self.error_shape is None else self.error_shape.to(dtype)
+        return Magnitudes(self.values.to(dtype), errors, self.in_sample.to(dtype), self.n_floored, shape)
 
 
 def held_out(
@@ -67,13 +72,14 @@ def held_out(
     share_of_a = in_sample if a_redrawn is None else a_redrawn.means
     values = f * share_of_a + (1 - f) * b.means
     if a_redrawn is None:
-        unseen = 1 - b.n_samples / (n_data - n_a) if n_data > n_a else 0.0
-        errors = (1 - f) * (max(unseen, 0.0) / b.n_samples) ** 0.5 * b.standard_deviations
+        unseen = max(1 - b.n_samples / (n_data - n_a), 0.0) if n_data > n_a else 0.0
+        parts = [(1 - f, b)]
     else:
-        of_a = f**2 * a_redrawn.standard_deviations.square() / a_redrawn.n_samples
-        of_b = (1 - f) ** 2 * b.standard_deviations.square() / b.n_samples
-        errors = (of_a + of_b).sqrt()
-    return floored(values.to(in_sample.dtype), errors, in_sample)
+        unseen = 1.0
+        parts = [(f, a_redrawn), (1 - f, b)]
+    errors = unseen**0.5 * _spread(parts)
+    shape = _error_shape(parts, torch.zeros_like(errors), 1 - unseen)
+    return floored(values.to(in_sample.dtype), errors, in_sample, shape)
 
 
 def cross_fitted(
@@ -104,8 +110,11 @@ def cross_fitted(
     f = n / n_data
     c = _non_increasing(folds.means) if decreasing else folds.means
     share = in_sample if redrawn is None else redrawn.means
-    errors = ((1.0 if redrawn is not None else 1 - f) / n) ** 0.5 * folds.standard_deviations
-    return floored((f * share + (1 - f) * c).to(in_sample.dtype), errors, in_sample)
+    sampled = 0.0 if redrawn is not None else f
+    errors = (1 - sampled) ** 0.5 * _spread([(1.0, folds)])
+    mismatch = (1 - f) * mismatch_of_folds(c, in_sample.to(c), folds.n_folds) if folds.n_folds > 1 else 0 * c
+    shape = _error_shape([(1.0, folds)], mismatch, sampled)
+    return floored((f * share + (1 - f) * c).to(in_sample.dtype), errors, in_sample, shape)
 
 
 def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -113,32 +122,49 @@ def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
     return torch.from_numpy(fitted.x.copy()).to(values)
 
 
-def same_batch(
-    values: Float[Tensor, " k"], deviations: Float[Tensor, " k"], *, n: int, n_data: int, drawn: bool = False
-) -> Magnitudes:
+def same_batch(values: Float[Tensor, " k"], own: DirectionalMoments, *, n_data: int, drawn: bool = False) -> Magnitudes:
     r"""The eigenvalues of $H_B$ themselves: too large for the leading directions, too small for the trailing ones.
 
     Args:
         values: $u_i^\top H_B u_i$.
-        deviations: spread over the samples of B of the curvature along each direction.
-        n: number of samples in B.
+        own: moments over the samples of B of the curvature along each direction.
         n_data: N.
         drawn: the curvature is a Monte-Carlo one, which is not known exactly even on all the data.
 
     Returns:
-        The magnitudes; their standard errors know nothing of the bias.
+        The magnitudes; their standard errors, and intervals from these, know nothing of the bias.
     """
-    errors = ((1.0 if drawn else 1 - n / n_data) / n) ** 0.5 * deviations
-    return floored(values, errors, values)
+    sampled = 0.0 if drawn else own.n_samples / n_data
+    errors = (1 - sampled) ** 0.5 * _spread([(1.0, own)])
+    return floored(values, errors, values, _error_shape([(1.0, own)], torch.zeros_like(errors), sampled))
 
 
-def deviations_from_projections(projections: Float[Tensor, "R k"], n_samples: int) -> Float[Tensor, " k"]:
-    """Spread over samples (ddof 1) of the curvature along directions, from the rows' projections on them."""
-    per_sample = projections.square().unflatten(0, (n_samples, -1)).sum(1)
-    return per_sample.std(0, correction=1) if n_samples > 1 else torch.zeros_like(per_sample[0])
+def moments_from_projections(projections: Float[Tensor, "R k"], n_samples: int) -> DirectionalMoments:
+    """Moments over samples of the curvature along directions, from the rows' projections on them."""
+    sums = RunningMoments(projections.shape[1], projections)
+    sums.add(projections.to(sums.first.dtype).square().unflatten(0, (n_samples, -1)).sum(1))
+    return sums.moments()
 
 
-def floored(values: Tensor, errors: Tensor | None, in_sample: Tensor) -> Magnitudes:
+def _spread(parts: Sequence[tuple[float, DirectionalMoments]]) -> Float[Tensor, " k"]:
+    """Standard error of a weighted sum of means of independent samples."""
+    variances = [weight**2 * part.standard_deviations.square() / part.n_samples for weight, part in parts]
+    return torch.stack(variances).sum(0).sqrt()
+
+
+def _error_shape(
+    parts: Sequence[tuple[float, DirectionalMoments]], mismatch: Float[Tensor, " k"], sampled_share: float
+) -> ErrorShape | None:
+    """Skewness of a weighted sum of means of independent samples, and the rest as given."""
+    cumulants = [weight**3 * part.third_cumulants for weight, part in parts if part.third_cumulants is not None]
+    if len(cumulants) < len(parts):
+        return None
+    spread = _spread(parts)
+    skewness = torch.where(spread > 0, torch.stack(cumulants).sum(0) / spread.pow(3), 0.0)
+    return ErrorShape(skewness, mismatch, min(part.n_samples for _, part in parts), sampled_share)
+
+
+def floored(values: Tensor, errors: Tensor | None, in_sample: Tensor, shape: ErrorShape | None = None) -> Magnitudes:
     """Magnitudes with negative values raised to 0 and counted: a posterior precision cannot have them."""
     negative = int((values < 0).sum())
-    return Magnitudes(values.clamp_min(0), None if errors is None else errors.to(values.dtype), in_sample, negative)
+    return Magnitudes(values.clamp_min(0), errors, in_sample, negative, shape).to(values.dtype)

@@ -10,6 +10,7 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.complement import LowRankCurvature
+from debiased_laplace.debiasing.intervals import ErrorShape
 from debiased_laplace.debiasing.magnitudes import Magnitudes
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
@@ -18,7 +19,7 @@ from debiased_laplace.posterior.fitting import Fit
 from debiased_laplace.posterior.hyperparameters import estimator_options
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
-VERSION = 3
+VERSION = 4
 
 
 def state_of(la: PredictiveInterface) -> dict[str, Any]:
@@ -67,6 +68,10 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
     }
     if estimate.magnitudes.standard_errors is not None:
         state["magnitudes_standard_errors"] = estimate.magnitudes.standard_errors
+    shape = estimate.magnitudes.error_shape
+    if shape is not None:
+        state["magnitudes_skewness"], state["magnitudes_mismatch"] = shape.skewness, shape.mismatch
+        state["magnitudes_n_samples"], state["magnitudes_sampled_share"] = shape.n_samples, shape.sampled_share
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
@@ -167,15 +172,22 @@ def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
     if not fits or curvature.diagonal.numel() not in (1, P):
         raise ValueError(f"Expected directions of shape ({P}, k) with k weights, and a diagonal of 1 or {P} entries.")
     # products of factors look at no sample on its own
-    errors = None if state["option_kron_magnitudes"] == "kronecker" else state["magnitudes_standard_errors"]
     magnitudes = Magnitudes(
         _like(state["magnitudes_values"], like),
-        None if errors is None else _like(errors, like),
+        None,
         _like(state["magnitudes_in_sample"], like),
         state["magnitudes_n_floored"],
     )
+    known = [magnitudes.values, magnitudes.in_sample]
+    if state["option_kron_magnitudes"] != "kronecker":
+        names = ("standard_errors", "skewness", "mismatch")
+        errors, skewness, mismatch = (_like(state[f"magnitudes_{name}"], like) for name in names)
+        n_samples, share = state["magnitudes_n_samples"], state["magnitudes_sampled_share"]
+        shape = ErrorShape(skewness, mismatch, n_samples, share)
+        magnitudes = replace(magnitudes, standard_errors=errors, error_shape=shape)
+        known += [errors, skewness, mismatch]
     n_magnitudes = P if state["option_structure"] == "kron" else k
-    lengths = {len(t) for t in (magnitudes.values, magnitudes.in_sample, errors) if t is not None}
+    lengths = {len(t) for t in known}
     if lengths != {n_magnitudes}:
         raise ValueError(f"Expected {n_magnitudes} magnitudes with their errors; the state has {sorted(lengths)}.")
     outcome = SolverOutcome(

@@ -16,6 +16,7 @@ from debiased_laplace.data.inputs import Inputs
 from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice
+from debiased_laplace.debiasing.intervals import confidence_intervals
 from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.errors import NotFittedError
@@ -122,6 +123,26 @@ class FittedPosterior(PriorAndNoise):
                 "expected kron_magnitudes='exact'."
             )
         return errors
+
+    def confidence_intervals(self, *, level: float = 0.95) -> Float[Tensor, "k 2"]:
+        """Lower and upper ends for the full batch's mean curvature along the directions.
+
+        They allow for the skewness of the curvature over samples and, of cross-fitted values, for directions that
+        change from fold to fold. Those of `magnitudes="same_batch"` know nothing of its bias: they are around values
+        that are themselves too large, or too small.
+
+        Args:
+            level: nominal coverage, between 0 and 1.
+
+        Returns:
+            0 <= lower <= estimate <= upper; both the estimate where all data were used.
+
+        Raises:
+            ValueError: for another level, and for `kron_magnitudes="kronecker"`, which has no standard errors.
+        """
+        errors, magnitudes = self.standard_errors, self.fitted.estimate.magnitudes
+        assert magnitudes.error_shape is not None  # for the type checker
+        return confidence_intervals(magnitudes.values, errors, magnitudes.error_shape, level=level)
 
     @property
     def curvature_source(self) -> str:

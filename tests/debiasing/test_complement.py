@@ -5,7 +5,7 @@ import torch
 
 from debiased_laplace.curvature.sub_batch import DirectionalMoments
 from debiased_laplace.debiasing.complement import diagonal, isotropic, without_complement
-from debiased_laplace.debiasing.magnitudes import deviations_from_projections, held_out, same_batch
+from debiased_laplace.debiasing.magnitudes import held_out, moments_from_projections, same_batch
 
 
 def problem(P=9, k=4):
@@ -77,10 +77,12 @@ def test_negative_values_are_floored_and_counted():
 def test_spread_of_the_same_batch():
     V = torch.randn(7 * 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     per_sample = torch.stack([sum(V[3 * n + r] ** 2 for r in range(3)) for n in range(7)])
-    deviations = deviations_from_projections(V, 7)
-    torch.testing.assert_close(deviations, per_sample.std(0))
+    own = moments_from_projections(V, 7)
+    torch.testing.assert_close(own.means, per_sample.mean(0))
+    torch.testing.assert_close(own.standard_deviations, per_sample.std(0))
+    torch.testing.assert_close(own.third_moments, (per_sample - per_sample.mean(0)).pow(3).mean(0))
     values = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
-    found = same_batch(values, deviations, n=7, n_data=50)
-    torch.testing.assert_close(found.standard_errors, ((1 - 7 / 50) / 7) ** 0.5 * deviations)
+    found = same_batch(values, own, n_data=50)
+    torch.testing.assert_close(found.standard_errors, ((1 - 7 / 50) / 7) ** 0.5 * per_sample.std(0))
     assert torch.equal(found.values, values)
-    assert not deviations_from_projections(V[:3], 1).any()
+    assert not moments_from_projections(V[:3], 1).standard_deviations.any()

@@ -102,6 +102,6 @@ def test_the_precision_is_that_of_the_eigenvalues() -> None:
 
 
 def test_same_batch_keeps_the_eigenvalues() -> None:
-    found = same_batch(tensor(3.0, 1.0), tensor(2.0, 4.0), n=16, n_data=64)
+    found = same_batch(tensor(3.0, 1.0), DirectionalMoments(16, tensor(3.0, 1.0), tensor(2.0, 4.0)), n_data=64)
     assert torch.equal(found.values, found.in_sample)
     torch.testing.assert_close(found.standard_errors, (0.75 / 16) ** 0.5 * tensor(2.0, 4.0))

@@ -126,7 +126,7 @@ def test_magnitudes_over_draws_of_both(population):
         truth = (U * (population.H @ U)).sum(0)
         quadratics = population.quadratics(U)
         split.append(held_out(pairs.values, moments(quadratics[b]), n_a=A, n_data=N).values - truth)
-        own = same_batch(pairs.values, quadratics[a].std(0), n=A, n_data=N)
+        own = same_batch(pairs.values, moments(quadratics[a]), n_data=N)
         biased.append(own.values - truth)
         shares.append(own.values / truth)
     each, together = z_of(torch.stack(split))
