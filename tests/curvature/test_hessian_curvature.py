@@ -59,6 +59,11 @@ def mean_and_spread(name: str, likelihood: str, U: Tensor) -> tuple[Tensor, Tens
     return values.mean(0), values.std(0, correction=1)
 
 
+def cubes(name: str, likelihood: str, U: Tensor) -> Tensor:
+    values = torch.stack([torch.stack([u @ H @ u for u in U.T]) for H in oracle(name, likelihood)])
+    return (values - values.mean(0)).pow(3).mean(0)
+
+
 @pytest.mark.parametrize(
     ("name", "likelihood"), [*((name, "classification") for name in MODELS), ("MLP", "regression")]
 )
@@ -71,6 +76,7 @@ def test_matrix_products_and_curvature_along_directions(name: str, likelihood: s
     means, spread = mean_and_spread(name, likelihood, U)
     close(found.means, means)
     close(found.standard_deviations, spread, 1e-6)
+    close(found.third_moments, cubes(name, likelihood, U), 1e-6)
     assert found.n_samples == c.n_samples == 4
     assert found.trace is None
     assert found.residual_diagonal is None
@@ -102,6 +108,7 @@ def test_what_the_directions_leave_outside(likelihood: str) -> None:
     for found in (by_diagonal, by_trace):
         close(found.means, means)
         close(found.standard_deviations, spread, 1e-6)
+        close(found.third_moments, cubes("MLP", likelihood, U), 1e-6)
 
 
 def basis_of_mlp() -> KroneckerBasis:
@@ -123,6 +130,7 @@ def test_curvature_along_every_vector_of_a_basis() -> None:
     assert len(means) > module._PANEL
     close(found.means, means)
     close(found.standard_deviations, spread, 1e-6)
+    close(found.third_moments, cubes("MLP", "classification", basis.to_dense()), 1e-6)
     assert found.n_samples == 4
     assert bool((means < 0).any())
 

@@ -67,6 +67,7 @@ def test_factors_and_moments_are_those_of_the_rows(case, kind, root, chunk, monk
     assert one.n_samples == other.n_samples
     torch.testing.assert_close(one.means, other.means, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(one.standard_deviations, other.standard_deviations, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(one.third_moments, other.third_moments, rtol=1e-7, atol=1e-10)
 
 
 class Tied(nn.Module):

@@ -139,6 +139,7 @@ def test_whatever_is_asked_of_a_curvature_is_that_of_the_oracle(twin: str, kind:
     for residual in ("none", "trace", "diagonal"):
         close(c.moments(U, residual).means, along.mean(0))
     close(c.moments(U).standard_deviations, along.std(0))
+    close(c.moments(U).third_moments, (along - along.mean(0)).pow(3).mean(0))
     close(c.moments(U, "trace").trace, H.trace())
     outside = torch.eye(P, dtype=torch.float64) - U @ U.T
     close(c.moments(U, "diagonal").residual_diagonal, (outside @ H @ outside).diagonal())
@@ -146,6 +147,7 @@ def test_whatever_is_asked_of_a_curvature_is_that_of_the_oracle(twin: str, kind:
     at_coordinates = torch.einsum("pk,npq,qk->nk", dense_basis, each, dense_basis)
     close(c.coordinate_moments(K).means, at_coordinates.mean(0))
     close(c.coordinate_moments(K).standard_deviations, at_coordinates.std(0))
+    close(c.coordinate_moments(K).third_moments, (at_coordinates - at_coordinates.mean(0)).pow(3).mean(0))
     factor = c.stacked_rows()
     assert c.rows_per_sample == {"GGN": 3, "EF": 1}[root]
     assert c.n_rows == len(factor.rows) == N * c.rows_per_sample

@@ -174,6 +174,8 @@ def check_moments(c: RowCurvature, name: str, kind: str, k: int, residual: str =
     if k:
         assert_close(found.means, torch.from_numpy(along.mean(0)), rtol)
         assert_close(found.standard_deviations, torch.from_numpy(along.std(0, ddof=1)), max(rtol, 1e-7))
+        cubes = torch.from_numpy(((along - along.mean(0)) ** 3).mean(0))
+        torch.testing.assert_close(found.third_moments, cubes, rtol=0, atol=max(rtol, 1e-7) * float(along.max()) ** 3)
     else:
         assert found.means.shape == found.standard_deviations.shape == (0,)
     assert (found.trace is None) == (residual != "trace")

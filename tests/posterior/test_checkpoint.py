@@ -167,6 +167,7 @@ def test_frozen_weights_count_for_the_fingerprint_too():
         lambda la, x: la.directional_curvatures,
         lambda la, x: la.in_sample_curvatures,
         lambda la, x: la.standard_errors,
+        lambda la, x: la.confidence_intervals(),
         lambda la, x: la.curvature_source,
         lambda la, x: la.weights_fingerprint,
     ],

@@ -238,6 +238,7 @@ DAMAGED = {
     "magnitudes cut short": _cut("magnitudes_values"),
     "in-sample values cut short": _cut("magnitudes_in_sample"),
     "errors cut short": _cut("magnitudes_standard_errors"),
+    "skewness cut short": _cut("magnitudes_skewness"),
     "hashes cut short": _cut("samples_hashes"),
     "indices cut short": _cut("split_direction_indices"),
     "a mean that is a string": _set("mean", "x"),
