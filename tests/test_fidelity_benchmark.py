@@ -141,7 +141,33 @@ def test_coverage_counts_hits_and_leaves_out_what_is_nothing():
     errors = torch.tensor([1.0, 0.5, 0.5, 1.0])
     # missed by both; within both; below 1 - 1.96 / 2 > 0.02 on the plain scale only
     truth = torch.tensor([13.0, 1.5, 0.1, 0.0])
-    assert criteria.coverage(values, errors, truth) == {"n": 3, "plain": 2, "log": 1}
+    intervals = torch.tensor([[9.0, 13.0], [0.0, 1.4], [0.2, 3.0], [0.0, 1.0]])
+    found = criteria.coverage(values, errors, truth, intervals)
+    assert found == {"n": 3, "interval": 1, "plain": 2, "log": 1}
+
+
+def test_a_fit_that_keeps_its_rank_has_its_intervals_counted(tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.RECIPES, "diabetes", replace(tasks.RECIPES["diabetes"], epochs=5))
+    benchmark = command.Benchmark(tasks.load_task("diabetes", tmp_path), [PRIOR], 0)
+    for name, n in (("lowrank/cross_fitted/none/free", 32), ("lowrank/held_out/none/free", 16)):
+        (record,) = benchmark.measure(32, 0, name, posteriors.configurations()[name])
+        assert record["n_magnitude_samples"] == n
+        found = record["coverage"]
+        assert set(found) == {"n", "interval", "plain", "log"}
+        assert 0.5 * found["n"] < found["plain"] <= found["interval"] <= found["n"] <= record["rank"]
+
+
+def test_coverage_of_results_from_before_there_were_intervals():
+    key = {"version": 0, "task": "digits", "weights": "x", "B": 64, "n_data": 9, "draw": 0, "configuration": "c"}
+    shared = {**key, "n_magnitude_samples": 32}
+    records = [
+        {**shared, "prior": 1.0, "coverage": {"n": 10, "plain": 8, "log": 9}},
+        {**shared, "prior": 1.0, "draw": 1, "coverage": {"n": 30, "interval": 27, "plain": 24, "log": 24}},
+    ]
+    (found,) = results.coverage_of(records)
+    assert (found["intervals"], found["interval"], found["plain"]) == (40, 0.9, 0.8)
+    (found,) = results.coverage_of(records[:1])
+    assert found["interval"] is None
 
 
 ROUTES = {

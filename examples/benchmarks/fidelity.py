@@ -137,7 +137,7 @@ class Benchmark:
         if len(used):
             result |= {"curvature_ratio": float(leading.mean()), "largest_curvature_ratio": float(leading[0])}
         if name.endswith("none/free") and bool((errors > 0).any()):
-            result["coverage"] = coverage(used, errors.double(), truth)
+            result["coverage"] = coverage(used, errors.double(), truth, la.confidence_intervals().double())
         return result
 
 

@@ -125,13 +125,15 @@ def gaussian_total_variation(first: Tensor, second: Tensor) -> Tensor:
     return torch.erf(crossing / 2**0.5) - torch.erf(crossing / ratio / 2**0.5)
 
 
-def coverage(values: Tensor, errors: Tensor, truth: Tensor) -> dict[str, int]:
-    """How many intervals around the largest estimates contain the truth: plain ones, and ones on a log scale.
+def coverage(values: Tensor, errors: Tensor, truth: Tensor, intervals: Tensor) -> dict[str, int]:
+    """How many intervals around the largest estimates contain the truth: the package's, plain and log-scale ones.
 
     Only directions with an estimate above a millionth of the largest one count.
     """
     counted = values > 1e-6 * values.max()
-    values, errors, truth = values[counted], errors[counted], truth[counted]
+    values, errors, truth, (lower, upper) = values[counted], errors[counted], truth[counted], intervals[counted].T
     plain = (truth - values).abs() <= Z_95 * errors
     logarithmic = (truth / values).log().abs() <= Z_95 * errors / values
-    return {"n": len(values), "plain": int(plain.sum()), "log": int(logarithmic.sum())}
+    inside = (lower <= truth) & (truth <= upper)
+    hits = {"interval": inside, "plain": plain, "log": logarithmic}
+    return {"n": len(values), **{name: int(hit.sum()) for name, hit in hits.items()}}

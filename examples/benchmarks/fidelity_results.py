@@ -159,18 +159,24 @@ def summarize(records: Iterable[Record]) -> Summary:
 
 
 def coverage_of(records: Iterable[Record]) -> list[Record]:
-    """Shares of 95 % intervals that contain the full batch's curvature, by number of magnitude samples."""
+    """Shares of 95 % intervals that contain the full batch's curvature, by number of magnitude samples.
+
+    Results from before there were the package's own intervals have no say in their share.
+    """
     counts: dict[Any, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     fits = {key_of(r)[:-1]: r for r in records if r.get("coverage")}  # the prior does not matter
     for r in fits.values():
         for name, count in r["coverage"].items():
             counts[r["task"], r["configuration"], r["n_magnitude_samples"]][name] += count
+        if "interval" in r["coverage"]:
+            counts[r["task"], r["configuration"], r["n_magnitude_samples"]]["judged"] += r["coverage"]["n"]
     return [
         {
             "task": task,
             "configuration": configuration,
             "n_magnitude_samples": n,
             "intervals": c["n"],
+            "interval": c["interval"] / c["judged"] if c["judged"] else None,
             "plain": c["plain"] / c["n"],
             "log": c["log"] / c["n"],
         }

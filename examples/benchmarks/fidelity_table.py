@@ -48,14 +48,14 @@ def _entry(criteria: dict[str, Mean] | None) -> str:
 
 def _coverage(summary: Summary) -> str:
     lines = [
-        "Share of nominal 95 % intervals that contain the full batch's curvature: value ± 1.96 standard errors, and "
-        "the same on a log scale.\n",
-        "| task | configuration | magnitude samples | intervals | plain | log scale |",
-        "|---|---|---|---|---|---|",
+        "Share of nominal 95 % intervals that contain the full batch's curvature: `confidence_intervals()`, value "
+        "± 1.96 standard errors, and the same on a log scale.\n",
+        "| task | configuration | magnitude samples | intervals | `confidence_intervals()` | plain | log scale |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {c['task']} | {c['configuration']} | {c['n_magnitude_samples']} | {c['intervals']} | {c['plain']:.1%} | "
-        f"{c['log']:.1%} |"
+        f"| {c['task']} | {c['configuration']} | {c['n_magnitude_samples']} | {c['intervals']} | "
+        f"{'–' if c['interval'] is None else format(c['interval'], '.1%')} | {c['plain']:.1%} | {c['log']:.1%} |"
         for c in summary.coverage
     ]
     return "\n".join(lines)

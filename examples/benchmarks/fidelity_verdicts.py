@@ -137,9 +137,12 @@ def _coverage(summary: Summary) -> Iterator[str]:
         parts = []
         for n in sorted({c["n_magnitude_samples"] for c in summary.coverage if c["configuration"] == name}):
             found = [c for c in summary.coverage if (c["configuration"], c["n_magnitude_samples"]) == (name, n)]
-            total = sum(c["intervals"] for c in found)
-            plain, log = (sum(c[kind] * c["intervals"] for c in found) / total for kind in ("plain", "log"))
-            parts.append(f"{n}: {plain:.0%} plain, {log:.0%} log")
+            shares = {}
+            for kind in ("interval", "plain", "log"):
+                known = [(c[kind], c["intervals"]) for c in found if c[kind] is not None]
+                total = sum(n_intervals for _, n_intervals in known)
+                shares[kind] = f"{sum(hit * n_intervals for hit, n_intervals in known) / total:.0%}" if known else "?"
+            parts.append(f"{n}: {shares['interval']} (plain {shares['plain']}, log {shares['log']})")
         yield f"{head}, {name}, by magnitude samples: {'; '.join(parts)}"
 
 
