@@ -17,7 +17,7 @@ from debiased_laplace.errors import NotBuiltError
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-criteria, posteriors, results, tasks, verdicts, command = (
+criteria, posteriors, results, tasks, verdicts, command, interval_coverage = (
     importlib.import_module(name)
     for name in (
         "fidelity_criteria",
@@ -26,6 +26,7 @@ criteria, posteriors, results, tasks, verdicts, command = (
         "fidelity_tasks",
         "fidelity_verdicts",
         "fidelity",
+        "interval_coverage",
     )
 )
 
@@ -308,3 +309,18 @@ def test_the_command_on_a_tiny_grid(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "failed, 3 times: diabetes, B = 32, laplace-torch/kron: RuntimeError: no factor" in said
     assert "not available yet, 1 fits: lowrank/cross_fitted/none/25" in said
+
+
+def test_the_table_of_intervals(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tasks.RECIPES, "diabetes", replace(tasks.RECIPES["diabetes"], epochs=5))
+    monkeypatch.setattr(interval_coverage, "SIZES", {"held_out": (40,), "cross_fitted": (30, 300)})
+    arguments = ["--tasks", "diabetes", "--draws", "2", "--cache", str(tmp_path)]
+    interval_coverage.main(arguments)
+    said = capsys.readouterr().out
+    assert "| diabetes | `held_out` | 20 | " in said
+    assert "| diabetes | `cross_fitted` | 30 | " in said
+    assert "| 300 |" not in said  # nearly all of the 350
+    # what is known is not measured again
+    monkeypatch.setattr(interval_coverage, "fit", None)
+    interval_coverage.main(arguments)
+    assert capsys.readouterr().out == said
