@@ -7,29 +7,42 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.inputs import dtype_of, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
-from debiased_laplace.data.source import SampleSource
+from debiased_laplace.data.source import SampleSource, root_length
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
     """All samples that loaders have yielded so far, and what became of them.
 
-    A pool is not written into a pickle, since data sets and collate functions often cannot be.
+    A pool is not written into a pickle, since data sets and collate functions often cannot be; a copy shares it.
 
     Attributes:
         source: of all samples.
         read: positions of those that an estimate was made of, increasing.
         fresh: positions of those that the last loader adds, increasing.
         n_data: size N of the data set that the likelihood stands for, as it was given; None: all samples of the pool.
+
+    Raises:
+        ValueError: if n_data is below the number of samples.
     """
 
     source: SampleSource
     read: Int64[Tensor, " r"]
     fresh: Int64[Tensor, " f"]
     n_data: int | None
+
+    def __post_init__(self) -> None:
+        n = len(self.source.indices)
+        if self.size < n:
+            raise ValueError(
+                "n_data is the size of the data set that the likelihood stands for, the given samples "
+                f"being part of it: expected at least {n}, got {self.size}."
+            )
 
     @classmethod
     def of(cls, source: SampleSource, n_data: int | None) -> "Pool":
@@ -40,7 +53,7 @@ class Pool:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _not_pickled, ()
+        return _nothing, ()
 
     @property
     def size(self) -> int:
@@ -53,7 +66,7 @@ class Pool:
         return torch.cat([self.read, self.fresh]).sort().values
 
     def in_order(self, seed: int) -> Int64[Tensor, " n"]:
-        """What was read, then the fresh samples in an order that the seed fixes, whatever was read before."""
+        """What was read, then the fresh samples, in an order that the seed fixes whatever was read before."""
         indices = self.source.indices
         order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
         return torch.cat([order[torch.isin(order, self.read)], order[torch.isin(order, self.fresh)]])
@@ -61,14 +74,14 @@ class Pool:
     def having_read(self, positions: Int64[Tensor, " r"]) -> "Pool":
         """The same samples, these of them read."""
         rest = self.source.indices
-        return replace(self, read=positions, fresh=rest[~torch.isin(rest, positions)])
+        return replace(self, read=positions.sort().values, fresh=rest[~torch.isin(rest, positions)])
 
     def joined(self, new: SampleSource, n_data: int | None, seed: int) -> "Pool":
-        """With the samples of one more loader, each sample once.
+        """With the samples of one more loader, each sample once; loaded the way that the new loader does.
 
         Positions are those in the new loader's data set where it yields all the earlier samples too; in the data set
         that both loaders are over, or are `Subset`s of; otherwise in the earlier data set followed by the new one.
-        There, samples are known by their hashes.
+        There, samples are known by their hashes, for which all are loaded, and each keeps its own loader.
 
         Args:
             new: samples of the loader.
@@ -79,7 +92,8 @@ class Pool:
             The pool.
 
         Raises:
-            ValueError: if the loader yields no sample that was not read, or nothing can tell.
+            ValueError: if the loader yields no sample that was not read, or nothing can tell, if the inputs differ in
+                shape or dtype, or if n_data is too small.
         """
         old = self.source
         n_data = self.n_data if n_data is None else n_data
@@ -96,17 +110,14 @@ class Pool:
         if shared is not None:
             source = replace(new, dataset=shared, indices=torch.cat([old_keys, new_keys]).unique())
             return Pool(source, read_keys.sort().values, new_keys[fresh].sort().values, n_data)
-        both = _Appended(old, new)
+        added = new.indices[~torch.isin(new_keys, old_keys)]
+        source, added = _appended(old, new, added)
         unread = ~torch.isin(old.indices, self.read)
         again = old.indices[unread & torch.isin(old_keys, new_keys)]
-        added = both.offset + new.indices[~torch.isin(new_keys, old_keys)]
-        source = AppendedSource(
-            both, torch.cat([old.indices, added]), max(old.batch_size, new.batch_size), new.options, new.keys
-        )
         return Pool(source, self.read, torch.cat([again, added]), n_data)
 
 
-def _not_pickled() -> None:
+def _nothing() -> None:
     return None
 
 
@@ -130,29 +141,65 @@ def _hashes(source: SampleSource, seed: int) -> Int64[Tensor, " n"]:
         return torch.cat([sample_hashes(batch) for batch in source.batches(source.indices, seed)])
 
 
-class _Appended:
-    """One data set after the other."""
+class Appended(Dataset[Any]):
+    """One data set after the other, the first of which need not have a length."""
 
     def __init__(self, first: SampleSource, second: SampleSource):
-        self.first, self.second = first, second
-        known = hasattr(first.dataset, "__len__")
-        self.offset = len(first.dataset) if known else int(first.indices.max()) + 1
+        self.datasets = first.dataset, second.dataset
+        self.offset, n_second = (root_length(source.dataset, source.indices) for source in (first, second))
+        self.n = self.offset + n_second
 
     def __len__(self) -> int:
-        known = hasattr(self.second.dataset, "__len__")
-        return self.offset + (len(self.second.dataset) if known else int(self.second.indices.max()) + 1)
+        return self.n
 
     def __getitem__(self, i: int) -> Any:
-        return self.first.dataset[i] if i < self.offset else self.second.dataset[i - self.offset]
+        first, second = self.datasets
+        return first[i] if i < self.offset else second[i - self.offset]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class AppendedSource(SampleSource):
-    """Samples of two data sets, each loaded with the machinery of its own loader."""
+    """Samples of two data sets, each loaded by the machinery of its own loader.
+
+    Attributes:
+        first: the earlier ones.
+        second: the later ones.
+    """
+
+    first: SampleSource
+    second: SampleSource
 
     def batches(self, indices: Int64[Tensor, " m"], seed: int) -> Iterator[Batch]:
         """Load the samples at these positions, in this order; no batch has samples of both."""
-        both: _Appended = self.dataset
-        of_second, counts = torch.unique_consecutive(indices >= both.offset, return_counts=True)
+        offset = self.dataset.offset
+        of_second, counts = torch.unique_consecutive(indices >= offset, return_counts=True)
         for second, some in zip(of_second.tolist(), indices.split(counts.tolist()), strict=True):
-            part = replace(both.second if second else both.first, batch_size=self.batch_size)
-            yield from part.batches(some - both.offset if second else some, seed)
+            part = replace(self.second if second else self.first, batch_size=self.batch_size)
+            yield from part.batches(some - offset if second else some, seed)
+
+
+def _appended(old: SampleSource, new: SampleSource, added: Int64[Tensor, " a"]) -> tuple[AppendedSource, Tensor]:
+    """All the old samples and some of the new ones, and the positions of the latter.
+
+    Raises:
+        ValueError: if their inputs differ in shape or dtype.
+    """
+    (before, after) = (next(source.batches(source.indices[:1], 0)).inputs for source in (old, new))
+    if (shape_of(before), dtype_of(before)) != (shape_of(after), dtype_of(after)):
+        raise ValueError(
+            "Expected inputs of one shape and dtype from both loaders; a batch of one sample has "
+            f"{shape_of(before)} of {dtype_of(before)} from the earlier one, {shape_of(after)} of {dtype_of(after)} "
+            "from this one."
+        )
+    dataset = Appended(old, new)
+    added = added + dataset.offset
+    source = AppendedSource(
+        dataset,
+        torch.cat([old.indices, added]),
+        max(old.batch_size, new.batch_size),
+        new.options,
+        new.keys,
+        first=old,
+        second=new,
+    )
+    return source, added
