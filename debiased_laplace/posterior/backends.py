@@ -123,7 +123,7 @@ class BackendChoice:
                 warnings.warn(
                     f"{self.backend.__name__} cannot compute the {what} of this model ({reason}); torch.func computes "
                     f"the same instead.{quiet}",
-                    stacklevel=5,
+                    stacklevel=7,
                 )
         return replace(network, foreign=foreign)
 

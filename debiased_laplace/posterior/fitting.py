@@ -200,7 +200,8 @@ def fit_curvature(task: Task, source: SampleSource, *, n_data: int, progress_bar
             for first, indices in _sets(split)
         ]
         identities = _identities(source, split, surveys, augmented=augmented, tolerates_repeats=biased)
-        curvatures = curvatures_of(problem, network, some, surveys, seed, progress_bar=progress_bar)
+        samples = [found.samples for found in surveys]
+        curvatures = curvatures_of(problem, network, some, samples, seed, progress_bar=progress_bar)
         options, choice = request.options, None
         if request.open:
             weighting = task.weighting_of(network.selection, split.n_data)
@@ -220,7 +221,13 @@ def fit_curvature(task: Task, source: SampleSource, *, n_data: int, progress_bar
 
 
 def look_at(
-    network: Network, source: SampleSource, indices: Tensor, seed: int, *, keep: bool, progress_bar: bool
+    network: Network,
+    source: SampleSource,
+    indices: Tensor,
+    seed: int,
+    *,
+    keep: bool = False,
+    progress_bar: bool = False,
 ) -> Survey:
     """The samples at some positions, looked at once."""
     samples = Samples(source, indices, network.like.device, seed)
@@ -255,21 +262,21 @@ def curvatures_of(
     problem: Problem,
     network: Network,
     some: Batch,
-    surveys: list[Survey],
+    sets: list[Samples],
     seed: int,
     *,
-    progress_bar: bool,
+    progress_bar: bool = False,
     n_before: int = 0,
 ) -> list[SubBatchCurvature]:
     """The curvature of each set of samples; `n_before` sets with draws of their own came before them."""
     root = problem.backend.root(network.likelihood)
     if root is None:
         second = SecondDerivatives(network.selection, network.parameters, network.likelihood, some)
-        return [HessianCurvature(network, found.samples, second, progress_bar=progress_bar) for found in surveys]
+        return [HessianCurvature(network, samples, second, progress_bar=progress_bar) for samples in sets]
     # draws of a Monte-Carlo curvature differ between the sets of samples, and between a set and its redrawn self
     return [
-        RowCurvature(network, found.samples, root, seed=_seed_of_draws(seed, i), progress_bar=progress_bar)
-        for i, found in enumerate(surveys, n_before)
+        RowCurvature(network, samples, root, seed=_seed_of_draws(seed, i), progress_bar=progress_bar)
+        for i, samples in enumerate(sets, n_before)
     ]
 
 

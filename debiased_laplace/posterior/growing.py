@@ -1,15 +1,10 @@
-r"""A fit that grows: by the samples of one more loader, or by doubling until that gains too little.
-
-Posterior i of a sequence is judged against posterior i + 1 by the KL of both to the full batch, for which stands
-$H = f H_B + (1 - f) H_c$: the samples B that the larger one has read, the smaller one's among them, with their exact
-share f, and samples c that neither has seen. Only c is subject to chance, and the two are paired on it.
-"""
+"""A fit that grows: by the samples of one more loader, or by doubling until that gains too little."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,16 +12,11 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.data.pool import Pool
+from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
-from debiased_laplace.debiasing.held_out_kl import (
-    HeldOutKL,
-    KLDifference,
-    KLTerms,
-    estimate_held_out_kl,
-    prior_trace,
-    sample_terms,
-)
-from debiased_laplace.debiasing.stopping import FIRST_STAGE, Stage, Stopping, stage_sizes
+from debiased_laplace.debiasing.choice import Weighting
+from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace, sample_terms
+from debiased_laplace.debiasing.stopping import FEWEST_UNSEEN, FIRST_STAGE, Stage, Stopping, stage, stage_sizes
 from debiased_laplace.posterior.fitting import Fit, Fitted, Task, at_work, curvatures_of, fit_curvature, look_at
 
 
@@ -73,34 +63,29 @@ def _fit_at(task: Task, pool: Pool, positions: Int64[Tensor, " n"], *, progress_
 
 def _until_enough(task: Task, pool: Pool, tolerance: float, *, progress_bar: bool) -> tuple[ParameterSelection, Fit]:
     """Double the samples until that gains less than the tolerance, or there are no more."""
-    first, order = _first_size(task, pool), pool.in_order(task.split_options.seed)
+    sizes, order = _sizes(task, pool), pool.in_order(task.split_options.seed)
     stages: list[Stage] = []
-    before: Fitted | None = None
+    before: Fit | None = None
     with tqdm(total=len(order), disable=not progress_bar, desc="[Doubling the samples]") as bar:
-        for n in stage_sizes(first, len(order)):
+        for n in sizes:
             with warnings.catch_warnings(record=True) as caught:
                 # only what is said of the posterior that is kept is news
-                warnings.simplefilter("always")
-                found = _fit_at(task, pool, order[:n], progress_bar=progress_bar)
-            stage = Stage(n)
-            if before is not None:
-                gain = _gain(task, pool, before, found, order, n)
-                stage = stage if gain is None else Stage(n, gain.value, gain.standard_error)
-                bar.set_postfix_str(f"the last doubling gained {stage.shown_gain} of {tolerance:g} held-out KL")
-            stages.append(stage)
-            bar.update(n - bar.n)
+                warnings.simplefilter("always", UserWarning)
+                selection, fit, last = _at_stage(task, pool, order, n, before, progress_bar=progress_bar)
+            stages.append(last)
+            before = fit
             stopping = Stopping(tuple(stages), tolerance, len(order))
+            bar.set_postfix_str(f"gained {last.shown_gain}, tolerance {tolerance:g}" if len(stages) > 1 else "")
+            bar.update(n - bar.n)
             if stopping.enough:
                 break
-            before = replace(found, curvatures=[])  # their rows are large
     for warning in caught:
         warnings.warn(warning.message, warning.category, stacklevel=4)
-    pool = pool.having_read(order[:n].sort().values)
-    return found.selection, replace(found.fit, pool=pool, stopping=stopping)
+    return selection, replace(fit, pool=pool.having_read(order[:n]), stopping=stopping)
 
 
-def _first_size(task: Task, pool: Pool) -> int:
-    """Samples of the first stage: those that were read, or the fewest that the estimator can take.
+def _sizes(task: Task, pool: Pool) -> list[int]:
+    """Samples of each stage: from those that were read on, or from the fewest that the estimator can take.
 
     Raises:
         ValueError: if no number of samples would do, or it would make no difference.
@@ -112,54 +97,87 @@ def _first_size(task: Task, pool: Pool) -> int:
             f"{options.direction_samples} and {options.magnitude_samples} samples."
         )
     options.draw(at_hand, task.request, pool.size)
-    n = len(pool.read) or FIRST_STAGE
-    while n < len(at_hand):
-        try:
-            options.draw(at_hand[:n], task.request, pool.size)
-        except ValueError:
-            n *= 2
-        else:
-            return n
-    return len(at_hand)
+    sizes = stage_sizes(len(pool.read) or FIRST_STAGE, len(at_hand))
+    return [n for n in sizes if _can_take(task, at_hand[:n], pool.size)]
 
 
-def _gain(
-    task: Task, pool: Pool, before: Fitted, found: Fitted, order: Int64[Tensor, " n"], n: int
-) -> KLDifference | None:
-    """How much further from the full batch the smaller fit is; None where no sample is left to tell."""
+def _can_take(task: Task, positions: Int64[Tensor, " n"], n_data: int) -> bool:
+    try:
+        task.split_options.draw(positions, task.request, n_data)
+    except ValueError:
+        return False
+    return True
+
+
+def _at_stage(
+    task: Task, pool: Pool, order: Int64[Tensor, " _"], n: int, before: Fit | None, *, progress_bar: bool
+) -> tuple[ParameterSelection, Fit, Stage]:
+    """The fit of the first n samples, and what it gains over the one before; their rows are let go of."""
+    found = _fit_at(task, pool, order[:n], progress_bar=progress_bar)
     unseen = order[n : 2 * n].sort().values
-    if len(unseen) == 0 and n < pool.size:
-        return None
+    if before is None or len(unseen) < min(FEWEST_UNSEEN, pool.size - n):
+        return found.selection, found.fit, Stage(n)
+    with at_work(task.problem.model, task.split_options.seed):
+        inside, outside = _judges(task, pool, found, order[:n], unseen)
+        weighting = task.weighting_of(found.selection, pool.size)
+        smaller, larger = (_judged(fit, weighting, inside, outside) for fit in (before, found.fit))
+    return (
+        found.selection,
+        found.fit,
+        stage(
+            smaller.terms,
+            larger.terms,
+            smaller.read - larger.read,
+            smaller.unseen - larger.unseen,
+            n_data=pool.size,
+            drawn=inside[0].is_random,
+        ),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What samples say of a posterior.
+
+    Attributes:
+        terms: its own.
+        read: `sample_terms` of the samples that were read.
+        unseen: likewise of those that were not.
+    """
+
+    terms: KLTerms
+    read: Float[Tensor, " n"]
+    unseen: Float[Tensor, " m"]
+
+
+def _judged(
+    fit: Fit, weighting: Weighting, inside: list[SubBatchCurvature], outside: list[SubBatchCurvature]
+) -> _Judged:
+    precision = fit.estimate.curvature.precision(weighting.likelihood_weight, weighting.prior)
+    trace = prior_trace(precision, weighting.prior.expand(inside[0].network.n_parameters))
+    terms = KLTerms(trace, float(precision.log_det), weighting.likelihood_weight)
+    read, unseen = (sample_terms(terms, (part.traces(precision) for part in parts)) for parts in (inside, outside))
+    return _Judged(terms, read, unseen)
+
+
+def _judges(
+    task: Task, pool: Pool, found: Fitted, read: Int64[Tensor, " n"], unseen: Int64[Tensor, " m"]
+) -> tuple[list[SubBatchCurvature], list[SubBatchCurvature]]:
+    """The curvature of the samples that were read, used or not, and of those that were not."""
     seed = task.split_options.seed
-    unused = order[:n][~torch.isin(order[:n], found.fit.split.used_indices)].sort().values
-    with at_work(task.problem.model, seed):
-        # draws that the posterior was fitted to would judge it too kindly
-        inside = [*(curvature.redrawn() for curvature in found.curvatures), *_curvatures_at(task, pool, found, unused)]
-        outside = _curvatures_at(task, pool, found, unseen)
-        for curvature in inside + outside:
-            if isinstance(curvature, RowCurvature):
-                curvature.keep_rows()
 
-        def held_out_kl(fitted: Fitted) -> HeldOutKL:
-            weighting = task.weighting_of(found.selection, pool.size)
-            precision = fitted.fit.estimate.curvature.precision(weighting.likelihood_weight, weighting.prior)
-            prior = weighting.prior.expand(len(found.network.like))
-            terms = KLTerms(prior_trace(precision, prior), float(precision.log_det), weighting.likelihood_weight)
-            of_inside, of_outside = (
-                sample_terms(terms, [part.traces(precision) for part in parts]) for parts in (inside, outside)
-            )
-            return estimate_held_out_kl(
-                terms, of_outside, of_inside, n_data=pool.size, n_fitted=n, sample_keys=unseen, context=""
-            )
+    def of(sets: list[Samples], n_before: int) -> list[SubBatchCurvature]:
+        return curvatures_of(task.problem, found.network, found.some, sets, seed, n_before=n_before)
 
-        return held_out_kl(before) - held_out_kl(found)
+    def at(positions: Int64[Tensor, " _"]) -> list[Samples]:
+        return [look_at(found.network, pool.source, positions, seed).samples] if len(positions) else []
 
-
-def _curvatures_at(task: Task, pool: Pool, found: Fitted, positions: Int64[Tensor, " m"]) -> list[SubBatchCurvature]:
-    """The curvature of samples that the fit did not use; nothing where there are none."""
-    if len(positions) == 0:
-        return []
-    seed = task.split_options.seed
-    seen = look_at(found.network, pool.source, positions, seed, keep=True, progress_bar=False)
-    n_before = len(found.curvatures)
-    return curvatures_of(task.problem, found.network, found.some, [seen], seed, progress_bar=False, n_before=n_before)
+    # draws that the posterior was fitted to, of which there are two a sample, would judge it too kindly
+    drawn = [part.samples for part in found.curvatures if isinstance(part, RowCurvature) and part.is_random]
+    unused = read[~torch.isin(read, found.fit.split.used_indices)].sort().values
+    inside = (of(drawn, 2) or found.curvatures) + of(at(unused), 4)
+    outside = of(at(unseen), 5)
+    for curvature in inside + outside:
+        if isinstance(curvature, RowCurvature):
+            curvature.keep_rows()
+    return inside, outside
