@@ -73,25 +73,27 @@ def main(arguments: list[str] | None = None) -> None:
         if key not in known:
             known[key] = measure(tasks[name], magnitudes, B, draw)
             store.write_text(json.dumps(known))
-        rows[name, magnitudes, known[key]["samples"]].append(known[key])
-    print(table(rows))
+        rows[magnitudes, known[key]["samples"], name].append(known[key])
+    for which, title in (("all", "All directions"), ("lead", f"The leading {LEADING}")):
+        print(f"{title}: covered (by plain intervals), width over that of plain ones\n\n{table(rows, which)}\n")
 
 
-def table(rows: dict[tuple[str, str, int], list[dict[str, Any]]]) -> str:
-    """Shares of intervals that contain the truth: these and plain ones, and how wide these are."""
-    lines = [
-        "| task | `magnitudes` | magnitude samples | covered | plain | width | leading 50 covered | plain | width |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (name, magnitudes, n), found in sorted(rows.items()):
-        shown = []
-        for which in ("all", "lead"):
-            of = [draw[which] for draw in found]
-            total = sum(c["n"] for c in of)
-            shown += [f"{sum(c[kind] for c in of) / total:.0%}" for kind in ("interval", "plain")]
-            shown.append(f"{sum(c['width'] for c in of) / len(of):.1f}")
-        lines.append(f"| {name} | `{magnitudes}` | {n} | {' | '.join(shown)} |")
+def table(rows: dict[tuple[str, int, str], list[dict[str, Any]]], which: str) -> str:
+    """Shares of intervals that contain the truth, by estimator and number of samples, and task."""
+    tasks = sorted({name for *_, name in rows})
+    lines = [f"| `magnitudes` | magnitude samples | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
+    for magnitudes, n in sorted({key[:2] for key in rows}, key=lambda key: (key[0] == "cross_fitted", key[1])):
+        cells = [_cell([draw[which] for draw in rows.get((magnitudes, n, name), [])]) for name in tasks]
+        lines.append(f"| `{magnitudes}` | {n} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(found: list[dict[str, float]]) -> str:
+    total = sum(c["n"] for c in found)
+    if not total:
+        return "–"
+    covered, plain = (sum(c[kind] for c in found) / total for kind in ("interval", "plain"))
+    return f"{covered:.0%} ({plain:.0%}), {sum(c['width'] for c in found) / len(found):.1f}"
 
 
 if __name__ == "__main__":
