@@ -210,16 +210,22 @@ def dense_folds(
     *,
     threshold: float,
     basis_of: Callable[[Tensor], Tensor] | None = None,
+    whitening_of: Callable[[Tensor], Tensor] | None = None,
 ) -> DenseFolds:
-    """Fold by fold, one direction at a time; missing trailing values are the mean of the last 5 % of the others."""
+    """Fold by fold, one direction at a time; missing trailing values are the mean of the last 5 % of the others.
+
+    `whitening_of` gives from the curvature of the others a matrix T, in whose coordinates T' H T everything is.
+    """
     P = len(per_sample[0])
     sizes, means, deviations, in_fold, residual = [], [], [], [], torch.zeros(P, dtype=per_sample[0].dtype)
     for held, others in fold_sets(samples, folds):
         H_others, H_held = mean_of(per_sample, others), mean_of(per_sample, held)
+        T = torch.eye(P, dtype=H_held.dtype) if whitening_of is None else whitening_of(H_others)
+        H_others, H_held = T.T @ H_others @ T, T.T @ H_held @ T
         _, U = eigenpairs_above(H_others, threshold, k)
         c, s = [], []
         for u in U.T:
-            of_samples = torch.stack([u @ per_sample[j] @ u for j in held.tolist()])
+            of_samples = torch.stack([T @ u @ per_sample[j] @ T @ u for j in held.tolist()])
             c.append(of_samples.mean())
             s.append(of_samples.std(correction=1) if len(held) > 1 else torch.zeros_like(c[-1]))
         in_fold.append(torch.stack(c))

@@ -4,7 +4,7 @@ Two engines answer: *rows* (one VJP per row) and *products* (JVPs along directio
 matrix-vector product). Which one ran is chosen by what the model allows, then by cost, and is said in `source`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -153,7 +153,7 @@ class RowCurvature(SubBatchCurvature):
         H = dense_curvature(self.rows(), self.network.n_parameters, self.network.like)
         return H / self.n_samples
 
-    def linear_map(self) -> "RowProducts":
+    def linear_map(self) -> Callable[[Tensor], Tensor]:
         """Products with H, each batch made ready once and kept."""
         return RowProducts(self)
 

@@ -85,6 +85,10 @@ class SubBatchCurvature(ABC):
         """The same samples with other draws; itself where nothing is drawn."""
         return self
 
+    def seen_from(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":  # noqa: ARG002
+        """The same curvature in the coordinates that some of the samples give; itself where none depend on samples."""
+        return self
+
     @abstractmethod
     def part(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":
         """The mean curvature of some of the samples, by their increasing positions among them."""

@@ -20,8 +20,9 @@ from debiased_laplace.data.splitting import deal
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import each_fold
 from debiased_laplace.debiasing.directions import choose_solver
-from debiased_laplace.debiasing.estimate import LowRankChoice, estimate, estimate_low_ranks
+from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.held_out_kl import prior_trace
+from debiased_laplace.debiasing.lowrank import LowRankChoice
 from debiased_laplace.debiasing.options import SplitCurvature, Trial
 
 _PARTS = 4
@@ -149,17 +150,17 @@ def _fitted(
     rest: SubBatchCurvature, trials: Sequence[Trial], n_data: int, seed: int
 ) -> list[tuple[int, LowRankCurvature]]:
     """Every trial's estimate; those that differ only in rank and complement share what they can."""
-    groups: dict[tuple[str, float], list[int]] = {}
+    groups: dict[tuple[str, str, float], list[int]] = {}
     for i, trial in enumerate(trials):
         share = trial.direction_share if trial.options.magnitudes == "held_out" else 1.0
-        groups.setdefault((trial.options.magnitudes, share), []).append(i)
+        groups.setdefault((trial.options.magnitudes, trial.options.metric, share), []).append(i)
     found = []
     for members in groups.values():
         options = trials[members[0]].options
         split = split_for(rest, trials[members[0]], n_data, seed)
         if options.structure == "lowrank":
             choices = [LowRankChoice(trials[i].options.rank, trials[i].options.complement) for i in members]
-            estimates = estimate_low_ranks(split, options, choices)
+            estimates = estimates_of_ranks(split, options, choices)
         else:
             estimates = [estimate(split, trials[i].options) for i in members]
         found += [(i, one.curvature) for i, one in zip(members, estimates, strict=True)]

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.curvature.sub_batch import Residual
+from debiased_laplace.debiasing.inverse_bias import second_order
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
@@ -23,27 +24,49 @@ RESIDUAL_OF: dict[ComplementKind, Residual] = {
 
 @dataclass(frozen=True, eq=False)
 class LowRankCurvature:
-    r"""Curvature $K (D + U \mathrm{diag}(m) U^\top) K^\top$, a mean per sample.
+    r"""Curvature $K (D + F \mathrm{diag}(m) F^\top) K^\top$, a mean per sample, $F = S U$.
 
     Attributes:
         diagonal: D; one number where it is isotropic.
-        directions: U, in the coordinates of the basis.
-        weights: m, which is not the curvature along the directions where D adds to it.
+        directions: U, unit vectors in the coordinates of the basis, orthogonal in the metric: $U^\top S U$ is diagonal.
+        weights: m, which is not the curvature along the directions where D adds to it, or there is a metric.
         basis: K; None for the axes.
+        metric: diagonal of S; None for the identity.
+        error_variances: of m, or of D where there are no directions, by which the precision is corrected for the bias
+            of its inverse; None for no correction.
     """
 
     diagonal: Float[Tensor, ""] | Float[Tensor, " P"]
     directions: Float[Tensor, "P k"]
     weights: Float[Tensor, " k"]
     basis: KroneckerBasis | None = None
+    metric: Float[Tensor, " P"] | None = None
+    error_variances: Float[Tensor, " _"] | None = None
+
+    @property
+    def factor(self) -> Float[Tensor, "P k"]:
+        """F."""
+        return self.directions if self.metric is None else self.directions * self.metric[:, None]
 
     def precision(
         self, likelihood_weight: float, prior: Float[Tensor, ""] | Float[Tensor, " P"]
     ) -> LowRankPlusDiagonal:
         r"""The posterior precision $N \tau H + P_0$, the prior a number, or one per coordinate."""
-        return LowRankPlusDiagonal(
-            likelihood_weight * self.diagonal + prior, self.directions, likelihood_weight * self.weights, self.basis
-        )
+        diagonal, weights = self.diagonal_and_weights(likelihood_weight, prior)
+        return LowRankPlusDiagonal(diagonal, self.factor, weights, self.basis)
+
+    def diagonal_and_weights(
+        self, likelihood_weight: float | Tensor, prior: Float[Tensor, ""] | Float[Tensor, " P"]
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the precision, differentiable in both arguments."""
+        diagonal, weights = likelihood_weight * self.diagonal + prior, likelihood_weight * self.weights
+        if self.error_variances is None:
+            return diagonal, weights
+        variances = likelihood_weight**2 * self.error_variances
+        if len(weights) == 0:
+            return prior + second_order(likelihood_weight * self.diagonal, variances, prior), weights
+        spread = self.factor.square() / diagonal[..., None] if diagonal.ndim else self.factor.square() / diagonal
+        return diagonal, second_order(weights, variances, 1 / spread.sum(0))
 
 
 def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"]) -> LowRankCurvature:

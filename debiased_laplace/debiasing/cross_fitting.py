@@ -76,8 +76,9 @@ def cross_fitted_moments(
 ) -> list[DirectionalMoments]:
     r"""What each fold says along the directions of the others, matched by index and averaged.
 
-    With the Gram solver no network pass and no product of all pairs of rows is repeated; with the dense one the samples
-    are gone through twice more at most; Lanczos runs once for every fold.
+    With the Gram solver no network pass and no product of all pairs of rows is repeated, but for whitened coordinates,
+    which are other ones for every fold; with the dense one the samples are gone through twice more at most; Lanczos
+    runs once for every fold.
 
     Args:
         batch: curvature of all samples.
@@ -92,15 +93,21 @@ def cross_fitted_moments(
     """
     k = max((question.rank for question in questions), default=0)
     threshold = min((question.threshold for question in questions), default=0.0)
-    if pairs.outcome.solver == "gram" and isinstance(batch, RowCurvature):
-        look = _through_gram(batch, k, threshold)
-    elif pairs.outcome.solver == "lanczos":
-        look = _through_lanczos(batch, k, threshold, seed)
-    else:
-        look = _through_dense(batch, k, threshold)
+
+    def look_at(seen: SubBatchCurvature) -> Look:
+        if pairs.outcome.solver == "gram" and isinstance(seen, RowCurvature):
+            return _through_gram(seen, k, threshold)
+        if pairs.outcome.solver == "lanczos":
+            return _through_lanczos(seen, k, threshold, seed)
+        return _through_dense(seen, k, threshold)
+
+    look: Look | None = None
     found: list[list[DirectionalMoments]] = [[] for _ in questions]
     for fold in each_fold(folds, progress_bar=batch.progress_bar):
         basis = None if basis_of is None else basis_of(batch.part(fold.others))
+        # where coordinates come from samples, those of a fold must not be among them
+        seen = batch.seen_from(fold.others)
+        look = look_at(seen) if look is None or seen is not batch else look
         answer = look(fold)
         for question, answers in zip(questions, found, strict=True):
             answers.append(extended(answer(question, basis if question.in_basis else None), question.rank))

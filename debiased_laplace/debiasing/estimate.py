@@ -1,27 +1,14 @@
 """The estimator as a whole: split samples in, curvature of the full batch out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor
-
-from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
-from debiased_laplace.debiasing import complement as outside
-from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
-from debiased_laplace.debiasing.cross_fitting import Question, cross_fitted_moments
-from debiased_laplace.debiasing.directions import REQUESTED, choose_solver, find_directions, threshold_of
-from debiased_laplace.debiasing.kronecker import basis_from, estimate_kronecker
-from debiased_laplace.debiasing.magnitudes import (
-    Magnitudes,
-    cross_fitted,
-    held_out,
-    moments_from_projections,
-    same_batch,
-)
+from debiased_laplace.curvature.sub_batch import SubBatchCurvature
+from debiased_laplace.debiasing.directions import choose_solver
+from debiased_laplace.debiasing.kronecker import estimate_kronecker
+from debiased_laplace.debiasing.lowrank import LowRankChoice, estimate_low_ranks
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
-from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
-from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+from debiased_laplace.debiasing.whitened import estimate_whitened
 
 
 def estimate(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstimate:
@@ -35,13 +22,39 @@ def estimate(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstim
         The estimate.
 
     Raises:
-        ValueError: if a full structure does not fit into memory.
+        ValueError: if a full structure does not fit into memory, or the curvature has no rows to whiten.
     """
     if options.structure == "kron":
-        return estimate_kronecker(split, options)
+        return corrected(estimate_kronecker(split, options), options)
     if options.structure == "full":
         options = _full(split.directions, options)
-    return estimate_low_ranks(split, options, [LowRankChoice(options.rank, options.complement)])[0]
+    return estimates_of_ranks(split, options, [LowRankChoice(options.rank, options.complement)])[0]
+
+
+def corrected(found: CurvatureEstimate, options: EstimatorOptions) -> CurvatureEstimate:
+    """The estimate, knowing its errors where the bias of the inverse is to be corrected."""
+    if options.inverse_correction == "none":
+        return found
+    curvature, magnitudes = found.curvature, found.magnitudes
+    errors = magnitudes.standard_errors
+    if errors is None:
+        raise ValueError("inverse_correction needs standard errors, which kron_magnitudes='kronecker' does not have.")
+    variances = errors.square()
+    if curvature.metric is not None:
+        # of the weights, which are not the curvatures
+        variances = variances / (curvature.directions.square() * curvature.metric[:, None]).sum(0).pow(4)
+    return replace(found, curvature=replace(curvature, error_variances=variances))
+
+
+def estimates_of_ranks(
+    split: SplitCurvature, options: EstimatorOptions, choices: Sequence[LowRankChoice]
+) -> list[CurvatureEstimate]:
+    """Low-rank estimates that differ only in rank and complement, in the metric of the options."""
+    if options.metric == "kron":
+        found = estimate_whitened(split, options, [choice.rank for choice in choices])
+    else:
+        found = estimate_low_ranks(split, options, choices)
+    return [corrected(one, options) for one in found]
 
 
 def _full(a: SubBatchCurvature, options: EstimatorOptions) -> EstimatorOptions:
@@ -53,143 +66,3 @@ def _full(a: SubBatchCurvature, options: EstimatorOptions) -> EstimatorOptions:
             "'subnetwork', direction_samples), or 'lowrank' or 'kron'."
         )
     return replace(options, rank=None, complement="isotropic", solver="gram")
-
-
-@dataclass(frozen=True)
-class LowRankChoice:
-    """In what low-rank estimates from the same samples can differ without much being computed twice."""
-
-    rank: int | None
-    complement: ComplementKind
-
-
-def estimate_low_ranks(
-    split: SplitCurvature, options: EstimatorOptions, choices: Sequence[LowRankChoice]
-) -> list[CurvatureEstimate]:
-    """Several low-rank estimates that share their directions, those of smaller rank taking the leading ones.
-
-    Args:
-        split: curvature of the samples, by what they are used for.
-        options: all but rank and complement, which the choices say.
-        choices: rank and complement of each.
-
-    Returns:
-        An estimate for each choice.
-    """
-    a = split.directions
-    in_basis = any(choice.complement == "kron" for choice in choices)
-    if (in_basis or len(choices) > 1) and isinstance(a, RowCurvature):
-        a.keep_rows()
-    ranks = [choice.rank for choice in choices]
-    largest = None if None in ranks else max((rank for rank in ranks if rank is not None), default=None)
-    threshold = min(_threshold(options, rank) for rank in ranks)
-    pairs = find_directions(a, rank=largest, solver=options.solver, seed=options.seed, threshold=threshold)
-    basis = basis_from(a, options) if in_basis else None
-    questions = []
-    for choice in choices:
-        threshold = _threshold(options, choice.rank)
-        k = min(len(pairs.values) if choice.rank is None else choice.rank, supported(pairs.values, threshold))
-        questions.append(Question(k, threshold, RESIDUAL_OF[choice.complement], choice.complement == "kron"))
-    others = _others(split, pairs, questions, basis, options)
-    estimates = []
-    for choice, question, along in zip(choices, questions, others, strict=True):
-        leading = pairs if question.rank == len(pairs.values) else pairs.leading(question.rank)
-        evidence = _evidence(split, leading, question, along, basis)
-        magnitudes = _magnitudes(split, leading, evidence)
-        curvature = _with_complement(leading, magnitudes, evidence, choice.complement, split.share)
-        source = (a if split.magnitudes is None else split.magnitudes).source
-        estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
-    return estimates
-
-
-def _threshold(options: EstimatorOptions, rank: int | None) -> float:
-    return REQUESTED if options.structure == "full" else threshold_of(rank)
-
-
-def _others(
-    split: SplitCurvature,
-    pairs: Eigenpairs,
-    questions: list[Question],
-    basis: KroneckerBasis | None,
-    options: EstimatorOptions,
-) -> list[DirectionalMoments | None]:
-    """What other samples say: those of the magnitudes, or every fold along the directions of the other folds."""
-    b = split.magnitudes
-    if b is not None:
-        if len(questions) > 1 and isinstance(b, RowCurvature):
-            b.keep_rows()
-        return [b.moments(pairs.vectors[:, : q.rank], q.residual, basis if q.in_basis else None) for q in questions]
-    if split.effective_folds is None:
-        return [None] * len(questions)
-    basis_of = None if basis is None else lambda part: basis_from(part, options)
-    found = cross_fitted_moments(
-        split.directions, split.effective_folds, pairs, questions, seed=options.seed, basis_of=basis_of
-    )
-    return list(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What the samples say along the directions and outside them.
-
-    Attributes:
-        own: of the samples that the directions come from, where their eigenvalues are not all of it.
-        others: of the samples that the magnitudes come from, or of the folds; None for the biased estimate.
-        basis: in which the diagonal outside is; None for the axes.
-    """
-
-    own: DirectionalMoments | None
-    others: DirectionalMoments | None
-    basis: KroneckerBasis | None
-
-
-def _evidence(
-    split: SplitCurvature,
-    pairs: Eigenpairs,
-    question: Question,
-    others: DirectionalMoments | None,
-    basis: KroneckerBasis | None,
-) -> Evidence:
-    a = split.directions
-    basis = basis if question.in_basis else None
-    # the draws that the directions were chosen by would count twice
-    again = a if others is None else a.redrawn()
-    known = question.residual == "none" and again is a
-    own = None if known else again.moments(pairs.vectors, question.residual, basis)
-    return Evidence(own, others, basis)
-
-
-def _magnitudes(split: SplitCurvature, pairs: Eigenpairs, evidence: Evidence) -> Magnitudes:
-    a, others = split.directions, evidence.others
-    redrawn = evidence.own if a.is_random else None
-    if split.magnitudes is not None and others is not None:
-        return held_out(pairs.values, others, n_a=a.n_samples, n_data=split.n_data, a_redrawn=redrawn)
-    if others is not None:
-        return cross_fitted(pairs.values, others, n_data=split.n_data, redrawn=redrawn, decreasing=True)
-    if evidence.own is not None:
-        own = evidence.own
-    elif pairs.projections is not None:
-        own = moments_from_projections(pairs.projections, a.n_samples)
-    else:
-        own = a.moments(pairs.vectors)
-    return same_batch(pairs.values, own, n_data=split.n_data, drawn=a.is_random)
-
-
-def _with_complement(
-    pairs: Eigenpairs, magnitudes: Magnitudes, evidence: Evidence, kind: ComplementKind, share: float
-) -> LowRankCurvature:
-    """The low rank with what is outside it, weighted as a finite population wants it."""
-    U, m = pairs.vectors, magnitudes.values
-    own, others = evidence.own, evidence.others
-    weighted = [(share if others is not None else 1.0, own), (1 - share, others)]
-    parts = [(weight, part) for weight, part in weighted if part is not None]
-    if kind == "none":
-        return outside.without_complement(U, m)
-    if kind == "isotropic":
-        return outside.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]))
-    return outside.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), evidence.basis)
-
-
-def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor:
-    known = [weight * value for weight, value in terms if value is not None]
-    return sum(known[1:], start=known[0])

@@ -6,7 +6,7 @@ References:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,19 @@ class Magnitudes:
         errors = None if self.standard_errors is None else self.standard_errors.to(dtype)
         shape = None if self.error_shape is None else self.error_shape.to(dtype)
         return Magnitudes(self.values.to(dtype), errors, self.in_sample.to(dtype), self.n_floored, shape)
+
+    def scaled(self, factors: Float[Tensor, " k"]) -> "Magnitudes":
+        """The same along directions of other lengths: each curvature times a positive number."""
+        errors, shape = self.standard_errors, self.error_shape
+        if shape is not None:
+            shape = replace(shape, mismatch=shape.mismatch * factors)
+        return replace(
+            self,
+            values=self.values * factors,
+            standard_errors=None if errors is None else errors * factors,
+            in_sample=self.in_sample * factors,
+            error_shape=shape,
+        )
 
 
 def held_out(

@@ -18,6 +18,8 @@ Structure = Literal["lowrank", "kron", "full"]
 MagnitudesKind = Literal["held_out", "cross_fitted", "same_batch"]
 KronBasis = Literal["row_matrices", "kfac"]
 KronMagnitudes = Literal["exact", "kronecker"]
+Metric = Literal["euclidean", "kron"]
+InverseCorrection = Literal["none", "second_order"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class EstimatorOptions:
     kron_basis: KronBasis = "row_matrices"
     kron_magnitudes: KronMagnitudes = "exact"
     kfac_approx: KfacApproximation = "expand"
+    metric: Metric = "euclidean"
+    inverse_correction: InverseCorrection = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +111,8 @@ class Trial:
             shown.append(f"direction_samples={self.direction_share:.3g}")
         if self.options.structure == "lowrank":
             shown += [f"rank={self.options.rank}", f"complement={self.options.complement!r}"]
+        if self.options.metric != "euclidean":
+            shown.append(f"metric={self.options.metric!r}")
         return ", ".join(shown)
 
 
@@ -133,9 +139,12 @@ class Request:
         kinds = get_args(MagnitudesKind) if "magnitudes" in self.open else (given.magnitudes,)
         complements = get_args(ComplementKind) if "complement" in self.open else (given.complement,)
         ranks = [r for r in RANKS if r is None or r < largest_rank] if "rank" in self.open else [given.rank]
+        metrics = get_args(Metric) if "metric" in self.open else (given.metric,)
         found = []
-        for kind, complement, rank in product(kinds, complements, ranks):
-            options = replace(given, magnitudes=kind, complement=complement, rank=rank)
+        for kind, complement, rank, metric in product(kinds, complements, ranks, metrics):
+            if metric == "kron" and complement != "kron":
+                continue
+            options = replace(given, magnitudes=kind, complement=complement, rank=rank, metric=metric)
             open_share = kind == "held_out" and "direction_samples" in self.open
             found += [Trial(options, share) for share in (SHARES if open_share else (direction_share,))]
         return found

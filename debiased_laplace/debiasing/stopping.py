@@ -17,8 +17,11 @@ from debiased_laplace.debiasing.held_out_kl import KLTerms
 FIRST_STAGE = 32
 """Samples of the first stage, where the estimator can take so few."""
 
+ENOUGH_UNSEEN = 128
+"""Unseen samples by which a gain is judged where it is made of fewer: a few of them carry most of it."""
+
 FEWEST_UNSEEN = 8
-"""Samples by which a gain is judged at least: a spread over fewer says too little."""
+"""Unseen samples below which a gain is not judged at all: their spread says too little."""
 
 _CAUTION = 2
 """Standard errors between a gain and the tolerance: of many noisy gains, one would soon be small by luck."""

@@ -19,7 +19,7 @@ from debiased_laplace.posterior.fitting import Fit
 from debiased_laplace.posterior.hyperparameters import estimator_options
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
-VERSION = 4
+VERSION = 5
 
 
 def state_of(la: PredictiveInterface) -> dict[str, Any]:
@@ -72,6 +72,10 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
     if shape is not None:
         state["magnitudes_skewness"], state["magnitudes_mismatch"] = shape.skewness, shape.mismatch
         state["magnitudes_n_samples"], state["magnitudes_sampled_share"] = shape.n_samples, shape.sampled_share
+    if estimate.curvature.metric is not None:
+        state["curvature_metric"] = estimate.curvature.metric
+    if estimate.curvature.error_variances is not None:
+        state["curvature_error_variances"] = estimate.curvature.error_variances
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
@@ -166,11 +170,19 @@ def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
         _like(state["curvature_directions"], like),
         _like(state["curvature_weights"], like),
         _basis(state, like),
+        _like(state["curvature_metric"], like) if state["option_metric"] == "kron" else None,
+        _like(state["curvature_error_variances"], like) if state["option_inverse_correction"] != "none" else None,
     )
     P, k = len(like), curvature.directions.shape[-1]
     fits = curvature.directions.shape == (P, k) and curvature.weights.shape == (k,)
     if not fits or curvature.diagonal.numel() not in (1, P):
         raise ValueError(f"Expected directions of shape ({P}, k) with k weights, and a diagonal of 1 or {P} entries.")
+    variances, n_corrected = curvature.error_variances, k if state["option_structure"] != "kron" else P
+    if variances is not None and variances.shape != (n_corrected,):
+        raise ValueError(f"Expected {n_corrected} error variances; the state has {len(variances)}.")
+    metric = curvature.metric
+    if metric is not None and (metric.shape != (P,) or not bool((metric > 0).all())):
+        raise ValueError(f"Expected a metric of {P} positive entries; got shape {tuple(metric.shape)}.")
     # products of factors look at no sample on its own
     magnitudes = Magnitudes(
         _like(state["magnitudes_values"], like),

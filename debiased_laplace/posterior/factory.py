@@ -21,6 +21,8 @@ def DebiasedLaplace(
     magnitude_samples: int | float | None = None,
     n_folds: int = 8,
     complement: Literal["none", "isotropic", "diagonal", "kron", "auto"] = "none",
+    metric: Literal["euclidean", "kron", "auto"] = "euclidean",
+    inverse_correction: Literal["none", "second_order"] = "none",
     solver: Literal["auto", "gram", "lanczos"] = "auto",
     seed: int = 0,
     kron_basis: Literal["row_matrices", "kfac"] = "row_matrices",
@@ -51,8 +53,9 @@ def DebiasedLaplace(
         hessian_structure: "lowrank": low rank plus diagonal; "kron": curvature along every vector of a Kronecker basis;
             "full": every direction, for few parameters.
         rank: (lowrank) number of directions; None: every one that the direction samples support, within memory. Here,
-            in `magnitudes`, `complement` and `direction_samples`, "auto" chooses by held-out KL under the present prior
-            when `fit` is called: samples are set aside in turn, and used after all. `choice` says what else there was.
+            in `magnitudes`, `complement`, `metric` and `direction_samples`, "auto" chooses by held-out KL under the
+            present prior when `fit` is called: samples are set aside in turn, and used after all. `choice` says what
+            else there was.
         magnitudes: "held_out": curvature along the directions from other samples than the directions. "cross_fitted":
             every sample gives both, but never both at once: samples are dealt into folds, and each fold is measured
             along the directions of the others. "same_batch": both from the same samples, the biased way, for
@@ -62,6 +65,10 @@ def DebiasedLaplace(
         n_folds: (cross_fitted) how many folds; other magnitudes ignore it.
         complement: (lowrank) curvature outside the directions: "none" (the prior alone), "isotropic" (their mean),
             "diagonal", or "kron": a diagonal in the eigenbasis of the parameters' Kronecker factors.
+        metric: (lowrank, complement="kron") in which directions lead: "euclidean", or "kron", the metric of the
+            Kronecker estimate, which puts the low rank where a Kronecker diagonal fails most.
+        inverse_correction: "second_order" raises the precision along each direction (of a Kronecker posterior, each
+            vector of the basis) by what its standard error makes the variance too large; see docs/conventions.md.
         solver: (lowrank) "gram" (all rows at once), "lanczos" (products only) or "auto".
         seed: of the split, of any start vector and of Monte-Carlo draws.
         kron_basis: (kron) eigenvectors of the summed row matrices of each parameter, "row_matrices", or of K-FAC's
@@ -110,6 +117,8 @@ def DebiasedLaplace(
         magnitude_samples=magnitude_samples,
         n_folds=n_folds,
         complement=complement,
+        metric=metric,
+        inverse_correction=inverse_correction,
         solver=solver,
         seed=seed,
         kron_basis=kron_basis,

@@ -82,7 +82,7 @@ class FittedPosterior(PriorAndNoise):
 
     @property
     def directions(self) -> Float[Tensor, "P k"]:
-        """Orthonormal directions.
+        """Orthonormal directions; with `metric="kron"` unit vectors that are orthogonal in that metric.
 
         Raises:
             ValueError: for a Kronecker posterior, whose P directions are products of small bases.
@@ -195,7 +195,7 @@ class FittedPosterior(PriorAndNoise):
         scale = self.n_data * self._H_factor
         scalar = self.prior_precision.numel() == 1
         prior = self.prior_precision.reshape(()) if scalar else self.prior_precision_diag
-        return scale * curvature.diagonal + prior, scale * curvature.weights
+        return curvature.diagonal_and_weights(scale, prior)
 
     @property
     def posterior_precision(self) -> LowRankPlusDiagonal:
@@ -205,7 +205,7 @@ class FittedPosterior(PriorAndNoise):
             curvature = self.fitted.estimate.curvature
             with torch.inference_mode(False):
                 diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
-            self._precision = LowRankPlusDiagonal(diagonal, curvature.directions, weights, curvature.basis)
+            self._precision = LowRankPlusDiagonal(diagonal, curvature.factor, weights, curvature.basis)
         return self._precision
 
     @property
@@ -272,7 +272,7 @@ class FittedPosterior(PriorAndNoise):
         self._precision = None
         self.loss, self.n_data, self.n_outputs = fit.loss, fit.split.n_data, fit.n_outputs
         curvature = fit.estimate.curvature
-        self.H = (curvature.diagonal, curvature.directions, curvature.weights)
+        self.H = (curvature.diagonal, curvature.factor, curvature.weights)
 
     def _take(self, selection: ParameterSelection) -> None:
         """Be over these parameters; a prior that was set before they were known is checked now."""

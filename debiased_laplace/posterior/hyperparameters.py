@@ -12,9 +12,11 @@ from debiased_laplace.debiasing.complement import ComplementKind
 from debiased_laplace.debiasing.directions import Solver
 from debiased_laplace.debiasing.options import (
     EstimatorOptions,
+    InverseCorrection,
     KronBasis,
     KronMagnitudes,
     MagnitudesKind,
+    Metric,
     Request,
     Structure,
 )
@@ -70,7 +72,13 @@ def name_of(option: object) -> str:
     return str(getattr(option, "value", option))
 
 
-_OPEN = {"rank": None, "magnitudes": "cross_fitted", "complement": "none", "direction_samples": 0.5}
+_OPEN = {
+    "rank": None,
+    "magnitudes": "cross_fitted",
+    "complement": "none",
+    "metric": "euclidean",
+    "direction_samples": 0.5,
+}
 """What can be left to be chosen, and what stands in its place until it is."""
 
 
@@ -111,12 +119,19 @@ def requested(structure: Structure, direction_samples: object, options: dict[str
     for name in left:
         if structure not in _STRUCTURE_OF.get(name, (structure,)):
             raise ValueError(f"{name} is of hessian_structure='lowrank'; got {name}='auto' with {structure!r}.")
+    if given["metric"] in ("kron", "auto") and given["complement"] not in ("kron", "auto"):
+        raise ValueError(
+            f"metric={given['metric']!r} is of complement='kron', which it takes its coordinates from; got "
+            f"complement={given['complement']!r}."
+        )
     if "direction_samples" in left and given["magnitudes"] not in ("auto", "held_out"):
         raise ValueError(
             f"direction_samples='auto' is of magnitudes='held_out' or 'auto'; with {given['magnitudes']!r} every "
             "sample gives directions."
         )
     given.update({name: _OPEN[name] for name in left})
+    if given["metric"] == "kron":
+        given["complement"] = "kron"
     samples = given.pop("direction_samples")
     return Request(estimator_options(structure, given), frozenset(left)), samples
 
@@ -146,6 +161,8 @@ def estimator_options(structure: Structure, options: dict[str, Any]) -> Estimato
     kinds = {
         "magnitudes": MagnitudesKind,
         "complement": ComplementKind,
+        "metric": Metric,
+        "inverse_correction": InverseCorrection,
         "solver": Solver,
         "kron_basis": KronBasis,
         "kron_magnitudes": KronMagnitudes,
@@ -169,6 +186,7 @@ def estimator_options(structure: Structure, options: dict[str, Any]) -> Estimato
 _STRUCTURE_OF: dict[str, tuple[str, ...]] = {
     "rank": ("lowrank",),
     "complement": ("lowrank",),
+    "metric": ("lowrank",),
     "solver": ("lowrank",),
     "kron_basis": ("kron",),
     "kron_magnitudes": ("kron",),
@@ -188,5 +206,10 @@ def _check_structure(options: EstimatorOptions) -> None:
                 f"{name} is of hessian_structure={' or '.join(map(repr, structures))}; got {name}={value!r} with "
                 f"{options.structure!r}."
             )
+    if options.inverse_correction != "none" and options.kron_magnitudes == "kronecker":
+        raise ValueError(
+            "inverse_correction needs standard errors, which kron_magnitudes='kronecker' does not have; expected "
+            "'exact'."
+        )
     if options.kfac_approx != "expand" and options.kron_basis != "kfac":
         raise ValueError(f"kfac_approx is of kron_basis='kfac'; got it with {options.kron_basis!r}.")

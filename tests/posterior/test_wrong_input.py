@@ -36,6 +36,8 @@ WRONG_TYPES = {
     "n_folds: text": "n_folds must be an integer; got 'ten'",
     "magnitudes: unknown": "'held_out', 'cross_fitted', 'same_batch'.*'jackknife'",
     "complement: unknown": "'none', 'isotropic', 'diagonal', 'kron'.*'block'",
+    "metric: unknown": "'euclidean', 'kron', 'auto'.*'fisher'",
+    "inverse_correction: unknown": "'none', 'second_order'.*'third_order'",
     "rank: auto with kron": "rank is of hessian_structure='lowrank'.*'auto' with 'kron'",
     "direction_samples: auto with cross_fitted": "direction_samples='auto' is of magnitudes='held_out'",
     "solver: unknown": "'auto', 'gram', 'lanczos'.*'power'",

@@ -47,6 +47,8 @@ CASES = {
     "n_folds: text": lambda: fresh(n_folds="ten"),
     "magnitudes: unknown": lambda: fresh(magnitudes="jackknife"),
     "complement: unknown": lambda: fresh(complement="block"),
+    "metric: unknown": lambda: fresh(metric="fisher"),
+    "inverse_correction: unknown": lambda: fresh(inverse_correction="third_order"),
     "rank: auto with kron": lambda: kron(rank="auto"),
     "direction_samples: auto with cross_fitted": lambda: fresh(magnitudes="cross_fitted", direction_samples="auto"),
     "solver: unknown": lambda: fresh(solver="power"),
