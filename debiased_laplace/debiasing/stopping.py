@@ -88,7 +88,7 @@ class Stopping:
             gained = f"what {step} gained is not known, with too few left to tell"
         if last.n_samples == self.n_available:
             return f"all {last.n_samples} samples were used: {gained} (tolerance {self.tolerance:g})."
-        return f"stopped: {gained}, less than the tolerance of {self.tolerance:g} by two standard errors."
+        return f"stopped: {gained}, less than the tolerance of {self.tolerance:g} by over two standard errors."
 
     def __str__(self) -> str:
         lines = [f"  {stage.n_samples} samples: gained {stage.shown_gain}" for stage in self.stages[1:]]

@@ -16,7 +16,15 @@ from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace, sample_terms
-from debiased_laplace.debiasing.stopping import FEWEST_UNSEEN, FIRST_STAGE, Stage, Stopping, stage, stage_sizes
+from debiased_laplace.debiasing.stopping import (
+    ENOUGH_UNSEEN,
+    FEWEST_UNSEEN,
+    FIRST_STAGE,
+    Stage,
+    Stopping,
+    stage,
+    stage_sizes,
+)
 from debiased_laplace.posterior.fitting import Fit, Fitted, Task, at_work, curvatures_of, fit_curvature, look_at
 
 
@@ -75,8 +83,8 @@ def _until_enough(task: Task, pool: Pool, tolerance: float, *, progress_bar: boo
             stages.append(last)
             before = fit
             stopping = Stopping(tuple(stages), tolerance, len(order))
-            bar.set_postfix_str(f"gained {last.shown_gain}, tolerance {tolerance:g}" if len(stages) > 1 else "")
             bar.update(n - bar.n)
+            bar.set_postfix_str(f"gained {last.shown_gain}, tolerance {tolerance:g}" if len(stages) > 1 else "")
             if stopping.enough:
                 break
     for warning in caught:
@@ -114,7 +122,7 @@ def _at_stage(
 ) -> tuple[ParameterSelection, Fit, Stage]:
     """The fit of the first n samples, and what it gains over the one before; their rows are let go of."""
     found = _fit_at(task, pool, order[:n], progress_bar=progress_bar)
-    unseen = order[n : 2 * n].sort().values
+    unseen = order[n : n + max(n, ENOUGH_UNSEEN)].sort().values
     if before is None or len(unseen) < min(FEWEST_UNSEEN, pool.size - n):
         return found.selection, found.fit, Stage(n)
     with at_work(task.problem.model, task.split_options.seed):

@@ -34,8 +34,8 @@ DECISIONS = {
         5.0,
         400,
         True,
-        "stopped: doubling from 32 to 64 samples gained 1.25 ± 0.5 nats, less than the tolerance of 5 by two standard "
-        "errors.\n  64 samples: gained 1.25 ± 0.5 nats",
+        "stopped: doubling from 32 to 64 samples gained 1.25 ± 0.5 nats, less than the tolerance of 5 by over two "
+        "standard errors.\n  64 samples: gained 1.25 ± 0.5 nats",
     ),
     "gained less, but it may be luck": ([Stage(32), Stage(64, 4.5, 0.3)], 5.0, 400, False, None),
     "gained exactly the tolerance": ([Stage(32), Stage(64, 5.0, 0.0)], 5.0, 400, False, None),

@@ -374,7 +374,7 @@ def test_copies_go_on_by_themselves() -> None:
 
 # --- doubling ---
 
-N = 160
+N = 240
 
 
 @dataclass(frozen=True)
@@ -477,7 +477,7 @@ JUDGED = {
 @pytest.mark.parametrize("likelihood", [CLASSIFICATION, REGRESSION])
 @pytest.mark.parametrize("case", JUDGED)
 def test_gains_are_what_unseen_samples_say(case: str, likelihood: str) -> None:
-    # densely: the 64 samples that were read with their share, 64 that neither has seen for the rest
+    # densely: the 64 samples that were read with their share, 128 that neither has seen for the rest
     options, n_data = JUDGED[case]
     la = doubling(likelihood, seed=2, **options)
     la.fit(loader(large(likelihood).data), tolerance=1e9, n_data=n_data)
@@ -494,9 +494,9 @@ def test_gains_are_what_unseen_samples_say(case: str, likelihood: str) -> None:
     difference = inverses[0] - inverses[1]
     # the last layer's are the last parameters
     terms = torch.stack([weight / 2 * (difference * H[-P:, -P:]).sum() for H in large(likelihood).per_sample])
-    read, unseen = terms[order[:64]], terms[order[64:128]]
+    read, unseen = terms[order[:64]], terms[order[64:192]]
     gain = (own[0] - own[1]) / 2 + f * read.mean() + (1 - f) * unseen.mean()
-    error = (1 - f) * unseen.std(correction=1) * ((1 - 64 / (n_data - 64)) / 64) ** 0.5
+    error = (1 - f) * unseen.std(correction=1) * ((1 - 128 / (n_data - 64)) / 128) ** 0.5
     last = la.stopping.stages[1]
     assert last.gain == pytest.approx(float(gain), rel=1e-8)
     assert last.standard_error == pytest.approx(float(error), rel=1e-8)
@@ -584,8 +584,8 @@ def test_it_stops_by_the_tolerance_and_goes_on_where_it_stopped() -> None:
     la.fit(loader(dataset, shuffle=True), override=False, tolerance=1e-9)
     straight = doubling(seed=1)
     straight.fit(loader(dataset), tolerance=1e-9)
-    assert [stage.n_samples for stage in straight.stopping.stages] == [32, 64, 128, 160]
-    assert [stage.n_samples for stage in la.stopping.stages] == [64, 128, 160]
+    assert [stage.n_samples for stage in straight.stopping.stages] == [32, 64, 128, 240]
+    assert [stage.n_samples for stage in la.stopping.stages] == [64, 128, 240]
     assert straight.stopping.stages[1] == first
     assert la.stopping.stages[1:] == straight.stopping.stages[2:]
     assert_equal(la, straight)
@@ -632,8 +632,8 @@ def test_doubling_from_what_other_fits_read() -> None:
 FIRST_SIZES = {
     "32 are enough": ({}, 100, None, [32, 64, 100]),
     "fewer than 32": ({}, 20, None, [20]),
-    "many folds": ({"magnitudes": "cross_fitted", "n_folds": 50}, 160, None, [64, 128, 160]),
-    "a number of direction samples": ({"direction_samples": 63}, 160, None, [128, 160]),
+    "many folds": ({"magnitudes": "cross_fitted", "n_folds": 50}, 240, None, [64, 128, 240]),
+    "a number of direction samples": ({"direction_samples": 63}, 240, None, [128, 240]),
     "a number of direction samples that leaves too few until the end": ({"direction_samples": 90}, 100, None, [100]),
 }
 
@@ -667,9 +667,9 @@ def test_numbers_of_both_kinds_leave_nothing_to_double() -> None:
 def test_what_does_not_fit_the_samples_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "fit_curvature", no_long_work)
     for options, kwargs, message in (
-        ({"direction_samples": 160}, {}, "leave 0 for the magnitudes"),
-        ({}, {"n_data": 150}, "at least 160, got 150"),
-        ({"magnitudes": "cross_fitted", "n_folds": 161}, {}, "needs a sample for every fold"),
+        ({"direction_samples": 240}, {}, "leave 0 for the magnitudes"),
+        ({}, {"n_data": 239}, "at least 240, got 239"),
+        ({"magnitudes": "cross_fitted", "n_folds": 241}, {}, "needs a sample for every fold"),
     ):
         with pytest.raises(ValueError, match=message):
             doubling(**options).fit(loader(large().data), tolerance=1.0, **kwargs)
@@ -771,7 +771,7 @@ def test_the_progress_line_shows_the_gain_and_its_error(capsys: pytest.CaptureFi
     la = doubling(seed=1)
     la.fit(loader(large().data), tolerance=1e9, progress_bar=True)
     shown = capsys.readouterr().err
-    assert "64/160 [" in shown
+    assert "64/240 [" in shown
     assert f"gained {la.stopping.stages[1].shown_gain}, tolerance 1e+09" in shown
     quiet = doubling(seed=1)
     quiet.fit(loader(large().data), tolerance=1e9)
