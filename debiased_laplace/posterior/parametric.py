@@ -152,13 +152,13 @@ class DebiasedParametricLaplace(PredictiveInterface):
                 or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
                 augmentation do not matter.
             override: forget earlier fits. False: go on from the fitted samples with those of the loader that were not
-                fitted yet; the posterior is the one that a single fit of all of them gives.
+                fitted yet; the posterior is the one that a single fit of all of them gives, and costs as much.
             progress_bar: show progress.
             n_data: size N of the data set that the likelihood stands for, the samples given being part of it; default:
                 as it was given before (`override=False`), or else all samples that loaders have yielded.
             tolerance: nats of held-out KL; double the samples, in an order that the seed fixes, until that gains less,
-                or all are used. `stopping` says what was gained; a fit with `override=False` goes on from there.
-                None: use all samples at once.
+                by over two standard errors, or all are used. `stopping` says what was gained; a fit with
+                `override=False` goes on from there. None: use all samples at once.
 
         Raises:
             ValueError: if loader, samples, weights or options cannot be used, with `override=False` also if no sample
