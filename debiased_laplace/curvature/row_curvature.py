@@ -4,7 +4,7 @@ Two engines answer: *rows* (one VJP per row) and *products* (JVPs along directio
 matrix-vector product). Which one ran is chosen by what the model allows, then by cost, and is said in `source`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -17,7 +17,13 @@ from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
-from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
+from debiased_laplace.curvature.sub_batch import (
+    Aspect,
+    DirectionalMoments,
+    Residual,
+    RunningMoments,
+    SubBatchCurvature,
+)
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -170,22 +176,33 @@ class RowCurvature(SubBatchCurvature):
         Returns:
             The moments; sums are kept in double precision.
         """
-        if residual == "none" and self._columns_are_cheaper(directions.shape[1]):
-            return self._moments_by_columns(directions)
-        sums = RunningMoments(directions.shape[1], directions)
+        return self.nested_moments(directions, [Aspect(directions.shape[1], residual, basis)])[0]
+
+    def nested_moments(self, directions: Float[Tensor, "P k"], aspects: Sequence[Aspect]) -> list[DirectionalMoments]:
+        """Moments along several numbers of leading directions, in one pass."""
+        U = directions[:, : max((aspect.rank for aspect in aspects), default=0)]
+        if all(aspect.residual == "none" for aspect in aspects) and self._columns_are_cheaper(U.shape[1]):
+            found = self._moments_by_columns(U)
+            return [found.leading(aspect.rank, None, None) for aspect in aspects]
+        sums = RunningMoments(U.shape[1], directions)
+        with_trace = any(aspect.residual == "trace" for aspect in aspects)
         trace = sums.first.new_zeros(())
-        diagonal = sums.first.new_zeros(len(directions) if residual == "diagonal" else 0)
+        outside = OutsideDiagonals(aspects, sums.first.new_zeros(len(directions)))
         for n, blocks in self.row_groups("[Curvature along directions]"):
-            quadratics = sums.first.new_zeros(n, directions.shape[1])
+            quadratics = sums.first.new_zeros(n, U.shape[1])
             for rows in blocks:
-                projections = rows @ directions
+                projections = rows @ U
                 quadratics += projections.to(quadratics.dtype).square().sum(1)
-                if residual == "trace":
+                if with_trace:
                     trace += rows.to(trace.dtype).square().sum()
-                if residual == "diagonal":
-                    diagonal += summed_squares(rows - projections @ directions.T, basis)
+                for k in outside.ranks:
+                    outside.add(k, rows - projections[..., :k] @ U[:, :k].T)
             sums.add(quadratics)
-        return sums.moments(trace if residual == "trace" else None, diagonal if residual == "diagonal" else None)
+        found = sums.moments()
+        return [
+            found.leading(a.rank, trace / sums.n if a.residual == "trace" else None, outside.mean(i, sums.n))
+            for i, a in enumerate(aspects)
+        ]
 
     @cached_property
     def linear_layer(self) -> LinearLayer | None:
@@ -272,6 +289,30 @@ class RowCurvature(SubBatchCurvature):
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
+
+
+class OutsideDiagonals:
+    """Sums of squares of rows without their part along leading directions, for each aspect that wants them."""
+
+    def __init__(self, aspects: Sequence[Aspect], zeros: Float[Tensor, " P"]):
+        self._bases = {i: a.basis for i, a in enumerate(aspects) if a.residual == "diagonal"}
+        self._rank_of = {i: aspects[i].rank for i in self._bases}
+        self._sums = {i: zeros.clone() for i in self._bases}
+
+    @property
+    def ranks(self) -> list[int]:
+        """Numbers of leading directions for which there is a diagonal to sum up."""
+        return sorted(set(self._rank_of.values()))
+
+    def add(self, rank: int, outside: Float[Tensor, "n r P"]) -> None:
+        """More rows without their part along so many directions."""
+        for i, basis in self._bases.items():
+            if self._rank_of[i] == rank:
+                self._sums[i] += summed_squares(outside, basis)
+
+    def mean(self, aspect: int, n: int) -> Float[Tensor, " P"] | None:
+        """The mean over n samples; None where the aspect has none."""
+        return self._sums[aspect] / n if aspect in self._sums else None
 
 
 def summed_squares(rows: Float[Tensor, "n r P"], basis: KroneckerBasis | None) -> Float[Tensor, " P"]:

@@ -1,8 +1,8 @@
 """What a set of samples can be asked about its curvature, whatever kind of curvature it is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,6 +54,33 @@ class DirectionalMoments:
         most = max(n - 2, 0) * (n - 1) / n**1.5 * self.standard_deviations.pow(3)
         return torch.minimum(torch.maximum(self.third_moments, -most), most) / n**2
 
+    def leading(self, k: int, trace: Tensor | None, diagonal: Tensor | None) -> "DirectionalMoments":
+        """Along the first k directions only, with what those leave outside."""
+        third = None if self.third_moments is None else self.third_moments[:k]
+        return replace(
+            self,
+            means=self.means[:k],
+            standard_deviations=self.standard_deviations[:k],
+            trace=trace,
+            residual_diagonal=diagonal,
+            third_moments=third,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Aspect:
+    """What to find out about the leading ones of some directions.
+
+    Attributes:
+        rank: how many of them.
+        residual: what to say about all others.
+        basis: in whose coordinates the residual's diagonal is; None for the axes.
+    """
+
+    rank: int
+    residual: Residual = "none"
+    basis: KroneckerBasis | None = None
+
 
 class SubBatchCurvature(ABC):
     """The mean curvature H of some samples, never formed unless asked for."""
@@ -98,6 +125,10 @@ class SubBatchCurvature(ABC):
         self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
     ) -> DirectionalMoments:
         """Curvature along directions, its spread over samples, and what is left outside (its diagonal in a basis)."""
+
+    def nested_moments(self, directions: Float[Tensor, "P k"], aspects: Sequence[Aspect]) -> list[DirectionalMoments]:
+        """Moments along several numbers of leading directions."""
+        return [self.moments(directions[:, : a.rank], a.residual, a.basis) for a in aspects]
 
     @abstractmethod
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:

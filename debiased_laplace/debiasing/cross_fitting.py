@@ -16,8 +16,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.row_curvature import RowCurvature, summed_squares
-from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
+from debiased_laplace.curvature.row_curvature import OutsideDiagonals, RowCurvature
+from debiased_laplace.curvature.sub_batch import (
+    Aspect,
+    DirectionalMoments,
+    Residual,
+    RunningMoments,
+    SubBatchCurvature,
+)
 from debiased_laplace.debiasing.directions import lanczos_pairs
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
 from debiased_laplace.linalg.held_out_rows import HeldOutRows
@@ -108,9 +114,8 @@ def cross_fitted_moments(
         # where coordinates come from samples, those of a fold must not be among them
         seen = batch.seen_from(fold.others)
         look = look_at(seen) if look is None or seen is not batch else look
-        answer = look(fold)
-        for question, answers in zip(questions, found, strict=True):
-            answers.append(extended(answer(question, basis if question.in_basis else None), question.rank))
+        for question, answers, answer in zip(questions, found, look(fold, questions, basis), strict=True):
+            answers.append(extended(answer, question.rank))
     return [pooled(answers) for answers in found]
 
 
@@ -164,34 +169,29 @@ def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
     )
 
 
-Answer = Callable[[Question, KroneckerBasis | None], DirectionalMoments]
-"""A fold's moments along the directions of the others, the residual's diagonal in a basis."""
-
-Look = Callable[[Fold], Answer]
+Look = Callable[[Fold, Sequence[Question], KroneckerBasis | None], list[DirectionalMoments]]
+"""A fold's moments along the directions of the others, the residual's diagonal in a basis where that is asked for."""
 
 
 def _through_gram(batch: RowCurvature, k: int, threshold: float) -> Look:
     """Sub-blocks of the one Gram matrix."""
     factor, r = batch.stacked_rows(), batch.rows_per_sample
 
-    def look(fold: Fold) -> Answer:
+    def look(fold: Fold, questions: Sequence[Question], basis: KroneckerBasis | None) -> list[DirectionalMoments]:
         held = torch.isin(factor.sample_of_row, fold.held.to(factor.rows.device))
         rows = HeldOutRows.of(factor, held, threshold, k)
-
-        def answer(question: Question, basis: KroneckerBasis | None) -> DirectionalMoments:
-            rank = _rank_of(question, rows.values)
-            projections = rows.projections[:, :rank]
-            sums = RunningMoments(projections.shape[1], factor.rows)
-            sums.add(projections.square().unflatten(0, (-1, r)).sum(1))
-            diagonal = trace = None
-            if question.residual == "trace":
-                trace = factor.gram.diagonal()[held].sum() * factor.n_samples
-            if question.residual == "diagonal":
-                outside = rows.outside(factor, rank).unflatten(0, (-1, r))
-                diagonal = summed_squares(outside, basis).to(sums.first.dtype)
-            return sums.moments(trace, diagonal)
-
-        return answer
+        aspects = _aspects(questions, rows.values, basis)
+        sums = RunningMoments(rows.projections.shape[1], factor.rows)
+        sums.add(rows.projections.square().unflatten(0, (-1, r)).sum(1))
+        trace = factor.gram.diagonal()[held].sum() * factor.n_samples / sums.n
+        outside = OutsideDiagonals(aspects, sums.first.new_zeros(factor.rows.shape[1]))
+        for rank in outside.ranks:
+            outside.add(rank, rows.outside(factor, rank).unflatten(0, (-1, r)))
+        found = sums.moments()
+        return [
+            found.leading(a.rank, trace if a.residual == "trace" else None, outside.mean(i, sums.n))
+            for i, a in enumerate(aspects)
+        ]
 
     return look
 
@@ -200,7 +200,7 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
     """The dense curvature of the others: the whole minus the fold's."""
     H, n = batch.dense(), batch.n_samples
 
-    def look(fold: Fold) -> Answer:
+    def look(fold: Fold, questions: Sequence[Question], basis: KroneckerBasis | None) -> list[DirectionalMoments]:
         held = batch.part(fold.held)
         if isinstance(held, RowCurvature):
             held.keep_rows()
@@ -208,7 +208,8 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
         values, U = torch.linalg.eigh((n * H - h * held.dense()) / (n - h))
         values, U = values.flip(0), U.flip(1)
         m = min(supported(values, threshold), k)
-        return _along(held, values[:m], U[:, :m].to(batch.network.like.dtype))
+        U = U[:, :m].to(batch.network.like.dtype)
+        return held.nested_moments(U, _aspects(questions, values[:m], basis))
 
     return look
 
@@ -216,16 +217,16 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
 def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: int) -> Look:
     """Another run for the others of every fold."""
 
-    def look(fold: Fold) -> Answer:
+    def look(fold: Fold, questions: Sequence[Question], basis: KroneckerBasis | None) -> list[DirectionalMoments]:
         pairs = lanczos_pairs(batch.part(fold.others), max(k, 1), threshold, seed)
-        return _along(batch.part(fold.held), pairs.values, pairs.vectors)
+        return batch.part(fold.held).nested_moments(pairs.vectors, _aspects(questions, pairs.values, basis))
 
     return look
 
 
-def _along(held: SubBatchCurvature, values: Float[Tensor, " k"], U: Float[Tensor, "P k"]) -> Answer:
-    return lambda question, basis: held.moments(U[:, : _rank_of(question, values)], question.residual, basis)
-
-
-def _rank_of(question: Question, values: Float[Tensor, " k"]) -> int:
-    return min(question.rank, supported(values, question.threshold))
+def _aspects(questions: Sequence[Question], values: Float[Tensor, " k"], basis: KroneckerBasis | None) -> list[Aspect]:
+    """The questions to one fold, whose others have these eigenvalues."""
+    return [
+        Aspect(min(q.rank, supported(values, q.threshold)), q.residual, basis if q.in_basis else None)
+        for q in questions
+    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.sub_batch import DirectionalMoments
+from debiased_laplace.curvature.sub_batch import Aspect, DirectionalMoments
 from debiased_laplace.debiasing import complement as outside
 from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import Question, cross_fitted_moments
@@ -60,10 +60,11 @@ def estimate_low_ranks(
         k = min(len(pairs.values) if choice.rank is None else choice.rank, supported(pairs.values, threshold))
         questions.append(Question(k, threshold, RESIDUAL_OF[choice.complement], choice.complement == "kron"))
     others = _others(split, pairs, questions, basis, options)
+    owns = _owns(split, pairs, questions, basis)
     estimates = []
-    for choice, question, along in zip(choices, questions, others, strict=True):
+    for choice, question, own, along in zip(choices, questions, owns, others, strict=True):
         leading = pairs if question.rank == len(pairs.values) else pairs.leading(question.rank)
-        evidence = _evidence(split, leading, question, along, basis)
+        evidence = Evidence(own, along, basis if question.in_basis else None)
         magnitudes = _magnitudes(split, leading, evidence)
         curvature = _with_complement(leading, magnitudes, evidence, choice.complement, split.share)
         source = (a if split.magnitudes is None else split.magnitudes).source
@@ -87,7 +88,7 @@ def _others(
     if b is not None:
         if len(questions) > 1 and isinstance(b, RowCurvature):
             b.keep_rows()
-        return [b.moments(pairs.vectors[:, : q.rank], q.residual, basis if q.in_basis else None) for q in questions]
+        return list(b.nested_moments(pairs.vectors, [_aspect(q, basis) for q in questions]))
     if split.effective_folds is None:
         return [None] * len(questions)
     basis_of = None if basis is None else lambda part: basis_from(part, options)
@@ -112,20 +113,27 @@ class Evidence:
     basis: KroneckerBasis | None
 
 
-def _evidence(
-    split: SplitCurvature,
-    pairs: Eigenpairs,
-    question: Question,
-    others: DirectionalMoments | None,
-    basis: KroneckerBasis | None,
-) -> Evidence:
+def _aspect(question: Question, basis: KroneckerBasis | None) -> Aspect:
+    return Aspect(question.rank, question.residual, basis if question.in_basis else None)
+
+
+def _owns(
+    split: SplitCurvature, pairs: Eigenpairs, questions: list[Question], basis: KroneckerBasis | None
+) -> list[DirectionalMoments | None]:
+    """What the direction samples say, where their eigenvalues are not all of it."""
     a = split.directions
-    basis = basis if question.in_basis else None
+    has_others = split.magnitudes is not None or split.effective_folds is not None
     # the draws that the directions were chosen by would count twice
-    again = a if others is None else a.redrawn()
-    known = question.residual == "none" and again is a
-    own = None if known else again.moments(pairs.vectors, question.residual, basis)
-    return Evidence(own, others, basis)
+    again = a.redrawn() if has_others else a
+    wanted = [q.residual != "none" or again is not a for q in questions]
+    found = iter(
+        again.nested_moments(
+            pairs.vectors, [_aspect(q, basis) for q, want in zip(questions, wanted, strict=True) if want]
+        )
+        if any(wanted)
+        else []
+    )
+    return [next(found) if want else None for want in wanted]
 
 
 def _magnitudes(split: SplitCurvature, pairs: Eigenpairs, evidence: Evidence) -> Magnitudes:
