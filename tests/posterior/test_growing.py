@@ -70,6 +70,7 @@ ESTIMATORS = {
     "lowrank, held out, a Kronecker complement": {"magnitudes": "held_out", "complement": "kron", "rank": 5},
     "lowrank, cross-fitted": {"magnitudes": "cross_fitted", "n_folds": 5, "complement": "diagonal"},
     "lowrank, same batch": {"magnitudes": "same_batch", "complement": "isotropic"},
+    "lowrank in the metric of a Kronecker estimate": {"complement": "kron", "metric": "kron", "rank": 4},
     "lowrank by Lanczos": {"magnitudes": "held_out", "solver": "lanczos", "rank": 4},
     "kron, held out": {"hessian_structure": "kron"},
     "kron, cross-fitted, in K-FAC's basis": {
@@ -429,6 +430,8 @@ STRUCTURES = {
 EXACT = {
     **STRUCTURES,
     "lowrank, a Kronecker complement": {"complement": "kron", "rank": 4},
+    "lowrank in the metric of a Kronecker estimate": {"complement": "kron", "metric": "kron", "rank": 4},
+    "corrected for the bias of the inverse": {"inverse_correction": "second_order"},
     "only a part of the samples used": {"direction_samples": 0.3, "magnitude_samples": 0.4},
     "a choice": {"rank": "auto", "complement": "auto"},
 }
