@@ -28,6 +28,7 @@ from debiased_laplace.debiasing.options import SplitCurvature, Trial
 _PARTS = 4
 _PARTS_OF_LANCZOS = 2  # every part costs a Lanczos run for each trial and fold
 _SMALLEST = 4  # samples a part
+_ENOUGH = 128  # samples set aside in all: paired differences are known well before that
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,27 @@ def choose(
     trials = [t for t in trials if weighting.of_blocks or t.options.complement != "kron"]
     if len(trials) == 1:
         return Choice(trials[0], (), 0)
+    return ranked(trials, trial_terms(batch, trials, [weighting], n_data=n_data, seed=seed)[0])
+
+
+def trial_terms(
+    batch: SubBatchCurvature, trials: Sequence[Trial], weightings: Sequence[Weighting], *, n_data: int, seed: int
+) -> Float[Tensor, "w t n"]:
+    """What samples set aside say of the KL of every trial's posterior to the full batch, for every weighting.
+
+    Args:
+        batch: curvature of all samples.
+        trials: what to choose from.
+        weightings: prior and likelihood of the posteriors; an estimate serves them all.
+        n_data: N.
+        seed: of the parts, and of the splits within.
+
+    Returns:
+        In nats, up to a constant that the trials of a weighting share.
+
+    Raises:
+        ValueError: if there are too few samples to set any aside.
+    """
     n = batch.n_samples
     if n < 2 * _SMALLEST:
         raise ValueError(f"Choosing by held-out KL sets samples aside: expected at least {2 * _SMALLEST}, got {n}.")
@@ -109,20 +131,31 @@ def choose(
     lanczos = trials[0].options.structure == "lowrank" and choose_solver(batch, None) == "lanczos"
     n_parts = min(_PARTS_OF_LANCZOS if lanczos else _PARTS, n // _SMALLEST)
     parts = deal(n, n_parts, torch.Generator().manual_seed(seed))
-    terms: list[list[Tensor]] = [[] for _ in trials]
+    terms: list[list[list[Tensor]]] = [[[] for _ in trials] for _ in weightings]
     with warnings.catch_warnings():
         # what a trial cannot have for want of samples is no news
         warnings.simplefilter("ignore", UserWarning)
         for part in each_fold(parts, progress_bar=batch.progress_bar, description="[Choosing]"):
+            if part.number * (n // n_parts) >= _ENOUGH:
+                break
             rest, held = batch.part(part.others), batch.part(part.held)
             n_rest = max(rest.n_samples, round(n_data * rest.n_samples / n))
             for i, curvature in _fitted(rest, trials, n_rest, seed):
-                terms[i].append(_terms(curvature, rest, held, weighting, share=n / n_data))
-    values = torch.stack([torch.cat(parts) for parts in terms])
-    return _ranked(trials, values)
+                for of_weighting, weighting in zip(terms, weightings, strict=True):
+                    of_weighting[i].append(_terms(curvature, rest, held, weighting, share=n / n_data))
+    return torch.stack([torch.stack([torch.cat(of_trial) for of_trial in some]) for some in terms])
 
 
-def _ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
+def ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
+    """The trials by their mean terms, the lowest first.
+
+    Args:
+        trials: what there was.
+        values: `trial_terms` of one weighting.
+
+    Returns:
+        The choice, with what the others would have cost.
+    """
     order = values.mean(1).argsort(stable=True).tolist()
     best, n = order[0], values.shape[1]
     excess = values - values[best]

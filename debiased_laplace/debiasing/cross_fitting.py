@@ -38,10 +38,12 @@ class Fold:
     """One fold among all samples.
 
     Attributes:
+        number: 0, 1, …
         held: positions of its samples among all.
         others: positions of all other samples.
     """
 
+    number: int
     held: Int64[Tensor, " h"]
     others: Int64[Tensor, " o"]
 
@@ -51,7 +53,7 @@ def each_fold(
 ) -> Iterator[Fold]:
     """The folds, one after the other."""
     for number in tqdm(folds.unique(), disable=not progress_bar, desc=description):
-        yield Fold((folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
+        yield Fold(int(number), (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
 
 
 @dataclass(frozen=True)

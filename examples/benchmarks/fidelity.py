@@ -4,7 +4,8 @@
     python examples/benchmarks/fidelity.py --draws 5           # everything; hours, resumable at any point
     python examples/benchmarks/fidelity.py --configurations "lowrank/*/none/free" "laplace-torch/kron" --sizes 64 128 N
 
-Every fit is one configuration on the same B of N training samples, asked to stand for all N. The reference is the dense
+Every fit is one configuration on the same B of N training samples, asked to stand for all N; low-rank ones share their
+directions and folds, and "auto" its trials over the priors. The reference is the dense
 full-batch GGN posterior in double precision; `fidelity_criteria.py` says what is measured. Draws go outermost: an
 interrupted run has the same draws of everything. Results of earlier runs are kept under --cache and not computed again.
 """
@@ -13,9 +14,10 @@ import argparse
 import json
 import time
 import warnings
-from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,30 @@ import fidelity_figure
 import fidelity_table
 import torch
 from fidelity_criteria import Reference, coverage, distances, reference
-from fidelity_posteriors import BASELINE, MAIN, Examination, configurations, fit, loader_of, set_prior
+from fidelity_posteriors import (
+    AUTO,
+    BASELINE,
+    MAIN,
+    Examination,
+    configurations,
+    fit,
+    loader_of,
+    name_of,
+    set_prior,
+)
 from fidelity_results import VERSION, Record, Store, key_of, summarize
+from fidelity_shared import Kinds, SharedFit
 from fidelity_tasks import RECIPES, Task, load_task
 from fidelity_verdicts import verdicts
 from tqdm import tqdm
 
 from debiased_laplace import held_out_kl
-from debiased_laplace.errors import NotBuiltError
 
 SIZES = (32, 64, 128, 256, 512, 1024, "N")
 PRIORS = (1.0, 10.0, 100.0)
 QUICK = {"tasks": ["digits", "diabetes"], "sizes": ["64", "128", "256", "N"], "draws": 2, "configurations": MAIN}
 HELD_OUT = 128
-LARGEST_HELD_OUT = 13_000  # rows: at many classes and samples, a held-out KL costs more than everything else
+LARGEST_HELD_OUT = 8_000  # rows: at many classes and samples, a held-out KL costs more than everything else
 LEADING = 10
 NOT_JUDGED = (f"{BASELINE}/last_layer_kron", f"{BASELINE}/ella")  # no posteriors over all parameters
 
@@ -81,19 +93,27 @@ class Benchmark:
             for prior in self.priors
         ]
 
-    def measure(self, B: int, draw: int, name: str, options: dict[str, Any]) -> list[Record]:
-        """Fit once, judge at every prior; a failure is a result too.
+    def measure(self, B: int, draw: int, kinds: Kinds) -> Iterator[list[Record]]:
+        """Fit and judge at every prior, the results of one configuration after the other; a failure is one too."""
+        alone = {name: kind for name, kind in kinds.items() if not name.startswith("lowrank") and name != AUTO}
+        together = {name: kind for name, kind in kinds.items() if name.startswith("lowrank")}
+        loader = loader_of(self.task, self.task.order(draw)[:B])
+        for name, kind in alone.items():
+            yield self._attempted(B, draw, name, partial(self._alone, B, draw, name, kind))
+        if not together and AUTO not in kinds:
+            return
+        shared = SharedFit(self.task, loader, seed=draw)
+        for name, la, seconds in shared.posteriors(together):
+            yield self._attempted(B, draw, name, partial(self.judged, B, draw, name, la, seconds))
+        if AUTO in kinds and self.task.n_data > B:
+            yield self._attempted(B, draw, AUTO, partial(self._automatic, B, draw, kinds[AUTO], shared))
 
-        Raises:
-            NotBuiltError: if the package does not have the configuration yet.
-        """
+    def _attempted(self, B: int, draw: int, name: str, work: Callable[[], list[Record]]) -> list[Record]:
         keys = self.keys(B, draw, name)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                found = self._measured(B, draw, name, options)
-        except NotBuiltError:
-            raise
+                found = work()
         except Exception as error:
             return [{**key, "error": f"{type(error).__name__}: {error}"[:500]} for key in keys]
         said = sorted({str(w.message)[:300] for w in caught if issubclass(w.category, UserWarning)})
@@ -101,11 +121,25 @@ class Benchmark:
             {**key, **result, **({"warnings": said} if said else {})} for key, result in zip(keys, found, strict=True)
         ]
 
-    def _measured(self, B: int, draw: int, name: str, options: dict[str, Any]) -> list[Record]:
-        task, order = self.task, self.task.order(draw)
+    def _alone(self, B: int, draw: int, name: str, options: dict[str, Any]) -> list[Record]:
         start = time.perf_counter()
-        la = fit(task, name, options, order[:B], seed=draw)
-        seconds = time.perf_counter() - start
+        la = fit(self.task, name, options, self.task.order(draw)[:B], seed=draw)
+        return self.judged(B, draw, name, la, time.perf_counter() - start)
+
+    def _automatic(self, B: int, draw: int, kind: dict[str, Any], shared: SharedFit) -> list[Record]:
+        """What "auto" chooses at each prior, and how far that is from the full batch."""
+        choices, seconds = shared.choices(kind, self.priors)
+        names = {prior: name_of(choice.chosen) for prior, choice in choices.items()}
+        table = configurations()
+        by_name = {
+            name: self.judged(B, draw, name, la, seconds)
+            for name, la, _ in shared.posteriors({name: table[name] for name in set(names.values())})
+        }
+        return [{**by_name[names[prior]][i], "chosen": names[prior]} for i, prior in enumerate(self.priors)]
+
+    def judged(self, B: int, draw: int, name: str, la: Any, seconds: float) -> list[Record]:
+        """The criteria of a fitted posterior at every prior."""
+        task, order = self.task, self.task.order(draw)
         examination = Examination(task, la)
         ours = not name.startswith(BASELINE)
         shared = {"fit_seconds": round(seconds, 3), **(self._of_directions(examination, name) if ours else {})}
@@ -119,6 +153,9 @@ class Benchmark:
             start = time.perf_counter()
             set_prior(la, prior)
             result = {**shared, **distances(examination.approximation(prior), self.reference(prior))}
+            if name.endswith("none/free"):
+                best = distances(examination.with_true_curvatures(prior), self.reference(prior))
+                result["least_parameter_kl"] = best["parameter_kl"]
             result["evaluation_seconds"] = round(time.perf_counter() - start, 3)
             if judged:
                 kl = held_out_kl(la, loader_of(task, left_out), loader_of(task, order[:B]), **target)
@@ -141,38 +178,36 @@ class Benchmark:
         return result
 
 
-def plan(options: argparse.Namespace, tasks: list[Benchmark]) -> list[tuple[Benchmark, int, int, str, dict[str, Any]]]:
-    """Fits in the order of work: draws outermost, configurations innermost."""
-    table = {
-        name: kind
-        for name, kind in configurations().items()
-        if any(fnmatch(name, pattern) for pattern in options.configurations)
-    }
+def plan(options: argparse.Namespace, tasks: list[Benchmark]) -> list[tuple[Benchmark, int, int]]:
+    """Samples in the order of work, draws outermost: an interrupted run has the same draws of everything."""
     work = []
     for draw in range(options.draws):
         for benchmark in tasks:
             n_data = benchmark.task.n_data
             sizes = sorted({n_data if size == "N" else int(size) for size in options.sizes})
-            for B in sizes:
-                # all data are all data in every draw
-                if n_data > B or (n_data == B and draw == 0):
-                    work += [(benchmark, B, draw, name, kind) for name, kind in table.items()]
+            # all data are all data in every draw
+            work += [(benchmark, B, draw) for B in sizes if n_data > B or (n_data == B and draw == 0)]
     return work
 
 
-def run(options: argparse.Namespace, tasks: list[Benchmark], store: Store, missing: Counter[str]) -> None:
-    """Do what is not done yet; what the package does not have is counted as missing."""
+def run(options: argparse.Namespace, tasks: list[Benchmark], store: Store) -> None:
+    """Do what is not done yet."""
+    table = {
+        name: kind
+        for name, kind in configurations().items()
+        if any(fnmatch(name, pattern) for pattern in options.configurations)
+    }
     with tqdm(plan(options, tasks), desc="[Fidelity]", disable=options.silent) as bar:
-        for benchmark, B, draw, name, kind in bar:
-            bar.set_postfix_str(f"draw {draw}, {benchmark.task.name}, B = {B}, {name}")
-            keys = benchmark.keys(B, draw, name)
-            again = any(fnmatch(name, pattern) for pattern in options.redo)
-            if not again and all(key_of(key) in store.records for key in keys):
-                continue
-            try:
-                store.append(benchmark.measure(B, draw, name, kind))
-            except NotBuiltError:
-                missing[name] += 1
+        for benchmark, B, draw in bar:
+            bar.set_postfix_str(f"draw {draw}, {benchmark.task.name}, B = {B}")
+            again = {name for name in table if any(fnmatch(name, pattern) for pattern in options.redo)}
+            left = {
+                name: kind
+                for name, kind in table.items()
+                if name in again or any(key_of(key) not in store.records for key in benchmark.keys(B, draw, name))
+            }
+            for records in benchmark.measure(B, draw, left):
+                store.append(records)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -181,9 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     store = Store(options.cache / "results.jsonl")
     tasks = [Benchmark(load_task(name, options.cache), PRIORS, options.held_out_kl) for name in options.tasks]
-    missing: Counter[str] = Counter()
     try:
-        run(options, tasks, store, missing)
+        run(options, tasks, store)
     except KeyboardInterrupt:
         print("Interrupted; what was measured is kept, and the same command goes on from there.")
     current = {b.task.name: b.task.weights for b in tasks}
@@ -195,8 +229,6 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(lines))
     for message, count in summary.errors.items():
         print(f"failed, {count} times: {message}")
-    if missing:
-        print(f"not available yet, {missing.total()} fits: {', '.join(missing)}")
     print(f"written: {options.out}, {options.out.with_suffix('.png')}, {options.table}")
 
 

@@ -1,6 +1,7 @@
 """What is compared: a table of configurations, how each is fitted, and what the criteria need to know of it."""
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,24 +12,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.debiasing.options import RANKS, Trial
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 MAGNITUDES = ("same_batch", "held_out", "cross_fitted")
-RANKS: dict[str, tuple[int | None, ...]] = {
-    "none": (None, 25, 100, 400),
-    "isotropic": (None, 100),
-    "diagonal": (25, 100, None),
-    "kron": (25, 100, 400, None),
-}
+COMPLEMENTS = ("none", "isotropic", "diagonal", "kron")
+WHITENED = "kron_metric"
+"""The Kronecker complement with directions in its metric."""
 BASELINE = "laplace-torch"
+AUTO = "auto"
+CORRECTED = "lowrank/cross_fitted/none/free/corrected"
+"""With the bias of the inverse taken off to second order."""
 MAIN = (
     *(f"lowrank/{magnitudes}/none/free" for magnitudes in MAGNITUDES),
     *(f"lowrank/{magnitudes}/none/100" for magnitudes in MAGNITUDES[::2]),
     "lowrank/cross_fitted/kron/100",
     "lowrank/cross_fitted/kron/free",
+    f"lowrank/cross_fitted/{WHITENED}/free",
     "kron/cross_fitted",
-    "auto",
+    AUTO,
     f"{BASELINE}/kron",
 )
 """What `--quick` compares."""
@@ -37,18 +40,26 @@ MAIN = (
 def configurations() -> dict[str, dict[str, Any]]:
     """Names, and keyword arguments of `DebiasedLaplace`; for laplace-torch, what its posterior is called there."""
     table: dict[str, dict[str, Any]] = {}
-    for complement, ranks in RANKS.items():
-        for rank in ranks:
-            for magnitudes in MAGNITUDES:
-                name = f"lowrank/{magnitudes}/{complement}/{rank or 'free'}"
-                table[name] = {"magnitudes": magnitudes, "complement": complement, "rank": rank}
+    for magnitudes, complement, rank in product(MAGNITUDES, (*COMPLEMENTS, WHITENED), RANKS):
+        kind = {"magnitudes": magnitudes, "complement": complement, "rank": rank}
+        if complement == WHITENED:
+            kind |= {"complement": "kron", "metric": "kron"}
+        table[f"lowrank/{magnitudes}/{complement}/{rank or 'free'}"] = kind
+    table[CORRECTED] = {"magnitudes": "cross_fitted", "inverse_correction": "second_order"}
     for structure in ("kron", "full"):
         for magnitudes in MAGNITUDES:
             table[f"{structure}/{magnitudes}"] = {"hessian_structure": structure, "magnitudes": magnitudes}
-    table["auto"] = {"magnitudes": "auto", "complement": "auto", "rank": "auto"}
+    table[AUTO] = {"magnitudes": "auto", "complement": "auto", "rank": "auto", "metric": "auto"}
     for kind in ("diag", "kron", "last_layer_kron", "ella"):
         table[f"{BASELINE}/{kind}"] = {"kind": kind}
     return table
+
+
+def name_of(trial: Trial) -> str:
+    """The configuration that a trial of "auto" is."""
+    options = trial.options
+    complement = WHITENED if options.metric == "kron" else options.complement
+    return f"lowrank/{options.magnitudes}/{complement}/{options.rank or 'free'}"
 
 
 def fit(task: Task, name: str, options: dict[str, Any], samples: list[int], seed: int) -> Any:
@@ -141,8 +152,9 @@ class Examination:
         if not (D - D[0]).any():
             return self._isotropic(D[0], m, prior, P)
         if 4 * len(m) > len(H):
-            matrix = (U * m) @ U.T
-            matrix.diagonal().add_(D)
+            if "low_rank" not in self._kept:
+                self._kept["low_rank"] = (U * m) @ U.T
+            matrix = self._kept["low_rank"] + torch.diag(D)
             L, failed = torch.linalg.cholesky_ex(matrix)
             if not failed:
                 return self._in_coordinates(L, H, J, prior)
@@ -184,13 +196,28 @@ class Examination:
                 K = in_double_precision(P.basis)
                 J = K.coordinates(J)
                 H = K.coordinates(K.coordinates(H).T)
-            self._kept["rotated"] = H, J, orthonormalized(P.directions.detach().double())
+            U = P.directions.detach().double()
+            # in a metric the columns are not meant to be orthonormal
+            self._kept["rotated"] = H, J, U if self._in_a_metric else orthonormalized(U)
         return self._kept["rotated"]
+
+    def with_true_curvatures(self, prior: float) -> Approximation:
+        """The same directions with the full batch's own curvature along them, and nothing outside.
+
+        No magnitudes along orthonormal directions are closer to the full batch in KL.
+        """
+        truth = self._weight * self.true_curvatures()
+        return self._isotropic(truth.new_tensor(prior), truth, prior, self.la.posterior_precision)
 
     def true_curvatures(self) -> Tensor:
         """The full batch's mean curvature along the directions of a posterior in the axes' coordinates."""
-        U = orthonormalized(self.la.directions.double())
+        U = self.la.directions.double()
+        U = U / torch.linalg.vector_norm(U, dim=0) if self._in_a_metric else orthonormalized(U)
         return (U * (self.task.curvature @ U)).sum(0)
+
+    @property
+    def _in_a_metric(self) -> bool:
+        return self.la.fitted.estimate.curvature.metric is not None
 
 
 def floored(s: Tensor, P: LowRankPlusDiagonal) -> Tensor:

@@ -21,6 +21,7 @@ CRITERIA = (
     "variance_ratio",
     "log_det_difference",
     "curvature_ratio",
+    "least_parameter_kl",
 )
 
 Record = dict[str, Any]

@@ -1,0 +1,109 @@
+"""Many low-rank posteriors of the same samples for little more than the price of one.
+
+Each is the one that `DebiasedLaplace(...).fit` gives with its options; what they have in common (rows, directions,
+folds, trials of "auto") is computed once.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fidelity_tasks import Task
+from torch.utils.data import DataLoader
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.debiasing.choice import Choice, Weighting, ranked, trial_terms
+from debiased_laplace.debiasing.estimate import estimates_of_ranks
+from debiased_laplace.debiasing.lowrank import LowRankChoice
+from debiased_laplace.debiasing.options import SplitCurvature
+from debiased_laplace.posterior.fitting import Fitted, at_work, fit_curvature
+from debiased_laplace.posterior.fitting import Task as FitTask
+
+Kinds = dict[str, dict[str, Any]]
+
+
+@dataclass(eq=False)
+class SharedFit:
+    """Samples whose curvature is computed once.
+
+    Attributes:
+        task: that they are from.
+        loader: of the samples.
+        seed: of splits and folds.
+    """
+
+    task: Task
+    loader: DataLoader[Any]
+    seed: int
+
+    def __post_init__(self) -> None:
+        # a first fit for the sake of the samples; one direction is the cheapest
+        la = self._unfitted({"magnitudes": "same_batch", "rank": 1, "solver": "lanczos"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            la.fit(self.loader, n_data=self.task.n_data)
+        pool = la.fitted.pool
+        self._found: Fitted = fit_curvature(
+            FitTask(la._problem, la._split_options, la._request, la._weighting),
+            pool.source,
+            n_data=self.task.n_data,
+            progress_bar=False,
+        )
+        batch = self._found.curvatures[0]
+        if not isinstance(batch, RowCurvature):
+            raise TypeError("Expected a curvature with rows.")
+        batch.keep_rows()
+        self.batch = batch
+        self._positions = self._found.fit.split.direction_indices
+
+    def _unfitted(self, options: dict[str, Any]) -> Any:
+        task = self.task
+        return DebiasedLaplace(task.model, task.likelihood, sigma_noise=task.sigma_noise, seed=self.seed, **options)
+
+    def posteriors(self, kinds: Kinds) -> Iterator[tuple[str, Any, float]]:
+        """Fitted posteriors by name, and how long each took, what they share divided among them."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, options in kinds.items():
+            apart = {k: v for k, v in options.items() if k not in ("rank", "complement")}
+            # the metric brings its own complement
+            groups.setdefault(tuple(sorted(apart.items())), []).append(name)
+        for names in groups.values():
+            yield from self._group({name: kinds[name] for name in names})
+
+    def _group(self, kinds: Kinds) -> Iterator[tuple[str, Any, float]]:
+        start = time.perf_counter()
+        posteriors = {name: self._unfitted(options) for name, options in kinds.items()}
+        first = next(iter(posteriors.values()))
+        split = first._split_options.draw(self._positions, first._request, self.task.n_data)
+        parts = [
+            self.batch.part(torch.searchsorted(self._positions, some))
+            for some in (split.direction_indices, None if split.shared else split.magnitude_indices)
+            if some is not None
+        ]
+        roles = SplitCurvature(parts[0], None if split.shared else parts[1], split.folds, split.n_data)
+        options = [la._request.options for la in posteriors.values()]
+        with at_work(self.task.model, self.seed):
+            found = estimates_of_ranks(roles, options[0], [LowRankChoice(o.rank, o.complement) for o in options])
+        seconds = (time.perf_counter() - start) / len(kinds)
+        for (name, la), chosen, estimate in zip(posteriors.items(), options, found, strict=True):
+            fit = replace(self._found.fit, split=split, estimate=estimate, options=chosen)
+            selection = self._found.selection
+            la.adopt(selection, fit, selection.vector(), selection.fingerprint())
+            yield name, la, seconds
+
+    def choices(self, kind: dict[str, Any], priors: list[float]) -> tuple[dict[float, Choice], float]:
+        """What "auto" chooses at every prior precision, and how long the trials took."""
+        start = time.perf_counter()
+        task, la = self.task, self._unfitted(kind)
+        n_rows = min(self.batch.n_rows, self.batch.network.n_parameters)
+        trials = la._request.trials(la._split_options.direction_share(self.batch.n_samples), n_rows)
+        weight = task.n_data / task.sigma_noise**2
+        weightings = [Weighting(weight, torch.tensor(prior)) for prior in priors]
+        with at_work(task.model, self.seed):
+            terms = trial_terms(self.batch, trials, weightings, n_data=task.n_data, seed=self.seed)
+        found = {prior: ranked(trials, values) for prior, values in zip(priors, terms, strict=True)}
+        return found, time.perf_counter() - start
