@@ -149,7 +149,7 @@ class Examination:
         D = P.diagonal.detach().double().flatten()
         m = P.magnitudes.detach().double()
         H, J, U = self._rotated(P)
-        if not (D - D[0]).any():
+        if not (D - D[0]).any() and not self._in_a_metric:
             return self._isotropic(D[0], m, prior, P)
         if 4 * len(m) > len(H):
             if "low_rank" not in self._kept:

@@ -86,7 +86,9 @@ class SharedFit:
         ]
         roles = SplitCurvature(parts[0], None if split.shared else parts[1], split.folds, split.n_data)
         options = [la._request.options for la in posteriors.values()]
-        with at_work(self.task.model, self.seed):
+        with at_work(self.task.model, self.seed), warnings.catch_warnings():
+            # too few samples for a rank: the rank that was found is recorded
+            warnings.simplefilter("ignore", UserWarning)
             found = estimates_of_ranks(roles, options[0], [LowRankChoice(o.rank, o.complement) for o in options])
         seconds = (time.perf_counter() - start) / len(kinds)
         for (name, la), chosen, estimate in zip(posteriors.items(), options, found, strict=True):
