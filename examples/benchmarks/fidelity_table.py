@@ -1,5 +1,7 @@
 """The summary as one Markdown page: a table per task and prior, one line per configuration, one column per B."""
 
+from fidelity_posteriors import BASELINE
+from fidelity_ranking import CRITERIA, ranking
 from fidelity_results import Cell, Mean, Summary
 from fidelity_tasks import RECIPES
 
@@ -17,6 +19,8 @@ def markdown(summary: Summary, verdicts: list[str]) -> str:
         "Names: structure / magnitudes / complement / rank; `free` is every direction that the samples support.",
         "## Verdicts",
         "\n".join(f"- {verdict}" for verdict in verdicts),
+        "## One configuration for all",
+        _ranking(summary),
     ]
     for task, n_data in summary.n_data.items():
         parts.append(f"## {RECIPES[task].title}, N = {n_data:,}")
@@ -24,6 +28,22 @@ def markdown(summary: Summary, verdicts: list[str]) -> str:
             parts += [f"### Prior precision {prior:g}", _table(summary, task, prior)]
     parts += ["## Intervals for directional curvatures", _coverage(summary)]
     return "\n\n".join(parts) + "\n"
+
+
+def _ranking(summary: Summary) -> str:
+    ranks = ranking(summary)
+    cells = ranks[0].n_cells if ranks else 0
+    lines = [
+        "Over the best fixed configuration of each cell with B from 64 to N/2: geometric mean over the "
+        f"{cells} cells (largest), best twenty by the mean of both criteria, and laplace-torch's.\n",
+        "| configuration | parameter KL | total variation |",
+        "|---|---|---|",
+    ]
+    for i, rank in enumerate(ranks):
+        if i < 20 or rank.configuration.startswith(BASELINE) or rank.configuration.endswith("none/free"):
+            shown = (f"{rank.excess[c]:.2f} ({rank.worst[c]:.3g})" for c in CRITERIA)
+            lines.append(f"| {rank.configuration} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def _table(summary: Summary, task: str, prior: float) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from statistics import median
 
-from fidelity_posteriors import BASELINE
+from fidelity_posteriors import AUTO, BASELINE, CORRECTED
 from fidelity_results import Cell, Summary
 
 SAME, CROSS = "lowrank/same_batch/none/free", "lowrank/cross_fitted/none/free"
 KFAC = f"{BASELINE}/kron"
-AUTO = "auto"
 CANDIDATES = (AUTO, "lowrank/cross_fitted/kron/100", "lowrank/cross_fitted/kron/free", CROSS)
 NOT_MEASURED = "not measured"
 EXACT = 1e-2
@@ -21,6 +20,8 @@ def verdicts(summary: Summary) -> list[str]:
         *(_never_further(summary, criterion) for criterion in ("parameter_kl", "total_variation")),
         *(_at_all_data(summary, name) for name in (SAME, CROSS)),
         *(_twice_as_close(summary, criterion) for criterion in ("parameter_kl", "total_variation")),
+        _least_possible(summary),
+        *(_corrected(summary, criterion) for criterion in ("parameter_kl", "total_variation")),
         _auto_against_fixed(summary),
         _auto_against_kfac(summary),
         *_tenth_of_the_data(summary),
@@ -64,6 +65,26 @@ def _twice_as_close(summary: Summary, criterion: str) -> str:
     head = f"same_batch / cross_fitted in {_words(criterion)}, median over cells with B of 64 to 128 (goal: 2)"
     found = [ratio for cell, ratio in ratios(summary, SAME, CROSS, criterion).items() if cell.B <= 128]
     return f"{head}: {median(found):.2f} over {len(found)} cells" if found else f"{head}: {NOT_MEASURED}"
+
+
+def _least_possible(summary: Summary) -> str:
+    """Along the directions of all samples, without a complement: no estimator of the magnitudes can do better."""
+    head = "same_batch over the least KL along the same directions, median over cells with B of 64 to 128"
+    found = []
+    for cell in ratios(summary, SAME, CROSS, "parameter_kl"):
+        least, same = (summary.mean(cell, CROSS, "least_parameter_kl"), summary.mean(cell, SAME, "parameter_kl"))
+        if least and same and cell.B <= 128:
+            found.append(same / least)
+    return f"{head}: {median(found):.2f} over {len(found)} cells" if found else f"{head}: {NOT_MEASURED}"
+
+
+def _corrected(summary: Summary, criterion: str) -> str:
+    head = f"inverse_correction over none in {_words(criterion)}, cross_fitted, B from 64 to N/2"
+    found = list(ratios(summary, CORRECTED, CROSS, criterion).values())
+    if not found:
+        return f"{head}: {NOT_MEASURED}"
+    lower = sum(ratio < 1 for ratio in found)
+    return f"{head}: median {median(found):.3f}, lower in {lower} of {len(found)} cells"
 
 
 def _auto_against_fixed(summary: Summary) -> str:
