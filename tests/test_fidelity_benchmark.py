@@ -253,6 +253,21 @@ def test_what_posteriors_share_changes_none_of_them(likelihood):
         torch.testing.assert_close(la.standard_errors, alone.standard_errors, rtol=1e-6, atol=1e-12)
 
 
+def test_linear_shrinkage_is_the_weighted_mean_of_two_curvatures():
+    task, samples = small_task(), list(range(20))
+    fit_together = shared.SharedFit(task, posteriors.loader_of(task, samples), seed=4)
+    _, H = oracles.dense_ggn(task.model, task.train.tensors[0][:20], "classification")
+    kron = posteriors.fit(task, "", {"hessian_structure": "kron", "magnitudes": "cross_fitted"}, samples, seed=4)
+    ((name, la, _),) = fit_together.shrunk({"shrinkage/0.3": 0.3})
+    for one in (la, kron):
+        posteriors.set_prior(one, PRIOR)
+    assert name == "shrinkage/0.3"
+    prior = PRIOR * torch.eye(len(H), dtype=torch.float64)
+    target = (kron.posterior_precision.to_dense() - prior) / task.n_data
+    expected = task.n_data * (0.3 * H + 0.7 * target) + prior
+    torch.testing.assert_close(la.posterior_precision.to_dense(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:rank=25 was asked for", "ignore:rank=None left out directions")
 def test_the_automatic_choice_at_several_priors_is_that_of_a_fit_at_each():
     task, samples = small_task(), list(range(20))

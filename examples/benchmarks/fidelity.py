@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fidelity_posteriors import (
     AUTO,
     BASELINE,
     MAIN,
+    SHRINKAGE,
     Examination,
     configurations,
     fit,
@@ -95,15 +97,16 @@ class Benchmark:
 
     def measure(self, B: int, draw: int, kinds: Kinds) -> Iterator[list[Record]]:
         """Fit and judge at every prior, the results of one configuration after the other; a failure is one too."""
-        alone = {name: kind for name, kind in kinds.items() if not name.startswith("lowrank") and name != AUTO}
+        weights = {name: kind["weight"] for name, kind in kinds.items() if name.startswith(SHRINKAGE)}
+        alone = {name: kind for name, kind in kinds.items() if name.startswith(("kron", "full", BASELINE))}
         together = {name: kind for name, kind in kinds.items() if name.startswith("lowrank")}
         loader = loader_of(self.task, self.task.order(draw)[:B])
         for name, kind in alone.items():
             yield self._attempted(B, draw, name, partial(self._alone, B, draw, name, kind))
-        if not together and AUTO not in kinds:
+        if not together and not weights and AUTO not in kinds:
             return
         shared = SharedFit(self.task, loader, seed=draw)
-        for name, la, seconds in shared.posteriors(together):
+        for name, la, seconds in chain(shared.posteriors(together), shared.shrunk(weights) if weights else ()):
             yield self._attempted(B, draw, name, partial(self.judged, B, draw, name, la, seconds))
         if AUTO in kinds and self.task.n_data > B:
             yield self._attempted(B, draw, AUTO, partial(self._automatic, B, draw, kinds[AUTO], shared))
@@ -167,7 +170,7 @@ class Benchmark:
         """Curvatures used along the leading directions over the full batch's, and intervals that contain those."""
         la = examination.la
         result: Record = {"rank": la.rank, "n_magnitude_samples": len(la.split.magnitude_indices)}
-        if name.startswith(("kron", "full")):
+        if name.startswith(("kron", "full", SHRINKAGE)):
             return result
         truth, used, errors = examination.true_curvatures(), la.directional_curvatures.double(), la.standard_errors
         leading = used[:LEADING] / truth[:LEADING]

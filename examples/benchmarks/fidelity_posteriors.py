@@ -22,6 +22,8 @@ WHITENED = "kron_metric"
 """The Kronecker complement with directions in its metric."""
 BASELINE = "laplace-torch"
 AUTO = "auto"
+SHRINKAGE = "shrinkage"
+"""Towards the cross-fitted Kronecker estimate; with the weight of the samples' own curvature. Not in the package."""
 CORRECTED = "lowrank/cross_fitted/none/free/corrected"
 """With the bias of the inverse taken off to second order."""
 MAIN = (
@@ -49,6 +51,7 @@ def configurations() -> dict[str, dict[str, Any]]:
     for structure in ("kron", "full"):
         for magnitudes in MAGNITUDES:
             table[f"{structure}/{magnitudes}"] = {"hessian_structure": structure, "magnitudes": magnitudes}
+    table |= {f"{SHRINKAGE}/{weight}": {"weight": weight} for weight in (0.3, 0.5, 0.7)}
     table[AUTO] = {"magnitudes": "auto", "complement": "auto", "rank": "auto", "metric": "auto"}
     for kind in ("diag", "kron", "last_layer_kron", "ella"):
         table[f"{BASELINE}/{kind}"] = {"kind": kind}

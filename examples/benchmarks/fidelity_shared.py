@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.debiasing.choice import Choice, Weighting, ranked, trial_terms
-from debiased_laplace.debiasing.estimate import estimates_of_ranks
+from debiased_laplace.debiasing.complement import LowRankCurvature
+from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.lowrank import LowRankChoice
-from debiased_laplace.debiasing.options import SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions, SplitCurvature
 from debiased_laplace.posterior.fitting import Fitted, at_work, fit_curvature
 from debiased_laplace.posterior.fitting import Task as FitTask
 
@@ -91,11 +92,34 @@ class SharedFit:
             warnings.simplefilter("ignore", UserWarning)
             found = estimates_of_ranks(roles, options[0], [LowRankChoice(o.rank, o.complement) for o in options])
         seconds = (time.perf_counter() - start) / len(kinds)
-        for (name, la), chosen, estimate in zip(posteriors.items(), options, found, strict=True):
-            fit = replace(self._found.fit, split=split, estimate=estimate, options=chosen)
+        for (name, la), chosen, one in zip(posteriors.items(), options, found, strict=True):
+            fit = replace(self._found.fit, split=split, estimate=one, options=chosen)
             selection = self._found.selection
             la.adopt(selection, fit, selection.vector(), selection.fingerprint())
             yield name, la, seconds
+
+    def shrunk(self, weights: dict[str, float]) -> Iterator[tuple[str, Any, float]]:
+        """Linear shrinkage: a weight of the samples' own curvature, the rest of the cross-fitted Kronecker estimate."""
+        start = time.perf_counter()
+        la = self._unfitted({"magnitudes": "cross_fitted", "complement": "kron"})
+        split = la._split_options.draw(self._positions, la._request, self.task.n_data)
+        options = la._request.options
+        with at_work(self.task.model, self.seed):
+            own = estimate(SplitCurvature(self.batch, None, None, split.n_data), _same_batch(options))
+            target = estimate(
+                SplitCurvature(self.batch, None, split.folds, split.n_data), replace(options, structure="kron")
+            )
+        basis, selection = target.curvature.basis, self._found.selection
+        rotated = basis.coordinates(own.curvature.directions.T).T.contiguous()
+        seconds = (time.perf_counter() - start) / len(weights)
+        for name, weight in weights.items():
+            mixed = LowRankCurvature(
+                (1 - weight) * target.curvature.diagonal, rotated, weight * own.curvature.weights, basis
+            )
+            fit = replace(self._found.fit, split=split, estimate=replace(own, curvature=mixed), options=options)
+            posterior = self._unfitted({"magnitudes": "cross_fitted", "complement": "kron"})
+            posterior.adopt(selection, fit, selection.vector(), selection.fingerprint())
+            yield name, posterior, seconds
 
     def choices(self, kind: dict[str, Any], priors: list[float]) -> tuple[dict[float, Choice], float]:
         """What "auto" chooses at every prior precision, and how long the trials took."""
@@ -109,3 +133,7 @@ class SharedFit:
             terms = trial_terms(self.batch, trials, weightings, n_data=task.n_data, seed=self.seed)
         found = {prior: ranked(trials, values) for prior, values in zip(priors, terms, strict=True)}
         return found, time.perf_counter() - start
+
+
+def _same_batch(options: EstimatorOptions) -> EstimatorOptions:
+    return replace(options, magnitudes="same_batch", complement="none")
