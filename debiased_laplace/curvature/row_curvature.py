@@ -16,6 +16,7 @@ from debiased_laplace.curvature.derivatives import BatchProducts
 from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
+from debiased_laplace.curvature.outside import OutsideDiagonals
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.sub_batch import (
     Aspect,
@@ -289,35 +290,6 @@ class RowCurvature(SubBatchCurvature):
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
-
-
-class OutsideDiagonals:
-    """Sums of squares of rows without their part along leading directions, for each aspect that wants them."""
-
-    def __init__(self, aspects: Sequence[Aspect], zeros: Float[Tensor, " P"]):
-        self._bases = {i: a.basis for i, a in enumerate(aspects) if a.residual == "diagonal"}
-        self._rank_of = {i: aspects[i].rank for i in self._bases}
-        self._sums = {i: zeros.clone() for i in self._bases}
-
-    @property
-    def ranks(self) -> list[int]:
-        """Numbers of leading directions for which there is a diagonal to sum up."""
-        return sorted(set(self._rank_of.values()))
-
-    def add(self, rank: int, outside: Float[Tensor, "n r P"]) -> None:
-        """More rows without their part along so many directions."""
-        for i, basis in self._bases.items():
-            if self._rank_of[i] == rank:
-                self._sums[i] += summed_squares(outside, basis)
-
-    def mean(self, aspect: int, n: int) -> Float[Tensor, " P"] | None:
-        """The mean over n samples; None where the aspect has none."""
-        return self._sums[aspect] / n if aspect in self._sums else None
-
-
-def summed_squares(rows: Float[Tensor, "n r P"], basis: KroneckerBasis | None) -> Float[Tensor, " P"]:
-    """Squared coordinates of all rows, summed; in a basis if there is one."""
-    return rows.square().sum((0, 1)) if basis is None else basis.summed_squares(rows).sum(0)
 
 
 class RowProducts:

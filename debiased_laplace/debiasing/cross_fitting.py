@@ -16,7 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.row_curvature import OutsideDiagonals, RowCurvature
+from debiased_laplace.curvature.outside import OutsideDiagonals
+from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import (
     Aspect,
     DirectionalMoments,
@@ -49,10 +50,14 @@ class Fold:
 
 
 def each_fold(
-    folds: Int64[Tensor, " n"], *, progress_bar: bool = False, description: str = "[Cross-fitting]"
+    folds: Int64[Tensor, " n"],
+    *,
+    first: int | None = None,
+    progress_bar: bool = False,
+    description: str = "[Cross-fitting]",
 ) -> Iterator[Fold]:
-    """The folds, one after the other."""
-    for number in tqdm(folds.unique(), disable=not progress_bar, desc=description):
+    """The folds, one after the other; only the first ones if asked for."""
+    for number in tqdm(folds.unique()[:first], disable=not progress_bar, desc=description):
         yield Fold(int(number), (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
 
 
