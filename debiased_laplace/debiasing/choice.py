@@ -6,9 +6,10 @@ stands for. Where the samples are all the data, nothing is left to stand for and
 fitted on all samples.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.data.splitting import deal
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import each_fold
-from debiased_laplace.debiasing.directions import choose_solver
+from debiased_laplace.debiasing.directions import LANCZOS_RANK, choose_solver
 from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.held_out_kl import prior_trace
 from debiased_laplace.debiasing.lowrank import LowRankChoice
@@ -75,7 +76,16 @@ class Choice:
     runners_up: tuple[RunnerUp, ...]
     n_samples: int
 
+    def found(self, rank: int) -> "Choice":
+        """The same, knowing that the samples have no more directions than so many."""
+        options = self.chosen.options
+        if options.rank is None or not 0 < rank < options.rank:
+            return self
+        return replace(self, chosen=replace(self.chosen, options=replace(options, rank=rank)))
+
     def __str__(self) -> str:
+        if not self.runners_up:
+            return f"nothing else to choose: {self.chosen}"
         lines = [f"chosen by held-out KL on {self.n_samples} samples (optimistic): {self.chosen}"]
         lines += [f"  + {r.excess:.2f} ± {r.standard_error:.2f} nats: {r.trial}" for r in self.runners_up]
         return "\n".join(lines)
@@ -99,7 +109,7 @@ def choose(
     Raises:
         ValueError: if there are too few samples to set any aside.
     """
-    trials = [t for t in trials if weighting.of_blocks or t.options.complement != "kron"]
+    trials = _offered(batch, trials, weighting)
     if len(trials) == 1:
         return Choice(trials[0], (), 0)
     return ranked(trials, trial_terms(batch, trials, [weighting], n_data=n_data, seed=seed)[0])
@@ -128,21 +138,20 @@ def trial_terms(
         raise ValueError(f"Choosing by held-out KL sets samples aside: expected at least {2 * _SMALLEST}, got {n}.")
     if isinstance(batch, RowCurvature):
         batch.keep_rows()
-    lanczos = trials[0].options.structure == "lowrank" and choose_solver(batch, None) == "lanczos"
-    n_parts = min(_PARTS_OF_LANCZOS if lanczos else _PARTS, n // _SMALLEST)
+    n_parts = min(_PARTS_OF_LANCZOS if _by_lanczos(batch, trials[0]) else _PARTS, n // _SMALLEST)
+    enough = math.ceil(_ENOUGH / (n // n_parts))
     parts = deal(n, n_parts, torch.Generator().manual_seed(seed))
     terms: list[list[list[Tensor]]] = [[[] for _ in trials] for _ in weightings]
     with warnings.catch_warnings():
         # what a trial cannot have for want of samples is no news
         warnings.simplefilter("ignore", UserWarning)
-        for part in each_fold(parts, progress_bar=batch.progress_bar, description="[Choosing]"):
-            if part.number * (n // n_parts) >= _ENOUGH:
-                break
+        for part in each_fold(parts, first=enough, progress_bar=batch.progress_bar, description="[Choosing]"):
             rest, held = batch.part(part.others), batch.part(part.held)
+            judges = _judging(rest)
             n_rest = max(rest.n_samples, round(n_data * rest.n_samples / n))
             for i, curvature in _fitted(rest, trials, n_rest, seed):
                 for of_weighting, weighting in zip(terms, weightings, strict=True):
-                    of_weighting[i].append(_terms(curvature, rest, held, weighting, share=n / n_data))
+                    of_weighting[i].append(_terms(curvature, judges, held, weighting, share=n / n_data))
     return torch.stack([torch.stack([torch.cat(of_trial) for of_trial in some]) for some in terms])
 
 
@@ -165,18 +174,53 @@ def ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
     return Choice(trials[best], runners_up, n)
 
 
+def _offered(batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weighting) -> list[Trial]:
+    """The trials that can be had; of those that the samples cannot tell apart the first one."""
+    rows = batch.n_rows / batch.n_samples
+    limited = any(t.options.rank is None for t in trials) and _by_lanczos(batch, trials[0])
+    found: dict[Trial, Trial] = {}
+    for trial in trials:
+        options, limit = trial.options, batch.network.n_parameters
+        if options.complement == "kron" and not weighting.of_blocks:
+            continue
+        if isinstance(batch, RowCurvature):
+            held_out = options.magnitudes == "held_out"
+            n = _n_directions(batch.n_samples, trial.direction_share) if held_out else batch.n_samples
+            limit = min(limit, round(n * rows))
+        elif options.metric == "kron":
+            continue
+        if limited:
+            limit = min(limit, LANCZOS_RANK)
+        rank = None if options.rank is None else min(options.rank, limit)
+        found.setdefault(replace(trial, options=replace(options, rank=rank)), trial)
+    # who asks for what cannot be had is told so by whoever would have to do it
+    return list(found.values()) or list(trials)
+
+
+def _by_lanczos(batch: SubBatchCurvature, trial: Trial) -> bool:
+    options = trial.options
+    solver = choose_solver(batch, None) if options.solver == "auto" else options.solver
+    return options.structure == "lowrank" and solver == "lanczos"
+
+
+def _judging(rest: SubBatchCurvature) -> SubBatchCurvature:
+    """The samples of the posteriors as their judges: where draws are drawn, with draws that none was fitted to."""
+    # an estimate has two draws a sample: one for directions, and another for the samples' own share
+    judges = rest.redrawn().redrawn()
+    if isinstance(judges, RowCurvature) and judges.is_random:
+        judges.keep_rows()
+    return judges
+
+
 def _terms(
-    curvature: LowRankCurvature, rest: SubBatchCurvature, held: SubBatchCurvature, weighting: Weighting, share: float
+    curvature: LowRankCurvature, inside: SubBatchCurvature, held: SubBatchCurvature, weighting: Weighting, share: float
 ) -> Float[Tensor, " h"]:
     """What every sample set aside says of a posterior's KL to the full batch, in nats, up to a constant."""
-    like = rest.network.like
     precision = curvature.precision(weighting.likelihood_weight, weighting.prior)
-    prior = weighting.prior.expand(len(like))
+    prior = weighting.prior.expand(held.network.n_parameters)
     own = 0.5 * (prior_trace(precision, prior) + float(precision.log_det))
-    # draws that the posterior was fitted to would judge it too kindly
-    inside = rest.redrawn().traces(precision).double().mean()
-    outside = held.traces(precision).double()
-    return (own + 0.5 * weighting.likelihood_weight * (share * inside + (1 - share) * outside)).cpu()
+    known, unseen = inside.traces(precision).double().mean(), held.traces(precision).double()
+    return (own + 0.5 * weighting.likelihood_weight * (share * known + (1 - share) * unseen)).cpu()
 
 
 def _fitted(
@@ -206,9 +250,14 @@ def split_for(batch: SubBatchCurvature, trial: Trial, n_data: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     if options.magnitudes == "held_out":
         order = torch.randperm(n, generator=generator)
-        n_a = min(max(1, round(trial.direction_share * n)), n - 2)
+        n_a = _n_directions(n, trial.direction_share)
         a, b = order[:n_a].sort().values, order[n_a:].sort().values
         return SplitCurvature(batch.part(a), batch.part(b), None, n_data)
     if options.magnitudes == "cross_fitted":
         return SplitCurvature(batch, None, deal(n, min(options.n_folds, n), generator), n_data)
     return SplitCurvature(batch, None, None, n_data)
+
+
+def _n_directions(n: int, share: float) -> int:
+    """Of n samples, those for directions; the others are at least two, for a value and its error."""
+    return min(max(1, round(share * n)), n - 2)
