@@ -86,7 +86,7 @@ def draw_sub_batches(
         shared: let every drawn sample do both jobs.
         n_data: size of the data set that the likelihood stands for; None: the given samples.
         seed: of the draw.
-        n_folds: of cross-fitting, into which shared samples are dealt out evenly; None for none.
+        n_folds: of cross-fitting, into which shared samples are dealt out evenly, one for each at most; None: without.
 
     Returns:
         The index sets.
@@ -124,7 +124,7 @@ def draw_sub_batches(
     second = order[n_directions : n_directions + n_magnitudes].sort().values
     if shared:
         both = torch.cat([first, second]).sort().values
-        folds = None if n_folds is None else deal(len(both), n_folds, generator)
+        folds = None if n_folds is None else deal(len(both), min(n_folds, len(both)), generator)
         return SubBatches(both, both, n_data, shared=True, folds=folds)
     return SubBatches(first, second, n_data, shared=False)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from debiased_laplace.data.splitting import SubBatches, draw_sub_batches
+from debiased_laplace.data.splitting import SubBatches, deal, draw_sub_batches
 from debiased_laplace.errors import OverlapError
 
 POSITIONS = torch.tensor([3, 90, 7, 41, 0, 55, 12, 13, 77, 60, 22, 31, 8, 9, 5, 99, 70, 71, 66, 2])
@@ -235,11 +235,17 @@ def test_two_samples_share_a_fold_as_often_as_chance_has_it() -> None:
     assert abs(together - n_draws * expected) < 4 * deviation
 
 
-def test_more_folds_than_samples_are_refused() -> None:
+def test_where_samples_are_fewer_than_folds_each_has_one_of_its_own() -> None:
+    for n, amounts in ((20, {}), (6, {"direction_samples": 2, "magnitude_samples": 4}), (2, {"direction_samples": 1})):
+        positions = POSITIONS[:n] if n == 2 else POSITIONS
+        split = draw(positions, shared=True, n_folds=21, **amounts)
+        assert split.folds is not None
+        assert split.folds.sort().values.tolist() == list(range(n))
+
+
+def test_more_parts_than_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="n_folds=21 needs a sample for every fold; expected at least 21, got 20"):
-        draw(shared=True, n_folds=21)
-    with pytest.raises(ValueError, match=r"n_folds=8 .* got 6"):
-        draw(shared=True, n_folds=8, direction_samples=2, magnitude_samples=4)
+        deal(20, 21, torch.Generator())
 
 
 WRONG_FOLDS = {
