@@ -85,7 +85,13 @@ def test_population_is_the_package_s(population: Population) -> None:
     """Exact partner: a fit on some samples gives what the formulas above give with its folds."""
     chosen = draws(24, 1, 1)[0][0]
     la = DebiasedLaplace(
-        population.model, "classification", magnitudes="cross_fitted", prior_precision=PRIOR, temperature=TEMPERATURE
+        population.model,
+        "classification",
+        magnitudes="cross_fitted",
+        n_folds=N_FOLDS,
+        complement="none",
+        prior_precision=PRIOR,
+        temperature=TEMPERATURE,
     )
     la.fit([(population.X[chosen], population.y[chosen])], n_data=N)
     U, _, in_sample, values = population.estimates(chosen, la.split.folds)

@@ -79,7 +79,16 @@ def z_of(errors):
 def test_population_is_the_package_s(population):
     """Exact partner: a fit on drawn samples gives what the formulas below give."""
     model, data = population.model, population.data
-    la = DebiasedLaplace(model, "classification", rank=K, direction_samples=A, prior_precision=0.4, seed=1)
+    la = DebiasedLaplace(
+        model,
+        "classification",
+        magnitudes="held_out",
+        complement="none",
+        rank=K,
+        direction_samples=A,
+        prior_precision=0.4,
+        seed=1,
+    )
     given = torch.randperm(N, generator=torch.Generator().manual_seed(1))[: A + B]
     la.fit(DataLoader(Subset(data, given.tolist()), batch_size=50), n_data=N)
     a, b = given[la.split.direction_indices], given[la.split.magnitude_indices]
@@ -182,7 +191,11 @@ class Judged:
         self.posteriors, self.kl, self.parts = {}, {}, {}
         for name, options in POSTERIORS.items():
             la = DebiasedLaplace(
-                population.model, "classification", prior_precision=PRIOR, temperature=TEMPERATURE, **options
+                population.model,
+                "classification",
+                prior_precision=PRIOR,
+                temperature=TEMPERATURE,
+                **{"magnitudes": "held_out", "complement": "none", **options},
             )
             la.fit(DataLoader(Subset(population.data, range(FITTED)), batch_size=32), n_data=N)
             operator = la.posterior_precision

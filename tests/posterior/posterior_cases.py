@@ -37,10 +37,19 @@ def hyper_parameters(likelihood):
     return {"sigma_noise": SIGMA[likelihood], "prior_precision": PRIOR, "temperature": TEMPERATURE}
 
 
+PLAIN = {"magnitudes": "held_out", "complement": "none"}
+"""What tests take where they say nothing else, whatever the package's defaults are."""
+
+
+def posterior_of(model, likelihood, *args, **options):
+    """A posterior, plain but for what is said."""
+    return DebiasedLaplace(model, likelihood, *args, **{**PLAIN, **options})
+
+
 def fitted(name, likelihood, *, n_data=None, **options):
     """A posterior of one of the models, and the problem it was fitted to."""
     model, X, y, per_sample = problem(name, likelihood)
-    la = DebiasedLaplace(model, likelihood, **{**hyper_parameters(likelihood), **options})
+    la = posterior_of(model, likelihood, **{**hyper_parameters(likelihood), **options})
     la.fit(loader_of(X, y, shuffle=True), n_data=n_data)
     return la, X, y, per_sample
 

@@ -21,11 +21,9 @@ from oracles import (
     partial_traces,
     trainable,
 )
-from posterior_cases import close, hyper_parameters
+from posterior_cases import close, hyper_parameters, posterior_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 SUBSETS = ["all", "last_layer", "subnetwork"]
 STRUCTURES = ["lowrank", "kron", "full"]
@@ -144,7 +142,7 @@ def unfitted(cell, **options):
     model = problem(cell.name, cell.kind, cell.n_outputs)[0]
     if cell.subset == "subnetwork":
         options["subnetwork_indices"] = positions(cell.name, model, "subnetwork")
-    return DebiasedLaplace(model, cell.kind, cell.subset, cell.structure, **{**hyper_parameters(cell.kind), **options})
+    return posterior_of(model, cell.kind, cell.subset, cell.structure, **{**hyper_parameters(cell.kind), **options})
 
 
 @dataclass

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from models import mlp, targets
-from posterior_cases import hyper_parameters
+from posterior_cases import hyper_parameters, posterior_of
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.errors import OverlapError
 
 
@@ -24,7 +23,7 @@ class Augmented(Dataset):
 
 
 def posterior(loader, n_data=40, **options):
-    la = DebiasedLaplace(mlp()[0], "classification", **hyper_parameters("classification"), **options)
+    la = posterior_of(mlp()[0], "classification", **hyper_parameters("classification"), **options)
     la.fit(loader, n_data=n_data)
     return la
 
@@ -89,7 +88,7 @@ def test_a_chain_of_subsets_leads_to_the_same_samples():
 def test_positions_survive_the_state():
     dataset = Augmented()
     la = posterior(part(dataset, range(20)))
-    loaded = DebiasedLaplace(la.model, "classification")
+    loaded = posterior_of(la.model, "classification")
     loaded.load_state_dict(la.state_dict())
     with pytest.raises(OverlapError, match="1 of the 3"):
         loaded.held_out_kl(part(dataset, [19, 20, 21]), part(dataset, range(20)))

@@ -18,12 +18,11 @@ from laplace.curvature import (
     BackPackGGN,
     CurvlinopsHessian,
 )
-from posterior_cases import close, loader_of
+from posterior_cases import close, loader_of, posterior_of
 from torch import nn
 
 import debiased_laplace.curvature.survey as surveying
 import debiased_laplace.posterior.backend_derivatives as module
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.kfac import KfacSums
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -47,7 +46,7 @@ def quick(monkeypatch):
 
 def fit(model, X, y, backend, subset="all", **options):
     options = {**EVERYTHING, **BACKENDS[backend].arguments, **options}
-    la = DebiasedLaplace(model, "classification", subset, prior_precision=0.4, **options)
+    la = posterior_of(model, "classification", subset, prior_precision=0.4, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* cannot compute the")
         la.fit(loader_of(X, y, BATCH))
@@ -202,7 +201,7 @@ def test_drawn_rows_are_the_ggns_on_average():
     options = {"direction_samples": 12, "backend": BackPackGGN, "backend_kwargs": {"stochastic": True}}
     traces = []
     for seed in range(30):
-        la = DebiasedLaplace(model, "regression", "last_layer", "full", seed=seed, prior_precision=0.4, **options)
+        la = posterior_of(model, "regression", "last_layer", "full", seed=seed, prior_precision=0.4, **options)
         la.fit(loader_of(X, y, 24))
         P = la.posterior_precision.to_dense()
         traces.append((P - 0.4 * torch.eye(len(P), dtype=P.dtype)).trace() / len(X))
@@ -235,13 +234,13 @@ def test_fitted_posteriors_can_be_copied_and_pickled(backend):
 @pytest.mark.parametrize("cls", [CurvlinopsHessian, AsdlHessian], ids=lambda cls: cls.__name__)
 def test_hessian_that_does_not_fit_into_memory_is_left_to_products(cls, monkeypatch):
     model, X, y = data_of("classification")
-    la = DebiasedLaplace(model, "classification", rank=4, solver="lanczos", backend=cls)
+    la = posterior_of(model, "classification", rank=4, solver="lanczos", backend=cls)
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     with pytest.warns(UserWarning, match="dense Hessian of 43 parameters does not fit"):
         la.fit(loader_of(X, y, BATCH))
     assert la.curvature_source == "torch.func products"
     monkeypatch.undo()
-    own = DebiasedLaplace(model, "classification", rank=4, solver="lanczos", backend=cls)
+    own = posterior_of(model, "classification", rank=4, solver="lanczos", backend=cls)
     own.fit(loader_of(X, y, BATCH))
     assert own.curvature_source == cls.__name__
     close(la.posterior_precision.to_dense(), own.posterior_precision.to_dense(), 1e-5)
@@ -251,7 +250,7 @@ def test_curvlinops_hessian_has_the_models_precision():
     # laplace-torch multiplies by a unit matrix of the default dtype
     model, X, y = data_of("classification")
     samples = torch.arange(24)
-    la = DebiasedLaplace(
+    la = posterior_of(
         model, "classification", "all", "full", backend=CurvlinopsHessian, magnitudes="same_batch", prior_precision=0.4
     )
     la.fit(loader_of(X, y, BATCH))
@@ -268,7 +267,7 @@ def test_layer_without_curvature_is_no_reason_to_distrust_a_backend():
     with torch.no_grad():
         model[2].weight.zero_()  # nothing reaches the first layer's gradients
     _, X, y = data_of("classification")
-    la = DebiasedLaplace(model, "classification", **EVERYTHING, kron_magnitudes="kronecker", backend=AsdlGGN)
+    la = posterior_of(model, "classification", **EVERYTHING, kron_magnitudes="kronecker", backend=AsdlGGN)
     la.fit(loader_of(X, y, BATCH))
     assert la.curvature_source == "AsdlGGN"
 

@@ -31,11 +31,10 @@ from backend_cases import (
 from laplace import marglik_training
 from laplace.curvature import AsdlEF, AsdlGGN, AsdlHessian, BackPackEF, BackPackGGN, CurvlinopsGGN
 from laplace.curvature.curvlinops import CurvlinopsInterface
-from posterior_cases import close, loader_of
+from posterior_cases import close, loader_of, posterior_of
 from torch import nn
 
 import debiased_laplace.curvature.survey as surveying
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton
 from debiased_laplace.posterior.backend_derivatives import BackendDerivatives
 from debiased_laplace.posterior.backends import BackendChoice
@@ -83,7 +82,7 @@ def spied(monkeypatch, cls):
 def posterior(backend, structure, subset, likelihood, **options):
     model = data_of(likelihood)[0]
     kind = LIKELIHOODS[likelihood][0]
-    return DebiasedLaplace(
+    return posterior_of(
         model,
         kind,
         subset,
@@ -145,7 +144,7 @@ def test_cell_is_computed_by_whom_the_table_says_and_is_right(cell, monkeypatch,
 def of_architecture(name, backend, **options):
     model, X, y = architecture(name)
     options = {"kron_basis": "kfac", **BACKENDS[backend].arguments, **options}
-    la = DebiasedLaplace(model, "classification", "all", "kron", temperature=TEMPERATURE, **options)
+    la = posterior_of(model, "classification", "all", "kron", temperature=TEMPERATURE, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         la.fit(loader_of(X, y, BATCH))

@@ -6,10 +6,9 @@ import io
 import pytest
 import torch
 from models import mlp
-from posterior_cases import fitted, loader_of
+from posterior_cases import fitted, loader_of, posterior_of
 from torch import Tensor, nn
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.errors import NotFittedError
 
 
@@ -27,7 +26,7 @@ def test_a_state_is_tensors_strings_and_numbers():
 
 def test_loaded_posterior_is_the_fitted_one():
     la, X, y, _ = fitted("BatchNorm", "regression", complement="diagonal", seed=3, prior_mean=0.2)
-    loaded = DebiasedLaplace(la.model, "regression")
+    loaded = posterior_of(la.model, "regression")
     loaded.load_state_dict(through_a_file(la.state_dict()))
     assert torch.equal(loaded.posterior_precision.to_dense(), la.posterior_precision.to_dense())
     assert torch.equal(loaded.standard_errors, la.standard_errors)
@@ -52,7 +51,7 @@ def test_neither_state_nor_posterior_changes_with_the_other():
         if isinstance(value, Tensor):
             value.zero_()
     assert torch.equal(la(X), before)
-    loaded = DebiasedLaplace(la.model, "classification")
+    loaded = posterior_of(la.model, "classification")
     given = copy.deepcopy(kept)
     loaded.load_state_dict(given)
     for value in given.values():
@@ -70,14 +69,14 @@ def other_weights():
     model, _ = mlp()
     with torch.no_grad():
         model[2].bias[0] += 1e-6
-    return DebiasedLaplace(model, "classification")
+    return posterior_of(model, "classification")
 
 
 def other_statistics():
     la, *_ = fitted("BatchNorm", "classification", rank=3)
     model = copy.deepcopy(la.model)
     model[1].running_mean += 1e-6
-    return DebiasedLaplace(model, "classification"), la.state_dict()
+    return posterior_of(model, "classification"), la.state_dict()
 
 
 def test_loading_beside_other_weights_or_buffers_is_refused():
@@ -140,7 +139,7 @@ def test_frozen_weights_count_for_the_fingerprint_too():
     with torch.no_grad():
         model[2].weight += 1e-9
     with pytest.raises(ValueError, match="other weights"):
-        DebiasedLaplace(model, "classification").load_state_dict(la.state_dict())
+        posterior_of(model, "classification").load_state_dict(la.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,7 @@ def test_frozen_weights_count_for_the_fingerprint_too():
     ],
 )
 def test_before_fit_everything_says_so(call):
-    la = DebiasedLaplace(nn.Linear(2, 3), "classification", rank=2, prior_precision=0.4)
+    la = posterior_of(nn.Linear(2, 3), "classification", rank=2, prior_precision=0.4)
     for error in (NotFittedError, ValueError, AttributeError):
         with pytest.raises(error, match="not fitted"):
             call(la, torch.zeros(1, 2))

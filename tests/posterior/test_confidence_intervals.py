@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 from oracles import eigenpairs_above, fold_sets, mean_of, non_increasing
-from posterior_cases import close, fitted, problem
+from posterior_cases import close, fitted, posterior_of, problem
 from scipy.optimize import brentq
 from scipy.stats import t as student
 from torch import Tensor
-
-from debiased_laplace import DebiasedLaplace
 
 N_DATA, LEVEL = 130, 0.9
 
@@ -104,7 +102,7 @@ def test_the_biased_estimate_has_intervals_that_know_nothing_of_its_bias() -> No
 def test_a_loaded_posterior_has_the_same_intervals(structure: str) -> None:
     options = {"hessian_structure": structure, "magnitudes": "cross_fitted"}
     la, *_ = fitted("MLP", "classification", n_data=N_DATA, **options)
-    loaded = DebiasedLaplace(la.model, "classification", hessian_structure=structure)
+    loaded = posterior_of(la.model, "classification", hessian_structure=structure)
     loaded.load_state_dict(la.state_dict())
     assert torch.equal(loaded.confidence_intervals(level=0.7), la.confidence_intervals(level=0.7))
 
@@ -119,7 +117,7 @@ def test_draws_of_targets_leave_something_to_estimate_on_all_the_data() -> None:
 def test_what_has_no_intervals_says_why() -> None:
     model, *_ = problem("MLP", "classification")
     with pytest.raises(ValueError, match="not fitted"):
-        DebiasedLaplace(model, "classification").confidence_intervals()
+        posterior_of(model, "classification").confidence_intervals()
     la, *_ = fitted("MLP", "classification", hessian_structure="kron", kron_magnitudes="kronecker", n_data=N_DATA)
     with pytest.raises(ValueError, match="expected kron_magnitudes='exact'"):
         la.confidence_intervals()

@@ -15,12 +15,11 @@ from oracles import (
     flat_parameters,
     mean_of,
 )
-from posterior_cases import PRIOR, close, hyper_parameters
+from posterior_cases import PRIOR, close, hyper_parameters, posterior_of
 from subset_cases import check_basis, jacobians, positions, problem, selected_shapes
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.errors import RepeatedSamplesError
 
 MAGNITUDES = ["held_out", "cross_fitted", "same_batch"]
@@ -74,7 +73,7 @@ def unfitted(case: str, **changed: object):
     if subset == "subnetwork":
         changed["subnetwork_indices"] = positions(name, model, subset)
     options = {**hyper_parameters(likelihood), "n_folds": 5, **options, **changed}
-    return DebiasedLaplace(model, likelihood, subset, kind, **options)
+    return posterior_of(model, likelihood, subset, kind, **options)
 
 
 @cache
@@ -246,7 +245,7 @@ def test_of_all_the_data_every_estimate_but_the_split_is_the_full_batch(name: st
     model, X, y, of_all = problem(name, "classification", 3)
     found = {}
     for magnitudes in ("cross_fitted", "same_batch"):
-        la = DebiasedLaplace(
+        la = posterior_of(
             model, "classification", "all", kind, magnitudes=magnitudes, **options, **hyper_parameters("classification")
         )
         la.fit(DataLoader(TensorDataset(X, y), batch_size=9, shuffle=True))
@@ -272,7 +271,7 @@ def data_with_repeats() -> TensorDataset:
 
 @pytest.mark.parametrize("kind", ["lowrank", "kron", "full"])
 def test_repeated_samples_are_refused_because_they_would_be_in_two_folds(kind: str) -> None:
-    la = DebiasedLaplace(MODELS["MLP"]()[0], "classification", "all", kind, magnitudes="cross_fitted")
+    la = posterior_of(MODELS["MLP"]()[0], "classification", "all", kind, magnitudes="cross_fitted")
     with pytest.raises(RepeatedSamplesError) as caught:
         la.fit(DataLoader(data_with_repeats(), batch_size=4))
     assert caught.value.positions.tolist() == [15]
@@ -280,12 +279,30 @@ def test_repeated_samples_are_refused_because_they_would_be_in_two_folds(kind: s
     assert la.split.n_samples == 15
 
 
-def test_more_folds_than_samples_are_refused() -> None:
-    la = DebiasedLaplace(MODELS["MLP"]()[0], "classification", magnitudes="cross_fitted")
-    with pytest.raises(ValueError, match=r"n_folds=8 needs a sample for every fold; expected at least 8, got 5"):
-        la.fit(DataLoader(Subset(data_with_repeats(), range(5))))
-    la.fit(DataLoader(Subset(data_with_repeats(), range(8))))
-    assert la.split.folds.unique().tolist() == list(range(8))
+@pytest.mark.parametrize("kind", ["lowrank", "lowrank, kron complement", "kron", "full"])
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_of_fewer_samples_than_folds_each_is_a_fold(n: int, kind: str) -> None:
+    structure, _, complement = kind.partition(", ")
+    options = {"complement": "kron"} if complement else {}
+    few = DataLoader(Subset(data_with_repeats(), range(n)))
+    found = []
+    for n_folds in (8, n):
+        la = posterior_of(
+            MODELS["MLP"]()[0],
+            "classification",
+            "all",
+            structure,
+            magnitudes="cross_fitted",
+            n_folds=n_folds,
+            **options,
+        )
+        la.fit(few, n_data=40)
+        assert la.split.folds.sort().values.tolist() == list(range(n))
+        assert bool(la.directional_curvatures.isfinite().all())
+        assert bool((la.standard_errors > 0).any())
+        found.append(la.posterior_precision.to_dense())
+    assert torch.equal(*found)
+    assert float(torch.linalg.eigvalsh(found[0]).min()) > 0
 
 
 @pytest.mark.parametrize("magnitudes", ["held_out", "same_batch"])
@@ -293,7 +310,7 @@ def test_the_number_of_folds_is_ignored_where_there_are_none(magnitudes: str) ->
     """As scikit-learn does: one set of arguments goes with every kind of magnitudes."""
     found = []
     for n_folds in (8, 500):
-        la = DebiasedLaplace(MODELS["MLP"]()[0], "classification", magnitudes=magnitudes, n_folds=n_folds)
+        la = posterior_of(MODELS["MLP"]()[0], "classification", magnitudes=magnitudes, n_folds=n_folds)
         la.fit(DataLoader(Subset(data_with_repeats(), range(15))))
         assert la.split.folds is None
         found.append(la.directional_curvatures)
@@ -301,7 +318,7 @@ def test_the_number_of_folds_is_ignored_where_there_are_none(magnitudes: str) ->
 
 
 def test_the_sizes_of_the_sub_batches_count_together() -> None:
-    la = DebiasedLaplace(
+    la = posterior_of(
         MODELS["MLP"]()[0],
         "classification",
         magnitudes="cross_fitted",

@@ -6,10 +6,9 @@ import pytest
 import torch
 from laplace import FullLaplace, Laplace, ParametricLaplace
 from models import targets
-from posterior_cases import close, hyper_parameters, loader_of
+from posterior_cases import PLAIN, close, hyper_parameters, loader_of, posterior_of
 from torch import nn
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.posterior.structures import DebiasedLowRankLaplace
 
 RTOL = 1e-6  # laplace-torch's default backend multiplies by a single-precision identity
@@ -33,7 +32,7 @@ PRIORS = {
 def both(likelihood, prior="scalar"):
     """Ours and laplace-torch's posterior of the same network and samples."""
     found = []
-    for cls, options in ((DebiasedLaplace, {"magnitudes": "same_batch"}), (FullLaplace, {})):
+    for cls, options in ((posterior_of, {"magnitudes": "same_batch"}), (FullLaplace, {})):
         model, X = small_network()
         la = cls(model, likelihood, **hyper_parameters(likelihood), **options)
         la.fit(loader_of(X, targets(likelihood), batch_size=40))
@@ -116,13 +115,14 @@ def test_gradients_of_the_evidence(wrt):
 
 
 def test_laplace_torch_finds_the_class_by_name():
-    la = Laplace(small_network()[0], "classification", "all", "debiased_lowrank", rank=3, prior_precision=0.4)
+    options = {**PLAIN, "rank": 3, "prior_precision": 0.4}
+    la = Laplace(small_network()[0], "classification", "all", "debiased_lowrank", **options)
     assert type(la) is DebiasedLowRankLaplace
     assert isinstance(la, ParametricLaplace)
-    assert isinstance(DebiasedLaplace(small_network()[0], "classification"), ParametricLaplace)
+    assert isinstance(posterior_of(small_network()[0], "classification"), ParametricLaplace)
     la.fit(loader_of(small_network()[1], targets("classification")))
     assert la.rank == 3
-    own = DebiasedLaplace(small_network()[0], "classification", rank=3, prior_precision=0.4)
+    own = posterior_of(small_network()[0], "classification", **options)
     own.fit(loader_of(small_network()[1], targets("classification")))
     torch.testing.assert_close(la.directional_curvatures, own.directional_curvatures)
 

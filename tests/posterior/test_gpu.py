@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 from models import MODELS, targets
+from posterior_cases import posterior_of
 from torch.utils.data import DataLoader, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +21,7 @@ def test_gpu_equals_cpu(name, solver):
     data = TensorDataset(X, targets("classification"))
     found = {}
     for device in ("cpu", "cuda"):
-        la = DebiasedLaplace(
+        la = posterior_of(
             copy.deepcopy(model).to(device),
             "classification",
             rank=5,
@@ -48,7 +47,7 @@ def test_every_structure_and_subset_on_a_gpu_equals_the_cpu(likelihood: str, str
     data = TensorDataset(X, targets(likelihood))
     found = {}
     for device in ("cpu", "cuda"):
-        la = DebiasedLaplace(
+        la = posterior_of(
             copy.deepcopy(model).to(device),
             likelihood,
             subset,

@@ -15,11 +15,10 @@ import torch
 from laplace.curvature import CurvlinopsGGN, CurvlinopsHessian
 from models import MODELS, mlp, targets
 from oracles import dense_ggn, mean_of
-from posterior_cases import close, hyper_parameters
+from posterior_cases import close, hyper_parameters, posterior_of
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.source import sample_source
@@ -41,7 +40,7 @@ def data(name: str = "MLP", likelihood: str = CLASSIFICATION, n_outputs: int = 3
 
 def posterior(name: str = "MLP", likelihood: str = CLASSIFICATION, n_outputs: int = 3, **options: Any) -> Any:
     model = MODELS[name](n_outputs)[0]
-    return DebiasedLaplace(model, likelihood, **{**hyper_parameters(likelihood), "seed": 5, **options})
+    return posterior_of(model, likelihood, **{**hyper_parameters(likelihood), "seed": 5, **options})
 
 
 def assert_equal(grown: Any, at_once: Any, **tolerance: float) -> None:
@@ -203,7 +202,7 @@ def test_loaders_of_every_kind_join(case: str) -> None:
 
 def test_mappings_join() -> None:
     first, second, both = (loader(Mapped(taken(data(), some))) for some in (range(9), range(9, 25), range(25)))
-    grown, at_once = (DebiasedLaplace(OfMapping(), CLASSIFICATION, seed=5, **HYPER) for _ in range(2))
+    grown, at_once = (posterior_of(OfMapping(), CLASSIFICATION, seed=5, **HYPER) for _ in range(2))
     grown.fit(first)
     grown.fit(second, override=False)
     at_once.fit(both)
@@ -405,7 +404,7 @@ PRIORS = torch.tensor([0.4, 1.7, 0.3, 2.2], dtype=torch.float64)
 def doubling(likelihood: str = CLASSIFICATION, **options: Any) -> Any:
     """Of one prior per layer."""
     scales = {**hyper_parameters(likelihood), "prior_precision": PRIORS}
-    return DebiasedLaplace(large(likelihood).model, likelihood, **{**scales, **options})
+    return posterior_of(large(likelihood).model, likelihood, **{**scales, **options})
 
 
 def order_of(dataset: Any, seed: int) -> list[int]:
@@ -635,7 +634,7 @@ def test_doubling_from_what_other_fits_read() -> None:
 FIRST_SIZES = {
     "32 are enough": ({}, 100, None, [32, 64, 100]),
     "fewer than 32": ({}, 20, None, [20]),
-    "many folds": ({"magnitudes": "cross_fitted", "n_folds": 50}, 240, None, [64, 128, 240]),
+    "many folds": ({"magnitudes": "cross_fitted", "n_folds": 50}, 100, None, [32, 64, 100]),
     "a number of direction samples": ({"direction_samples": 63}, 240, None, [128, 240]),
     "a number of direction samples that leaves too few until the end": ({"direction_samples": 90}, 100, None, [100]),
 }
@@ -672,7 +671,11 @@ def test_what_does_not_fit_the_samples_is_said_first(monkeypatch: pytest.MonkeyP
     for options, kwargs, message in (
         ({"direction_samples": 240}, {}, "leave 0 for the magnitudes"),
         ({}, {"n_data": 239}, "at least 240, got 239"),
-        ({"magnitudes": "cross_fitted", "n_folds": 241}, {}, "needs a sample for every fold"),
+        (
+            {"magnitudes": "cross_fitted", "direction_samples": 0.5, "magnitude_samples": 130},
+            {},
+            "ask for 120 . 130 disjoint samples",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             doubling(**options).fit(loader(large().data), tolerance=1.0, **kwargs)

@@ -24,9 +24,10 @@ from laplace_torch_cases import (
     theirs,
 )
 from oracles import dense_kl, dense_posterior_precision
+from posterior_cases import posterior_of
 from torch.utils.data import DataLoader, Subset
 
-from debiased_laplace import DebiasedLaplace, held_out_kl
+from debiased_laplace import held_out_kl
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 FULL_BATCH = {"n_data": N, "temperature": TEMPERATURE}
@@ -73,7 +74,7 @@ def ours_like(case, likelihood, **options):
     if subset == "subnetwork":
         options["subnetwork_indices"], order = positions(case).sort()
         prior = prior[order] if isinstance(prior, torch.Tensor) else prior
-    la = DebiasedLaplace(
+    la = posterior_of(
         problem(likelihood)[0],
         likelihood,
         subset,

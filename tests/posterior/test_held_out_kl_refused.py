@@ -7,10 +7,11 @@ import torch
 from laplace import ELLA, FunctionalLaplace, Laplace, VaLLA
 from laplace.curvature import AsdlGGN, CurvlinopsHessian, CurvlinopsInterface
 from laplace_torch_cases import CASES, FITTED, PRIOR, TEMPERATURE, N, data_of, fitted, loaders, problem, theirs
+from posterior_cases import posterior_of
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from debiased_laplace import DebiasedLaplace, held_out_kl
+from debiased_laplace import held_out_kl
 from debiased_laplace.errors import NotFittedError, OverlapError
 
 FULL_BATCH = {"n_data": N, "temperature": TEMPERATURE}
@@ -83,7 +84,7 @@ def test_calls(call):
 
 
 def test_ours_know_their_full_batch():
-    la = DebiasedLaplace(problem("classification")[0], "classification", prior_precision=PRIOR, temperature=TEMPERATURE)
+    la = posterior_of(problem("classification")[0], "classification", prior_precision=PRIOR, temperature=TEMPERATURE)
     with pytest.raises(NotFittedError):
         judge(la)
     la.fit(DataLoader(Subset(data_of("classification"), range(FITTED)), batch_size=8), n_data=N)
@@ -129,7 +130,7 @@ def test_weights_that_have_changed(case):
 @pytest.mark.parametrize("what", ["weight", "buffer"])
 def test_our_weights_that_have_changed(what):
     model = nn.Sequential(deepcopy(problem("classification")[0]), nn.BatchNorm1d(3)).double().eval()
-    la = DebiasedLaplace(model, "classification", "subnetwork", subnetwork_indices=torch.arange(9))
+    la = posterior_of(model, "classification", "subnetwork", subnetwork_indices=torch.arange(9))
     la.fit(DataLoader(Subset(data_of("classification"), range(FITTED)), batch_size=8), n_data=N)
     # not among the posterior's own parameters, but the network is another one
     changed = model[0][2].bias if what == "weight" else model[1].running_mean

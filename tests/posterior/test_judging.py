@@ -3,10 +3,8 @@
 import pytest
 import torch
 from oracles import dense_kl, dense_posterior_precision
-from posterior_cases import PRIOR, SIGMA, TEMPERATURE, hyper_parameters, problem
+from posterior_cases import PRIOR, SIGMA, TEMPERATURE, hyper_parameters, posterior_of, problem
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 OPTIONS = {
     "held out": {},
@@ -23,7 +21,7 @@ OPTIONS = {
 def judged(name, likelihood, indices, **options):
     model, X, y, per_sample = problem(name, likelihood)
     data = TensorDataset(X, y)
-    la = DebiasedLaplace(model, likelihood, **hyper_parameters(likelihood), **options)
+    la = posterior_of(model, likelihood, **hyper_parameters(likelihood), **options)
     la.fit(DataLoader(Subset(data, indices), batch_size=8), n_data=40)
     full = dense_posterior_precision(
         sum(per_sample) / 40,

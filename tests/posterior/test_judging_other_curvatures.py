@@ -7,10 +7,8 @@ import torch
 from laplace.curvature import CurvlinopsEF, CurvlinopsGGN, CurvlinopsHessian
 from models import reused_module_net, targets
 from oracles import dense_empirical_fisher, dense_ggn, dense_hessian, dense_kl, dense_posterior_precision
-from posterior_cases import SIGMA, TEMPERATURE, hyper_parameters
+from posterior_cases import SIGMA, TEMPERATURE, hyper_parameters, posterior_of
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 KINDS = {
     "GGN": {},
@@ -45,7 +43,7 @@ def judged(kind, likelihood="classification", subset="all", structure="lowrank",
     model, X = reused_module_net()
     data = TensorDataset(X, targets(likelihood))
     given = {**hyper_parameters(likelihood), **KINDS[kind], **SUBSETS[subset][1], **options}
-    la = DebiasedLaplace(model, likelihood, subset, structure, **given)
+    la = posterior_of(model, likelihood, subset, structure, **given)
     la.fit(DataLoader(Subset(data, range(16)), batch_size=8), n_data=40)
     found = la.held_out_kl(
         DataLoader(Subset(data, range(16, 40)), batch_size=9), DataLoader(Subset(data, range(16)), batch_size=5)
@@ -161,7 +159,7 @@ def test_subnetworks_of_as_many_other_entries_do_not_compare():
     for start in (4, 5):
         model, X = reused_module_net()
         data = TensorDataset(X, targets("classification"))
-        la = DebiasedLaplace(
+        la = posterior_of(
             model,
             "classification",
             "subnetwork",
@@ -178,10 +176,10 @@ def test_subnetworks_of_as_many_other_entries_do_not_compare():
 def test_states_say_which_curvature_they_are_of(kind):
     la, found = judged(kind)
     model, X = reused_module_net()
-    plain = DebiasedLaplace(model, "classification")
+    plain = posterior_of(model, "classification")
     with pytest.raises(ValueError, match=f"with the GGN; it has the {kind}"):
         plain.load_state_dict(la.state_dict())
-    loaded = DebiasedLaplace(model, "classification", **KINDS[kind])
+    loaded = posterior_of(model, "classification", **KINDS[kind])
     loaded.load_state_dict(la.state_dict())
     assert torch.equal(loaded(X), la(X))
     assert kind in repr(loaded)

@@ -10,13 +10,11 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsEF
 from oracles import dense_jacobian
-from posterior_cases import close
+from posterior_cases import close, posterior_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 BATCH, INPUTS, HIDDEN, MANY = 64, 10, 16, 1000
 HYPER = {"prior_precision": 0.4, "temperature": 1.3}
@@ -44,7 +42,7 @@ def fitted(n_classes, dtype=torch.float64, **options):
 
 def fit(n_classes, dtype=torch.float64, backend_kwargs=None, **options):
     model, X, labels = problem(n_classes, dtype)
-    la = DebiasedLaplace(model, "classification", backend_kwargs=backend_kwargs, **{**HYPER, **options})
+    la = posterior_of(model, "classification", backend_kwargs=backend_kwargs, **{**HYPER, **options})
     la.fit(DataLoader(TensorDataset(X, labels), batch_size=BATCH), n_data=200)
     return la
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsGGN
 from oracles import dense_low_rank_posterior
-from posterior_cases import close, hyper_parameters
+from posterior_cases import close, hyper_parameters, posterior_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.errors import OverlapError, RepeatedSamplesError
 
 N, LENGTH = 30, 5
@@ -126,14 +125,14 @@ def packed(likelihood="classification"):
 @cache
 def reference(likelihood="classification", **options):
     """The posterior of the same network on plain tensors, never to be changed."""
-    la = DebiasedLaplace(Packed(), likelihood, **{**hyper_parameters(likelihood), "rank": 6, **options})
+    la = posterior_of(Packed(), likelihood, **{**hyper_parameters(likelihood), "rank": 6, **options})
     X, y = packed(likelihood)
     la.fit(DataLoader(TensorDataset(X, y), batch_size=8), n_data=44)
     return la, X
 
 
 def of_mappings(model=None, loader=None, likelihood="classification", n_data=44, **options):
-    la = DebiasedLaplace(model or Keywords(), likelihood, **{**hyper_parameters(likelihood), "rank": 6, **options})
+    la = posterior_of(model or Keywords(), likelihood, **{**hyper_parameters(likelihood), "rank": 6, **options})
     la.fit(DataLoader(Rows(columns(likelihood)), batch_size=8) if loader is None else loader, n_data=n_data)
     return la
 
@@ -277,7 +276,7 @@ def test_gradients_with_respect_to_a_tensor_of_the_mapping():
 
     ids, mask, labels = tokens()
     weights = mask.double() + 0.1
-    la = DebiasedLaplace(Soft(), "classification", rank=4, enable_backprop=True, **hyper_parameters("classification"))
+    la = posterior_of(Soft(), "classification", rank=4, enable_backprop=True, **hyper_parameters("classification"))
     la.fit(batches({"input_ids": ids, "weights": weights, "labels": labels}))
     w = weights[:2].clone().requires_grad_()
 
@@ -316,7 +315,7 @@ def test_held_out_kl():
     first, second = Subset(Rows(c), range(20)), Subset(Rows(c), range(20, N))
     X, y = packed()
     la = of_mappings(loader=DataLoader(first, batch_size=8))
-    other = DebiasedLaplace(Packed(), "classification", rank=6, **hyper_parameters("classification"))
+    other = posterior_of(Packed(), "classification", rank=6, **hyper_parameters("classification"))
     tensors = TensorDataset(X, y)
     other.fit(DataLoader(Subset(tensors, range(20)), batch_size=8), n_data=44)
     found = la.held_out_kl(DataLoader(second, batch_size=4), DataLoader(first, batch_size=7))
@@ -352,7 +351,7 @@ def test_marginal_likelihood():
 def test_a_loaded_state_meets_mappings(subset):
     la = of_mappings(subset_of_weights=subset)
     state = la.state_dict()
-    loaded = DebiasedLaplace(Keywords(), "classification", subset)
+    loaded = posterior_of(Keywords(), "classification", subset)
     loaded.load_state_dict(state)
     x = inputs(4)
     torch.testing.assert_close(loaded(UserDict(x)), la(x), rtol=0, atol=0)
@@ -453,14 +452,14 @@ WRONG_BATCHES = {
 @pytest.mark.parametrize("name", WRONG_BATCHES)
 def test_batches_that_cannot_be_used(name, wrap):
     change, message = WRONG_BATCHES[name]
-    la = DebiasedLaplace(Keywords(), "classification", rank=2, **hyper_parameters("classification"))
+    la = posterior_of(Keywords(), "classification", rank=2, **hyper_parameters("classification"))
     with pytest.raises(ValueError, match=message):
         la.fit([wrap(change(batch)) for batch in batches(columns())])
 
 
 def test_mappings_with_different_entries():
     first, second, *rest = batches(columns())
-    la = DebiasedLaplace(Keywords(), "classification", rank=2, **hyper_parameters("classification"))
+    la = posterior_of(Keywords(), "classification", rank=2, **hyper_parameters("classification"))
     with pytest.raises(ValueError, match="of one shape"):
         la.fit([first, without(second, "attention_mask"), *rest])
 

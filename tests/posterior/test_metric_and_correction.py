@@ -4,12 +4,11 @@ import io
 
 import pytest
 import torch
-from posterior_cases import PRIOR, TEMPERATURE, close, fitted, loader_of
+from posterior_cases import PRIOR, TEMPERATURE, close, fitted, loader_of, posterior_of
 from subset_cases import problem as subset_problem
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
 
 OPTIONS = {
@@ -87,7 +86,7 @@ def test_a_state_restores_it(case: str) -> None:
     torch.save(la.state_dict(), file)
     file.seek(0)
     structure = OPTIONS[case].get("hessian_structure", "lowrank")
-    again = DebiasedLaplace(la.model, "classification", "all", structure)
+    again = posterior_of(la.model, "classification", "all", structure)
     again.load_state_dict(torch.load(file, weights_only=True))
     close(again(X), la(X), 1e-10)
     close(again.posterior_precision.to_dense(), la.posterior_precision.to_dense(), 1e-10)
@@ -120,7 +119,7 @@ def test_subsets_of_the_weights(where: tuple[str, str, str, int]) -> None:
     found = subset_problem(name, likelihood, n_outputs)
     model, X, y = found[:3]
     indices = torch.tensor([0, 2, 3, 5, 7, 8, 11, 14, 15]) if subset == "subnetwork" else None
-    la = DebiasedLaplace(
+    la = posterior_of(
         model, likelihood, subset, complement="kron", metric="kron", magnitudes="cross_fitted", n_folds=5,
         subnetwork_indices=indices, prior_precision=PRIOR, temperature=TEMPERATURE,
         **({"sigma_noise": 0.7} if likelihood == "regression" else {}),
@@ -138,7 +137,7 @@ def test_the_metric_is_chosen_by_held_out_kl() -> None:
     assert sorted(option.metric for option in options) == ["euclidean", "kron"]
     assert la.fitted.options == la.choice.chosen.options
     assert any("metric='kron'" in line for line in str(la.choice).splitlines())
-    fixed = DebiasedLaplace(
+    fixed = posterior_of(
         la.model, "classification", magnitudes="cross_fitted", n_folds=4, complement="kron",
         metric=la.choice.chosen.options.metric, prior_precision=PRIOR, temperature=TEMPERATURE,
     )  # fmt: skip
@@ -152,7 +151,7 @@ def test_its_held_out_kl_compares_with_that_of_others() -> None:
     inside, outside = DataLoader(Subset(data, range(24))), DataLoader(Subset(data, range(24, 40)))
     values = []
     for metric in ("euclidean", "kron"):
-        la = DebiasedLaplace(model, "classification", complement="kron", metric=metric, prior_precision=PRIOR, rank=5)
+        la = posterior_of(model, "classification", complement="kron", metric=metric, prior_precision=PRIOR, rank=5)
         la.fit(inside, n_data=40)
         values.append(la.held_out_kl(outside, inside))
     assert (values[0] - values[1]).n == 16
@@ -178,14 +177,14 @@ def test_refused(case: str) -> None:
     options = dict(options)
     structure = options.pop("hessian_structure", "lowrank")
     with pytest.raises(ValueError, match=message):
-        DebiasedLaplace(fitted("MLP", "classification")[0].model, "classification", "all", structure, **options)
+        posterior_of(fitted("MLP", "classification")[0].model, "classification", "all", structure, **options)
 
 
 def test_a_hessian_has_no_rows_to_whiten() -> None:
     from laplace.curvature import CurvlinopsHessian
 
     la, X, y, _ = fitted("MLP", "classification")
-    hessian = DebiasedLaplace(
+    hessian = posterior_of(
         la.model, "classification", complement="kron", metric="kron", backend=CurvlinopsHessian, prior_precision=PRIOR
     )
     with pytest.raises(ValueError, match="Hessian"):

@@ -6,9 +6,7 @@ import pytest
 import torch
 from models import mlp, targets
 from oracles import dense_log_likelihood, dense_log_marginal_likelihood, flat_parameters
-from posterior_cases import close, dense_counterpart, fitted, hyper_parameters, jacobians, loader_of
-
-from debiased_laplace import DebiasedLaplace
+from posterior_cases import close, dense_counterpart, fitted, hyper_parameters, jacobians, loader_of, posterior_of
 
 MODEL_NAMES = ["MLP", "convolutions and pooling", "BatchNorm", "LayerNorm and raw parameters"]
 SPLITS = {
@@ -196,7 +194,7 @@ def test_everything_given_and_full_rank_keeps_the_trace_of_the_full_batch():
 
 def test_float32_agrees_with_float64():
     model32, X32 = mlp(dtype=torch.float32)
-    la32 = DebiasedLaplace(model32, "classification", rank=10, **hyper_parameters("classification"))
+    la32 = posterior_of(model32, "classification", rank=10, **hyper_parameters("classification"))
     la32.fit(loader_of(X32, targets("classification"), shuffle=True))
     la64, X, _, _ = fitted("MLP", "classification", rank=10)
     assert la32.directions.dtype == torch.float32

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from posterior_cases import posterior_of
 from torch import Tensor, nn
-
-from debiased_laplace import DebiasedLaplace
 
 GIVEN = {
     "number": 0.3,
@@ -17,7 +16,7 @@ GIVEN = {
 @pytest.mark.parametrize("case", GIVEN)
 def test_numbers_keep_all_digits_of_a_double_precision_model(case: str) -> None:
     value = GIVEN[case]
-    la = DebiasedLaplace(nn.Linear(3, 2).double(), "classification", prior_precision=value)
+    la = posterior_of(nn.Linear(3, 2).double(), "classification", prior_precision=value)
     assert la.prior_precision.dtype == torch.float64
     assert la.prior_precision.tolist() == torch.as_tensor(value, dtype=torch.float64).reshape(-1).tolist()
     if not isinstance(value, Tensor) or value.numel() in (1, 8):
@@ -27,6 +26,6 @@ def test_numbers_keep_all_digits_of_a_double_precision_model(case: str) -> None:
 
 @pytest.mark.parametrize("case", GIVEN)
 def test_numbers_take_the_precision_of_the_model(case: str) -> None:
-    la = DebiasedLaplace(nn.Linear(3, 2), "classification", prior_precision=GIVEN[case])
+    la = posterior_of(nn.Linear(3, 2), "classification", prior_precision=GIVEN[case])
     assert la.prior_precision.dtype == torch.float32
     assert la.prior_precision.ndim == 1

@@ -9,11 +9,9 @@ import pytest
 import torch
 from laplace import FullLaplace
 from oracles import dense_ggn, dense_jacobian, dense_kronecker_posterior, dense_low_rank_posterior
-from posterior_cases import close, loader_of
+from posterior_cases import close, loader_of, posterior_of
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 N, PRIOR, TEMPERATURE = 40, 0.4, 1.3
 
@@ -46,7 +44,7 @@ def fitted(subset, structure, **options):
     given = {"prior_precision": PRIOR, "temperature": TEMPERATURE, **options}
     if subset == "subnetwork":
         given["subnetwork_indices"] = SUBSETS[subset]
-    la = DebiasedLaplace(Reward(), "reward_modeling", subset, structure, **given)
+    la = posterior_of(Reward(), "reward_modeling", subset, structure, **given)
     la.fit(DataLoader(Subset(TensorDataset(pairs, preferred), range(30)), batch_size=8), n_data=N)
     return la
 
@@ -114,7 +112,7 @@ def check_held_out_kl(la, covariance, per_sample):
 
 def test_every_direction_of_all_the_data_is_laplace_torchs():
     pairs, preferred = data()
-    ours = DebiasedLaplace(
+    ours = posterior_of(
         Reward(),
         "reward_modeling",
         "all",
@@ -162,19 +160,19 @@ def test_evidence_and_state():
     before = float(la.log_marginal_likelihood(torch.tensor(6.0)))
     la.optimize_prior_precision(n_steps=8, init_prior_prec=6.0)
     assert float(la.log_marginal_likelihood()) > before + 0.05
-    loaded = DebiasedLaplace(la.model, "reward_modeling", "last_layer", "kron")
+    loaded = posterior_of(la.model, "reward_modeling", "last_layer", "kron")
     loaded.load_state_dict(la.state_dict())
     singles = data()[0][:4, 0]
     for found, expected in zip(loaded(singles), la(singles), strict=True):
         assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="Expected likelihood 'classification'; the state has 'reward_modeling'"):
-        DebiasedLaplace(la.model, "classification", "last_layer", "kron").load_state_dict(la.state_dict())
+        posterior_of(la.model, "classification", "last_layer", "kron").load_state_dict(la.state_dict())
 
 
 def test_what_a_reward_model_is_not_given():
     with pytest.raises(ValueError, match=r"(?i)sigma.noise.*regression"):
-        DebiasedLaplace(Reward(), "reward_modeling", sigma_noise=0.7)
-    la = DebiasedLaplace(Reward(), "reward_modeling", prior_precision=PRIOR)
+        posterior_of(Reward(), "reward_modeling", sigma_noise=0.7)
+    la = posterior_of(Reward(), "reward_modeling", prior_precision=PRIOR)
     pairs, preferred = data()
     with pytest.raises(ValueError, match="at least 2 outputs"):
         la.fit(loader_of(pairs[:, 0], preferred))

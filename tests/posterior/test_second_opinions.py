@@ -6,10 +6,8 @@ import pickle
 import pytest
 import torch
 from models import MODELS, targets
-from posterior_cases import loader_of
+from posterior_cases import loader_of, posterior_of
 from torch import nn
-
-from debiased_laplace import DebiasedLaplace
 
 PRIOR = 0.4
 
@@ -27,7 +25,7 @@ def built(module, *arguments):
 
 def fitted(model, likelihood="classification", **options):
     X, y = data()
-    la = DebiasedLaplace(model, likelihood, **{"prior_precision": PRIOR, "temperature": 1.3, **options})
+    la = posterior_of(model, likelihood, **{"prior_precision": PRIOR, "temperature": 1.3, **options})
     la.fit(loader_of(X, y))
     return la, X
 
@@ -38,10 +36,10 @@ def fitted(model, likelihood="classification", **options):
 def test_a_loaded_posterior_serves_under_inference_mode(subset, structure, name):
     model, X = MODELS[name]()
     options = {"subset_of_weights": subset, "hessian_structure": structure, "prior_precision": PRIOR}
-    la = DebiasedLaplace(model, "classification", **options)
+    la = posterior_of(model, "classification", **options)
     la.fit(loader_of(X, targets("classification")))
     expected = la(X[:3])
-    served = DebiasedLaplace(model, "classification", **options)
+    served = posterior_of(model, "classification", **options)
     with torch.inference_mode():
         served.load_state_dict(la.state_dict())
         found = served(X[:3].clone())
@@ -168,7 +166,7 @@ def test_an_empty_parameter_is_no_parameter(structure):
     la, X = fitted(built(WithAnEmptyParameter), hessian_structure=structure)
     plain, _ = fitted(built(WithAnEmptyParameter).head, hessian_structure=structure)
     torch.testing.assert_close(la(X[:3]), plain(X[:3]))
-    again = DebiasedLaplace(la.model, "classification", hessian_structure=structure)
+    again = posterior_of(la.model, "classification", hessian_structure=structure)
     again.load_state_dict(la.state_dict())
     torch.testing.assert_close(again(X[:3]), la(X[:3]))
 
@@ -209,14 +207,14 @@ def test_a_compiled_model_is_the_model_inside():
     compiled = torch.compile(model, backend="eager")
     other, _ = fitted(compiled, hessian_structure="kron")
     torch.testing.assert_close(other(X[:3]), la(X[:3]))
-    again = DebiasedLaplace(model, "classification", hessian_structure="kron")
+    again = posterior_of(model, "classification", hessian_structure="kron")
     again.load_state_dict(other.state_dict())
     torch.testing.assert_close(again(X[:3]), la(X[:3]))
 
 
 def test_a_parallel_wrapper_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"inside DataParallel: pass model\.module"):
-        DebiasedLaplace(nn.DataParallel(built(Keeping)), "classification")
+        posterior_of(nn.DataParallel(built(Keeping)), "classification")
 
 
 def _cut(key):
@@ -263,7 +261,7 @@ def test_everything_is_in_the_precision_of_the_model(structure, basis):
         pytest.skip("of kron only")
     model, X = MODELS["MLP"](dtype=torch.float32)
     options = {"kron_basis": basis} if structure == "kron" else {}
-    la = DebiasedLaplace(model, "classification", hessian_structure=structure, prior_precision=PRIOR, **options)
+    la = posterior_of(model, "classification", hessian_structure=structure, prior_precision=PRIOR, **options)
     la.fit(loader_of(X, targets("classification")))
     found = [la.directional_curvatures, la.in_sample_curvatures, la.standard_errors, la(X[:2]), la.sample(2), *la.H]
     assert {t.dtype for t in found} == {torch.float32}

@@ -3,11 +3,9 @@
 import pytest
 import torch
 from models import MODELS, targets
-from posterior_cases import hyper_parameters, loader_of
+from posterior_cases import hyper_parameters, loader_of, posterior_of
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 
 def snapshot(model):
@@ -63,7 +61,7 @@ def test_the_model_is_as_it_was(name, mode):
         if i % 2:
             p.grad = torch.full_like(p, 0.25)
     before = snapshot(model)
-    la = DebiasedLaplace(model, likelihood, **hyper_parameters(likelihood), rank=6)
+    la = posterior_of(model, likelihood, **hyper_parameters(likelihood), rank=6)
     for step in everything(la, X, y):
         step()
         same(model, before)
@@ -75,7 +73,7 @@ def test_training_mode_changes_no_number(name):
     for training in (False, True):
         model, X = MODELS[name]()
         model.train(training)
-        la = DebiasedLaplace(model, "classification", **hyper_parameters("classification"))
+        la = posterior_of(model, "classification", **hyper_parameters("classification"))
         la.fit(loader_of(X, targets("classification")))
         found.append((la.posterior_precision.to_dense(), la.log_marginal_likelihood(), la(X)))
     for evaluating, trained in zip(*found, strict=True):
@@ -102,7 +100,7 @@ class Fragile(nn.Module):
 def test_the_model_is_as_it_was_when_it_raises(calls_left):
     model = Fragile().double().train()
     X, y = MODELS["BatchNorm"]()[1], targets("classification")
-    la = DebiasedLaplace(model, "classification", **hyper_parameters("classification"), rank=4)
+    la = posterior_of(model, "classification", **hyper_parameters("classification"), rank=4)
     la.fit(loader_of(X, y))
     expected, mean = la(X), la.mean.clone()
     for p in model.parameters():
@@ -131,7 +129,7 @@ def test_training_on_does_not_move_the_mean(fresh):
     # one parameter only: flattening it must still copy
     model = nn.Linear(4, 3, bias=False).double()
     X = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    la = DebiasedLaplace(model, "regression", **hyper_parameters("regression"))
+    la = posterior_of(model, "regression", **hyper_parameters("regression"))
     la.fit(loader_of(X, targets("regression")))
     if not fresh:
         la(X, pred_type="nn", link_approx="mc", n_samples=3)
@@ -147,7 +145,7 @@ def test_training_on_does_not_move_the_mean(fresh):
 def test_options_are_not_written_to():
     model, X = MODELS["MLP"]()
     prior = torch.full((6,), 0.4, dtype=torch.float64)
-    la = DebiasedLaplace(model, "classification", prior_precision=prior, backend_kwargs={})
+    la = posterior_of(model, "classification", prior_precision=prior, backend_kwargs={})
     la.fit(loader_of(X, targets("classification")))
     la.optimize_prior_precision(n_steps=3, init_prior_prec=prior)
     assert torch.equal(prior, torch.full((6,), 0.4, dtype=torch.float64))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from models import mlp, targets
+from posterior_cases import posterior_of
 from torch.utils.data import DataLoader, Dataset
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature import survey as survey_module
 
 
@@ -25,7 +25,7 @@ class Counting(Dataset):
 
 def fitted(data, **options):
     model, _ = mlp()
-    la = DebiasedLaplace(model, "classification", prior_precision=0.3, **options)
+    la = posterior_of(model, "classification", prior_precision=0.3, **options)
     la.fit(DataLoader(data, batch_size=3))
     return la
 

@@ -8,11 +8,9 @@ import torch
 from laplace import FullLaplace, FullLLLaplace, FullSubnetLaplace
 from models import mlp, reused_module_net, targets
 from oracles import dense_ggn, flat_parameters
-from posterior_cases import close, fitted, hyper_parameters, loader_of
+from posterior_cases import close, fitted, hyper_parameters, loader_of, posterior_of
 from subset_cases import LAST_LAYER, LIKELIHOODS, STRUCTURES, SUBSETS, positions, problem
 from torch import nn
-
-from debiased_laplace import DebiasedLaplace
 
 RTOL = 1e-8
 
@@ -28,8 +26,8 @@ def in_double_precision():
         torch.set_default_dtype(before)
 
 
-def posterior_of(model, X, likelihood, subset, structure, **options):
-    la = DebiasedLaplace(model, likelihood, subset, structure, **{**hyper_parameters(likelihood), **options})
+def fitted_on(model, X, likelihood, subset, structure, **options):
+    la = posterior_of(model, likelihood, subset, structure, **{**hyper_parameters(likelihood), **options})
     la.fit(loader_of(X, targets(likelihood)), n_data=60)
     return la
 
@@ -57,8 +55,8 @@ def test_a_subset_that_is_everything_is_everything(case, structure, likelihood):
     kfac = {"kron_basis": "kfac", "kron_magnitudes": "kronecker"} if structure == "kron by K-FAC" else {}
     structure = structure.split()[0]
     n = len(flat_parameters(model))
-    whole = posterior_of(model, X, likelihood, "all", structure, **kfac)
-    part = posterior_of(model, X, likelihood, subset, structure, **options_of(n), **kfac)
+    whole = fitted_on(model, X, likelihood, "all", structure, **kfac)
+    part = fitted_on(model, X, likelihood, subset, structure, **options_of(n), **kfac)
     close(part.posterior_precision.to_dense(), whole.posterior_precision.to_dense(), 1e-9)
     close(part.log_marginal_likelihood(), whole.log_marginal_likelihood(), 1e-9)
     for found, expected in zip(part(X), whole(X), strict=True):
@@ -113,7 +111,7 @@ def test_full_keeps_directions_that_low_rank_takes_for_unsupported():
     X[:, 0] *= 1e-4  # its curvature is 1e-8 of the largest
     y = targets("regression", n_outputs=2)
     options = {"magnitudes": "same_batch", **hyper_parameters("regression"), "prior_precision": 1e-9}
-    full = DebiasedLaplace(model, "regression", "all", "full", **options)
+    full = posterior_of(model, "regression", "all", "full", **options)
     full.fit(loader_of(X, y))
     assert full.rank == 8
     H = dense_ggn(model, X, "regression")[1]
@@ -121,7 +119,7 @@ def test_full_keeps_directions_that_low_rank_takes_for_unsupported():
     found = torch.linalg.eigvalsh(full.posterior_precision.to_dense())
     close(found, torch.linalg.eigvalsh(weight * H) + 1e-9, 1e-6)
     assert float(found[1]) == pytest.approx(float(torch.linalg.eigvalsh(weight * H)[1]) + 1e-9, rel=1e-4)
-    low = DebiasedLaplace(model, "regression", "all", "lowrank", **options)
+    low = posterior_of(model, "regression", "all", "lowrank", **options)
     with pytest.warns(UserWarning, match="rank=None left out directions"):
         low.fit(loader_of(X, y))
     assert low.rank == 6
@@ -136,7 +134,7 @@ def both(subset, likelihood, name="reused module", n_outputs=3):
     at = positions(name, model, subset)
     ours_only = {"subnetwork_indices": at} if subset == "subnetwork" else {}
     theirs_only = {"last_layer": {"last_layer_name": LAST_LAYER[name]}, "subnetwork": ours_only}.get(subset, {})
-    ours = DebiasedLaplace(
+    ours = posterior_of(
         model, likelihood, subset, "full", magnitudes="same_batch", **hyper_parameters(likelihood), **ours_only
     )
     # a copy of its own: laplace-torch's last-layer posterior leaves attributes on the model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from laplace import Laplace, ParametricLaplace
 from models import mlp, targets
-from posterior_cases import close, hyper_parameters, loader_of
+from posterior_cases import PLAIN, close, hyper_parameters, loader_of, posterior_of
 from torch import nn
 
 from debiased_laplace import DebiasedLaplace
@@ -35,9 +35,8 @@ def subset_options(subset):
 
 def fitted(subset, structure, make=DebiasedLaplace, **options):
     model, X = mlp()
-    la = make(
-        model, "classification", subset, structure, **hyper_parameters("classification"), **subset_options(subset)
-    )
+    given = {**PLAIN, **hyper_parameters("classification"), **subset_options(subset)}
+    la = make(model, "classification", subset, structure, **given)
     for name, value in options.items():
         setattr(la, name, value)
     la.fit(loader_of(X, targets("classification")))
@@ -50,7 +49,7 @@ def test_each_class_has_its_own_key(key):
     cls = getattr(structures, NAMES[key])
     assert cls._key == (subset, f"debiased_{structure}")
     assert CLASSES[key] is cls
-    la = DebiasedLaplace(mlp()[0], "classification", subset, structure, **subset_options(subset))
+    la = posterior_of(mlp()[0], "classification", subset, structure, **subset_options(subset))
     assert type(la) is cls
     assert isinstance(la, ParametricLaplace)
     assert set(CLASSES) == set(NAMES)
@@ -75,7 +74,7 @@ def test_laplace_torch_has_no_other_structures_for_subnetworks_than_its_own():
 def test_names_may_be_laplace_torchs_enums():
     from laplace.utils.enums import HessianStructure, Likelihood, SubsetOfWeights
 
-    la = DebiasedLaplace(
+    la = posterior_of(
         mlp()[0], Likelihood.REGRESSION, SubsetOfWeights.LAST_LAYER, HessianStructure.KRON, prior_precision=0.4
     )
     assert type(la) is CLASSES["last_layer", "kron"]
@@ -88,7 +87,7 @@ def test_names_may_be_laplace_torchs_enums():
 @pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
 def test_a_last_layer_is_found_at_the_fit(structure):
     model, X = mlp()
-    la = DebiasedLaplace(model, "classification", "last_layer", structure, **hyper_parameters("classification"))
+    la = posterior_of(model, "classification", "last_layer", structure, **hyper_parameters("classification"))
     assert (la.n_params, la.n_layers, la.mean) == (None, None, None)
     assert repr(la).startswith(f"{NAMES['last_layer', structure]}(classification, last layer, ")
     assert repr(la).endswith("not fitted)")
@@ -99,7 +98,7 @@ def test_a_last_layer_is_found_at_the_fit(structure):
     assert la.selection.names == ("4.weight", "4.bias")
     assert torch.equal(la.mean, torch.cat([model[4].weight.flatten(), model[4].bias]).detach())
     named, _ = mlp()
-    other = DebiasedLaplace(
+    other = posterior_of(
         named, "classification", "last_layer", structure, last_layer_name="4", **hyper_parameters("classification")
     )
     assert other.n_params == 18
@@ -109,7 +108,7 @@ def test_a_last_layer_is_found_at_the_fit(structure):
 
 def test_another_layer_by_name():
     model, X = mlp()
-    la = DebiasedLaplace(model, "regression", "last_layer", last_layer_name="2", **hyper_parameters("regression"))
+    la = posterior_of(model, "regression", "last_layer", last_layer_name="2", **hyper_parameters("regression"))
     la.fit(loader_of(X, targets("regression")))
     assert la.selection.names == ("2.weight", "2.bias")
     assert la.n_params == 40
@@ -136,10 +135,10 @@ def test_a_prior_that_came_before_its_layer(structure, case):
     prior, of_entries = PRIORS_THAT_FIT[case]
     model, X = mlp()
     options = {**hyper_parameters("classification"), "prior_precision": prior}
-    la = DebiasedLaplace(model, "classification", "last_layer", structure, **options)
+    la = posterior_of(model, "classification", "last_layer", structure, **options)
     la.fit(loader_of(X, targets("classification")))
     close(la.prior_precision_diag, of_entries)
-    scalar = DebiasedLaplace(model, "classification", "last_layer", structure, **hyper_parameters("classification"))
+    scalar = posterior_of(model, "classification", "last_layer", structure, **hyper_parameters("classification"))
     scalar.fit(loader_of(X, targets("classification")))
     P0 = torch.diag(of_entries.double() - 0.4)
     close(la.posterior_precision.to_dense(), scalar.posterior_precision.to_dense() + P0)
@@ -158,7 +157,7 @@ PRIORS_THAT_DO_NOT = {
 def test_a_prior_that_does_not_fit_its_layer_is_refused_at_the_fit(case):
     structure, n, message = PRIORS_THAT_DO_NOT[case]
     model, X = mlp()
-    la = DebiasedLaplace(model, "classification", "last_layer", structure, prior_precision=evenly(n))
+    la = posterior_of(model, "classification", "last_layer", structure, prior_precision=evenly(n))
     with pytest.raises(ValueError, match=message):
         la.fit(loader_of(X, targets("classification")))
     # it is as before: not fitted, and a prior that fits can still be set
@@ -172,7 +171,7 @@ def test_a_prior_that_does_not_fit_its_layer_is_refused_at_the_fit(case):
 
 def test_a_prior_mean_that_came_before_its_layer_is_checked_at_the_fit():
     model, X = mlp()
-    la = DebiasedLaplace(model, "classification", "last_layer", prior_mean=torch.zeros(93), prior_precision=0.4)
+    la = posterior_of(model, "classification", "last_layer", prior_mean=torch.zeros(93), prior_precision=0.4)
     with pytest.raises(ValueError, match=r"prior_mean must be one number or one per parameter \(18\); got 93"):
         la.fit(loader_of(X, targets("classification")))
     assert la.n_params is None
@@ -185,7 +184,7 @@ def test_a_state_loads_into_a_last_layer_that_was_never_looked_for(named):
     buffer = io.BytesIO()
     torch.save(la.state_dict(), buffer)
     buffer.seek(0)
-    loaded = DebiasedLaplace(la.model, "classification", "last_layer", "kron", **options)
+    loaded = posterior_of(la.model, "classification", "last_layer", "kron", **options)
     loaded.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(loaded(X), la(X))
     assert loaded.n_params == 18
@@ -198,15 +197,15 @@ def test_states_of_other_subsets_are_refused():
     part, _ = fitted("subnetwork", "lowrank")
     model, state = last.model, last.state_dict()
     with pytest.raises(ValueError, match="state is over other parameters"):
-        DebiasedLaplace(model, "classification", "last_layer", last_layer_name="2").load_state_dict(state)
+        posterior_of(model, "classification", "last_layer", last_layer_name="2").load_state_dict(state)
     with pytest.raises(ValueError, match="Expected the state of a DebiasedLowRankLaplace"):
-        DebiasedLaplace(model, "classification").load_state_dict(state)
+        posterior_of(model, "classification").load_state_dict(state)
     # as many entries, other ones
-    shifted = DebiasedLaplace(part.model, "classification", "subnetwork", subnetwork_indices=torch.arange(21, 61))
+    shifted = posterior_of(part.model, "classification", "subnetwork", subnetwork_indices=torch.arange(21, 61))
     with pytest.raises(ValueError, match="state is over other parameters"):
         shifted.load_state_dict(part.state_dict())
     with pytest.raises(ValueError, match="one of the modules"):
-        DebiasedLaplace(model, "classification", "last_layer").load_state_dict({**state, "last_layer_name": "head"})
+        posterior_of(model, "classification", "last_layer").load_state_dict({**state, "last_layer_name": "head"})
 
 
 class Unregistered(nn.Module):
@@ -244,7 +243,7 @@ LAYERS = {
 def test_layers_that_cannot_be_taken(case):
     model, name, message = LAYERS[case]
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        DebiasedLaplace(model, "classification", "last_layer", last_layer_name=name).fit(
+        posterior_of(model, "classification", "last_layer", last_layer_name=name).fit(
             loader_of(mlp()[1], targets("classification"))
         )
 
@@ -254,17 +253,17 @@ def test_a_model_without_layers_is_its_own_last_one(make):
     model = make()
     found = []
     for subset in ("last_layer", "all"):
-        la = DebiasedLaplace(model, "classification", subset, "kron", prior_precision=0.4)
+        la = posterior_of(model, "classification", subset, "kron", prior_precision=0.4)
         la.fit(loader_of(mlp()[1], targets("classification")))
         found.append(la)
     close(found[0].posterior_precision.to_dense(), found[1].posterior_precision.to_dense(), 1e-12)
-    loaded = DebiasedLaplace(model, "classification", "last_layer", "kron")
+    loaded = posterior_of(model, "classification", "last_layer", "kron")
     loaded.load_state_dict(found[0].state_dict())
     assert torch.equal(loaded(mlp()[1]), found[0](mlp()[1]))
 
 
 def test_a_frozen_head_leaves_the_layer_before_it():
-    la = DebiasedLaplace(frozen_head(), "classification", "last_layer", prior_precision=0.4)
+    la = posterior_of(frozen_head(), "classification", "last_layer", prior_precision=0.4)
     la.fit(loader_of(mlp()[1], targets("classification")))
     assert la.selection.last_layer == "2"
 
@@ -272,7 +271,7 @@ def test_a_frozen_head_leaves_the_layer_before_it():
 def test_looking_for_the_last_layer_leaves_no_hooks():
     model, X = mlp()
     model.train()
-    la = DebiasedLaplace(model, "classification", "last_layer", prior_precision=0.4)
+    la = posterior_of(model, "classification", "last_layer", prior_precision=0.4)
     la.fit(loader_of(X, targets("classification")))
     assert not any(m._forward_hooks for m in model.modules())
     assert model.training
@@ -299,13 +298,13 @@ INDICES = {
 def test_indices_that_cannot_be_taken(case, structure):
     indices, message = INDICES[case]
     with pytest.raises(ValueError, match=f"increasing positions.*{message}"):
-        DebiasedLaplace(mlp()[0], "classification", "subnetwork", structure, subnetwork_indices=indices)
+        posterior_of(mlp()[0], "classification", "subnetwork", structure, subnetwork_indices=indices)
 
 
 def test_indices_are_the_posteriors_own():
     model, X = mlp()
     indices = torch.arange(20, 60)
-    la = DebiasedLaplace(model, "classification", "subnetwork", "full", subnetwork_indices=indices, prior_precision=0.4)
+    la = posterior_of(model, "classification", "subnetwork", "full", subnetwork_indices=indices, prior_precision=0.4)
     before = copy.deepcopy(la.selection.description)
     indices += 1
     la.fit(loader_of(X, targets("classification")))
@@ -332,7 +331,7 @@ OPTIONS = {
 def test_options_of_another_structure_are_refused(case):
     structure, options, message = OPTIONS[case]
     with pytest.raises(ValueError, match=message):
-        DebiasedLaplace(mlp()[0], "classification", "all", structure, **options)
+        posterior_of(mlp()[0], "classification", "all", structure, **options)
 
 
 OF_ANOTHER_SUBSET = {
@@ -351,7 +350,7 @@ OF_ANOTHER_SUBSET = {
 def test_options_of_another_subset_are_refused(case):
     subset, options, message = OF_ANOTHER_SUBSET[case]
     with pytest.raises(ValueError, match=message):
-        DebiasedLaplace(mlp()[0], "classification", subset, "lowrank", **options)
+        posterior_of(mlp()[0], "classification", subset, "lowrank", **options)
 
 
 # --- what a Kronecker posterior does not have ---
@@ -365,14 +364,12 @@ def test_a_kronecker_posterior_says_what_it_has_instead():
         _ = la.directions
     assert la.directional_curvatures.shape == (93,)
     model, X = mlp()
-    by_factors = DebiasedLaplace(
-        model, "classification", "all", "kron", kron_magnitudes="kronecker", prior_precision=0.4
-    )
+    by_factors = posterior_of(model, "classification", "all", "kron", kron_magnitudes="kronecker", prior_precision=0.4)
     by_factors.fit(loader_of(X, targets("classification")))
     with pytest.raises(ValueError, match=r"no standard errors.*expected kron_magnitudes='exact'"):
         _ = by_factors.standard_errors
     # a state says so too
-    loaded = DebiasedLaplace(model, "classification", "all", "kron")
+    loaded = posterior_of(model, "classification", "all", "kron")
     loaded.load_state_dict(by_factors.state_dict())
     with pytest.raises(ValueError, match="no standard errors"):
         _ = loaded.standard_errors

@@ -9,10 +9,8 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsGGN
 from oracles import dense_kl, dense_posterior_precision, mean_of, output_hessian, trainable
-from posterior_cases import TEMPERATURE, close
+from posterior_cases import TEMPERATURE, close, posterior_of
 from torch.utils.data import DataLoader
-
-from debiased_laplace import DebiasedLaplace
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -181,7 +179,7 @@ def fitted(name, subset, structure, **options):
     chosen, own = subset_of(name, subset)
     if structure == "lowrank":
         options = {"rank": 5, **options}
-    la = DebiasedLaplace(
+    la = posterior_of(
         model_of(name),
         "classification",
         subset,
@@ -271,7 +269,7 @@ def test_posterior_is_the_dense_one(name, subset, structure):
 
 @pytest.mark.parametrize("name", N_TRAINABLE)
 def test_trainable_parameters_count(name):
-    la = DebiasedLaplace(model_of(name), "classification", rank=2)
+    la = posterior_of(model_of(name), "classification", rank=2)
     assert la.n_params == N_TRAINABLE[name]
     assert all(model_of(name).get_parameter(n).requires_grad for n in la.selection.names)
 
@@ -335,7 +333,7 @@ def test_batches_padded_by_transformers():
         for ids, mask, label in zip(*columns.values(), strict=True)
     ]
     expected, _ = fitted("BERT", "all", "lowrank")
-    la = DebiasedLaplace(model_of("BERT"), "classification", rank=5, prior_precision=PRIOR, temperature=TEMPERATURE)
+    la = posterior_of(model_of("BERT"), "classification", rank=5, prior_precision=PRIOR, temperature=TEMPERATURE)
     la.fit(DataLoader(rows, batch_size=3, collate_fn=Collator()), n_data=40)
     assert torch.equal(la.split.direction_indices, expected.split.direction_indices)
     torch.testing.assert_close(la.directional_curvatures, expected.directional_curvatures, rtol=1e-7, atol=1e-10)
@@ -375,7 +373,7 @@ def test_whole_chain(name):
     columns = samples()
     parts = [[{k: v[i] for k, v in columns.items()} for i in range(*ends)] for ends in ((0, 10), (10, N))]
     inside, outside = (DataLoader(part, batch_size=4) for part in parts)
-    la = DebiasedLaplace(
+    la = posterior_of(
         model_of(name), "classification", rank=5, direction_samples=6, prior_precision=PRIOR, temperature=TEMPERATURE
     )
     la.fit(inside, n_data=N)
@@ -387,7 +385,7 @@ def test_whole_chain(name):
     expected = dense_kl(la.posterior_precision.to_dense(), full_batch)
     assert found.value + constant == pytest.approx(expected, rel=1e-7)
 
-    loaded = DebiasedLaplace(model_of(name), "classification")
+    loaded = posterior_of(model_of(name), "classification")
     loaded.load_state_dict(la.state_dict())
     for call in (
         lambda p: p(inputs(3)),

@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
+from posterior_cases import posterior_of
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.errors import OverlapError
 
 
@@ -26,7 +26,7 @@ def mlp():
 
 
 def fitted(model, data, likelihood="classification", **options):
-    la = DebiasedLaplace(model, likelihood, prior_precision=0.3, **options)
+    la = posterior_of(model, likelihood, prior_precision=0.3, **options)
     la.fit(data if isinstance(data, DataLoader) else DataLoader(data, batch_size=7))
     return la
 
@@ -114,7 +114,7 @@ def test_a_state_of_other_parameters_of_the_same_size_is_refused(data):
     a.requires_grad_(True)
     b.requires_grad_(False)
     with pytest.raises(ValueError, match="other parameters"):
-        DebiasedLaplace(model, "classification").load_state_dict(state)
+        posterior_of(model, "classification").load_state_dict(state)
 
 
 def test_a_damaged_state_leaves_the_posterior_as_it_was(data):
@@ -141,7 +141,7 @@ def centred(samples):
 
 def test_samples_whose_collate_depends_on_the_batch_are_known_by_position(data):
     loader = DataLoader(Subset(data, range(12)), batch_size=4, collate_fn=centred)
-    la = DebiasedLaplace(mlp(), "classification", prior_precision=0.3)
+    la = posterior_of(mlp(), "classification", prior_precision=0.3)
     la.fit(loader, n_data=200)
     apart, overlapping = (
         DataLoader(Subset(data, some), batch_size=5, collate_fn=centred) for some in (range(12, 24), range(6, 18))
@@ -186,7 +186,7 @@ def test_wrong_inputs_after_the_fit_are_value_errors(data, case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused_before_any_work(dtype):
     with pytest.raises(ValueError, match=r"float32 or torch\.float64"):
-        DebiasedLaplace(mlp().to(dtype), "classification")
+        posterior_of(mlp().to(dtype), "classification")
 
 
 class Endless(Sampler):

@@ -6,10 +6,8 @@ import math
 import pytest
 import torch
 from models import MODELS, targets
-from posterior_cases import close, hyper_parameters, loader_of
+from posterior_cases import close, hyper_parameters, loader_of, posterior_of
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from debiased_laplace import DebiasedLaplace
 
 NAMES = ["transformer", "LSTM", "GRU", "convolutions and pooling", "partly frozen"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -30,7 +28,7 @@ def fit_to_thirty(name, likelihood, dtype, **options):
     model, X = MODELS[name](dtype=dtype)
     y = targets(likelihood, dtype=dtype)
     data = TensorDataset(X, y)
-    la = DebiasedLaplace(model, likelihood, **hyper_parameters(likelihood), **options)
+    la = posterior_of(model, likelihood, **hyper_parameters(likelihood), **options)
     la.fit(DataLoader(Subset(data, range(30)), batch_size=8, shuffle=True), n_data=40)
     return la, data
 
@@ -91,7 +89,7 @@ def check_round_trip(la, x, data):
     torch.save(la.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
-    loaded = DebiasedLaplace(la.model, la.likelihood)
+    loaded = posterior_of(la.model, la.likelihood)
     loaded.load_state_dict(state)
     assert repr(loaded) == repr(la)
     for key, value in la.state_dict().items():
@@ -138,7 +136,7 @@ def test_regression_from_fit_to_checkpoint(name, dtype):
 )
 def test_gradients_with_respect_to_the_inputs(name):
     model, X = MODELS[name]()
-    la = DebiasedLaplace(model, "classification", enable_backprop=True, **hyper_parameters("classification"))
+    la = posterior_of(model, "classification", enable_backprop=True, **hyper_parameters("classification"))
     la.fit(loader_of(X, targets("classification")))
     direction = torch.randn(X[:2].shape, dtype=X.dtype, generator=generator())
 
@@ -157,4 +155,4 @@ def test_repr_says_what_it_is():
     la, _ = fit_to_thirty("LSTM", "classification", torch.float64, rank=5)
     shown = repr(la)
     assert all(part in shown for part in ("classification", "rank=5", "held_out", "15 + 15 of 40"))
-    assert "not fitted" in repr(DebiasedLaplace(la.model, "classification"))
+    assert "not fitted" in repr(posterior_of(la.model, "classification"))

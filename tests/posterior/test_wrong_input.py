@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import MODELS, mlp, targets
-from posterior_cases import fitted, hyper_parameters, loader_of
+from posterior_cases import fitted, hyper_parameters, loader_of, posterior_of
 from torch import nn
 from torch.utils.data import (
     ConcatDataset,
@@ -22,7 +22,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from debiased_laplace import DebiasedLaplace
 from debiased_laplace.errors import OverlapError, RepeatedSamplesError
 
 # --- types: tried in a process of its own, without the tests' type checks ---
@@ -134,7 +133,7 @@ def test_numbers_that_must_be_positive(name, kind):
     model, _ = mlp()
     value = bad_value(kind, name, 6)
     with pytest.raises(ValueError, match=f"{name} must be positive and finite; got"):
-        DebiasedLaplace(model, "regression", **{name: value})
+        posterior_of(model, "regression", **{name: value})
     la = fitted("MLP", "regression", rank=3)[0]
     before = la.log_marginal_likelihood()
     with pytest.raises(ValueError, match=f"{name} must be positive and finite; got"):
@@ -145,7 +144,7 @@ def test_numbers_that_must_be_positive(name, kind):
 @pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor([0.0, math.nan])])
 def test_prior_means_that_are_no_numbers(value):
     with pytest.raises(ValueError, match="prior_mean must be finite; got"):
-        DebiasedLaplace(mlp()[0], "regression", prior_mean=value)
+        posterior_of(mlp()[0], "regression", prior_mean=value)
     la = fitted("MLP", "regression", rank=3)[0]
     with pytest.raises(ValueError, match="prior_mean must be finite; got"):
         la.prior_mean = value
@@ -160,12 +159,12 @@ LENGTHS = {
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths_that_fit_nothing(name):
     with pytest.raises(ValueError, match=LENGTHS[name]):
-        DebiasedLaplace(mlp()[0], "regression", **{name: torch.ones(5)})
+        posterior_of(mlp()[0], "regression", **{name: torch.ones(5)})
 
 
 def test_observation_noise_is_of_regression():
     with pytest.raises(ValueError, match="regression"):
-        DebiasedLaplace(mlp()[0], "classification", sigma_noise=0.7)
+        posterior_of(mlp()[0], "classification", sigma_noise=0.7)
     la = fitted("MLP", "classification", rank=3)[0]
     with pytest.raises(ValueError, match="regression"):
         la.sigma_noise = 0.7
@@ -188,7 +187,7 @@ AMOUNTS = {
 def test_amounts_out_of_range(case):
     (name, value), *_ = AMOUNTS[case].items()
     with pytest.raises(ValueError, match=rf"(?s){name}.*{value}"):
-        DebiasedLaplace(mlp()[0], "classification", **AMOUNTS[case])
+        posterior_of(mlp()[0], "classification", **AMOUNTS[case])
 
 
 # --- loaders, samples and models ---
@@ -284,7 +283,7 @@ LOADERS = {
 def test_loaders_that_cannot_be_used(case, monkeypatch):
     likelihood, options, make, message = LOADERS[case]
     model, X = mlp()
-    la = DebiasedLaplace(model, likelihood, **hyper_parameters(likelihood), **options)
+    la = posterior_of(model, likelihood, **hyper_parameters(likelihood), **options)
     loader = make()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     monkeypatch.setattr("debiased_laplace.posterior.fitting.estimate", no_long_work)
@@ -302,7 +301,7 @@ def no_long_work(*args):
 
 
 def test_positions_of_repeated_samples_are_handed_over():
-    la = DebiasedLaplace(mlp()[0], "classification", prior_precision=0.4)
+    la = posterior_of(mlp()[0], "classification", prior_precision=0.4)
     loader = repeated()
     with pytest.raises(RepeatedSamplesError) as caught:
         la.fit(loader)
@@ -314,7 +313,7 @@ def test_positions_of_repeated_samples_are_handed_over():
 
 @pytest.mark.parametrize("n_data", [39, 1, 0, -5])
 def test_n_data_below_the_samples_given(n_data):
-    la = DebiasedLaplace(mlp()[0], "classification", direction_samples=5, magnitude_samples=5)
+    la = posterior_of(mlp()[0], "classification", direction_samples=5, magnitude_samples=5)
     with pytest.raises(ValueError, match=f"at least 40, got {n_data}"):
         la.fit(DataLoader(data(), batch_size=8), n_data=n_data)
 
@@ -360,7 +359,7 @@ MODELS_TO_REFUSE = {
 def test_models_that_cannot_be_used(case):
     make, message = MODELS_TO_REFUSE[case]
     with pytest.raises(ValueError, match=rf"(?s){message}"):
-        DebiasedLaplace(make(), "classification").fit(DataLoader(data(), batch_size=16))
+        posterior_of(make(), "classification").fit(DataLoader(data(), batch_size=16))
 
 
 # --- prediction ---
@@ -399,7 +398,7 @@ def test_one_drawn_network_has_no_variance():
 def judged(**options):
     model, X = MODELS["MLP"]()
     dataset = TensorDataset(X, targets("classification"))
-    la = DebiasedLaplace(model, "classification", **{**hyper_parameters("classification"), **options})
+    la = posterior_of(model, "classification", **{**hyper_parameters("classification"), **options})
     la.fit(DataLoader(Subset(dataset, range(20)), batch_size=8), n_data=40)
     return la, dataset
 

@@ -10,9 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 from models import mlp, targets  # noqa: E402
+from posterior_cases import posterior_of  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
-
-from debiased_laplace import DebiasedLaplace  # noqa: E402
 
 
 def loader(likelihood="classification"):
@@ -20,7 +19,7 @@ def loader(likelihood="classification"):
 
 
 def fresh(likelihood="classification", **options):
-    return DebiasedLaplace(mlp()[0], likelihood, **options)
+    return posterior_of(mlp()[0], likelihood, **options)
 
 
 def fitted(likelihood="classification", **options):
@@ -30,11 +29,11 @@ def fitted(likelihood="classification", **options):
 
 
 def subnetwork(indices):
-    return DebiasedLaplace(mlp()[0], "classification", "subnetwork", subnetwork_indices=indices)
+    return posterior_of(mlp()[0], "classification", "subnetwork", subnetwork_indices=indices)
 
 
 def kron(**options):
-    return DebiasedLaplace(mlp()[0], "classification", "all", "kron", **options)
+    return posterior_of(mlp()[0], "classification", "all", "kron", **options)
 
 
 X = mlp()[1]
@@ -62,13 +61,13 @@ CASES = {
     "temperature: several": lambda: fresh(temperature=torch.ones(2)),
     "sigma_noise: several": lambda: fresh("regression", sigma_noise=torch.ones(3)),
     "likelihood: unknown": lambda: fresh("poisson"),
-    "subset: unknown": lambda: DebiasedLaplace(mlp()[0], "classification", "first_layer"),
-    "structure: unknown": lambda: DebiasedLaplace(mlp()[0], "classification", "all", "tree"),
+    "subset: unknown": lambda: posterior_of(mlp()[0], "classification", "first_layer"),
+    "structure: unknown": lambda: posterior_of(mlp()[0], "classification", "all", "tree"),
     "subnetwork: no indices": lambda: subnetwork(None),
     "subnetwork: a list": lambda: subnetwork([0, 1]),
     "subnetwork: floats": lambda: subnetwork(torch.tensor([0.0, 1.0])),
     "subnetwork: a mask": lambda: subnetwork(torch.ones(93, dtype=torch.bool)),
-    "last_layer_name: a number": lambda: DebiasedLaplace(mlp()[0], "classification", "last_layer", last_layer_name=4),
+    "last_layer_name: a number": lambda: posterior_of(mlp()[0], "classification", "last_layer", last_layer_name=4),
     "kron_basis: unknown": lambda: kron(kron_basis="ekfac"),
     "kron_magnitudes: unknown": lambda: kron(kron_magnitudes="eigenvalues"),
     "kfac_approx: unknown": lambda: kron(kron_basis="kfac", kfac_approx="sum"),
