@@ -77,7 +77,8 @@ class HessianCurvature(SubBatchCurvature):
             if not self.dense_is_affordable:
                 raise ValueError(
                     f"The dense Hessian of {P} parameters does not fit into a quarter of the free memory; expected "
-                    "hessian_structure='lowrank' with complement='none', fewer parameters, or a GGN backend."
+                    "hessian_structure='lowrank' with complement='none' (products only), fewer parameters "
+                    "('last_layer', 'subnetwork'), or a GGN backend."
                 )
             H = like.new_zeros(P, P, dtype=accumulation_dtype(like))
             unit = None if self.foreign is not None else torch.eye(P, dtype=like.dtype, device=like.device)

@@ -52,8 +52,9 @@ def estimate_low_ranks(
     ranks = [choice.rank for choice in choices]
     largest = None if None in ranks else max((rank for rank in ranks if rank is not None), default=None)
     threshold = min(_threshold(options, rank) for rank in ranks)
-    pairs = find_directions(a, rank=largest, solver=options.solver, seed=options.seed, threshold=threshold)
+    # first: a Hessian that does not fit is found out before Lanczos has done its work
     basis = basis_from(a, options) if in_basis else None
+    pairs = find_directions(a, rank=largest, solver=options.solver, seed=options.seed, threshold=threshold)
     questions = []
     for choice in choices:
         threshold = _threshold(options, choice.rank)

@@ -110,7 +110,8 @@ class PriorAndNoise(ParametricLaplace):
         if self._prior_of_blocks:
             raise ValueError(
                 f"A Kronecker posterior or complement takes one prior_precision, or one per parameter tensor "
-                f"({n_tensors}), because its basis mixes the entries of a tensor; got {len(prior)}."
+                f"({n_tensors}), because its basis mixes the entries of a tensor; got {len(prior)}. For one per "
+                "parameter, take hessian_structure='lowrank' with complement='diagonal' or 'none'."
             )
         if len(prior) != P:
             raise ValueError(
