@@ -41,7 +41,7 @@ KINDS = {
 # %% A trained network, and the full-batch posterior as the reference
 data = load(seed=0)
 model = train(data, seed=0, device=torch.device("cpu"), epochs=options.epochs)
-full = DebiasedLaplace(model, "classification", magnitudes="same_batch")
+full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none")
 full.fit(DataLoader(data.train, batch_size=64))
 with torch.no_grad():
     jacobians = torch.cat([J for J, _ in full.fitted.network.jacobians(data.test_inputs[:200])])

@@ -16,11 +16,11 @@ def DebiasedLaplace(
     hessian_structure: str = "lowrank",
     *,
     rank: int | Literal["auto"] | None = None,
-    magnitudes: Literal["held_out", "cross_fitted", "same_batch", "auto"] = "held_out",
+    magnitudes: Literal["held_out", "cross_fitted", "same_batch", "auto"] = "cross_fitted",
     direction_samples: int | float | Literal["auto"] = 0.5,
     magnitude_samples: int | float | None = None,
     n_folds: int = 8,
-    complement: Literal["none", "isotropic", "diagonal", "kron", "auto"] = "none",
+    complement: Literal["none", "isotropic", "diagonal", "kron", "auto"] = "kron",
     metric: Literal["euclidean", "kron", "auto"] = "euclidean",
     inverse_correction: Literal["none", "second_order"] = "none",
     solver: Literal["auto", "gram", "lanczos"] = "auto",
@@ -56,15 +56,19 @@ def DebiasedLaplace(
             in `magnitudes`, `complement`, `metric` and `direction_samples`, "auto" chooses by held-out KL under the
             present prior when `fit` is called: samples are set aside in turn, and used after all. `choice` says what
             else there was.
-        magnitudes: "held_out": curvature along the directions from other samples than the directions. "cross_fitted":
-            every sample gives both, but never both at once: samples are dealt into folds, and each fold is measured
-            along the directions of the others. "same_batch": both from the same samples, the biased way, for
-            comparison.
-        direction_samples: samples for the directions, a number or a share of those given to `fit`.
-        magnitude_samples: samples for the magnitudes; None: all the rest.
-        n_folds: (cross_fitted) how many folds; other magnitudes ignore it.
-        complement: (lowrank) curvature outside the directions: "none" (the prior alone), "isotropic" (their mean),
-            "diagonal", or "kron": a diagonal in the eigenbasis of the parameters' Kronecker factors.
+        magnitudes: "cross_fitted": every sample gives directions and curvature along them, but never both at once:
+            samples are dealt into folds, and each fold is measured along the directions of the others. All samples are
+            held at once. "held_out": curvature along the directions from other samples than the directions. Only the
+            direction samples are held; the others pass by once, batch by batch, which makes it the one for very many
+            curvature samples. "same_batch": both from the same samples, the biased way, for comparison.
+        direction_samples: (held_out) samples for the directions, a number or a share of those given to `fit`.
+        magnitude_samples: (held_out) samples for the magnitudes; None: all the rest. Magnitudes that do not split use
+            the samples of both together: with None that is all of them, whatever `direction_samples` says.
+        n_folds: (cross_fitted) how many folds, or as many as there are samples where these are fewer; other magnitudes
+            ignore it.
+        complement: (lowrank) curvature outside the directions: "kron": a diagonal in the eigenbasis of the parameters'
+            Kronecker factors; "diagonal", along the axes; "isotropic", their mean; or "none", the prior alone. With
+            "kron", a prior for every single parameter is refused, and a Hessian is held as a dense matrix.
         metric: (lowrank, complement="kron") in which directions lead: "euclidean", or "kron", the metric of the
             Kronecker estimate, which puts the low rank where a Kronecker diagonal fails most.
         inverse_correction: "second_order" raises the precision along each direction (of a Kronecker posterior, each
@@ -79,7 +83,8 @@ def DebiasedLaplace(
         kfac_approx: (kron_basis="kfac") positions of a sequence or an image as samples of their own, "expand", or
             averaged (inputs) and summed (gradients), "reduce".
         sigma_noise: standard deviation of the observation noise (regression), in units of the targets.
-        prior_precision: one number, one per parameter tensor, or (not for kron) one per parameter.
+        prior_precision: one number, one per parameter tensor, or (neither for hessian_structure="kron" nor for
+            complement="kron") one per parameter.
         prior_mean: one number, or one per parameter.
         temperature: of the likelihood.
         enable_backprop: keep the graph of predictions, for gradients with respect to the inputs.
@@ -97,6 +102,9 @@ def DebiasedLaplace(
     Raises:
         NotBuiltError: if an option is not available yet.
         ValueError: if an option is out of its range.
+
+    Warns:
+        UserWarning: if `direction_samples` is given where it has no effect.
 
     References:
         Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325; Daxberger et al. (2021), arXiv 2106.14806.

@@ -1,6 +1,7 @@
 """Checks of what laplace-torch accepts silently: precisions, noises and temperatures that are no numbers to use."""
 
 import operator
+import warnings
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -71,6 +72,9 @@ def name_of(option: object) -> str:
     """An option as a plain string, whether it came as one or as laplace-torch's enumeration of it."""
     return str(getattr(option, "value", option))
 
+
+DEFAULT_COMPLEMENT: ComplementKind = "kron"
+"""What is outside the directions, if nothing is said of it; structures without directions have no complement."""
 
 _OPEN = {
     "rank": None,
@@ -152,6 +156,18 @@ def sample_amounts(directions: object, magnitudes: object) -> tuple[Any, Any]:
     return directions, magnitudes
 
 
+def warn_of_no_effect(directions: object, magnitudes: object, request: Request) -> None:
+    """Say so where the share of the directions was given and makes no difference: with others, that is."""
+    kind = request.options.magnitudes
+    splits = kind == "held_out" or "magnitudes" in request.open
+    if not splits and magnitudes is None and directions != _OPEN["direction_samples"]:
+        warnings.warn(
+            f"direction_samples={directions} has no effect with magnitudes={kind!r}, where every sample gives "
+            "directions: all samples are used. Expected magnitudes='held_out', or a loader of fewer samples.",
+            stacklevel=4,
+        )
+
+
 def estimator_options(structure: Structure, options: dict[str, Any]) -> EstimatorOptions:
     """The estimator's options, checked; the names are those of the public constructor.
 
@@ -177,6 +193,9 @@ def estimator_options(structure: Structure, options: dict[str, Any]) -> Estimato
     n_folds = integer(options["n_folds"], "n_folds")
     if n_folds < 2:
         raise ValueError(f"n_folds must be at least 2; got {n_folds}.")
+    if structure != "lowrank" and options["complement"] == DEFAULT_COMPLEMENT:
+        # nothing is outside a complete basis; who said nothing of it has not asked for one
+        options = {**options, "complement": "none"}
     numbers = {"rank": rank, "seed": integer(options["seed"], "seed"), "n_folds": n_folds}
     checked = EstimatorOptions(structure=structure, **{**options, **numbers})
     _check_structure(checked)

@@ -19,7 +19,14 @@ from debiased_laplace.posterior import checkpoint, judging, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions, Task
 from debiased_laplace.posterior.growing import fit_samples
-from debiased_laplace.posterior.hyperparameters import integer, name_of, one_positive, requested, sample_amounts
+from debiased_laplace.posterior.hyperparameters import (
+    integer,
+    name_of,
+    one_positive,
+    requested,
+    sample_amounts,
+    warn_of_no_effect,
+)
 from debiased_laplace.posterior.predictions import PredictiveInterface
 
 
@@ -39,11 +46,11 @@ class DebiasedParametricLaplace(PredictiveInterface):
         likelihood: str,
         *,
         rank: int | str | None = None,
-        magnitudes: str = "held_out",
+        magnitudes: str = "cross_fitted",
         direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,
         n_folds: int = 8,
-        complement: str = "none",
+        complement: str = "kron",
         metric: str = "euclidean",
         inverse_correction: str = "none",
         solver: str = "auto",
@@ -82,6 +89,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
             },
         )
         amounts = sample_amounts(directions, magnitude_samples)
+        warn_of_no_effect(*amounts, self._request)
         self._split_options = SplitOptions(*amounts, self._request.options.seed)
         self._problem = Problem(
             model,
@@ -234,7 +242,7 @@ class DebiasedParametricLaplace(PredictiveInterface):
             n_steps: of Adam on the log prior precision.
             lr: its learning rate.
             init_prior_prec: where it starts; a tensor keeps its structure.
-            prior_structure: "scalar", "layerwise" or "diag".
+            prior_structure: "scalar", "layerwise" or, without a Kronecker basis, "diag".
             val_loader: validation data of the grid search.
             loss: a torchmetrics metric, or a function of (predictions, targets) or (means, variances, targets).
             log_prior_prec_min: exponent of the grid's lower end.
@@ -248,7 +256,8 @@ class DebiasedParametricLaplace(PredictiveInterface):
 
         Raises:
             NotFittedError: before `fit`.
-            ValueError: if an option is unknown, or no grid point gives a finite loss; the prior stays as it was.
+            ValueError: if an option is unknown, a prior for every parameter meets a Kronecker basis, or no grid point
+                gives a finite loss; the prior stays as it was.
         """
         self._check_H_init()
         method = name_of(method)

@@ -1,0 +1,186 @@
+"""What a posterior is of which nothing was said, and what those say who meet a default that does not suit them."""
+
+import warnings
+from inspect import signature
+
+import pytest
+import torch
+from laplace import Laplace
+from laplace.curvature import CurvlinopsHessian
+from models import mlp, targets
+from posterior_cases import PRIOR, close, hyper_parameters, loader_of
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.posterior import hyperparameters
+from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.structures import CLASSES
+
+DEFAULTS = {
+    "rank": None,
+    "magnitudes": "cross_fitted",
+    "direction_samples": 0.5,
+    "magnitude_samples": None,
+    "n_folds": 8,
+    "complement": "kron",
+    "metric": "euclidean",
+    "inverse_correction": "none",
+    "solver": "auto",
+    "seed": 0,
+}
+HYPER = hyper_parameters("classification")
+
+
+def defaults_of(function) -> dict:
+    return {p.name: p.default for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def fitted(make, *names: str, **options):
+    model, X = mlp()
+    la = make(model, "classification", *names, **HYPER, **options)
+    la.fit(loader_of(X, targets("classification")), n_data=70)
+    return la
+
+
+def test_the_defaults_are_these_wherever_they_stand() -> None:
+    of_factory = defaults_of(DebiasedLaplace)
+    assert {name: of_factory[name] for name in DEFAULTS} == DEFAULTS
+    assert DEFAULTS["complement"] == hyperparameters.DEFAULT_COMPLEMENT
+    for cls in CLASSES.values():
+        assert cls.__init__ is DebiasedParametricLaplace.__init__
+        assert defaults_of(cls) == of_factory
+
+
+@pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_every_front_door_leads_to_them(subset: str, structure: str) -> None:
+    said = {"magnitudes": "cross_fitted", "n_folds": 8, **({"complement": "kron"} if structure == "lowrank" else {})}
+    expected = fitted(DebiasedLaplace, subset, structure, **said)
+    for la in (
+        fitted(DebiasedLaplace, subset, structure),
+        fitted(Laplace, subset, f"debiased_{structure}"),
+        fitted(CLASSES[subset, structure]),
+    ):
+        assert repr(la) == repr(expected)
+        assert torch.equal(la.posterior_precision.to_dense(), expected.posterior_precision.to_dense())
+    assert expected.split.shared
+    assert expected.split.folds.bincount().tolist() == [5] * 8
+
+
+def test_low_rank_is_what_a_call_without_names_gives() -> None:
+    assert repr(fitted(DebiasedLaplace)) == repr(fitted(DebiasedLaplace, "all", "lowrank"))
+
+
+# --- structures without a complement ---
+
+
+@pytest.mark.parametrize("structure", ["kron", "full"])
+@pytest.mark.parametrize("complement", ["kron", "none"])
+def test_the_default_complement_means_nothing_to_other_structures(complement: str, structure: str) -> None:
+    silent = fitted(DebiasedLaplace, "all", structure)
+    said = fitted(DebiasedLaplace, "all", structure, complement=complement)
+    assert torch.equal(said.posterior_precision.to_dense(), silent.posterior_precision.to_dense())
+    state = silent.state_dict()
+    assert state["option_complement"] == "none"
+    loaded = DebiasedLaplace(silent.model, "classification", "all", structure)
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.posterior_precision.to_dense(), silent.posterior_precision.to_dense())
+    with pytest.raises(ValueError, match="complement is of hessian_structure='lowrank'; got complement='diagonal'"):
+        DebiasedLaplace(mlp()[0], "classification", "all", structure, complement="diagonal")
+
+
+def test_the_default_complement_does_not_let_the_options_of_its_basis_through() -> None:
+    with pytest.raises(ValueError, match="kron_basis is of hessian_structure='kron'"):
+        DebiasedLaplace(mlp()[0], "classification", "all", "full", kron_basis="kfac")
+    assert fitted(DebiasedLaplace, kron_basis="kfac").posterior_precision.basis is not None
+
+
+# --- a prior for every parameter ---
+
+OUT = r"because its basis mixes .* take hessian_structure='lowrank' with complement='diagonal' or 'none'"
+
+
+def test_a_prior_for_every_parameter_is_told_the_way_out() -> None:
+    prior = torch.linspace(0.2, 3.0, 93, dtype=torch.float64)
+    with pytest.raises(ValueError, match=OUT):
+        DebiasedLaplace(mlp()[0], "classification", prior_precision=prior)
+    la = fitted(DebiasedLaplace)
+    with pytest.raises(ValueError, match=OUT):
+        la.prior_precision = prior
+    with pytest.raises(ValueError, match=OUT):
+        la.optimize_prior_precision(prior_structure="diag", n_steps=2)
+    close(la.prior_precision, [PRIOR])
+    la.optimize_prior_precision(prior_structure="layerwise", n_steps=2)
+    assert la.prior_precision.shape == (la.n_layers,)
+    for options in ({"complement": "diagonal"}, {"complement": "none"}, {"hessian_structure": "full"}):
+        other = fitted(DebiasedLaplace, **options)
+        other.prior_precision = prior
+        other.optimize_prior_precision(prior_structure="diag", n_steps=2)
+        assert other.prior_precision.shape == (93,)
+
+
+# --- a Hessian that does not fit ---
+
+
+def test_a_hessian_that_does_not_fit_says_so_before_lanczos_and_names_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("debiased_laplace.curvature.hessian_curvature.free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.debiasing.directions.free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.posterior.backend_derivatives.free_memory", lambda device: 1000)
+    from debiased_laplace.debiasing import directions
+
+    found = directions.lanczos
+    monkeypatch.setattr(directions, "lanczos", no_long_work)
+    with warnings.catch_warnings():
+        # the backend says that torch.func stands in for it
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(ValueError, match=r"dense Hessian of 93 parameters .* complement='none'"):
+            fitted(DebiasedLaplace, backend=CurvlinopsHessian, rank=2)
+        monkeypatch.setattr(directions, "lanczos", found)
+        la = fitted(DebiasedLaplace, backend=CurvlinopsHessian, rank=2, complement="none")
+    assert la.rank == 2
+
+
+def no_long_work(*args, **kwargs):
+    raise AssertionError("long work has begun")
+
+
+# --- few samples, and amounts of them that change nothing ---
+
+
+@pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
+@pytest.mark.parametrize("n", [4, 5, 7])
+def test_fewer_samples_than_folds_are_enough(n: int, structure: str) -> None:
+    model, X = mlp()
+    data = TensorDataset(X, targets("classification"))
+    la = DebiasedLaplace(model, "classification", "all", structure, **HYPER)
+    la.fit(DataLoader(Subset(data, range(n)), batch_size=2), n_data=40)
+    assert la.split.folds.sort().values.tolist() == list(range(n))
+    predicted = la(X)
+    assert bool(predicted.isfinite().all())
+    assert bool((predicted > 0).all())
+
+
+@pytest.mark.parametrize("magnitudes", ["cross_fitted", "same_batch"])
+@pytest.mark.parametrize("amount", [0.25, 10])
+def test_direction_samples_that_change_nothing_are_warned_of(amount: float, magnitudes: str) -> None:
+    with pytest.warns(UserWarning, match=rf"direction_samples={amount} has no effect with magnitudes='{magnitudes}'"):
+        la = fitted(DebiasedLaplace, magnitudes=magnitudes, direction_samples=amount)
+    assert torch.equal(
+        la.posterior_precision.to_dense(), fitted(DebiasedLaplace, magnitudes=magnitudes).posterior_precision.to_dense()
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"magnitudes": "held_out", "direction_samples": 0.25},
+        {"magnitudes": "auto", "direction_samples": 0.25},
+        {"magnitudes": "cross_fitted", "direction_samples": 0.25, "magnitude_samples": 8},
+    ],
+    ids=str,
+)
+def test_direction_samples_that_count_are_not_warned_of(options: dict) -> None:
+    la = fitted(DebiasedLaplace, rank=3, **options)
+    assert la.split.n_samples == (18 if "magnitude_samples" in options else 40)
