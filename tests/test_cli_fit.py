@@ -1,8 +1,11 @@
 """`debiased-laplace fit`: what it writes, `DebiasedLaplace` loads again."""
 
+import argparse
 import re
 import subprocess
 import sys
+from inspect import signature
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.cli import main
+from debiased_laplace.cli import fit, main
 
 MODULE = """
 import torch
@@ -93,7 +96,7 @@ def arguments(likelihood="classification", loader=None, **options):
 CASES = {
     "low rank": {"rank": 4, "complement": "diagonal", "magnitude_samples": 15},
     "low rank by Lanczos on the same batch": {"rank": 3, "solver": "lanczos", "magnitudes": "same_batch"},
-    "Kronecker": {"hessian_structure": "kron", "direction_samples": 0.4},
+    "Kronecker": {"hessian_structure": "kron", "magnitudes": "held_out", "direction_samples": 0.4},
     "Kronecker by K-FAC": {"hessian_structure": "kron", "kron_basis": "kfac", "kfac_approx": "reduce"},
     "Kronecker with its own magnitudes": {"hessian_structure": "kron", "kron_magnitudes": "kronecker"},
     "full": {"hessian_structure": "full", "seed": 3},
@@ -118,6 +121,18 @@ CASES = {
     "empirical Fisher": {"backend": "CurvlinopsEF"},
     "Hessian": {"backend": "CurvlinopsHessian", "hessian_structure": "full"},
     "Monte Carlo": {"backend": "AsdlGGN", "stochastic": True, "num_samples": 3},
+    "held out, without complement": {"magnitudes": "held_out", "complement": "none", "prior_mean": 0.2},
+    "cross-fitted in five folds, in the Kronecker metric": {
+        "magnitudes": "cross_fitted",
+        "n_folds": 5,
+        "complement": "kron",
+        "metric": "kron",
+        "rank": 4,
+    },
+    "with the bias of the inverse corrected": {"inverse_correction": "second_order"},
+    "everything left to be chosen": dict.fromkeys(
+        ("rank", "magnitudes", "complement", "metric", "direction_samples"), "auto"
+    ),
 }
 
 
@@ -151,6 +166,7 @@ def test_the_state_is_that_of_the_same_fit_in_python(case, likelihood, folder, c
     loaded.load_state_dict(torch.load("posterior.pt", weights_only=True))
     assert repr(loaded) == repr(expected)
     assert repr(loaded) in printed
+    assert (str(expected.choice) in printed) == (expected.choice is not None)
     assert loaded.n_data == 90
     x = make_loader(likelihood).dataset.tensors[0][:6]
     found, wanted = (la(x) if likelihood == "regression" else (la(x),) for la in (loaded, expected))
@@ -168,6 +184,56 @@ def test_the_prior_is_tuned_on_request(folder):
     assert abs(float(state["prior_precision"]) - 0.4) > 0.1
 
 
+def test_no_more_samples_are_read_than_the_tolerance_asks_for(folder, capsys):
+    assert main(arguments(tolerance=1e9, prior_precision=0.4)) == 0
+    la = DebiasedLaplace(make_model(), "classification", prior_precision=0.4)
+    la.fit(make_loader("classification"), tolerance=1e9)
+    printed = capsys.readouterr().out
+    assert repr(la) in printed
+    assert str(la.stopping) in printed
+    assert [stage.n_samples for stage in la.stopping.stages] == [32, 40]
+
+
+def parser_and_command():
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    fit.add_to(commands)
+    return parser, commands.choices["fit"]
+
+
+def parsed(**options):
+    return parser_and_command()[0].parse_args(arguments(**options))
+
+
+def keywords():
+    return {p.name: p for p in signature(DebiasedLaplace).parameters.values() if p.name not in ("model", "likelihood")}
+
+
+def test_every_argument_of_the_constructor_is_an_option_and_keeps_its_default():
+    assert fit._options(parsed()) == {}
+    made_of_several = {"subnetwork_indices", "backend", "backend_kwargs"}
+    # of predictions: nothing that a fit would change
+    assert set(fit._OF_THE_POSTERIOR) | made_of_several == set(keywords()) - {"enable_backprop"}
+
+
+def test_options_have_the_choices_of_the_constructor():
+    choices = {action.dest: action.choices for action in parser_and_command()[1]._actions if action.choices}
+    literals = {name: get_args(p.annotation) for name, p in keywords().items() if get_origin(p.annotation) is Literal}
+    assert len(literals) == 8
+    for name, values in literals.items():
+        assert set(choices[name]) == set(values), name
+    for name in ("rank", "direction_samples"):
+        assert getattr(parsed(**{name: "auto"}), name) == "auto"
+
+
+def test_numbers_that_are_none_are_refused(folder, capsys):
+    for name in ("rank", "direction_samples", "n_folds"):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments(**{name: "some"}))
+        assert exit_.value.code == 2
+        assert "invalid" in capsys.readouterr().err
+
+
 WRONG = {
     "no such module": ({"model": "nowhere_to_be_found:model"}, "--model 'nowhere_to_be_found:model' cannot be found"),
     "no such callable": ({"model": "problem_of_the_user:mdel"}, "cannot be found: .*mdel"),
@@ -180,6 +246,9 @@ WRONG = {
     "weights that are no tensors": ({"weights": "problem_of_the_user.py"}, "cannot be loaded with weights_only=True"),
     "a share of two": ({"direction_samples": 2.0}, "direction_samples"),
     "an option of another structure": ({"hessian_structure": "full", "rank": 3}, "rank is of hessian_structure"),
+    "a Kronecker metric without its complement": ({"metric": "kron", "complement": "none"}, "complement='kron'"),
+    "one fold": ({"n_folds": 1}, "n_folds must be at least 2; got 1"),
+    "no tolerance": ({"tolerance": 0.0}, "tolerance"),
     "n_data too small": ({"n_data": 3}, "expected at least 40, got 3"),
     "num_samples alone": ({"num_samples": 3}, "stochastic=True"),
     "a folder in the way": ({"out": "."}, "--out must be a file"),

@@ -1,6 +1,7 @@
 """`debiased-laplace fit`: a posterior of a trained model, written as a state that `DebiasedLaplace` loads again."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,17 @@ _OF_THE_POSTERIOR = (
     "magnitudes",
     "direction_samples",
     "magnitude_samples",
+    "n_folds",
     "complement",
+    "metric",
+    "inverse_correction",
     "solver",
     "seed",
     "kron_basis",
     "kron_magnitudes",
     "kfac_approx",
     "prior_precision",
+    "prior_mean",
     "sigma_noise",
     "temperature",
     "last_layer_name",
@@ -68,6 +73,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
     given.add_argument("--out", type=Path, required=True, help="file of the state; replaced if it exists")
     given.add_argument("--n-data", type=int, help="size of the data set that the likelihood stands for")
+    given.add_argument("--tolerance", type=float, help="nats of held-out KL: read samples until that gains less")
     given.add_argument("--device", default="auto", help='where to compute: "cpu", "cuda", … or "auto" (default)')
     given.add_argument("--tune-prior", action="store_true", help="tune the prior precision by marginal likelihood")
     given.add_argument("--no-progress", action="store_true", help="show no progress")
@@ -77,17 +83,23 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("arguments of DebiasedLaplace")
     options.add_argument("--subset-of-weights", choices=("all", "last_layer", "subnetwork"))
     options.add_argument("--hessian-structure", choices=("lowrank", "kron", "full"))
-    options.add_argument("--rank", type=int)
-    options.add_argument("--magnitudes", choices=("held_out", "same_batch"))
-    options.add_argument("--direction-samples", type=_amount, help="a number (64) or a share (0.5) of the samples")
+    options.add_argument("--rank", type=_or_auto(int), help='a number of directions, or "auto"')
+    options.add_argument("--magnitudes", choices=("held_out", "cross_fitted", "same_batch", "auto"))
+    options.add_argument(
+        "--direction-samples", type=_or_auto(_amount), help='a number (64) or a share (0.5) of the samples, or "auto"'
+    )
     options.add_argument("--magnitude-samples", type=_amount, help="likewise; all the rest if not given")
-    options.add_argument("--complement", choices=("none", "isotropic", "diagonal"))
+    options.add_argument("--n-folds", type=int, help="of cross-fitted magnitudes")
+    options.add_argument("--complement", choices=("none", "isotropic", "diagonal", "kron", "auto"))
+    options.add_argument("--metric", choices=("euclidean", "kron", "auto"))
+    options.add_argument("--inverse-correction", choices=("none", "second_order"))
     options.add_argument("--solver", choices=("auto", "gram", "lanczos"))
     options.add_argument("--seed", type=seed)
     options.add_argument("--kron-basis", choices=("row_matrices", "kfac"))
     options.add_argument("--kron-magnitudes", choices=("exact", "kronecker"))
     options.add_argument("--kfac-approx", choices=("expand", "reduce"))
     options.add_argument("--prior-precision", type=float)
+    options.add_argument("--prior-mean", type=float)
     options.add_argument("--sigma-noise", type=float)
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
@@ -103,6 +115,15 @@ def _amount(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
+def _or_auto(read: Callable[[str], int | float]) -> Callable[[str], int | float | str]:
+    """Reads a number, or the word that leaves it to be chosen."""
+
+    def number_or_auto(text: str) -> int | float | str:
+        return text if text == "auto" else read(text)
+
+    return number_or_auto
+
+
 def _run(parsed: argparse.Namespace) -> int:
     file_to_write(parsed.out, "--out")
     device = device_named(parsed.device)
@@ -113,7 +134,7 @@ def _run(parsed: argparse.Namespace) -> int:
     model = _model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
     loader = called(parsed.loader, "--loader")
-    la.fit(loader, n_data=parsed.n_data, progress_bar=not parsed.no_progress)
+    la.fit(loader, n_data=parsed.n_data, tolerance=parsed.tolerance, progress_bar=not parsed.no_progress)
     if parsed.tune_prior:
         la.optimize_prior_precision(method="marglik", progress_bar=not parsed.no_progress)
     torch.save(la.state_dict(), parsed.out)
@@ -171,6 +192,9 @@ def _loaded(path: Path, option: str) -> Any:
 
 def _report(la: "DebiasedParametricLaplace", parsed: argparse.Namespace) -> None:
     print(la)
+    for found in (la.choice, la.stopping):
+        if found is not None:
+            print(found)
     print(f"curvature: {la.curvature_source}; log marginal likelihood {float(la.log_marginal_likelihood()):.4g} nats")
     print(f"written to {parsed.out}; to use it, make a DebiasedLaplace of the same model and options, then")
     print(f'  la.load_state_dict(torch.load("{parsed.out}", weights_only=True))')
