@@ -1,5 +1,6 @@
 """From a loader to a curvature estimate: the one path that every structure, subset and backend takes."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,55 +25,14 @@ from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, root_length
-from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
+from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.errors import RepeatedSamplesError
 from debiased_laplace.posterior.backends import BackendChoice
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """How the samples are divided; the names are those of the public constructor."""
-
-    direction_samples: Amount
-    magnitude_samples: Amount | None
-    seed: int
-
-    def draw(
-        self, indices: Tensor, request: Request, n_data: int | None, direction_share: float | None = None
-    ) -> SubBatches:
-        """The sub-batches of an estimator; all samples together where it is still to be chosen.
-
-        Args:
-            indices: of the samples that there are.
-            request: what is asked for.
-            n_data: size of the data set that the likelihood stands for.
-            direction_share: of the samples used, as it was chosen; None: as given.
-        """
-        directions, magnitudes = self.direction_samples, self.magnitude_samples
-        options = request.options
-        if direction_share is not None and options.magnitudes == "held_out" and magnitudes is None:
-            directions = round(direction_share * len(indices))
-        return draw_sub_batches(
-            indices,
-            direction_samples=directions,
-            magnitude_samples=magnitudes,
-            shared=bool(request.open) or options.magnitudes != "held_out",
-            n_data=n_data,
-            seed=self.seed,
-            n_folds=options.n_folds if options.magnitudes == "cross_fitted" and not request.open else None,
-        )
-
-    def direction_share(self, n: int) -> float:
-        """The share of the samples used that give directions."""
-        first, second = (
-            0 if amount is None else amount * n if isinstance(amount, float) else amount
-            for amount in (self.direction_samples, self.magnitude_samples)
-        )
-        return first / (n if self.magnitude_samples is None else first + second)
+from debiased_laplace.posterior.split_options import SplitOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,20 +164,40 @@ def fit_curvature(task: Task, source: SampleSource, *, n_data: int, progress_bar
         curvatures = curvatures_of(problem, network, some, samples, seed, progress_bar=progress_bar)
         options, choice = request.options, None
         if request.open:
-            weighting = task.weighting_of(network.selection, split.n_data)
-            trials = request.trials(split_options.direction_share(len(source.indices)), _largest_rank(curvatures[0]))
-            choice = choose(curvatures[0], trials, weighting, n_data=split.n_data, seed=seed)
+            choice, split, curvatures = _chosen(task, source, split, curvatures[0], n_data)
             options = choice.chosen.options
-            union = split.direction_indices
-            split = split_options.draw(source.indices, Request(options), n_data, choice.chosen.direction_share)
-            curvatures = [curvatures[0].part(torch.searchsorted(union, indices)) for _, indices in _sets(split)]
         roles = SplitCurvature(curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data)
-        estimated = estimate(roles, options)
+        with warnings.catch_warnings():
+            if "rank" in request.open:
+                # nobody has asked for it
+                warnings.filterwarnings("ignore", r"rank=\d+ was asked for|All directions of", UserWarning)
+            estimated = estimate(roles, options)
+        if choice is not None and "rank" in request.open:
+            choice = choice.found(estimated.curvature.directions.shape[1])
+            options = choice.chosen.options
     loss = sum(found.loss for found in surveys) * split.n_data / split.n_samples
     # a backend's copies of the model have done their work: they are large, and some cannot be pickled
     known = replace(network, foreign=None)
     fit = Fit(split, identities, estimated, loss, network.n_outputs, options, known, choice)
     return Fitted(network.selection, fit, network, some, curvatures)
+
+
+def _chosen(
+    task: Task, source: SampleSource, union: SubBatches, curvature: SubBatchCurvature, n_data: int
+) -> tuple[Choice, SubBatches, list[SubBatchCurvature]]:
+    """What is chosen for the curvature of all samples, how it splits them, and the curvature of each set."""
+    split_options, request = task.split_options, task.request
+    weighting = task.weighting_of(curvature.network.selection, union.n_data)
+    largest_rank = min(curvature.n_rows, curvature.network.n_parameters)
+    trials = request.trials(split_options.direction_share(len(source.indices)), largest_rank)
+    choice = choose(curvature, trials, weighting, n_data=union.n_data, seed=split_options.seed)
+    chosen = choice.chosen
+    split = split_options.draw(source.indices, Request(chosen.options), n_data, chosen.direction_share)
+    positions = union.direction_indices
+    parts = [curvature.part(torch.searchsorted(positions, indices)) for _, indices in _sets(split)]
+    for part in parts:
+        part.progress_bar = curvature.progress_bar
+    return choice, split, parts
 
 
 def look_at(
@@ -232,10 +212,6 @@ def look_at(
     """The samples at some positions, looked at once."""
     samples = Samples(source, indices, network.like.device, seed)
     return survey(network, samples, keep=keep, progress_bar=progress_bar)
-
-
-def _largest_rank(curvature: SubBatchCurvature) -> int:
-    return min(curvature.n_rows, curvature.network.n_parameters)
 
 
 def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
