@@ -233,6 +233,7 @@ def test_refused(case):
 @pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression, one output"])
 def test_training_by_marginal_likelihood(likelihood, structure, backend):
+    """laplace-torch's training hands no other options on: of whatever the defaults are, this has to come out."""
     model, X, y = data_of(likelihood)
     model = copy.deepcopy(model)
     la, _, margliks, _ = marglik_training(

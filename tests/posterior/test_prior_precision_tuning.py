@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchmetrics
 from laplace.utils.enums import PredType, PriorStructure, TuningMethod
-from posterior_cases import close, fitted, loader_of
+from posterior_cases import close, fitted, loader_of, posterior_of
 
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.posterior import prior_tuning
@@ -239,7 +239,7 @@ def test_gradient_of_the_evidence_by_finite_differences(structure, complement):
 
 def test_before_fit():
     la, X, y, _ = fitted("MLP", "classification")
-    fresh = type(la)(la.model, "classification")
+    fresh = posterior_of(la.model, "classification")
     for method in ("marglik", "gridsearch"):
         with pytest.raises(NotFittedError):
             fresh.optimize_prior_precision(method=method, val_loader=loader_of(X, y))
