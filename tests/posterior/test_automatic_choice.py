@@ -76,7 +76,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 CASES: dict[str, tuple[str, str, int, int | None, dict[str, Any]]] = {
     "everything": ("MLP", "classification", 40, 70, EVERYTHING),
     "everything, of convolutions": ("convolutions and pooling", "classification", 30, 90, EVERYTHING),
-    "everything, in regression": ("LayerNorm and raw parameters", "regression", 36, 80, EVERYTHING),
+    "several, in regression": ("LayerNorm and raw parameters", "regression", 36, 80, {**SEVERAL, "rank": "auto"}),
     "several, of all the data": ("MLP", "classification", 40, None, SEVERAL),
     "everything, of the fewest samples": ("MLP", "classification", 8, 70, {**EVERYTHING, "n_folds": 3}),
     "the rank": ("MLP", "classification", 40, 70, {"rank": "auto", "complement": "diagonal"}),
