@@ -158,7 +158,7 @@ CASES: dict[str, tuple[str, str, int, int | None, dict[str, Any]]] = {
         "classification",
         16,
         70,
-        {**SEVERAL, "metric": "auto", "n_folds": 3, "backend": CurvlinopsHessian},
+        {**FEW, "metric": "auto", "n_folds": 3, "backend": CurvlinopsHessian},
     ),
     "of drawn targets, cross-fitted": (
         "MLP",
