@@ -172,7 +172,7 @@ def test_coverage_of_results_from_before_there_were_intervals():
 
 METRIC = {"complement": "kron", "metric": "kron"}
 ROUTES = {
-    "low rank, isotropic diagonal": ("lowrank/held_out/none/free", {}),
+    "low rank, isotropic diagonal": ("lowrank/held_out/none/free", {"complement": "none"}),
     "isotropic complement": ("lowrank/held_out/isotropic/5", {"rank": 5, "complement": "isotropic"}),
     "diagonal, few directions": ("lowrank/held_out/diagonal/5", {"rank": 5, "complement": "diagonal"}),
     "diagonal, many directions": ("lowrank/same_batch/diagonal/60", {"rank": 60, "complement": "diagonal"}),
@@ -180,7 +180,10 @@ ROUTES = {
     "Kronecker diagonal, many directions": ("lowrank/same_batch/kron/60", {"rank": 60, "complement": "kron"}),
     "Kronecker metric, few directions": ("lowrank/cross_fitted/kron_metric/5", {**METRIC, "rank": 5}),
     "Kronecker metric, many directions": ("lowrank/same_batch/kron_metric/60", {**METRIC, "rank": 60}),
-    "corrected": ("lowrank/held_out/none/free", {"inverse_correction": "second_order"}),
+    "corrected": (
+        "lowrank/held_out/none/free",
+        {"complement": "none", "inverse_correction": "second_order"},
+    ),
     "Kronecker": ("kron/held_out", {"hessian_structure": "kron"}),
     "full": ("full/held_out", {"hessian_structure": "full"}),
 }
@@ -285,7 +288,7 @@ def test_the_automatic_choice_at_several_priors_is_that_of_a_fit_at_each():
 
 def test_no_magnitudes_are_closer_than_the_true_curvatures():
     task = small_task()
-    la = posteriors.fit(task, "", {"magnitudes": "held_out", "rank": 4}, list(range(20)), seed=0)
+    la = posteriors.fit(task, "", {"magnitudes": "held_out", "complement": "none", "rank": 4}, list(range(20)), seed=0)
     posteriors.set_prior(la, PRIOR)
     full = reference_of(task)
     examination = posteriors.Examination(task, la)
@@ -307,7 +310,7 @@ def test_no_magnitudes_are_closer_than_the_true_curvatures():
 
 def test_true_curvatures_are_those_of_the_full_batch():
     task = small_task()
-    la = posteriors.fit(task, "", {"magnitudes": "held_out", "rank": 4}, list(range(20)), seed=0)
+    la = posteriors.fit(task, "", {"magnitudes": "held_out", "complement": "none", "rank": 4}, list(range(20)), seed=0)
     U = la.directions
     found = posteriors.Examination(task, la).true_curvatures()
     torch.testing.assert_close(found, (U.T @ task.curvature @ U).diagonal(), rtol=1e-10, atol=1e-14)

@@ -47,7 +47,7 @@ def configurations() -> dict[str, dict[str, Any]]:
         if complement == WHITENED:
             kind |= {"complement": "kron", "metric": "kron"}
         table[f"lowrank/{magnitudes}/{complement}/{rank or 'free'}"] = kind
-    table[CORRECTED] = {"magnitudes": "cross_fitted", "inverse_correction": "second_order"}
+    table[CORRECTED] = {"magnitudes": "cross_fitted", "complement": "none", "inverse_correction": "second_order"}
     for structure in ("kron", "full"):
         for magnitudes in MAGNITUDES:
             table[f"{structure}/{magnitudes}"] = {"hessian_structure": structure, "magnitudes": magnitudes}

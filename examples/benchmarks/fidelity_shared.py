@@ -43,7 +43,7 @@ class SharedFit:
 
     def __post_init__(self) -> None:
         # a first fit for the sake of the samples; one direction is the cheapest
-        la = self._unfitted({"magnitudes": "same_batch", "rank": 1, "solver": "lanczos"})
+        la = self._unfitted({"magnitudes": "same_batch", "complement": "none", "rank": 1, "solver": "lanczos"})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             la.fit(self.loader, n_data=self.task.n_data)

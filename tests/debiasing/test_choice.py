@@ -332,10 +332,10 @@ PARTS = {
     "fewer than four of at least four": (15, 3, 15),
     "quarters": (40, 4, 40),
     "quarters that are not equal": (43, 4, 43),
-    "all four are needed": (128, 4, 128),
-    "three set enough aside": (180, 4, 135),
-    "two set enough aside": (300, 4, 150),
-    "one sets enough aside": (512, 4, 128),
+    "all four are needed": (64, 4, 64),
+    "three set enough aside": (100, 4, 75),
+    "two set enough aside": (150, 4, 76),
+    "one sets enough aside": (256, 4, 64),
 }
 
 
@@ -406,8 +406,8 @@ def test_the_split_of_a_trial_has_its_share() -> None:
     dealt = split_for(batch, trial("cross_fitted"), 60, SEED)
     assert dealt.magnitudes is None
     assert dealt.folds.bincount().tolist() == [10, 10, 10]
-    # no more folds than samples
-    assert len(split_for(batch, trial("cross_fitted", n_folds=99), 60, SEED).folds.unique()) == 30
+    # no more folds than four
+    assert len(split_for(batch, trial("cross_fitted", n_folds=99), 60, SEED).folds.unique()) == 4
     biased = split_for(batch, trial("same_batch"), 60, SEED)
     assert (biased.magnitudes, biased.folds) == (None, None)
 
