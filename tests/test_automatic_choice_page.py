@@ -26,7 +26,7 @@ def test_what_it_prints_is_in_the_words_of_the_package():
     options = r"magnitudes='\w+'(, direction_samples=0\.5)?, rank=(\d+|None), complement='kron'"
     first, chosen, *others = printed.splitlines()
     assert re.fullmatch(r"DebiasedLowRankLaplace\(classification, .* fitted on 128 of 1200 samples\)", first)
-    assert re.fullmatch(rf"chosen by held-out KL on 128 samples \(optimistic\): {options}", chosen)
+    assert re.fullmatch(rf"chosen by held-out KL on 64 samples \(optimistic\): {options}", chosen)
     assert len(others) == 3 * 4 - 1
     for line in others:
         assert re.fullmatch(rf"  \+ [\d.]+ ± [\d.]+ nats: {options}", line), line

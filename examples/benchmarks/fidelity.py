@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     current = {b.task.name: b.task.weights for b in tasks}
     summary = summarize(r for r in store.records.values() if current.get(r["task"]) == r["weights"])
     lines = verdicts(summary)
-    write_text(options.out, json.dumps({**summary.document(), "verdicts": lines}, indent=1, allow_nan=False) + "\n")
+    write_text(options.out, json.dumps({**summary.document(), "verdicts": lines}, allow_nan=False) + "\n")
     write_text(options.table, fidelity_table.markdown(summary, lines))
     fidelity_figure.draw(summary, options.out.with_suffix(".png"), prior=10.0)
     print("\n".join(lines))

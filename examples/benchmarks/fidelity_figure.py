@@ -13,7 +13,7 @@ LINES = {
     "lowrank/same_batch/none/free": ("same batch (biased)", "#D55E00", "o"),
     "lowrank/held_out/none/free": ("held out (split)", "#E69F00", "s"),
     "lowrank/cross_fitted/none/free": ("cross-fitted", "#0072B2", "o"),
-    "lowrank/cross_fitted/kron/100": ("cross-fitted, rank 100 + Kronecker", "#009E73", "D"),
+    "lowrank/cross_fitted/kron/free": ("cross-fitted + Kronecker (the default)", "#009E73", "D"),
     "auto": ("automatic", "#000000", "*"),
     f"{BASELINE}/kron": ("laplace-torch's K-FAC", "#8A8A8A", "^"),
 }
@@ -101,4 +101,4 @@ def _tick(B: int, n_data: int) -> str:
     """All the data have a name; labels too close to it are left out."""
     if n_data == B:
         return "N"
-    return str(B) if n_data / B > 1.3 else ""
+    return str(B) if n_data / B > 1.4 else ""

@@ -199,5 +199,5 @@ def _order(key: tuple[Cell, str, str]) -> tuple[Any, ...]:
 
 
 def _plain(value: Mean) -> dict[str, Any]:
-    error = value.standard_error
-    return {"mean": value.mean, "standard_error": None if math.isnan(error) else error, "n_draws": value.n}
+    mean, error = (float(f"{x:.5g}") for x in (value.mean, value.standard_error))
+    return {"mean": mean, "standard_error": None if math.isnan(error) else error, "n_draws": value.n}

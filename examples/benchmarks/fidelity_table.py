@@ -5,6 +5,17 @@ from fidelity_ranking import CRITERIA, ranking
 from fidelity_results import Cell, Mean, Summary
 from fidelity_tasks import RECIPES
 
+IN_SHORT = {
+    "lowrank/same_batch/none/free": '`"same_batch"`, no complement',
+    "lowrank/held_out/none/free": '`"held_out"`, no complement (the paper\'s split)',
+    "lowrank/cross_fitted/none/free": '`"cross_fitted"`, no complement',
+    "lowrank/cross_fitted/kron/free": "the default",
+    "auto": 'everything `"auto"`',
+    "laplace-torch/diag": "laplace-torch's diagonal",
+    "laplace-torch/kron": "laplace-torch's K-FAC",
+}
+"""What the summary at the top compares."""
+
 SHOWN = {"parameter_kl": "{:.4g}", "total_variation": "{:.3f}", "predictive_kl": "{:.3g}"}
 
 
@@ -17,6 +28,8 @@ def markdown(summary: Summary, verdicts: list[str]) -> str:
         "predictive densities) / KL of the outputs at a test input (median), means over draws ± standard error of the "
         "first. B samples of N were used for curvature; all posteriors stand for N.",
         "Names: structure / magnitudes / complement / rank; `free` is every direction that the samples support.",
+        "## In short",
+        in_short(summary),
         "## Verdicts",
         "\n".join(f"- {verdict}" for verdict in verdicts),
         "## One configuration for all",
@@ -28,6 +41,31 @@ def markdown(summary: Summary, verdicts: list[str]) -> str:
             parts += [f"### Prior precision {prior:g}", _table(summary, task, prior)]
     parts += ["## Intervals for directional curvatures", _coverage(summary)]
     return "\n\n".join(parts) + "\n"
+
+
+def in_short(summary: Summary, B: int = 128, prior: float = 10.0) -> str:
+    """The main configurations at one number of samples and one prior, a column for each task."""
+    cells = [Cell(task, B, prior) for task in RECIPES if Cell(task, B, prior) in summary.cells]
+    lines = [
+        f"Prior precision {prior:g}, curvature from {B} samples: parameter KL to the full batch in nats, ± standard "
+        "error, and total variation of the predictions.\n",
+        "| | " + " | ".join(f"{RECIPES[c.task].title}, N = {summary.n_data[c.task]:,}" for c in cells) + " |",
+        "|---" * (len(cells) + 1) + "|",
+    ]
+    for name, shown in IN_SHORT.items():
+        entries = []
+        for cell in cells:
+            found = summary.cells[cell].get(name, {})
+            kl, tv = found.get("parameter_kl"), found.get("total_variation")
+            error = f" ± {_three(kl.standard_error)}" if kl is not None and kl.n > 1 else ""
+            entries.append("" if kl is None or tv is None else f"{_three(kl.mean)}{error} / {tv.mean:.2g}")
+        lines.append(f"| {shown} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def _three(value: float) -> str:
+    """Three digits without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ranking(summary: Summary) -> str:
