@@ -3,13 +3,24 @@
 from collections.abc import Iterator
 from statistics import median
 
-from fidelity_posteriors import AUTO, BASELINE, CORRECTED
+from fidelity_posteriors import AUTO, BASELINE, CORRECTED, SHRINKAGE, WHITENED
 from fidelity_results import Cell, Summary
 
 SAME, CROSS = "lowrank/same_batch/none/free", "lowrank/cross_fitted/none/free"
 KFAC = f"{BASELINE}/kron"
 CANDIDATES = (AUTO, "lowrank/cross_fitted/kron/100", "lowrank/cross_fitted/kron/free", CROSS)
 NOT_MEASURED = "not measured"
+DEFAULT = "lowrank/cross_fitted/kron/free"
+PAIRS = (
+    ("lowrank/held_out/none/free", SAME),
+    (DEFAULT, CROSS),
+    (f"lowrank/cross_fitted/{WHITENED}/free", DEFAULT),
+    ("lowrank/cross_fitted/kron/400", DEFAULT),
+    ("kron/cross_fitted", "kron/same_batch"),
+    (f"{SHRINKAGE}/0.7", DEFAULT),
+    (CORRECTED, CROSS),
+)
+"""Which choices rest on a comparison of two configurations."""
 EXACT = 1e-2
 """Nats, and total variation, below which a posterior is the full batch but for single precision."""
 
@@ -21,7 +32,7 @@ def verdicts(summary: Summary) -> list[str]:
         *(_at_all_data(summary, name) for name in (SAME, CROSS)),
         *(_twice_as_close(summary, criterion) for criterion in ("parameter_kl", "total_variation")),
         _least_possible(summary),
-        *(_corrected(summary, criterion) for criterion in ("parameter_kl", "total_variation")),
+        *(_against(summary, *pair, criterion) for pair in PAIRS for criterion in ("parameter_kl", "total_variation")),
         _auto_against_fixed(summary),
         _auto_against_kfac(summary),
         *_tenth_of_the_data(summary),
@@ -78,13 +89,17 @@ def _least_possible(summary: Summary) -> str:
     return f"{head}: {median(found):.2f} over {len(found)} cells" if found else f"{head}: {NOT_MEASURED}"
 
 
-def _corrected(summary: Summary, criterion: str) -> str:
-    head = f"inverse_correction over none in {_words(criterion)}, cross_fitted, B from 64 to N/2"
-    found = list(ratios(summary, CORRECTED, CROSS, criterion).values())
+def _against(summary: Summary, one: str, other: str, criterion: str) -> str:
+    head = f"{one} over {other} in {_words(criterion)}, B from 64 to N/2"
+    found = ratios(summary, one, other, criterion)
     if not found:
         return f"{head}: {NOT_MEASURED}"
-    lower = sum(ratio < 1 for ratio in found)
-    return f"{head}: median {median(found):.3f}, lower in {lower} of {len(found)} cells"
+    low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    lower = sum(ratio < 1 for ratio in found.values())
+    return (
+        f"{head}: median {median(found.values()):.3f}, lower in {lower} of {len(found)} cells, "
+        f"from {found[low]:.2f} ({low}) to {found[high]:.2f} ({high})"
+    )
 
 
 def _auto_against_fixed(summary: Summary) -> str:
