@@ -133,7 +133,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
     with undisturbed_randomness(seed):
         epoch = _one_epoch(loader)
     if not epoch:
-        raise ValueError("The loader yields no samples; expected at least 4.")
+        raise ValueError("The loader yields no samples; expected at least 2.")
     indices = torch.tensor([i for batch in epoch for i in batch], dtype=torch.int64)
     unique = indices.unique()
     if len(unique) < len(indices):
@@ -221,7 +221,7 @@ def _from_batches(batches: Sequence[Any], keys: MappingKeys) -> SampleSource:
         raise ValueError("The list of batches is empty; expected (inputs, targets) pairs or mappings.")
     parts = [part for part in (as_batch(batch, keys) for batch in batches) if len(part)]
     if not parts:
-        raise ValueError("The list of batches has no samples; expected at least 4.")
+        raise ValueError("The list of batches has no samples; expected at least 2.")
     dataset = _Stacked(parts)
     size = max(len(part) for part in parts)
     return SampleSource(dataset, torch.arange(len(dataset)), size, {}, keys)

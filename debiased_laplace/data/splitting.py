@@ -96,7 +96,7 @@ def draw_sub_batches(
     """
     n = len(indices)
     if n == 0:
-        raise ValueError("The loader yields no samples; expected at least 4.")
+        raise ValueError("The loader yields no samples; expected at least 2.")
     n_directions = _count(direction_samples, n, "direction_samples")
     rest = n - n_directions
     n_magnitudes = rest if magnitude_samples is None else _count(magnitude_samples, n, "magnitude_samples")

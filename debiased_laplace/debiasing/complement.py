@@ -63,6 +63,8 @@ class LowRankCurvature:
         if self.error_variances is None:
             return diagonal, weights
         variances = likelihood_weight**2 * self.error_variances
+        if len(weights) == 0 and len(variances) == 0:
+            return diagonal, weights
         if len(weights) == 0:
             return prior + second_order(likelihood_weight * self.diagonal, variances, prior), weights
         spread = self.factor.square() / diagonal[..., None] if diagonal.ndim else self.factor.square() / diagonal

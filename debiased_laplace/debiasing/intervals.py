@@ -98,7 +98,7 @@ def confidence_intervals(
     Raises:
         ValueError: for another level.
     """
-    if not 0 < level < 1:
+    if not isinstance(level, int | float) or not 0 < level < 1:
         raise ValueError(f"Expected a level between 0 and 1, 0.95 say; got {level!r}.")
     if shape.sampled_share >= 1:
         return torch.stack([values, values], 1)

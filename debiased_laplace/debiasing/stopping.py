@@ -88,6 +88,9 @@ class Stopping:
             gained = f"what {step} gained is not known, with too few left to tell"
         if last.n_samples == self.n_available:
             return f"all {last.n_samples} samples were used: {gained} (tolerance {self.tolerance:g})."
+        if last.at_most < 0:
+            lost = "more samples brought this estimator no closer; another one may gain from them"
+            return f"stopped: {gained}, less than nothing by over two standard errors: {lost}."
         return f"stopped: {gained}, less than the tolerance of {self.tolerance:g} by over two standard errors."
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ are the same in all coordinates; which directions lead is not.
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,7 +48,9 @@ def estimate_whitened(
         if isinstance(part, RowCurvature):
             part.keep_rows()
     kronecker = estimate_kronecker(split, replace(options, structure="kron", kron_magnitudes="exact")).curvature
-    metric = kronecker.diagonal + FLOOR * kronecker.diagonal.mean()
+    floor = FLOOR * kronecker.diagonal.mean()
+    # no curvature at all is the same in any metric
+    metric = kronecker.diagonal + torch.where(floor > torch.finfo(floor.dtype).tiny, floor, 1.0)
 
     def whitening_of(some: RowCurvature) -> Whitening:
         return Whitening(basis_from(some, options), metric)

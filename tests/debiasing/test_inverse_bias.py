@@ -94,6 +94,13 @@ def test_without_directions_the_diagonal_is_corrected() -> None:
     torch.testing.assert_close(found.diagonal, v + torch.minimum(49 * variances / v, v))
 
 
+def test_of_no_directions_at_all_there_is_nothing_to_correct() -> None:
+    """Rank 0: the errors are of the directions, of which there are none, and not of the diagonal."""
+    D = torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
+    found = curvature(D, 0, tensor()).precision(7.0, torch.tensor(0.2).double())
+    torch.testing.assert_close(found.to_dense(), torch.diag(7 * D + 0.2))
+
+
 @pytest.mark.parametrize("diagonal", [torch.tensor(0.0).double(), torch.full((6,), 0.2, dtype=torch.float64)])
 def test_is_differentiable_in_prior_and_weight(diagonal: torch.Tensor) -> None:
     found = curvature(diagonal, 3, tensor(0.3, 0.02, 0.1))

@@ -216,3 +216,10 @@ def test_drawn_curvatures_have_no_finite_population() -> None:
     d = sample_terms(smaller, H, N) - sample_terms(larger, H, N)
     expected = f**2 * d[:24].var(correction=1) / 24 + (1 - f) ** 2 * d[24:].var(correction=1) / 16
     assert drawn.standard_error == pytest.approx(float(expected) ** 0.5, rel=1e-10)
+
+
+def test_a_gain_below_nothing_is_not_called_enough() -> None:
+    stopping = Stopping((Stage(32), Stage(64, -1.18, 0.31)), tolerance=1.0, n_available=300)
+    assert stopping.enough
+    assert "gained -1.18 ± 0.31 nats, less than nothing by over two standard errors" in stopping.reason
+    assert "less than nothing" not in Stopping((Stage(32), Stage(64, -0.5, 0.31)), 1.0, 300).reason

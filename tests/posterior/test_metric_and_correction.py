@@ -9,6 +9,7 @@ from subset_cases import problem as subset_problem
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from debiased_laplace import DebiasedLaplace
 from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
 
 OPTIONS = {
@@ -189,3 +190,22 @@ def test_a_hessian_has_no_rows_to_whiten() -> None:
     )
     with pytest.raises(ValueError, match="Hessian"):
         hessian.fit(loader_of(X, y))
+
+
+@pytest.mark.parametrize("magnitudes", ["held_out", "cross_fitted", "same_batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_curvature_at_all_is_the_prior_in_any_metric(magnitudes: str, dtype: torch.dtype) -> None:
+    """A saturated network: every softmax is exactly one class."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3)).to(dtype)
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([3000.0, 0.0, 0.0]))
+    X = torch.randn(16, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(X, torch.arange(16) % 3), batch_size=8)
+    for options in ({"metric": "kron", "inverse_correction": "second_order"}, {"metric": "auto"}):
+        la = DebiasedLaplace(
+            model, "classification", magnitudes=magnitudes, complement="kron", prior_precision=PRIOR, **options
+        )
+        la.fit(loader, n_data=100)
+        assert la.rank == 0
+        close(la.posterior_precision.to_dense(), PRIOR * torch.eye(len(la.mean)))
+        assert bool(la(X[:2]).isfinite().all())
