@@ -39,6 +39,9 @@ def ranking(summary: Summary) -> list[Rank]:
     cells = [cell for cell in summary.cells if 64 <= cell.B <= summary.n_data[cell.task] / 2]
     if not cells:
         return []
+    # cells in which only some configurations were measured would leave nothing to rank
+    most = max(len(summary.cells[cell]) for cell in cells)
+    cells = [cell for cell in cells if len(summary.cells[cell]) > most / 2]
     names = set.intersection(*(set(summary.cells[cell]) for cell in cells))
     logs: dict[str, dict[str, list[float]]] = {name: {c: [] for c in CRITERIA} for name in names}
     for cell in cells:
