@@ -29,8 +29,8 @@ from debiased_laplace.debiasing.options import SplitCurvature, Trial
 _PARTS = 4
 _PARTS_OF_LANCZOS = 2  # every part costs a Lanczos run for each trial and fold
 _SMALLEST = 4  # samples a part
-_ENOUGH = 64  # samples set aside in all: paired differences are known well by then
-_FOLDS = 4  # of a trial: what eight say is little better, and costs twice as much
+_ENOUGH = 64  # samples set aside in all: differences are paired, and each part costs a fit of every trial
+_FOLDS = 4  # of a trial, which only has to be ranked: each fold costs an eigendecomposition
 
 
 @dataclass(frozen=True, eq=False)

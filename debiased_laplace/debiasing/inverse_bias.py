@@ -3,8 +3,8 @@ r"""The bias of an inverse: an unbiased curvature still gives variances that are
 With an estimate v of a precision along a direction, unbiased and with variance $\mathrm{var}(v)$,
 $E[1/v] \approx (1 + \mathrm{var}(v)/v^2) / E[v]$ (Jensen). Raising the precision to $v + \mathrm{var}(v)/v$ takes that
 away to second order. Were the variance known, this would also lower the expected KL to the posterior with the true
-precision. Estimated from skewed samples it comes out large where v does, and the gain is lost: the correction is an
-option, and not the default.
+precision. Estimated from skewed samples it comes out large where v does, and much of that gain is lost: the correction
+is an option, and not the default.
 """
 
 import torch
