@@ -96,7 +96,7 @@ def _compare(difference: Estimate, *, method: str, baseline: str, metric: str) -
         method=method,
         baseline=baseline,
         metric=metric,
-        difference=difference.value,
+        difference=difference.known,
         low=difference.low,
         high=difference.high,
         standard_error=difference.standard_error,
@@ -107,13 +107,13 @@ def _compare(difference: Estimate, *, method: str, baseline: str, metric: str) -
 
 
 def _two_sided_p_value(difference: Estimate) -> float | None:
-    if difference.value == 0:
+    if difference.known == 0:
         return 1.0
     if difference.standard_error is None:
         return None
     if difference.standard_error == 0:
         return 0.0
-    z = abs(difference.value) / difference.standard_error
+    z = abs(difference.known) / difference.standard_error
     return 2 * NormalDist().cdf(-z)
 
 

@@ -6,15 +6,15 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from debiased_laplace.calibration.comparisons import Comparison
-from debiased_laplace.calibration.curves import (
+from debiased_laplace.calibration.estimates import Estimate
+from debiased_laplace.calibration.metrics.curves import (
     ClassCount,
     ConfidenceBin,
     CoverageLevel,
     HistogramBin,
 )
-from debiased_laplace.calibration.estimates import Estimate
-from debiased_laplace.calibration.predictions import Task
-from debiased_laplace.calibration.svg import adopt_svg, draw_svg
+from debiased_laplace.calibration.predictions.arrays import Task
+from debiased_laplace.calibration.rendering.svg import adopt_svg, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

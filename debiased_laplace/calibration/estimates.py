@@ -13,19 +13,20 @@ class Estimate:
     """A number from a finite test set, and how far it can be trusted.
 
     Attributes:
-        value: the estimate, in the unit of its metric.
+        value: the estimate, in the unit of its metric; None where these predictions allow none.
         low: lower end of the interval, None where no interval with honest coverage exists.
         high: upper end, None together with `low`.
         standard_error: standard deviation of the estimate over test sets, None where unknown.
         n: number of test samples it rests on.
         estimator: how value and interval were obtained, in words.
-        reason: why there is no interval; None where there is one.
+        reason: why there is no interval, or no value; None where there are both.
 
     Raises:
-        ValueError: if a number is not finite, or there is both an interval and a reason for none.
+        ValueError: if a number is not finite, if there is both an interval and a reason for none, or an interval
+            around nothing.
     """
 
-    value: float
+    value: float | None
     low: float | None
     high: float | None
     standard_error: float | None
@@ -39,6 +40,19 @@ class Estimate:
             raise ValueError(f"An estimate must be finite; got {self}.")
         if (self.low is None) != (self.high is None) or (self.low is None) == (self.reason is None):
             raise ValueError(f"An estimate has an interval or a reason to have none; got {self}.")
+        if self.value is None and (self.low is not None or self.standard_error is not None):
+            raise ValueError(f"An estimate without a value has no interval either; got {self}.")
+
+    @property
+    def known(self) -> float:
+        """The value, where there must be one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.value is None:
+            raise ValueError(f"There is no value: {self.reason}.")
+        return self.value
 
 
 def normal_quantile(confidence_level: float) -> float:
@@ -49,6 +63,11 @@ def normal_quantile(confidence_level: float) -> float:
 def without_interval(value: float, n: int, *, estimator: str, reason: str) -> Estimate:
     """An estimate that has no interval, and says why."""
     return Estimate(value, None, None, None, n, estimator, reason)
+
+
+def unavailable(n: int, *, estimator: str, reason: str) -> Estimate:
+    """No estimate at all, and why."""
+    return Estimate(None, None, None, None, n, estimator, reason)
 
 
 def estimate_mean(per_sample: Float[Tensor, " n"], *, confidence_level: float) -> Estimate:
@@ -75,7 +94,7 @@ def estimate_root_mean(squares: Float[Tensor, " n"], *, confidence_level: float)
         confidence_level: coverage of the interval, between 0 and 1.
     """
     mean = estimate_mean(squares, confidence_level=confidence_level)
-    root = sqrt(mean.value)
+    root = sqrt(mean.known)
     if mean.low is None or mean.high is None or mean.standard_error is None:
         return without_interval(root, mean.n, estimator="root mean", reason=mean.reason or "no interval")
     return Estimate(

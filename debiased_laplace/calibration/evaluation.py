@@ -6,32 +6,30 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.binning import bin_confidences, check_consistency
 from debiased_laplace.calibration.contents import (
     ClassificationCurves,
     MethodResult,
     RegressionCurves,
 )
-from debiased_laplace.calibration.curves import (
+from debiased_laplace.calibration.metrics.binning import bin_confidences, check_consistency
+from debiased_laplace.calibration.metrics.classification import (
+    brier_score,
+    measure_classification,
+    negative_log_likelihood,
+)
+from debiased_laplace.calibration.metrics.curves import (
     count_classes,
     tabulate_bins,
     tabulate_coverage,
     tabulate_pit,
 )
-from debiased_laplace.calibration.metrics import (
-    brier_score,
-    measure_classification,
-    negative_log_likelihood,
-)
-from debiased_laplace.calibration.predictions import (
-    ClassificationPredictions,
-    RegressionPredictions,
-)
-from debiased_laplace.calibration.regression_metrics import (
+from debiased_laplace.calibration.metrics.regression import (
     gaussian_crps,
     gaussian_negative_log_likelihood,
     measure_regression,
 )
+from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
+from debiased_laplace.calibration.predictions.regression import RegressionPredictions
 
 FEW_SAMPLES = 30
 FEW_RESAMPLES = 200
@@ -100,8 +98,8 @@ def evaluate_classification(method: str, predictions: ClassificationPredictions,
     )
     curves = ClassificationCurves(tabulate_bins(bins, consistency, confidence_level=level), count_classes(predictions))
     scores = {
-        "nll": negative_log_likelihood(predictions).cpu(),
-        "brier": brier_score(predictions).cpu(),
+        "nll": negative_log_likelihood(predictions),
+        "brier": brier_score(predictions),
     }
     warnings = []
     if predictions.n_impossible:
@@ -121,7 +119,7 @@ def evaluate_regression(predictions: RegressionPredictions, settings: Settings) 
         tabulate_pit(predictions, confidence_level=level),
     )
     scores = {
-        "nll": gaussian_negative_log_likelihood(predictions).cpu(),
+        "nll": gaussian_negative_log_likelihood(predictions),
         "crps": gaussian_crps(predictions).cpu(),
     }
     result = MethodResult(measure_regression(predictions, confidence_level=level), curves)

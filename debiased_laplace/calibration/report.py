@@ -22,12 +22,14 @@ from debiased_laplace.calibration.evaluation import (
     warn_about_classes,
     warn_about_size,
 )
-from debiased_laplace.calibration.html import render_html
-from debiased_laplace.calibration.json_document import render_json
-from debiased_laplace.calibration.markdown import render_markdown, render_text
-from debiased_laplace.calibration.predictions import Task, read_classification, read_regression
+from debiased_laplace.calibration.metrics.regression import INTERVAL_LEVEL
+from debiased_laplace.calibration.predictions.arrays import Task
+from debiased_laplace.calibration.predictions.classification import read_classification
+from debiased_laplace.calibration.predictions.regression import read_regression
 from debiased_laplace.calibration.provenance import current_time, digest_targets, list_versions
-from debiased_laplace.calibration.regression_metrics import INTERVAL_LEVEL
+from debiased_laplace.calibration.rendering.html import render_html
+from debiased_laplace.calibration.rendering.json_document import render_json
+from debiased_laplace.calibration.rendering.markdown import render_markdown, render_text
 
 Format = Literal["html", "json", "md"]
 
@@ -196,7 +198,10 @@ def _evaluate_classification(
     task: Literal["binary", "multiclass"],
     settings: Settings,
 ) -> tuple[dict[str, Evaluation], DataSummary]:
-    read = {method: read_classification(method, p, targets, task=task) for method, p in predictions.items()}
+    read = {
+        method: read_classification(method, p, targets, task=task, n_bins=settings.n_bins)
+        for method, p in predictions.items()
+    }
     n_classes = {method: p.n_classes for method, p in read.items()}
     if len(set(n_classes.values())) > 1:
         raise ValueError(f"All methods must have the same classes; got {n_classes}.")

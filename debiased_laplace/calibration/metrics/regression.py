@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.curves import covered
 from debiased_laplace.calibration.estimates import (
     Estimate,
     estimate_mean,
@@ -14,7 +13,8 @@ from debiased_laplace.calibration.estimates import (
     estimate_share,
     normal_quantile,
 )
-from debiased_laplace.calibration.predictions import RegressionPredictions
+from debiased_laplace.calibration.metrics.curves import covered
+from debiased_laplace.calibration.predictions.regression import RegressionPredictions
 
 INTERVAL_LEVEL = 0.9  # of `picp` and `mpiw`
 

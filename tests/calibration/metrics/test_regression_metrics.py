@@ -8,9 +8,9 @@ from scipy.stats import norm
 from sklearn.metrics import root_mean_squared_error
 
 from debiased_laplace.calibration import calibration_report
-from debiased_laplace.calibration.curves import tabulate_coverage, tabulate_pit
-from debiased_laplace.calibration.predictions import read_regression
-from debiased_laplace.calibration.regression_metrics import gaussian_crps, gaussian_negative_log_likelihood
+from debiased_laplace.calibration.metrics.curves import tabulate_coverage, tabulate_pit
+from debiased_laplace.calibration.metrics.regression import gaussian_crps, gaussian_negative_log_likelihood
+from debiased_laplace.calibration.predictions.regression import read_regression
 
 
 def measure(mean, std, y):

@@ -5,8 +5,8 @@ import torch
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
 from debiased_laplace.calibration import calibration_report
-from debiased_laplace.calibration.metrics import brier_score, negative_log_likelihood, signed_root
-from debiased_laplace.calibration.predictions import read_classification
+from debiased_laplace.calibration.metrics.classification import brier_score, negative_log_likelihood, signed_root
+from debiased_laplace.calibration.predictions.classification import read_classification
 
 
 def measure(p, y, task="multiclass", **options):

@@ -5,7 +5,14 @@ from math import copysign, sqrt
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.binning import (
+from debiased_laplace.calibration.estimates import (
+    Estimate,
+    estimate_mean,
+    estimate_share,
+    normal_quantile,
+    without_interval,
+)
+from debiased_laplace.calibration.metrics.binning import (
     BinnedConfidences,
     ConsistencyTest,
     bootstrap_debiased_error,
@@ -14,14 +21,7 @@ from debiased_laplace.calibration.binning import (
     measure_binned_errors,
     measure_positive_class_error,
 )
-from debiased_laplace.calibration.estimates import (
-    Estimate,
-    estimate_mean,
-    estimate_share,
-    normal_quantile,
-    without_interval,
-)
-from debiased_laplace.calibration.predictions import ClassificationPredictions
+from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
 
 NO_INTERVAL = (
     "a binned error is biased upwards, and bootstrap intervals around it miss the truth for nearly "
@@ -40,9 +40,8 @@ def brier_score(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
     References:
         Brier (1950), doi:10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
     """
-    squares = predictions.probabilities.square().sum(dim=1)
     # the difference of large terms may leave a rounding error below zero
-    return (squares - 2 * predictions.true_class_probability + 1).clamp_min(0.0)
+    return (predictions.squared_norm - 2 * predictions.true_class_probability + 1).clamp_min(0.0)
 
 
 def measure_classification(
@@ -89,9 +88,9 @@ def measure_classification(
         "mce": _binned(errors["mce"], bins, "maximum calibration error"),
         "ace": _binned(errors["ace"], bins, "average calibration error"),
     }
-    if predictions.n_classes == 2:
+    if predictions.positive_probability is not None:
         positive = measure_positive_class_error(
-            predictions.probabilities[:, 1], predictions.targets, n_bins=bins.n_bins
+            predictions.positive_probability, predictions.targets, n_bins=bins.n_bins
         )
         metrics["ece_positive"] = _binned(positive, bins, "expected calibration error of P(class 1)")
     return metrics

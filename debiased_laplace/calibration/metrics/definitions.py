@@ -15,12 +15,14 @@ class MetricDefinition:
         better: the good direction; "zero", "one" and "level" are targets, "none" is no judgement.
         meaning: one or two sentences.
         reference: authors (year) and where to find it; empty for textbook quantities.
+        section: "headline" for the table that everybody reads, "detail" for the folded one under it.
     """
 
     label: str
     better: Better
     meaning: str
     reference: str = ""
+    section: Literal["headline", "detail"] = "headline"
 
 
 DIRECTIONS: dict[Better, str] = {
@@ -92,12 +94,14 @@ CLASSIFICATION: dict[str, MetricDefinition] = {
         "lower",
         "The largest distance between accuracy and confidence of any bin; a bin with a single sample can set it.",
         "Naeini, Cooper and Hauskrecht (2015), doi:10.1609/aaai.v29i1.9602",
+        section="detail",
     ),
     "ace": MetricDefinition(
         "Average calibration error",
         "lower",
         "The same distance averaged over the bins that hold samples, each with the same weight.",
         "Neumann, Zisserman and Vedaldi (2018)",
+        section="detail",
     ),
     "ece_positive": MetricDefinition(
         "Calibration error of P(class 1)",

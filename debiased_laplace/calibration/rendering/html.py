@@ -4,22 +4,22 @@ import re
 from html import escape
 from urllib.parse import quote
 
-from debiased_laplace.calibration.comparison_figures import draw_differences
 from debiased_laplace.calibration.contents import ReportContents, ReportFigure, ReportTable
-from debiased_laplace.calibration.definitions import define_metrics
-from debiased_laplace.calibration.figures import draw_confidences, draw_reliability
-from debiased_laplace.calibration.formatting import format_number, format_p_value
-from debiased_laplace.calibration.panels import Look, assign_looks
-from debiased_laplace.calibration.regression_figures import draw_coverage, draw_pit
-from debiased_laplace.calibration.sections import (
+from debiased_laplace.calibration.metrics.definitions import define_metrics
+from debiased_laplace.calibration.rendering.classification_figures import draw_confidences, draw_reliability
+from debiased_laplace.calibration.rendering.comparison_figures import draw_differences
+from debiased_laplace.calibration.rendering.formatting import format_number, format_p_value
+from debiased_laplace.calibration.rendering.panels import Look, assign_looks
+from debiased_laplace.calibration.rendering.regression_figures import draw_coverage, draw_pit
+from debiased_laplace.calibration.rendering.sections import (
     render_classes,
-    render_headline,
+    render_metrics,
     render_panels,
     render_table,
 )
-from debiased_laplace.calibration.style import STYLE_SHEET
-from debiased_laplace.calibration.svg import adopt_svg
-from debiased_laplace.calibration.verdict import summarize
+from debiased_laplace.calibration.rendering.style import STYLE_SHEET
+from debiased_laplace.calibration.rendering.svg import adopt_svg
+from debiased_laplace.calibration.rendering.verdict import summarize
 
 SEPARATOR = " \u00b7 "
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -36,7 +36,8 @@ def render_html(contents: ReportContents) -> str:
         _render_top(contents),
         "<h2>Metrics</h2>",
         _explain_headline(contents),
-        render_headline(contents),
+        render_metrics(contents, "headline"),
+        _render_details(contents),
         _render_differences(contents, looks),
         curves,
         render_classes(contents),
@@ -95,6 +96,11 @@ def _explain_headline(contents: ReportContents) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def _render_details(contents: ReportContents) -> str:
+    table = render_metrics(contents, "detail")
+    return f"<details><summary>Further metrics</summary>{table}</details>" if table else ""
+
+
 def _render_differences(contents: ReportContents, looks: dict[str, Look]) -> str:
     if not contents.comparisons:
         return ""
@@ -111,7 +117,7 @@ def _render_classification(contents: ReportContents, looks: dict[str, Look]) -> 
     level = f"{100 * float(contents.settings['confidence_level']):g} %"
     asides = [
         f"ECE {format_number(m['ece'].value, 3)}, chance alone "
-        f"{format_number(m['ece_noise_floor'].value, 3)}, {format_p_value(m['ece_p_value'].value)}"
+        f"{format_number(m['ece_noise_floor'].value, 3)}, {format_p_value(m['ece_p_value'].known)}"
         for m in contents.metrics.values()
     ]
     return (

@@ -1,9 +1,9 @@
 """Panels of a regression report: coverage curves and histograms of the probability transform."""
 
 from debiased_laplace.calibration.contents import MethodResult, RegressionCurves, ReportTable
-from debiased_laplace.calibration.curves import CoverageLevel, HistogramBin
-from debiased_laplace.calibration.formatting import format_number
-from debiased_laplace.calibration.panels import (
+from debiased_laplace.calibration.metrics.curves import CoverageLevel, HistogramBin
+from debiased_laplace.calibration.rendering.formatting import format_number
+from debiased_laplace.calibration.rendering.panels import (
     BAND_ALPHA,
     FONT_SIZE,
     GREY,

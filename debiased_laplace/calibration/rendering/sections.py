@@ -1,6 +1,7 @@
 """The sections of the page that show numbers, each a function from the report to HTML."""
 
 from html import escape
+from typing import Literal
 
 from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.contents import (
@@ -8,9 +9,11 @@ from debiased_laplace.calibration.contents import (
     ReportContents,
     ReportTable,
 )
-from debiased_laplace.calibration.definitions import DIRECTIONS, define_metrics
 from debiased_laplace.calibration.estimates import Estimate, wilson_interval
-from debiased_laplace.calibration.formatting import (
+from debiased_laplace.calibration.metrics.classification import signed_root
+from debiased_laplace.calibration.metrics.definitions import DIRECTIONS, define_metrics
+from debiased_laplace.calibration.rendering.formatting import (
+    NOTHING,
     choose_common_decimals,
     choose_decimals,
     format_interval,
@@ -18,8 +21,7 @@ from debiased_laplace.calibration.formatting import (
     format_p_value,
     format_signed,
 )
-from debiased_laplace.calibration.metrics import signed_root
-from debiased_laplace.calibration.panels import Panel
+from debiased_laplace.calibration.rendering.panels import Panel
 
 MAX_CLASSES = 20
 SHOWN_BESIDE_ECE = ("ece_noise_floor", "ece_p_value")
@@ -58,8 +60,8 @@ def render_panels(panels: list[Panel], asides: list[str] | None = None) -> str:
     return f'<div class="panels">{figures}</div><details><summary>The same as tables</summary>{tables}</details>'
 
 
-def render_headline(contents: ReportContents) -> str:
-    """Metrics as rows and methods as columns, which stay readable on a phone."""
+def render_metrics(contents: ReportContents, section: Literal["headline", "detail"]) -> str:
+    """Metrics as rows and methods as columns, which stay readable on a phone; empty without any."""
     head = "".join(
         f'<th scope="col">{escape(method)}'
         + ('<span class="aside">baseline</span>' if method == contents.baseline and contents.comparisons else "")
@@ -69,7 +71,7 @@ def render_headline(contents: ReportContents) -> str:
     body = []
     for name, definition in define_metrics(contents.task).items():
         estimates = [contents.metrics[m].get(name) for m in contents.methods]
-        if name in SHOWN_BESIDE_ECE or all(e is None for e in estimates):
+        if name in SHOWN_BESIDE_ECE or definition.section != section or all(e is None for e in estimates):
             continue
         decimals = choose_common_decimals(estimates)
         cells = "".join(f"<td>{_render_cell(contents, method, name, decimals)}</td>" for method in contents.methods)
@@ -78,10 +80,12 @@ def render_headline(contents: ReportContents) -> str:
             f'<tr><th scope="row">{escape(definition.label)}'
             f'<span class="aside">{escape(direction)}</span></th>{cells}</tr>'
         )
+    if not body:
+        return ""
     return _scrolling(
         f'<table class="headline"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>",
-        label="Metrics of every method",
+        label="Metrics of every method" if section == "headline" else "Further metrics of every method",
     )
 
 
@@ -114,19 +118,21 @@ def render_classes(contents: ReportContents) -> str:
 def _render_cell(contents: ReportContents, method: str, name: str, decimals: int | None) -> str:
     estimate = contents.metrics[method].get(name)
     if estimate is None:
-        return "\u2013"
+        return NOTHING
+    if estimate.value is None:
+        return f'{NOTHING}<span class="aside">{escape(estimate.reason or "")}</span>'
     signed = name == "confidence_gap"
     value = (format_signed if signed else format_number)(estimate.value, decimals)
     interval = format_interval(estimate.low, estimate.high, decimals)
     parts = [f'<span class="value">{value}</span> <span class="interval">{interval}</span>']
     if name == "ece":
-        floor, p = (contents.metrics[method][other].value for other in SHOWN_BESIDE_ECE)
+        floor, p = (contents.metrics[method][other].known for other in SHOWN_BESIDE_ECE)
         parts.append(
             f'<span class="aside">chance alone: {format_number(floor)}</span>'
             f'<span class="aside">{format_p_value(p)}</span>'
         )
     if name == "rmsce2_debiased":
-        root = format_number(signed_root(estimate.value), 3)
+        root = format_number(signed_root(estimate.known), 3)
         parts.append(f'<span class="aside">signed root: {root}</span>')
     if name in ("confidence_gap", "z_scale"):
         parts.append(f'<span class="aside">{_name_sign(estimate, name)}</span>')

@@ -6,6 +6,7 @@ from math import floor, log10
 from debiased_laplace.calibration.estimates import Estimate
 
 MINUS = "\u2212"
+NOTHING = "\u2013"
 MAX_DECIMALS = 5
 
 
@@ -26,8 +27,10 @@ def choose_common_decimals(estimates: Iterable[Estimate | None]) -> int | None:
     return chosen
 
 
-def format_number(value: float, decimals: int | None = None) -> str:
-    """`value` with fixed decimals where these show it well, else about three digits."""
+def format_number(value: float | None, decimals: int | None = None) -> str:
+    """`value` with fixed decimals where these show it well, else about three digits; a dash where there is none."""
+    if value is None:
+        return NOTHING
     size = abs(value)
     if decimals is None or size >= 1e7 or 0 < size < 0.5 * 10.0**-MAX_DECIMALS:
         text = f"{value:.3f}" if 0.01 <= size < 10 else f"{value:.3g}" if size < 1e3 else f"{value:.5g}"
@@ -38,10 +41,10 @@ def format_number(value: float, decimals: int | None = None) -> str:
     return text.replace("-", MINUS)
 
 
-def format_signed(value: float, decimals: int | None = None) -> str:
+def format_signed(value: float | None, decimals: int | None = None) -> str:
     """`format_number` with a plus sign above zero."""
     text = format_number(value, decimals)
-    return f"+{text}" if not text.startswith(MINUS) and float(text) != 0 else text
+    return f"+{text}" if not text.startswith((MINUS, NOTHING)) and float(text) != 0 else text
 
 
 def format_interval(low: float | None, high: float | None, decimals: int | None = None) -> str:

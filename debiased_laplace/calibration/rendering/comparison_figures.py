@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 from debiased_laplace.calibration.comparisons import Comparison, Verdict
 from debiased_laplace.calibration.contents import ReportTable
-from debiased_laplace.calibration.formatting import (
+from debiased_laplace.calibration.rendering.formatting import (
     choose_decimals,
     format_interval,
     format_signed,
     shorten,
 )
-from debiased_laplace.calibration.panels import (
+from debiased_laplace.calibration.rendering.panels import (
     FONT_SIZE,
     GREY,
     Look,
@@ -19,7 +19,7 @@ from debiased_laplace.calibration.panels import (
     finish,
     new_figure,
 )
-from debiased_laplace.calibration.verdict import SHORT_NAMES
+from debiased_laplace.calibration.rendering.verdict import SHORT_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

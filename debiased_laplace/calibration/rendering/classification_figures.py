@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from debiased_laplace.calibration.contents import ClassificationCurves, MethodResult, ReportTable
-from debiased_laplace.calibration.curves import ConfidenceBin
-from debiased_laplace.calibration.formatting import format_number
-from debiased_laplace.calibration.panels import (
+from debiased_laplace.calibration.metrics.curves import ConfidenceBin
+from debiased_laplace.calibration.rendering.formatting import format_number
+from debiased_laplace.calibration.rendering.panels import (
     BAND_ALPHA,
     FONT_SIZE,
     GREY,

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from debiased_laplace.calibration import ReportFigure
-from debiased_laplace.calibration.svg import adopt_svg, draw_svg
+from debiased_laplace.calibration.rendering.svg import adopt_svg, draw_svg
 
 
 def svg(inside: str = "", attributes: str = 'viewBox="0 0 10 10"') -> str:

@@ -6,12 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.binning import BinnedConfidences, ConsistencyTest
 from debiased_laplace.calibration.estimates import normal_quantile, wilson_interval
-from debiased_laplace.calibration.predictions import (
-    ClassificationPredictions,
-    RegressionPredictions,
-)
+from debiased_laplace.calibration.metrics.binning import BinnedConfidences, ConsistencyTest
+from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
+from debiased_laplace.calibration.predictions.regression import RegressionPredictions
 
 N_COVERAGE_LEVELS = 19  # 5 % to 95 % in steps of 5 %
 
@@ -108,9 +106,9 @@ def tabulate_bins(
 
 def count_classes(predictions: ClassificationPredictions) -> tuple[ClassCount, ...]:
     """Samples and correct predictions of every class."""
-    targets, C = predictions.targets.cpu(), predictions.n_classes
+    targets, C = predictions.targets, predictions.n_classes
     n = torch.bincount(targets, minlength=C).tolist()
-    n_correct = torch.bincount(targets, weights=predictions.correct.cpu(), minlength=C).tolist()
+    n_correct = torch.bincount(targets, weights=predictions.correct, minlength=C).tolist()
     return tuple(ClassCount(label, n[label], round(n_correct[label])) for label in range(C))
 
 

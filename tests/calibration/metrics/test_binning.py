@@ -6,7 +6,7 @@ import pytest
 import torch
 from netcal.metrics import ACE, ECE, MCE
 
-from debiased_laplace.calibration.binning import (
+from debiased_laplace.calibration.metrics.binning import (
     bin_confidences,
     bootstrap_debiased_error,
     check_consistency,
@@ -15,9 +15,9 @@ from debiased_laplace.calibration.binning import (
     measure_binned_errors,
     measure_positive_class_error,
 )
-from debiased_laplace.calibration.curves import tabulate_bins
-from debiased_laplace.calibration.metrics import estimate_debiased_error
-from debiased_laplace.calibration.predictions import read_classification
+from debiased_laplace.calibration.metrics.classification import estimate_debiased_error
+from debiased_laplace.calibration.metrics.curves import tabulate_bins
+from debiased_laplace.calibration.predictions.classification import read_classification
 
 
 def tensor(values) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_many_samples_are_resampled_in_portions(monkeypatch, draw_classification
     p, y, _ = draw_classification(300, sharpness=1.0, seed=6)
     bins = reduce(p, y)
     whole = check_consistency(bins, n_resamples=40, confidence_level=0.9, seed=1)
-    monkeypatch.setattr("debiased_laplace.calibration.binning.DRAWS_AT_ONCE", 300 * 7)
+    monkeypatch.setattr("debiased_laplace.calibration.metrics.binning.DRAWS_AT_ONCE", 300 * 7)
     parts = check_consistency(bins, n_resamples=40, confidence_level=0.9, seed=1)
     assert whole.p_value == parts.p_value
     assert len(bootstrap_debiased_error(bins, n_resamples=40, seed=1)) == 40

@@ -3,7 +3,7 @@
 from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.estimates import Estimate
-from debiased_laplace.calibration.formatting import (
+from debiased_laplace.calibration.rendering.formatting import (
     choose_decimals,
     format_interval,
     format_number,
@@ -23,12 +23,12 @@ def describe_confidence(metrics: dict[str, Estimate]) -> str:
     """Over-confident, under-confident or neither detectably, with its size."""
     if "confidence_gap" in metrics:
         gap = metrics["confidence_gap"]
-        return _describe_sign(gap, target=0.0, amount=f" by {_show(abs(gap.value), gap)}")
+        return _describe_sign(gap, target=0.0, amount=f" by {_show(abs(gap.known), gap)}")
     scale = metrics["z_scale"]
     return _describe_sign(
         scale,
         target=1.0,
-        amount=f" (errors are {_show(scale.value, scale)} predicted standard deviations)",
+        amount=f" (errors are {_show(scale.known, scale)} predicted standard deviations)",
     )
 
 

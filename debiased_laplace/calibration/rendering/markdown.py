@@ -3,8 +3,8 @@
 import re
 
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
-from debiased_laplace.calibration.definitions import define_metrics
-from debiased_laplace.calibration.formatting import (
+from debiased_laplace.calibration.metrics.definitions import define_metrics
+from debiased_laplace.calibration.rendering.formatting import (
     choose_common_decimals,
     choose_decimals,
     format_interval,
@@ -13,7 +13,7 @@ from debiased_laplace.calibration.formatting import (
     format_signed,
     shorten,
 )
-from debiased_laplace.calibration.verdict import SHORT_NAMES, summarize
+from debiased_laplace.calibration.rendering.verdict import SHORT_NAMES, summarize
 
 
 def render_markdown(contents: ReportContents) -> str:
@@ -59,7 +59,7 @@ def tabulate_metrics(contents: ReportContents) -> ReportTable:
         decimals = choose_common_decimals(estimates)
         show = format_signed if definition.better == "zero" else format_number
         if name == "ece_p_value":
-            shown = [format_p_value(e.value).removeprefix("p ").removeprefix("= ") for e in estimates if e]
+            shown = [format_p_value(e.known).removeprefix("p ").removeprefix("= ") for e in estimates if e]
             rows.append([definition.label, *shown])
             continue
         cells = [

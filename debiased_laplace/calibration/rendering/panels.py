@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from debiased_laplace.calibration.contents import ReportTable
-from debiased_laplace.calibration.svg import adopt_svg, draw_svg
+from debiased_laplace.calibration.rendering.svg import adopt_svg, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from debiased_laplace.calibration import ReportFigure, ReportTable, calibration_report
-from debiased_laplace.calibration.formatting import format_number
+from debiased_laplace.calibration.rendering.formatting import format_number
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "<b onclick=x>&\"' $\\sigma$ 模型</b>"

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from debiased_laplace.calibration.contents import ReportContents
-from debiased_laplace.calibration.definitions import define_metrics
 from debiased_laplace.calibration.estimates import Estimate
-from debiased_laplace.calibration.verdict import summarize
+from debiased_laplace.calibration.metrics.definitions import define_metrics
+from debiased_laplace.calibration.rendering.verdict import summarize
 
 SCHEMA_VERSION = "1.0"
 
