@@ -50,3 +50,26 @@ def test_benchmarks_can_be_asked_for_help():
     )
     assert done.returncode == 0, done.stderr
     assert "gram" in done.stdout
+
+
+def test_regression_to_the_mean(tmp_path):
+    figure = tmp_path / "figure.png"
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "05_regression_to_the_mean.py", "--draws", "200", "--figure", str(figure)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"batch (\d+), ([\w ]+): same batch ([\d.]+) ± ([\d.]+), split ([\d.]+) ± ([\d.]+)", done.stdout)
+    assert len(found) == 12
+    for batch, place, same, same_error, split, error in found:
+        # twelve tests at once: beyond 3.5 standard errors one in two hundred runs would fail, were draws not seeded
+        assert abs(float(split) - 1) < 3.5 * float(error) + 5e-4, (batch, place)
+        if int(batch) <= 128:
+            distance = float(same) - 1 if place != "last ten" else 1 - float(same)
+            assert distance > 5 * float(same_error), (batch, place)
+    norms = re.findall(r"squared norm of its gradient: ([\d.]+) ± ([\d.]+), by the formula ([\d.]+)", done.stdout)
+    assert len(norms) == 4
+    assert all(abs(float(mean) - float(formula)) < 3.5 * float(error) + 5e-4 for mean, error, formula in norms)
+    assert figure.stat().st_size > 10_000
