@@ -6,7 +6,8 @@ with warnings.catch_warnings():
     # laplace-torch's own imports still use torch.jit.script, a dozen times
     warnings.filterwarnings("ignore", message="`torch.jit.script")
     from debiased_laplace.calibration import calibration_report
+    from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
     from debiased_laplace.posterior.factory import DebiasedLaplace
     from debiased_laplace.posterior.judging import held_out_kl
 
-__all__ = ["DebiasedLaplace", "calibration_report", "held_out_kl"]
+__all__ = ["DebiasedLaplace", "calibration_report", "conjugate_gradients", "held_out_kl"]

@@ -623,3 +623,24 @@ def dense_kfac_factors(
             for row in at:
                 G = G + torch.outer(row, row)
     return G / len(inputs), A / n_inputs
+
+
+def naive_conjugate_gradients(
+    A: Tensor, b: Tensor, iterations: int, M: Tensor | None = None, x0: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], list[float]]:
+    """The textbook's preconditioned conjugate gradients: iterate, directions and step lengths."""
+    x = torch.zeros_like(b) if x0 is None else x0
+    r = b - A @ x
+    z = r if M is None else M @ r
+    p = z
+    directions, steps = [], []
+    for _ in range(iterations):
+        alpha = (r @ z) / (p @ A @ p)
+        directions.append(p)
+        steps.append(float(alpha))
+        x = x + alpha * p
+        r_next = r - alpha * (A @ p)
+        z_next = r_next if M is None else M @ r_next
+        p = z_next + (r_next @ z_next) / (r @ z) * p
+        r, z = r_next, z_next
+    return x, directions, steps

@@ -101,11 +101,52 @@ def columns(
     return torch.stack([pushed for _, pushed in singles], dim=-1), singles[0][0]
 
 
-class BatchProducts:
-    r"""Products $x \mapsto \sum_n J_n^\top S_n S_n^\top J_n x$ of one batch, ready for many.
+class LinearizedBatch:
+    r"""One batch's outputs, the derivatives $J_n u$ along directions and $\sum_n J_n^\top w_n$, ready for many.
 
-    The network is linearized once, which costs the memory of one forward pass and saves that pass at every product.
+    The network is linearized once where that is right, which costs the memory of one forward pass and saves that pass
+    at every use.
+
+    Attributes:
+        outputs: (n, C), without a graph.
     """
+
+    def __init__(
+        self,
+        selection: ParameterSelection,
+        parameters: dict[str, Tensor],
+        inputs: Inputs,
+        capabilities: "Capabilities",
+    ):
+        self.selection, self._parameters, self._inputs = selection, parameters, inputs
+        self._vmapped = capabilities.vmapped_columns
+
+        def network(p: dict[str, Tensor]) -> Tensor:
+            return selection.call(p, inputs)
+
+        self._push: Callable[[dict[str, Tensor]], Tensor] | None = None
+        if capabilities.linearized:
+            _, self._push = _linearize(network, parameters)
+        outputs, self._pull = _vjp(network, parameters)
+        self.outputs = outputs.detach()
+
+    def pushed(self, X: Tensor) -> Tensor:
+        """$J_n x$ as (n, C, k) for X (P, k); by forward mode, which the model has to allow."""
+        if self._push is None:
+            vmapped = self._vmapped and X.shape[1] > 1
+            return columns(self.selection, self._parameters, self._inputs, X, vmapped=vmapped)[0]
+        if self._vmapped and X.shape[1] > 1:
+            found: Tensor = torch.no_grad()(vmap(self._push, out_dims=-1))(self.selection.unflatten(X.mT))
+            return found
+        return torch.stack([self._push(self.selection.unflatten(x)) for x in X.unbind(1)], dim=-1)
+
+    def pulled(self, W: Tensor) -> Tensor:
+        r"""$\sum_n J_n^\top w_n$ (P,) for W (n, C)."""
+        return self.selection.flatten(self._pull(W)[0]).detach()
+
+
+class BatchProducts:
+    r"""Products $x \mapsto \sum_n J_n^\top S_n S_n^\top J_n x$ of one batch, ready for many."""
 
     def __init__(
         self,
@@ -116,26 +157,16 @@ class BatchProducts:
         root: OutputRoot,
         capabilities: "Capabilities",
     ):
-        self.selection, self._root, self._side = selection, root, side
-
-        def network(p: dict[str, Tensor]) -> Tensor:
-            return selection.call(p, inputs)
-
-        if capabilities.linearized:
-            self._outputs, self._push = _linearize(network, parameters)
-        else:
-            self._outputs = network(parameters)
-            self._push = lambda tangent: jvp(network, (parameters,), (tangent,))[1]
-        _, self._pull = _vjp(network, parameters)
+        self._batch = LinearizedBatch(selection, parameters, inputs, capabilities)
+        self._root, self._side = root, side
 
     def __call__(self, X: Tensor) -> Tensor:
         """The product with each column of X (P, b)."""
         return torch.stack([self._single(x) for x in X.unbind(1)], dim=1)
 
     def _single(self, x: Tensor) -> Tensor:
-        pushed = self._push(self.selection.unflatten(x))
-        weighted = self._root.product(self._outputs, self._side, pushed)
-        return self.selection.flatten(self._pull(weighted)[0])
+        pushed = self._batch.pushed(x[:, None])[..., 0]
+        return self._batch.pulled(self._root.product(self._batch.outputs, self._side, pushed))
 
 
 def _vjp(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature import derivatives
-from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities
+from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch
 from debiased_laplace.curvature.foreign import ForeignDerivatives
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
@@ -159,3 +159,7 @@ class Network:
     def products(self, inputs: Inputs, root: OutputRoot, side: Tensor) -> BatchProducts:
         """The batch made ready for many products with the curvature."""
         return BatchProducts(self.selection, self.parameters, inputs, side, root, self.capabilities)
+
+    def linearized(self, inputs: Inputs) -> LinearizedBatch:
+        """The batch made ready for many derivatives along directions and gradients."""
+        return LinearizedBatch(self.selection, self.parameters, inputs, self.capabilities)

@@ -27,13 +27,20 @@ class SecondDerivatives:
         generator = torch.Generator().manual_seed(0)
         U = torch.randn(selection.n_parameters, 2, generator=generator).to(selection.vector())
         some = some.first(2)
-        self.forward_quadratics = _agrees(lambda: self._forward_quadratics(some, U), self._looped_quadratics(some, U))
+        self.forward_quadratics = _agrees(
+            lambda: self._forward_bilinears(some, U, U.flip(1)), self._looped_bilinears(some, U, U.flip(1))
+        )
         self.forward_products = _agrees(lambda: self._forward_products(some, U), self._looped_products(some, U))
 
     def quadratics(self, batch: Batch, directions: Tensor) -> Tensor:
         """Per-sample quadratics (n, k) along directions (P, k)."""
-        how = self._forward_quadratics if self.forward_quadratics else self._looped_quadratics
-        return torch.cat([how(batch, U) for U in directions.split(_TOGETHER, dim=1)], dim=1)
+        return self.bilinears(batch, directions, directions)
+
+    def bilinears(self, batch: Batch, left: Tensor, right: Tensor) -> Tensor:
+        r"""Per-sample $u_i^\top \nabla^2 \ell_n v_i$ (n, k), for the columns of two matrices (P, k)."""
+        how = self._forward_bilinears if self.forward_quadratics else self._looped_bilinears
+        pairs = zip(left.split(_TOGETHER, dim=1), right.split(_TOGETHER, dim=1), strict=True)
+        return torch.cat([how(batch, U, V) for U, V in pairs], dim=1)
 
     def products(self, batch: Batch, X: Tensor) -> Tensor:
         """The sum over the samples of their Hessians times X (P, b)."""
@@ -43,21 +50,21 @@ class SecondDerivatives:
     def _losses(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         return self.likelihood.per_sample_loss(self.selection.call(parameters, batch.inputs), batch.targets)
 
-    def _forward_quadratics(self, batch: Batch, U: Tensor) -> Tensor:
-        def along(u: dict[str, Tensor]) -> Tensor:
+    def _forward_bilinears(self, batch: Batch, U: Tensor, V: Tensor) -> Tensor:
+        def along(u: dict[str, Tensor], v: dict[str, Tensor]) -> Tensor:
             def slope(p: dict[str, Tensor]) -> Tensor:
                 return jvp(lambda q: self._losses(q, batch), (p,), (u,))[1]  # type: ignore[no-any-return]
 
-            return jvp(slope, (self.parameters,), (u,))[1]  # type: ignore[no-any-return]
+            return jvp(slope, (self.parameters,), (v,))[1]  # type: ignore[no-any-return]
 
-        found: Tensor = vmap(along, out_dims=1)(self.selection.unflatten(U.mT))
+        found: Tensor = vmap(along, out_dims=1)(self.selection.unflatten(U.mT), self.selection.unflatten(V.mT))
         return found
 
-    def _looped_quadratics(self, batch: Batch, U: Tensor) -> Tensor:
+    def _looped_bilinears(self, batch: Batch, U: Tensor, V: Tensor) -> Tensor:
         rows = []
         for sample in batch.chunks(1):
-            HU = self._looped_products(sample, U)
-            rows.append((U * HU).sum(0))
+            HV = self._looped_products(sample, V)
+            rows.append((U * HV).sum(0))
         return torch.stack(rows)
 
     def _forward_products(self, batch: Batch, X: Tensor) -> Tensor:

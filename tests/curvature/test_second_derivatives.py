@@ -85,6 +85,7 @@ def test_quadratics_and_products(name: str, likelihood: str, mode: str) -> None:
     H = oracle(name, likelihood)
     X = draw(H.shape[1], 3)
     close(derivatives.quadratics(batch, X), torch.einsum("pk,npq,qk->nk", X, H, X))
+    close(derivatives.bilinears(batch, X, X.flip(1)), torch.einsum("pk,npq,qk->nk", X, H, X.flip(1)))
     close(derivatives.products(batch, X), H.sum(0) @ X)
 
 
@@ -97,7 +98,7 @@ def test_the_fast_modes_are_taken_where_they_are_right_and_nowhere_else(name: st
     for taken, found, expected in (
         (
             derivatives.forward_quadratics,
-            derivatives._forward_quadratics(batch, X),
+            derivatives._forward_bilinears(batch, X, X),
             torch.einsum("pk,npq,qk->nk", X, H, X),
         ),
         (derivatives.forward_products, derivatives._forward_products(batch, X), H.sum(0) @ X),
