@@ -140,7 +140,7 @@ def reduce_probabilities(
         predicted=vectors["predicted"],
         true_class_probability=vectors["true_class_probability"],
         squared_norm=vectors["squared_norm"],
-        uncertainty=join(uncertainties),
+        uncertainty=join(uncertainties, probabilities),
         positive_probability=vectors["positive_probability"] if probabilities.n_classes == 2 else None,
         class_bins=ClassBins(counts, confidence, positives),
         source=probabilities,

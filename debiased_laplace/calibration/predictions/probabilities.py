@@ -22,9 +22,11 @@ class Probabilities:
     Attributes:
         values: (n, C) or (S, n, C), in the dtype and on the device they came in; finite, nonnegative, and
             every row sums to 1 within 1e-3.
+        mutual_information: of samples that were reduced to their mean before; None where there were none.
     """
 
     values: Shaped[Tensor, "*S n C"]
+    mutual_information: Float[Tensor, " n"] | None = None
 
     @property
     def n(self) -> int:
@@ -58,6 +60,19 @@ class Probabilities:
             yield rows, p / torch.where((sums - 1).abs() <= ROUNDING, torch.ones_like(sums), sums)
 
 
+@dataclass(frozen=True, eq=False)
+class ReducedSamples:
+    """Samples of the posterior predictive, reduced batch by batch, so that all of (S, n, C) never stand at once.
+
+    Attributes:
+        mean: over the samples.
+        mutual_information: between label and parameters, in nats.
+    """
+
+    mean: Shaped[Tensor, "n C"]
+    mutual_information: Float[Tensor, " n"]
+
+
 def portions_of(n: int, numbers_per_row: int) -> Iterator[slice]:
     """Slices of n rows that fit in memory at once."""
     size = max(1, NUMBERS_AT_ONCE // max(1, numbers_per_row))
@@ -71,12 +86,15 @@ def read_probabilities(method: str, probabilities: Any, *, task: Literal["binary
     Args:
         method: name of the method, for messages.
         probabilities: (n, C) or posterior samples (S, n, C), numpy, torch or nested lists; for a binary task also
-            (n,) = P(class 1).
+            (n,) = P(class 1); or `ReducedSamples`.
         task: "binary" allows two classes only.
 
     Raises:
         ValueError: for anything that is not a set of distributions over classes.
     """
+    if isinstance(probabilities, ReducedSamples):
+        mean = read_probabilities(method, probabilities.mean, task=task)
+        return Probabilities(mean.values, probabilities.mutual_information.detach().to("cpu", torch.float64))
     where = f"Predictions of {method!r}"
     p = as_tensor(probabilities, where)
     if not p.is_floating_point():

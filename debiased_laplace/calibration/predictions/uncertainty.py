@@ -45,13 +45,13 @@ def uncertainty_of(p: Float[Tensor, "*S rows C"]) -> Uncertainty:
     return Uncertainty(mean.max(dim=1).values.cpu(), total.cpu(), between)
 
 
-def join(portions: Sequence[Uncertainty]) -> Uncertainty:
+def join(portions: Sequence[Uncertainty], probabilities: Probabilities) -> Uncertainty:
     """Portions of rows, one after another; all of them with samples of the posterior, or none."""
     between = [u.mutual_information for u in portions if u.mutual_information is not None]
     return Uncertainty(
         torch.cat([u.confidence for u in portions]),
         torch.cat([u.entropy for u in portions]),
-        torch.cat(between) if between else None,
+        torch.cat(between) if between else probabilities.mutual_information,
     )
 
 
@@ -61,4 +61,4 @@ def measure_uncertainty(probabilities: Probabilities) -> Uncertainty:
     References:
         Houlsby, Huszár, Ghahramani, Lengyel (2011), arXiv 1112.5745 (mutual information).
     """
-    return join([uncertainty_of(p) for _, p in probabilities.portions()])
+    return join([uncertainty_of(p) for _, p in probabilities.portions()], probabilities)
