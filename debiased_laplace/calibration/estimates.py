@@ -1,10 +1,14 @@
-"""An estimate with its interval, and the three estimators that most metrics need."""
+"""An estimate with its interval, and the three estimators that most metrics need.
+
+Samples of one *cluster* (pixels of an image, visits of a patient) may depend on each other in any way; clusters are
+independent. Where clusters are given, an interval speaks of drawing other clusters, not other samples.
+"""
 
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -70,15 +74,43 @@ def unavailable(n: int, *, estimator: str, reason: str) -> Estimate:
     return Estimate(None, None, None, None, n, estimator, reason)
 
 
-def estimate_mean(per_sample: Float[Tensor, " n"], *, confidence_level: float) -> Estimate:
-    """Mean over independent samples with the normal interval of its standard error.
+def sum_per_cluster(
+    values: Float[Tensor, "n *columns"], clusters: Int[Tensor, " n"] | None
+) -> Float[Tensor, "clusters *columns"]:
+    """Sums of the samples of each cluster, in the order of the clusters' numbers; `values` itself without clusters.
+
+    Every smooth statistic of means is one of these sums, and what is resampled or left out is a row of them.
+
+    Args:
+        values: one score, or several, per sample.
+        clusters: number of each sample's cluster, every number from 0 to the largest in use; None where every sample
+            is its own.
+    """
+    if clusters is None:
+        return values
+    n_clusters = int(clusters.max()) + 1 if clusters.numel() else 0
+    return values.new_zeros(n_clusters, *values.shape[1:]).index_add_(0, clusters, values)
+
+
+def estimate_mean(
+    per_sample: Float[Tensor, " n"], *, confidence_level: float, clusters: Int[Tensor, " n"] | None = None
+) -> Estimate:
+    """Mean over samples with the interval of its standard error.
 
     Args:
         per_sample: one finite score per test sample.
         confidence_level: coverage of the interval, between 0 and 1.
+        clusters: number of each sample's cluster, from 0 on; None where all samples are independent. The standard
+            error is then that of a ratio of cluster sums, and the interval Student's with one degree of freedom less
+            than there are clusters.
+
+    References:
+        Liang and Zeger (1986), doi:10.1093/biomet/73.1.13 (standard error of clusters).
     """
     n = per_sample.numel()
     mean = per_sample.mean().item()
+    if clusters is not None:
+        return _estimate_clustered_mean(per_sample, clusters, confidence_level=confidence_level)
     if n < 2:
         return without_interval(mean, n, estimator="mean", reason="one sample has no standard error")
     standard_error = per_sample.std().item() / sqrt(n)
@@ -86,34 +118,38 @@ def estimate_mean(per_sample: Float[Tensor, " n"], *, confidence_level: float) -
     return Estimate(mean, mean - half_width, mean + half_width, standard_error, n, "mean, normal interval")
 
 
-def estimate_root_mean(squares: Float[Tensor, " n"], *, confidence_level: float) -> Estimate:
-    """Square root of a mean of squares; the interval is the root of the mean's normal interval.
+def estimate_root_mean(
+    squares: Float[Tensor, " n"], *, confidence_level: float, clusters: Int[Tensor, " n"] | None = None
+) -> Estimate:
+    """Square root of a mean of squares; the interval is the root of the mean's interval.
 
     Args:
         squares: one finite, nonnegative score per test sample.
         confidence_level: coverage of the interval, between 0 and 1.
+        clusters: as for `estimate_mean`.
     """
-    mean = estimate_mean(squares, confidence_level=confidence_level)
+    mean = estimate_mean(squares, confidence_level=confidence_level, clusters=clusters)
     root = sqrt(mean.known)
     if mean.low is None or mean.high is None or mean.standard_error is None:
         return without_interval(root, mean.n, estimator="root mean", reason=mean.reason or "no interval")
+    interval = "root of its normal interval" if clusters is None else "root of its cluster-robust interval"
     return Estimate(
         root,
         sqrt(max(mean.low, 0.0)),
         sqrt(mean.high),
         mean.standard_error / (2 * root) if root > 0 else 0.0,  # delta method
         mean.n,
-        "root of a mean, root of its normal interval",
+        f"root of a mean, {interval}",
     )
 
 
-def wilson_interval(share: float, n: int, *, confidence_level: float) -> tuple[float, float]:
+def wilson_interval(share: float, n: int | float, *, confidence_level: float) -> tuple[float, float]:
     """Score interval of a proportion; it neither collapses nor leaves [0, 1] at shares 0 and 1.
 
     Args:
         share: observed proportion. For a mean of several dependent indicators per sample it is
             conservative, since a variable in [0, 1] with mean p has variance p (1 - p) at most.
-        n: number of independent samples, at least 1.
+        n: number of independent samples, or how many these are worth.
         confidence_level: coverage, between 0 and 1.
 
     References:
@@ -125,15 +161,81 @@ def wilson_interval(share: float, n: int, *, confidence_level: float) -> tuple[f
     return max(0.0, min(share, centre - half_width)), min(1.0, max(share, centre + half_width))
 
 
-def estimate_share(indicators: Float[Tensor, " n"], *, confidence_level: float) -> Estimate:
+def estimate_share(
+    indicators: Float[Tensor, " n"], *, confidence_level: float, clusters: Int[Tensor, " n"] | None = None
+) -> Estimate:
     """Proportion with its Wilson interval.
 
     Args:
         indicators: 0 or 1 per sample, or the mean of several indicators of that sample.
         confidence_level: coverage of the interval, between 0 and 1.
+        clusters: as for `estimate_mean`; the interval is then that of as many independent samples as these are worth.
     """
     n = indicators.numel()
     share = min(1.0, max(0.0, indicators.mean().item()))
+    if clusters is not None:
+        return _estimate_clustered_share(indicators, clusters, confidence_level=confidence_level)
     low, high = wilson_interval(share, n, confidence_level=confidence_level)
     standard_error = sqrt(share * (1 - share) / n)
     return Estimate(share, low, high, standard_error, n, "proportion, Wilson interval")
+
+
+def student_quantile(confidence_level: float, degrees_of_freedom: int) -> float:
+    """Half-width, in standard errors, of the central interval of Student's distribution."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, 0.5 + confidence_level / 2))
+
+
+def effective_size(share: float, n: int, *, n_clusters: int, standard_error: float, confidence_level: float) -> float:
+    """How many independent samples the proportion of clustered ones is worth.
+
+    n over the design effect, at most n, and less for few clusters, whose standard error is itself uncertain. Where all
+    samples agree no design effect can be seen: then each cluster counts as one sample.
+
+    Args:
+        share: the proportion.
+        n: number of samples.
+        n_clusters: number of clusters that hold them, at least 2.
+        standard_error: of the proportion over clusters.
+        confidence_level: of the interval to be made.
+
+    References:
+        Korn and Graubard (1998), Survey Methodology 24, 193-201.
+    """
+    worth = min(float(n), share * (1 - share) / standard_error**2) if standard_error > 0 else float(n_clusters)
+    return worth * (normal_quantile(confidence_level) / student_quantile(confidence_level, n_clusters - 1)) ** 2
+
+
+def _estimate_clustered_mean(
+    per_sample: Float[Tensor, " n"], clusters: Int[Tensor, " n"], *, confidence_level: float
+) -> Estimate:
+    n, mean = per_sample.numel(), per_sample.mean().item()
+    residuals = sum_per_cluster(per_sample - mean, clusters.to(per_sample.device))
+    n_clusters = residuals.numel()
+    if n_clusters < 2:
+        return without_interval(mean, n, estimator="mean", reason="one cluster of samples has no standard error")
+    standard_error = sqrt(n_clusters / (n_clusters - 1) * residuals.square().sum().item()) / n
+    half_width = student_quantile(confidence_level, n_clusters - 1) * standard_error
+    words = f"mean, cluster-robust interval over {n_clusters} clusters"
+    return Estimate(mean, mean - half_width, mean + half_width, standard_error, n, words)
+
+
+def _estimate_clustered_share(
+    indicators: Float[Tensor, " n"], clusters: Int[Tensor, " n"], *, confidence_level: float
+) -> Estimate:
+    mean = estimate_mean(indicators, confidence_level=confidence_level, clusters=clusters)
+    share, n = min(1.0, max(0.0, mean.known)), mean.n
+    if mean.standard_error is None:
+        return without_interval(share, n, estimator="proportion", reason=mean.reason or "no interval")
+    n_clusters = int(clusters.max()) + 1
+    size = effective_size(
+        share,
+        n,
+        n_clusters=n_clusters,
+        standard_error=mean.standard_error,
+        confidence_level=confidence_level,
+    )
+    low, high = wilson_interval(share, size, confidence_level=confidence_level)
+    words = f"proportion, Wilson interval of {size:.4g} samples, which these of {n_clusters} clusters are worth"
+    return Estimate(share, low, high, mean.standard_error, n, words)
