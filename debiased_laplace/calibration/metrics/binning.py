@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from debiased_laplace.calibration.predictions.class_bins import inner_edges
 
 DRAWS_AT_ONCE = 4_000_000  # samples times resamples held in memory: 32 MB
 
@@ -52,9 +53,7 @@ class BinnedConfidences:
 def bin_confidences(confidence: Float[Tensor, " n"], correct: Float[Tensor, " n"], *, n_bins: int) -> BinnedConfidences:
     """Sort predictions into `n_bins` bins of equal width, with netcal's edges."""
     confidence, correct = confidence.cpu(), correct.cpu()
-    # numpy's edges, as netcal has them: torch.linspace differs in the last digit
-    inner = torch.from_numpy(np.linspace(0.0, 1.0, n_bins + 1)[1:-1].copy())
-    index = torch.bucketize(confidence, inner, right=True)
+    index = torch.bucketize(confidence, inner_edges(n_bins), right=True)
     return BinnedConfidences(confidence, correct, index, n_bins)
 
 
