@@ -37,6 +37,16 @@ def pairs():
     return DataLoader(TensorDataset(X, torch.randn(40, 3, generator=generator)), batch_size=10)
 
 
+def validation():
+    generator = torch.Generator().manual_seed(8)
+    X = torch.randn(60, 4, generator=generator)
+    return DataLoader(TensorDataset(X, torch.randint(3, (60,), generator=generator)), batch_size=25)
+
+
+def no_validation():
+    return []
+
+
 def broken():
     raise RuntimeError("no data today")
 
@@ -184,6 +194,22 @@ def test_the_prior_is_tuned_on_request(folder):
     assert abs(float(state["prior_precision"]) - 0.4) > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:The best prior precision", "ignore:Even the best")
+def test_the_prior_is_tuned_on_validation_data(folder, capsys):
+    options = {"hessian_structure": "kron", "prior_precision": 0.4}
+    assert main(arguments(**options, tune_prior=True, validation_loader="problem_of_the_user:validation")) == 0
+    la = DebiasedLaplace(make_model(), "classification", **options)
+    la.fit(make_loader("classification"))
+    generator = torch.Generator().manual_seed(8)
+    X = torch.randn(60, 4, generator=generator)
+    la.optimize_prior_precision(
+        method="gridsearch", val_loader=[(X, torch.randint(3, (60,), generator=generator))], progress_bar=False
+    )
+    state = torch.load("posterior.pt", weights_only=True)
+    torch.testing.assert_close(state["prior_precision"], la.prior_precision)
+    assert f"prior precision {la.prior_search.chosen:.4g}, the best of 100" in capsys.readouterr().out
+
+
 def test_no_more_samples_are_read_than_the_tolerance_asks_for(folder, capsys):
     assert main(arguments(tolerance=1e9, prior_precision=0.4)) == 0
     la = DebiasedLaplace(make_model(), "classification", prior_precision=0.4)
@@ -250,6 +276,14 @@ WRONG = {
     "one fold": ({"n_folds": 1}, "n_folds must be at least 2; got 1"),
     "no tolerance": ({"tolerance": 0.0}, "tolerance"),
     "n_data too small": ({"n_data": 3}, "expected at least 40, got 3"),
+    "validation data that nothing is tuned on": (
+        {"validation_loader": "problem_of_the_user:validation"},
+        "--validation-loader is what --tune-prior searches on",
+    ),
+    "validation data without samples": (
+        {"tune_prior": True, "validation_loader": "problem_of_the_user:no_validation"},
+        "val_loader yields no batches",
+    ),
     "num_samples alone": ({"num_samples": 3}, "stochastic=True"),
     "a folder in the way": ({"out": "."}, "--out must be a file"),
 }

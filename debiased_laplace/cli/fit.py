@@ -75,7 +75,16 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--n-data", type=int, help="size of the data set that the likelihood stands for")
     given.add_argument("--tolerance", type=float, help="nats of held-out KL: read samples until that gains less")
     given.add_argument("--device", default="auto", help='where to compute: "cpu", "cuda", … or "auto" (default)')
-    given.add_argument("--tune-prior", action="store_true", help="tune the prior precision by marginal likelihood")
+    given.add_argument(
+        "--tune-prior",
+        action="store_true",
+        help="tune the prior precision: by marginal likelihood, or on the data of --validation-loader",
+    )
+    given.add_argument(
+        "--validation-loader",
+        metavar="MODULE:CALLABLE",
+        help="returns a DataLoader of samples that were not trained on, for a grid search by --tune-prior",
+    )
     given.add_argument("--no-progress", action="store_true", help="show no progress")
 
 
@@ -126,6 +135,8 @@ def _or_auto(read: Callable[[str], int | float]) -> Callable[[str], int | float 
 
 def _run(parsed: argparse.Namespace) -> int:
     file_to_write(parsed.out, "--out")
+    if parsed.validation_loader is not None and not parsed.tune_prior:
+        raise ValueError("--validation-loader is what --tune-prior searches on; got it without --tune-prior.")
     device = device_named(parsed.device)
     with quiet_imports():
         import torch
@@ -134,9 +145,13 @@ def _run(parsed: argparse.Namespace) -> int:
     model = _model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
     loader = called(parsed.loader, "--loader")
+    validation = None
+    if parsed.validation_loader is not None:
+        validation = called(parsed.validation_loader, "--validation-loader")
     la.fit(loader, n_data=parsed.n_data, tolerance=parsed.tolerance, progress_bar=not parsed.no_progress)
     if parsed.tune_prior:
-        la.optimize_prior_precision(method="marglik", progress_bar=not parsed.no_progress)
+        method = "marglik" if validation is None else "gridsearch"
+        la.optimize_prior_precision(method=method, val_loader=validation, progress_bar=not parsed.no_progress)
     torch.save(la.state_dict(), parsed.out)
     _report(la, parsed)
     return 0
@@ -192,7 +207,7 @@ def _loaded(path: Path, option: str) -> Any:
 
 def _report(la: "DebiasedParametricLaplace", parsed: argparse.Namespace) -> None:
     print(la)
-    for found in (la.choice, la.stopping):
+    for found in (la.choice, la.stopping, la.prior_search):
         if found is not None:
             print(found)
     print(f"curvature: {la.curvature_source}; log marginal likelihood {float(la.log_marginal_likelihood()):.4g} nats")

@@ -1,7 +1,7 @@
 """What all debiased posteriors share: hyper-parameters, fit, the precision operator, the held-out KL, the state."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.directions import SUPPORTED
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.debiasing.options import Structure
-from debiased_laplace.posterior import checkpoint, judging, prior_tuning
+from debiased_laplace.posterior import checkpoint, judging
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.fitting import Fit, Problem, SplitOptions, Task
 from debiased_laplace.posterior.growing import fit_samples
@@ -27,10 +27,10 @@ from debiased_laplace.posterior.hyperparameters import (
     sample_amounts,
     warn_of_no_effect,
 )
-from debiased_laplace.posterior.predictions import PredictiveInterface
+from debiased_laplace.posterior.prior_tuning import PriorTuning
 
 
-class DebiasedParametricLaplace(PredictiveInterface):
+class DebiasedParametricLaplace(PriorTuning):
     """A Laplace posterior whose curvature is estimated on split samples.
 
     The arguments are those of `DebiasedLaplace`; the estimator's come first, laplace-torch's own after them. Subclasses
@@ -211,68 +211,6 @@ class DebiasedParametricLaplace(PredictiveInterface):
                 "of very different scales do that: standardize them, ask for more by rank, or take a complement.",
                 stacklevel=3,
             )
-
-    def optimize_prior_precision(
-        self,
-        pred_type: str = "glm",
-        method: str = "marglik",
-        n_steps: int = 100,
-        lr: float = 1e-1,
-        init_prior_prec: float | Tensor = 1.0,
-        prior_structure: str = "scalar",
-        val_loader: Iterable[Any] | None = None,
-        loss: Callable[..., Any] | None = None,
-        log_prior_prec_min: float = -4.0,
-        log_prior_prec_max: float = 4.0,
-        grid_size: int = 100,
-        link_approx: str = "probit",
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: float = 10.0,
-    ) -> None:
-        """Tune the prior precision, by marginal likelihood or by a grid search on validation data.
-
-        The arguments are laplace-torch's. The grid search computes Jacobians once, starts a fresh metric at every grid
-        point, passes over values that are not finite, and scores regression by its Gaussian negative log-likelihood.
-
-        Args:
-            pred_type: predictive that the grid search scores.
-            method: "marglik" or "gridsearch".
-            n_steps: of Adam on the log prior precision.
-            lr: its learning rate.
-            init_prior_prec: where it starts; a tensor keeps its structure.
-            prior_structure: "scalar", "layerwise" or, without a Kronecker basis, "diag".
-            val_loader: validation data of the grid search.
-            loss: a torchmetrics metric, or a function of (predictions, targets) or (means, variances, targets).
-            log_prior_prec_min: exponent of the grid's lower end.
-            log_prior_prec_max: exponent of the grid's upper end.
-            grid_size: points of the grid.
-            link_approx: of the scored predictive.
-            n_samples: draws of "mc" and of "nn".
-            verbose: print the result.
-            progress_bar: show progress.
-            log_prior_prec_base: base of the exponents.
-
-        Raises:
-            NotFittedError: before `fit`.
-            ValueError: if an option is unknown, a prior for every parameter meets a Kronecker basis, or no grid point
-                gives a finite loss; the prior stays as it was.
-        """
-        self._check_H_init()
-        method = name_of(method)
-        if method not in ("marglik", "gridsearch"):
-            raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
-        with torch.inference_mode(False):
-            if method == "marglik":
-                ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, name_of(prior_structure))
-                prior_tuning.by_marginal_likelihood(self, ascent, progress_bar=progress_bar)
-            else:
-                grid = prior_tuning.prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-                scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
-                prior_tuning.by_grid_search(self, grid, val_loader, scoring, progress_bar=progress_bar)
-        if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}.")
 
     def held_out_kl(
         self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None, *, progress_bar: bool = False

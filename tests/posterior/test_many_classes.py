@@ -265,7 +265,7 @@ def test_memory_of_prior_tuning_and_of_the_held_out_kl():
             val_loader=[(X[:3], labels[:3])],
             grid_size=2,
             log_prior_prec_max=0.0,
-            loss=lambda out, y: out.sum(),
+            loss=lambda out, y: out.square().sum(),
         )
         new = torch.utils.data.TensorDataset(X[:2] + 1, labels[:2])
         with pytest.warns(UserWarning, match="exact share is missing"):

@@ -9,8 +9,8 @@ from laplace.utils.enums import PredType, PriorStructure, TuningMethod
 from posterior_cases import close, fitted, loader_of, posterior_of
 
 from debiased_laplace.errors import NotFittedError
-from debiased_laplace.posterior import prior_tuning
-from debiased_laplace.posterior.prior_tuning import Scoring, by_grid_search
+from debiased_laplace.posterior.grid_search import by_grid_search
+from debiased_laplace.posterior.validation import Scoring
 
 
 class Recorded(torchmetrics.Metric):
@@ -95,16 +95,13 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("case", CASES)
-def test_the_grid_search_chooses_the_best_of_independent_scores(case, monkeypatch):
+def test_the_grid_search_chooses_the_best_of_independent_scores(case):
     likelihood, options, loss = CASES[case]
     la, X, y, _ = fitted("MLP", likelihood)
-    seen = []
-    score = prior_tuning._score
-    monkeypatch.setattr(prior_tuning, "_score", lambda *args: seen.append(score(*args)) or seen[-1])
     search(la, X, y, **options)
     chosen = float(la.prior_precision)
     expected = scores(la, X, y, GRID, loss)
-    assert seen == pytest.approx(expected, rel=1e-6)
+    assert la.prior_search.losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert chosen == pytest.approx(float(GRID[expected.index(min(expected))]))
     assert max(expected) - min(expected) > 1e-3  # the scores tell the priors apart
 
@@ -117,6 +114,9 @@ def test_a_metric_of_the_users_is_left_as_it_was():
     before = metric.compute()
     search(la, X, y, loss=metric)
     assert torch.equal(metric.compute(), before)
+    found = la.prior_search.losses
+    search(la, X, y, loss=Recorded())
+    assert torch.equal(la.prior_search.losses, found)  # what it held before is part of no score
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -89,6 +89,7 @@ WRONG_TYPES = {
     "init_prior_prec: text": "init_prior_prec.*'big'",
     "val_loader: a number": "val_loader.*got 3",
     "grid_size: float": "grid_size.*2.5",
+    "loss: text": "loss must be a torchmetrics metric, or a function .*got 'nll'",
     "held-out loader: a number": "DataLoader.*int",
 }
 

@@ -102,6 +102,7 @@ CASES = {
     "grid_size: float": lambda: fitted().optimize_prior_precision(
         method="gridsearch", grid_size=2.5, val_loader=loader()
     ),
+    "loss: text": lambda: fitted().optimize_prior_precision(method="gridsearch", loss="nll", val_loader=loader()),
     "held-out loader: a number": lambda: fitted(direction_samples=10, magnitude_samples=10).held_out_kl(3),
 }
 

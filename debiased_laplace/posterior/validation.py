@@ -1,0 +1,262 @@
+"""Predictions on validation data under one prior after another, and what they are scored by."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchmetrics
+from jaxtyping import Float
+from torch import Tensor
+
+from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
+from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.posterior.predictions import PredictiveInterface
+
+Prediction = Tensor | tuple[Tensor, Tensor]
+"""Class probabilities (n, C); or means (n, C) and function variances, (n, C) or (n, C, C)."""
+
+Predicted = tuple[Prediction, Tensor]
+"""Predictions of a batch, and its targets."""
+
+_MANY_OUTPUTS = 100  # above, no more Jacobians are held than one chunk
+_SEED = 0  # of every pass, so that two priors differ by their predictions and not by their draws
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a prior is scored by.
+
+    Attributes:
+        pred_type: "glm" or "nn".
+        link_approx: of "glm"; "nn" has only "mc".
+        n_samples: draws of "mc".
+        loss: the user's own; None for the negative log-likelihood.
+
+    Raises:
+        ValueError: if the loss cannot be called.
+    """
+
+    pred_type: str
+    link_approx: str
+    n_samples: int
+    loss: Callable[..., Any] | None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None and not callable(self.loss):
+            raise ValueError(
+                "loss must be a torchmetrics metric, or a function of (predictions, targets) or of (means, variances, "
+                f"targets); got {self.loss!r}."
+            )
+
+    @property
+    def link(self) -> str:
+        """The link that the predictive has."""
+        return "mc" if self.pred_type == "nn" else self.link_approx
+
+    @property
+    def name(self) -> str:
+        """The loss in words."""
+        if self.loss is None:
+            return "negative log-likelihood"
+        return str(getattr(self.loss, "__name__", type(self.loss).__name__))
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationBatch:
+    """A batch with what no prior changes.
+
+    Attributes:
+        batch: as loaded.
+        outputs: of the plain network.
+        jacobians: in chunks of samples; None where they are computed anew for every prior.
+    """
+
+    batch: Batch
+    outputs: Float[Tensor, "n C"]
+    jacobians: tuple[Float[Tensor, "_ C P"], ...] | None
+
+
+def read_validation(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring) -> list[ValidationBatch]:
+    """Read validation data once, and compute once what does not depend on the prior.
+
+    Jacobians are kept as long as they fit into a quarter of the free memory, batch by batch, and the outputs are not
+    too many.
+
+    Args:
+        la: a fitted posterior.
+        loader: validation data; one pass is enough.
+        scoring: predictive and loss.
+
+    Returns:
+        The batches that have samples.
+
+    Raises:
+        ValueError: if there are none, or they, the predictive or (with the default loss) the targets cannot be used.
+    """
+    with undisturbed_randomness(la.fitted_seed):
+        batches = [as_batch(loaded, la._problem.keys) for loaded in loader]
+    batches = [batch for batch in batches if len(batch)]
+    if not batches:
+        raise ValueError("val_loader yields no batches with samples; expected validation data.")
+    for batch in batches:
+        batch.check_finite()
+    # one call through the front door, so that options and inputs are checked as anywhere else
+    _predict_anew(la, batches[0].first(1), scoring, _generator(la))
+    if scoring.loss is None:
+        for batch in batches:
+            la.check_targets(batch)
+    left = 0
+    if scoring.pred_type == "glm":
+        left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else free_memory(la._center.device) // 4
+    found = []
+    for batch in batches:
+        n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * la._center.element_size()
+        with la._looking(batch.inputs) as (network, inputs):
+            kept = tuple(J for J, _ in network.jacobians(inputs)) if n_bytes <= left else None
+            found.append(ValidationBatch(batch, network.outputs(inputs), kept))
+        left -= n_bytes if kept is not None else 0
+    return found
+
+
+def predictions(la: PredictiveInterface, data: Sequence[ValidationBatch], scoring: Scoring) -> Iterator[Predicted]:
+    """Predictions under the present prior, batch by batch, with the same draws at every call."""
+    generator = _generator(la)
+    for held in data:
+        if scoring.pred_type == "nn":
+            generator = _generator(la)  # the same networks for every batch
+        if held.jacobians is None:
+            out = _predict_anew(la, held.batch, scoring, generator)
+        else:
+            out = _predict(la, held.outputs, held.jacobians, scoring, generator)
+        yield out, held.batch.targets.to(la._center.device)
+
+
+def plain_predictions(la: PredictiveInterface, data: Sequence[ValidationBatch]) -> Iterator[Predicted]:
+    """What the network says without a posterior (MAP): no function variance, only the observation noise."""
+    for held in data:
+        f = held.outputs
+        out = (f, torch.zeros_like(f)) if la.likelihood == "regression" else torch.softmax(f, dim=-1)
+        yield out, held.batch.targets.to(f.device)
+
+
+def negative_log_likelihoods(la: PredictiveInterface, pairs: Iterable[Predicted]) -> Float[Tensor, " n"]:
+    """Each sample's negative log-likelihood in nats; in regression per output, with the observation noise.
+
+    A probability that underflows counts as the smallest normal number of its type.
+    """
+    parts = []
+    for out, y in pairs:
+        if isinstance(out, tuple):
+            parts.append(_gaussian(*out, y, la.sigma_noise.detach()))
+            continue
+        chosen = out.gather(1, y.long()[:, None])[:, 0].clamp_min(torch.finfo(out.dtype).tiny)
+        parts.append(-chosen.to(accumulation_dtype(out)).log())
+    return torch.cat(parts)
+
+
+def score(
+    la: PredictiveInterface, data: Sequence[ValidationBatch], scoring: Scoring
+) -> tuple[float, Float[Tensor, " n"] | None]:
+    """The loss under the present prior; a metric starts empty.
+
+    Returns:
+        The loss, and each sample's where it is their mean.
+
+    Raises:
+        ValueError: if the user's loss is not a single number.
+    """
+    pairs = predictions(la, data, scoring)
+    if scoring.loss is None:
+        nlls = negative_log_likelihoods(la, pairs)
+        return float(nlls.mean()), nlls
+    if isinstance(scoring.loss, torchmetrics.Metric):
+        metric = copy.deepcopy(scoring.loss).to(la._center.device)
+        metric.reset()
+        for out, targets in pairs:
+            _update(metric, out, targets)
+        # a metric may give one number for each output, as laplace-torch takes it
+        return float(metric.compute().sum()), None
+    found = scoring.loss(*_joined(list(pairs)))
+    try:
+        return float(found), None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"loss must return one number; {scoring.name} returned {found!r}.") from error
+
+
+def fit_the_likelihood(la: PredictiveInterface, data: Sequence[ValidationBatch]) -> bool:
+    """Whether the targets are such as the likelihood takes; those of the user's own loss need not be."""
+    try:
+        for held in data:
+            la.check_targets(held.batch)
+    except ValueError:
+        return False
+    return True
+
+
+def _generator(la: PredictiveInterface) -> torch.Generator:
+    return torch.Generator(device=la._center.device).manual_seed(_SEED)
+
+
+def _predict_anew(la: PredictiveInterface, batch: Batch, scoring: Scoring, generator: torch.Generator) -> Prediction:
+    out = la(
+        batch.inputs,
+        pred_type=scoring.pred_type,
+        link_approx=scoring.link,
+        n_samples=scoring.n_samples,
+        diagonal_output=_outputs_alone(la, scoring),
+        generator=generator,
+        # a reward model is validated on pairs, as it was fitted
+        fitting=la.likelihood == "reward_modeling",
+    )
+    return (out[0].detach(), out[1].detach()) if isinstance(out, tuple) else out.detach()
+
+
+def _predict(
+    la: PredictiveInterface,
+    mean: Tensor,
+    jacobians: Sequence[Tensor],
+    scoring: Scoring,
+    generator: torch.Generator,
+) -> Prediction:
+    alone = _outputs_alone(la, scoring) or (la.likelihood != "regression" and scoring.link == "probit")
+    spread_of = la.posterior_precision.variances if alone else la.posterior_precision.variance
+    spread = torch.cat([spread_of(J) for J in jacobians])
+    if la.likelihood == "regression":
+        return mean, spread
+    return la.link(mean, spread, scoring.link, scoring.n_samples, generator)
+
+
+def _outputs_alone(la: PredictiveInterface, scoring: Scoring) -> bool:
+    """The default loss of regression has no use for covariances between outputs."""
+    return la.likelihood == "regression" and scoring.loss is None
+
+
+def _gaussian(mean: Tensor, variance: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+    """Under function variance plus observation noise, averaged over outputs."""
+    exact = accumulation_dtype(mean)
+    of_outputs = variance if variance.ndim == 2 else variance.diagonal(dim1=-2, dim2=-1)
+    total = of_outputs.to(exact) + sigma.to(exact).square()
+    squared = (y.to(exact) - mean.to(exact)).square()
+    return 0.5 * (total.log() + squared / total + math.log(2 * math.pi)).mean(-1)
+
+
+def _update(metric: torchmetrics.Metric, out: Prediction, y: Tensor) -> None:
+    """Metrics of a regression take (mean, variance, target), or only (mean, target)."""
+    if not isinstance(out, tuple):
+        metric.update(out, y)
+        return
+    try:
+        metric.update(*out, y)
+    except TypeError:
+        metric.update(out[0], y)
+
+
+def _joined(pairs: Sequence[Predicted]) -> tuple[Tensor, ...]:
+    """All batches as one: (predictions, targets), or (means, variances, targets)."""
+    parts = [(*out, y) if isinstance(out, tuple) else (out, y) for out, y in pairs]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
