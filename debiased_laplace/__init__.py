@@ -7,7 +7,20 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script")
     from debiased_laplace.calibration import calibration_report
     from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
+    from debiased_laplace.newton.step import newton_step
     from debiased_laplace.posterior.factory import DebiasedLaplace
     from debiased_laplace.posterior.judging import held_out_kl
+    from debiased_laplace.quadratics.directional_derivatives import directional_derivatives
+    from debiased_laplace.quadratics.quadratic import quadratic_along
+    from debiased_laplace.quadratics.regularizer import Regularizer
 
-__all__ = ["DebiasedLaplace", "calibration_report", "conjugate_gradients", "held_out_kl"]
+__all__ = [
+    "DebiasedLaplace",
+    "Regularizer",
+    "calibration_report",
+    "conjugate_gradients",
+    "directional_derivatives",
+    "held_out_kl",
+    "newton_step",
+    "quadratic_along",
+]

@@ -644,3 +644,65 @@ def naive_conjugate_gradients(
         p = z_next + (r_next @ z_next) / (r @ z) * p
         r, z = r_next, z_next
     return x, directions, steps
+
+
+@dataclass
+class NaiveWalk:
+    """One pass of debiased conjugate gradients, with nothing left implicit."""
+
+    directions: list[Tensor]
+    slopes: list[float]
+    errors: list[float]
+    curvatures: list[float]
+    steps: list[float]
+    decreases: list[float]
+    update: Tensor
+
+
+def naive_directional_steps(
+    a: tuple[Tensor, Tensor],
+    b: tuple[Tensor, Tensor],
+    extra_gradient: Tensor,
+    extra_curvature: Tensor,
+    iterations: int,
+    *,
+    shrinkage: bool,
+    panel: int | None = None,
+) -> NaiveWalk:
+    """Directions of conjugate gradients on a, steps along them on b.
+
+    Both sets are given as gradients (n, P) and curvatures (n, P, P) of their samples.
+    `extra_gradient` (P,) and `extra_curvature` (P, P) are those of damping and regularizer. With a panel, the steps of
+    the first panel along which the quadratic of b does not fall beyond its error are left out, and all after it.
+    """
+    H_a, g_a = a[1].mean(0) + extra_curvature, a[0].mean(0) + extra_gradient
+    H_b, g_b = b[1].mean(0) + extra_curvature, b[0].mean(0) + extra_gradient
+    directions = naive_conjugate_gradients(H_a, -g_a, iterations)[1]
+    walk = NaiveWalk(directions, [], [], [], [], [], torch.zeros_like(g_a))
+    for i, p in enumerate(directions):
+        x = walk.update
+        slope = float(p @ (g_b + H_b @ x))
+        # what the samples do not have in common
+        of_samples = torch.stack([p @ (g + H @ x) for g, H in zip(*b, strict=True)])
+        error = float(of_samples.std(correction=1)) / len(of_samples) ** 0.5
+        curvature = float(p @ H_b @ p)
+        factor = max(0.0, 1 - error**2 / slope**2)
+        step = -slope / curvature * (factor if shrinkage else 1.0)
+        # the expectation of q(x) - q(x + step p), given that slope² is error² too large on average
+        decrease = factor**2 * slope**2 / (2 * curvature) if shrinkage else (slope**2 - 2 * error**2) / (2 * curvature)
+        walk.slopes.append(slope)
+        walk.errors.append(error)
+        walk.curvatures.append(curvature)
+        walk.steps.append(step)
+        walk.decreases.append(decrease)
+        walk.update = x + step * p
+        if panel is not None and (len(walk.steps) % panel == 0 or i == iterations - 1):
+            first = i - i % panel
+            noise = [walk.errors[j] ** 4 / (2 * walk.curvatures[j] ** 2) for j in range(first, i + 1)]
+            if sum(walk.decreases[first:]) <= sum(noise) ** 0.5:
+                for j in range(first, i + 1):
+                    walk.update = walk.update - walk.steps[j] * directions[j]
+                    walk.steps[j] = walk.decreases[j] = 0.0
+                walk.directions = directions[: i + 1]
+                break
+    return walk

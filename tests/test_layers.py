@@ -8,7 +8,20 @@ import pytest
 import debiased_laplace
 
 PACKAGE = Path(debiased_laplace.__file__).parent
-ROOMS = ["errors", "linalg", "data", "curvature", "debiasing", "predictive", "posterior", "calibration", "demo", "cli"]
+ROOMS = [
+    "errors",
+    "linalg",
+    "data",
+    "curvature",
+    "quadratics",
+    "debiasing",
+    "predictive",
+    "posterior",
+    "newton",
+    "calibration",
+    "demo",
+    "cli",
+]
 
 
 def room_of(module: str) -> str | None:
@@ -36,6 +49,6 @@ def test_a_room_imports_only_rooms_above_it(path):
 
 
 def test_linear_algebra_and_data_know_no_laplace_torch():
-    for room in ("linalg", "data", "curvature", "debiasing"):
+    for room in ("linalg", "data", "curvature", "quadratics", "debiasing", "newton"):
         for path in (PACKAGE / room).glob("*.py"):
             assert not any(module.split(".")[0] == "laplace" for module in imports(path)), path

@@ -86,6 +86,7 @@ class ConjugateGradientIterations:
     Attributes:
         solution: x so far.
         residual_norms: so far.
+        products: so far.
         outcome: how it ended; None while it goes on.
     """
 
@@ -100,7 +101,7 @@ class ConjugateGradientIterations:
         x0: Float[Tensor, " P"] | None = None,
     ):
         self._matvec, self._preconditioner, self._limit = matvec, preconditioner, max_iterations
-        self._products = self._iterations = 0
+        self.products = self._iterations = 0
         self._threshold = tolerance * sqrt(inner_product(b, b))
         self._direction: Tensor | None = None
         self._rho = 0.0
@@ -154,11 +155,11 @@ class ConjugateGradientIterations:
         return self.outcome is not None
 
     def _end(self, status: Status, reason: str) -> ConjugateDirection | None:
-        self.outcome = ConjugateGradientOutcome(status, self._products, reason)
+        self.outcome = ConjugateGradientOutcome(status, self.products, reason)
         return None
 
     def _product(self, x: Tensor) -> Tensor:
-        self._products += 1
+        self.products += 1
         return _applied(self._matvec, x, "matvec")
 
 

@@ -66,7 +66,7 @@ def test_agrees_with_scipy_at_every_number_of_iterations(name: str, start: str, 
 
 
 def test_converges_where_scipy_does_and_after_as_many_products() -> None:
-    A, b = problem(condition=50.0)
+    A, b = problem(condition=6.0)
     counted = []
 
     def product(v):

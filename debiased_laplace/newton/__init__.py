@@ -1,0 +1,1 @@
+"""Newton steps whose directions and step lengths come from different samples, and an optimizer made of them."""

@@ -1,0 +1,481 @@
+"""Debiased Newton steps against a naive transcription on dense matrices, and against SciPy's conjugate gradients."""
+
+import copy
+import math
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from models import mlp, targets
+from oracles import dense_ggn, dense_gradients, flat_parameters, naive_directional_steps
+from quadratic_cases import CURVATURES, N, built, close, dense_regularizer, oracle, regularizer
+from scipy.sparse.linalg import LinearOperator, cg
+from torch import Tensor, nn
+
+from debiased_laplace import newton_step, quadratic_along
+from debiased_laplace.curvature import derivatives as module
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.newton.directional_steps import PANEL, DirectionalSteps
+from debiased_laplace.newton.halves import draw_halves
+
+DAMPING = 0.03
+NAMES = ["MLP", "convolutions and pooling", "BatchNorm", "LayerNorm and raw parameters", "transformer", "GRU"]
+
+
+def naive(name: str, likelihood: str, curvature: str, rows: tuple[Tensor, Tensor], **options):
+    model = built(name, likelihood)[0]
+    _, g, H = oracle(name, likelihood, curvature)
+    _, r_gradient, r_hessian = dense_regularizer(model)
+    damped = r_hessian + DAMPING * torch.eye(len(r_gradient), dtype=g.dtype)
+    a, b = ((g[i], H[i]) for i in rows)
+    return naive_directional_steps(a, b, r_gradient, damped, **options)
+
+
+def same_as(found: DirectionalSteps, expected, rtol: float = 1e-7) -> None:
+    close(found.directions, torch.stack(expected.directions, 1), rtol)
+    close(found.slopes, torch.tensor(expected.slopes, dtype=torch.float64), rtol)
+    close(found.slope_standard_errors, torch.tensor(expected.errors, dtype=torch.float64), rtol)
+    close(found.curvatures, torch.tensor(expected.curvatures, dtype=torch.float64), rtol)
+    close(found.step_lengths, torch.tensor(expected.steps, dtype=torch.float64), rtol)
+    close(found.predicted_decreases, torch.tensor(expected.decreases, dtype=torch.float64), rtol)
+    close(found.update, expected.update, rtol)
+
+
+@pytest.mark.parametrize("shrinkage", [True, False])
+@pytest.mark.parametrize("curvature", ["ggn", "ef"])
+@pytest.mark.parametrize(("name", "likelihood"), [*((n, "classification") for n in NAMES), ("BatchNorm", "regression")])
+def test_naive_transcription(name: str, likelihood: str, curvature: str, shrinkage: bool) -> None:
+    model, X, y = built(name, likelihood)
+    iterations = PANEL + 2
+    rows = draw_halves(Batch(X, y), seed=3)
+    expected = [
+        naive(name, likelihood, curvature, pair, iterations=iterations, shrinkage=shrinkage)
+        for pair in (rows, rows[::-1])
+    ]
+    prior = regularizer(len(flat_parameters(model)))
+    options = {"shrinkage": shrinkage, "max_iterations": iterations, "regularizer": prior, "curvature": curvature}
+    found = newton_step(model, likelihood, (X, y), DAMPING, **options, stopping="none", seed=3)
+    for one, other in zip(found.passes, expected, strict=True):
+        same_as(one, other)
+    close(found.update, (expected[0].update + expected[1].update) / 2, 1e-7)
+    close(found.directions @ found.step_lengths, found.update)
+    assert found.iterations == found.products == found.outcome.derivatives == 2 * iterations
+    assert found.outcome.status == "iteration limit"
+    assert found.predicted_decrease == pytest.approx(sum(expected[0].decreases + expected[1].decreases) / 2, rel=1e-6)
+    losses = oracle(name, likelihood, curvature)[0]
+    assert found.loss == pytest.approx(float(losses.mean()) + dense_regularizer(model)[0], rel=1e-9)
+    held_out = newton_step(model, likelihood, (X, y), DAMPING, "held_out", **options, stopping="none", seed=3)
+    same_as(held_out.passes[0], expected[0])
+    assert torch.equal(held_out.update, found.passes[0].update)
+    assert held_out.outcome.products == held_out.outcome.derivatives == iterations
+
+
+@pytest.mark.parametrize("shrinkage", [True, False])
+@pytest.mark.parametrize("curvature", ["ggn", "ef"])
+@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "LSTM"])
+def test_the_biased_way_says_steps_on_the_samples_of_the_directions(name: str, curvature: str, shrinkage: bool) -> None:
+    model, X, y = built(name)
+    everyone = torch.arange(N)
+    expected = naive(name, "classification", curvature, (everyone, everyone), iterations=6, shrinkage=shrinkage)
+    prior = regularizer(len(flat_parameters(model)))
+    options = {"shrinkage": shrinkage, "max_iterations": 6, "regularizer": prior, "curvature": curvature}
+    found = newton_step(model, "classification", (X, y), DAMPING, "same_batch", **options)
+    same_as(found.passes[0], expected)
+    assert found.outcome.derivatives == 0
+
+
+def population(n: int = 60, dtype=torch.float64):
+    """More samples than models.py gives, of a network that has been trained a little."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model, _ = mlp(dtype=torch.float64)
+        X = torch.randn(n, 4, dtype=torch.float64)
+        y = (X @ torch.randn(4, 3, dtype=torch.float64) + 0.5 * torch.randn(n, 3, dtype=torch.float64)).argmax(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(15):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X), y).backward()
+            optimizer.step()
+        model.zero_grad()
+    return model.to(dtype), X.to(dtype), y
+
+
+@pytest.mark.parametrize("shrinkage", [True, False])
+def test_stopping_by_the_held_out_decrease(shrinkage: bool) -> None:
+    model, X, y = population()
+    g = torch.stack(list(dense_gradients(model, X, y, "classification")))
+    H = torch.stack(dense_ggn(model, X, "classification")[0])
+    P = g.shape[1]
+    extra = DAMPING * torch.eye(P, dtype=g.dtype)
+    stopped = []
+    for seed in range(8):
+        rows = draw_halves(Batch(X, y), seed)
+        a, b = ((g[i], H[i]) for i in rows)
+        expected = naive_directional_steps(a, b, 0 * g[0], extra, 2 * PANEL, shrinkage=shrinkage, panel=PANEL)
+        found = newton_step(
+            model,
+            "classification",
+            (X, y),
+            DAMPING,
+            "held_out",
+            shrinkage=shrinkage,
+            max_iterations=2 * PANEL,
+            seed=seed,
+        )
+        same_as(found.passes[0], expected, 1e-5)  # rounding grows with the iterations
+        stopped.append(found.outcome.status == "no held-out decrease")
+        if stopped[-1]:
+            last = found.passes[0].step_lengths[-PANEL:]
+            assert float(last.abs().max()) == 0
+            assert "falls no more" in found.outcome.reason
+    # there are both kinds
+    assert 0 < sum(stopped) < len(stopped)
+
+
+def test_scipy_on_the_full_batch_undamped() -> None:
+    model, X, y = population()
+    g = torch.stack(list(dense_gradients(model, X, y, "classification"))).mean(0)
+    H = dense_ggn(model, X, "classification")[1]
+    operator = LinearOperator(H.shape, lambda v: H.numpy() @ v, dtype=np.float64)
+    for iterations in (1, 3, 8):
+        theirs, _ = cg(operator, -g.numpy(), rtol=0.0, maxiter=iterations)
+        ours = newton_step(
+            model, "classification", (X, y), 0.0, "same_batch", shrinkage=False, max_iterations=iterations
+        )
+        close(ours.update, torch.from_numpy(theirs), 1e-7)
+    # with exact slopes and curvatures of the whole on both sides, the sequential form is conjugate gradients
+    jacobi = 1 / (H.diagonal() + 0.02)
+    theirs, _ = cg(operator, -g.numpy(), rtol=0.0, maxiter=6, M=np.diag(jacobi.numpy()))
+    ours = newton_step(
+        model,
+        "classification",
+        (X, y),
+        0.0,
+        "same_batch",
+        shrinkage=False,
+        max_iterations=6,
+        preconditioner=lambda r: jacobi * r,
+    )
+    close(ours.update, torch.from_numpy(theirs), 1e-7)
+
+
+def test_the_exact_minimum_of_a_damped_full_batch() -> None:
+    model, X, y = population()
+    g = torch.stack(list(dense_gradients(model, X, y, "classification"))).mean(0)
+    H = dense_ggn(model, X, "classification")[1]
+    step = newton_step(
+        model, "classification", (X, y), DAMPING, "same_batch", shrinkage=False, max_iterations=200, tolerance=1e-10
+    )
+    assert step.outcome.status == "converged"
+    close(step.update, torch.linalg.solve(H + DAMPING * torch.eye(len(g), dtype=g.dtype), -g), 1e-7)
+    # what it is said to lower the quadratic by is what it lowers it by, in sample and without a word on noise
+    q = quadratic_along(model, "classification", (X, y), step.update[:, None], regularizer=None)
+    damped = float(q(torch.ones(1))) + DAMPING * float(step.update.square().sum()) / 2
+    fall = step.passes[0]
+    in_sample = (fall.slopes.square() / fall.curvatures / 2).sum()
+    assert q.value - damped == pytest.approx(float(in_sample), rel=1e-8)
+
+
+def test_steps_never_raise_the_quadratic_of_the_samples_that_say_them() -> None:
+    """What separate steps did in half the draws, sequential ones cannot do; shrunken ones neither."""
+    model, X, y = population()
+    for seed in range(4):
+        b = draw_halves(Batch(X, y), seed)[1]
+        for shrinkage in (True, False):
+            step = newton_step(
+                model,
+                "classification",
+                (X, y),
+                DAMPING,
+                "held_out",
+                shrinkage=shrinkage,
+                max_iterations=10,
+                stopping="none",
+                seed=seed,
+            )
+            one = step.passes[0]
+            path = torch.cat([torch.zeros_like(one.update)[:, None], (one.directions * one.step_lengths).cumsum(1)], 1)
+            q = quadratic_along(model, "classification", (X[b], y[b]), path)
+            damping = DAMPING * path.square().sum(0) / 2
+            values = q(torch.eye(path.shape[1])) + damping
+            assert bool((values.diff() <= 1e-12).all())
+
+
+@pytest.mark.parametrize("magnitudes", ["held_out", "same_batch"])
+def test_slopes_and_curvatures_are_unbiased_where_the_directions_have_not_seen_the_samples(magnitudes: str) -> None:
+    """Over draws of b, for the samples that b is drawn from: z-scores of the first slope and of every curvature."""
+    model, X, y = population(60)
+    g = torch.stack(list(dense_gradients(model, X, y, "classification")))
+    H = torch.stack(dense_ggn(model, X, "classification")[0])
+    k, draws = 3, 120
+    errors = []
+    for draw in range(draws):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(draw))
+        some = order[:24] if magnitudes == "held_out" else order[:12]
+        step = newton_step(
+            model, "classification", (X[some], y[some]), DAMPING, magnitudes, max_iterations=k, stopping="none", seed=1
+        )
+        U = step.directions
+        a = some[draw_halves(Batch(X[some], y[some]), 1)[0]] if magnitudes == "held_out" else some
+        rest = torch.tensor([i for i in range(60) if i not in a.tolist()])
+        truth = ((U * (H[rest].mean(0) @ U)).sum(0) + DAMPING * U.square().sum(0), g[rest].mean(0) @ U[:, 0])
+        scale = U.square().sum(0)
+        errors.append(torch.cat([(step.curvatures - truth[0]) / scale, ((step.slopes[0] - truth[1]) / scale[0])[None]]))
+    E = torch.stack(errors)
+    z = E.mean(0) / (E.std(0) / draws**0.5)
+    if magnitudes == "held_out":
+        assert float(z.abs().max()) < 4
+    else:
+        # the same number of samples doing both: too curved along the first direction, too steep a slope
+        assert float(z[0]) > 6
+        assert float(z[-1]) < -6
+
+
+def test_halves_swap_roles() -> None:
+    model, X, y = population()
+    step = newton_step(model, "classification", (X, y), seed=7, max_iterations=5, stopping="none")
+    a, b = draw_halves(Batch(X, y), 7)
+    for one, first in zip(step.passes, (a, b), strict=True):
+        G = torch.stack(list(dense_gradients(model, X[first], y[first], "classification"))).mean(0)
+        close(one.directions[:, 0], -G)
+
+
+def test_deterministic_by_seed() -> None:
+    model, X, y = population()
+    first, again, other = (newton_step(model, "classification", (X, y), seed=s) for s in (5, 5, 6))
+    assert torch.equal(first.update, again.update)
+    assert torch.equal(first.slopes, again.slopes)
+    assert not torch.equal(first.update, other.update)
+    before = torch.get_rng_state()
+    newton_step(model, "classification", (X, y), seed=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_equal_samples_stay_in_one_half() -> None:
+    X = torch.arange(20.0).repeat_interleave(torch.tensor([3, 1] * 10))[:, None]
+    y = torch.zeros(len(X), dtype=torch.int64)
+    for seed in range(20):
+        a, b = draw_halves(Batch(X, y), seed)
+        assert torch.equal(torch.cat([a, b]).sort().values, torch.arange(len(X)))
+        assert not torch.isin(X[a], X[b]).any()
+        assert abs(len(a) - len(b)) <= 3
+    a, b = draw_halves(Batch(torch.arange(7.0)[:, None], y[:7]), 0)
+    assert (len(a), len(b)) == (3, 4)
+    assert not torch.equal(a, draw_halves(Batch(torch.arange(7.0)[:, None], y[:7]), 1)[0])
+
+
+@pytest.mark.parametrize("shrinkage", [True, False])
+def test_a_hessian_with_negative_curvature(shrinkage: bool) -> None:
+    model, X, y = built("MLP", "regression")
+    _, g, H = oracle("MLP", "regression", "hessian")
+    rows = draw_halves(Batch(X, y), 0)
+    smallest = min(float(torch.linalg.eigvalsh(H[i].mean(0))[0]) for i in rows)
+    assert smallest < -0.1
+    step = newton_step(
+        model, "regression", (X, y), 1e-3, shrinkage=shrinkage, curvature="hessian", max_iterations=60, stopping="none"
+    )
+    assert step.outcome.status == "negative curvature"
+    assert bool(step.update.isfinite().all())
+    assert step.iterations < 120
+    for one, (a, b) in zip(step.passes, (rows, rows[::-1]), strict=True):
+        k = one.directions.shape[1]
+        U = one.directions
+        close(one.curvatures, (U * (H[b].mean(0) @ U)).sum(0) + 1e-3 * U.square().sum(0), 1e-6)
+        # no step where the samples that say it find no minimum
+        assert bool((one.step_lengths[one.curvatures <= 0] == 0).all())
+        if k:
+            close(U[:, 0], -g[a].mean(0), 1e-7)
+    assert step.outcome.negative_curvatures == int((step.curvatures <= 0).sum())
+    # enough damping, and it is a Newton step like any other
+    damping = 2.0 - smallest
+    mended = newton_step(model, "regression", (X, y), damping, curvature="hessian", stopping="none")
+    assert mended.outcome.status in ("converged", "iteration limit")
+    assert mended.outcome.negative_curvatures == 0
+
+
+@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "LayerNorm and raw parameters", "LSTM"])
+def test_naive_transcription_with_the_hessian(name: str) -> None:
+    model, X, y = built(name)
+    _, g, H = oracle(name, "classification", "hessian")
+    rows = draw_halves(Batch(X, y), 2)
+    damping = 1.0 - min(float(torch.linalg.eigvalsh(H[i].mean(0))[0]) for i in rows)
+    extra = damping * torch.eye(g.shape[1], dtype=g.dtype)
+    for shrinkage in (True, False):
+        step = newton_step(
+            model,
+            "classification",
+            (X, y),
+            damping,
+            shrinkage=shrinkage,
+            curvature="hessian",
+            max_iterations=5,
+            stopping="none",
+            seed=2,
+        )
+        for one, (a, b) in zip(step.passes, (rows, rows[::-1]), strict=True):
+            sets = (g[a], H[a]), (g[b], H[b])
+            same_as(one, naive_directional_steps(*sets, 0 * g[0], extra, 5, shrinkage=shrinkage))
+    everyone = torch.arange(N)
+    both = (g[everyone], H[everyone])
+    biased = newton_step(
+        model, "classification", (X, y), damping, "same_batch", curvature="hessian", max_iterations=5, shrinkage=False
+    )
+    same_as(biased.passes[0], naive_directional_steps(both, both, 0 * g[0], extra, 5, shrinkage=False))
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_single_precision(curvature: str) -> None:
+    exact = population()
+    single = population(dtype=torch.float32)
+    options = {"curvature": curvature, "max_iterations": 4, "stopping": "none"}
+    expected = newton_step(exact[0], "classification", exact[1:], 0.5, **options)
+    found = newton_step(single[0], "classification", single[1:], 0.5, **options)
+    assert found.update.dtype == torch.float32
+    assert found.slopes.dtype == torch.float64
+    close(found.update, expected.update, 1e-2)
+    close(found.passes[0].curvatures[:2], expected.passes[0].curvatures[:2], 1e-3)
+
+
+def test_a_model_without_forward_mode(monkeypatch) -> None:
+    model, X, y = built("convolutions and pooling")
+    expected = newton_step(model, "classification", (X, y), DAMPING, max_iterations=5, stopping="none")
+
+    def refused(*args, **kwargs):
+        raise NotImplementedError("no forward mode")
+
+    monkeypatch.setattr(module, "columns", refused)
+    found = newton_step(model, "classification", (X, y), DAMPING, max_iterations=5, stopping="none")
+    close(found.update, expected.update, 1e-7)
+
+
+def test_a_network_that_is_linearized_once_gives_the_same(monkeypatch) -> None:
+    from debiased_laplace.quadratics import batch_quadratic
+
+    model, X, y = built("convolutions and pooling")
+    expected = newton_step(model, "classification", (X, y), DAMPING, max_iterations=6, stopping="none")
+    traced = []
+    original = module._linearize
+    monkeypatch.setattr(module, "_linearize", lambda *given: traced.append(1) or original(*given))
+    monkeypatch.setattr(batch_quadratic, "_WORTH_TRACING", 0)
+    found = newton_step(model, "classification", (X, y), DAMPING, max_iterations=6, stopping="none")
+    assert len(traced) == 3  # tried once, then once for each half
+    close(found.update, expected.update, 1e-7)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, X, y = built("BatchNorm")
+    model.train()
+    model[1].eval()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    for data in ((X, y), (X[:, :, :, :2], y)):
+        try:
+            newton_step(model, "classification", data, max_iterations=3)
+        except ValueError:
+            assert data[0] is not X
+        assert model.training
+        assert not model[1].training
+        assert all(bool((p.grad == 0.5).all()) for p in model.parameters())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        newton_step(model, "classification", (X, y), max_iterations=2)
+
+
+def test_frozen_parameters_have_no_part_in_it() -> None:
+    model, X, y = built("partly frozen")
+    step = newton_step(model, "classification", (X, y), max_iterations=3)
+    assert len(step.update) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "NewtonStep(" in repr(step)
+
+
+def test_a_mapping_of_inputs() -> None:
+    class Net(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids):
+            return self.inner(input_ids)
+
+    model, X, y = built("MLP")
+    expected = newton_step(model, "classification", (X, y), max_iterations=3)
+    for data in ({"input_ids": X, "labels": y}, ({"input_ids": X}, y)):
+        found = newton_step(Net(model), "classification", data, max_iterations=3)
+        # the halves are other ones: a mapping's samples hash with the names of its entries, but are drawn by position
+        close(found.update, expected.update, 1e-9)
+
+
+def test_at_a_minimum_there_is_no_step() -> None:
+    """A linear model at the least-squares solution: the gradient of all samples is zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        X, y = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+    model = nn.Linear(3, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(X, y).solution.T)
+    biased = newton_step(model, "regression", (X, y), 0.0, "same_batch", shrinkage=False)
+    assert float(biased.update.abs().max()) < 1e-12
+    debiased = newton_step(model, "regression", (X, y), 0.0)
+    reckless = newton_step(model, "regression", (X, y), 0.0, shrinkage=False, stopping="none")
+    assert float(debiased.update.norm()) <= float(reckless.update.norm())
+
+
+WRONG = {
+    "damping below zero": ({"damping": -1.0}, "damping"),
+    "damping that is NaN": ({"damping": math.nan}, "damping"),
+    "unknown magnitudes": ({"magnitudes": "jackknife"}, "magnitudes"),
+    "unknown curvature": ({"curvature": "fisher"}, "curvature"),
+    "unknown stopping": ({"stopping": "never"}, "stopping"),
+    "no iterations": ({"max_iterations": 0}, "max_iterations"),
+    "half an iteration": ({"max_iterations": 2.5}, "max_iterations"),
+    "tolerance below zero": ({"tolerance": -1.0}, "tolerance"),
+    "shrinkage as a word": ({"shrinkage": "yes"}, "shrinkage"),
+    "unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
+    "regularizer below zero": ({"regularizer": -2.0}, "prior_precision"),
+    "a loader": ({"batch": [1, 2, 3]}, "Expected batches"),
+    "a preconditioner of another shape": ({"preconditioner": lambda r: r[:3]}, "preconditioner"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_a_value_error(name: str) -> None:
+    model, X, y = built("MLP")
+    given = {"likelihood": "classification", "batch": (X, y), "damping": 1e-3, **WRONG[name][0]}
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=WRONG[name][1]):
+        newton_step(model, **given)
+
+
+@pytest.mark.parametrize(
+    ("magnitudes", "smallest"), [("cross_fitted", 4), ("held_out", 3), ("same_batch", 2), ("same_batch unshrunken", 1)]
+)
+def test_too_few_samples(magnitudes: str, smallest: int) -> None:
+    model, X, y = built("MLP")
+    kind, unshrunken = magnitudes.split()[0], "unshrunken" in magnitudes
+    options = {"magnitudes": kind, "shrinkage": not unshrunken, "max_iterations": 2, "stopping": "none"}
+    step = newton_step(model, "classification", (X[:smallest], y[:smallest]), **options)
+    assert bool(step.update.isfinite().all())
+    for n in range(smallest):
+        with pytest.raises(ValueError, match=r"at least|no samples"):
+            newton_step(model, "classification", (X[:n], y[:n]), **options)
+
+
+def test_equal_samples_that_cannot_be_split() -> None:
+    model, X, y = built("MLP")
+    with pytest.raises(ValueError, match="equal"):
+        newton_step(model, "classification", (X[:1].repeat(6, 1), y[:1].repeat(6)))
+    some = torch.tensor([0, 0, 0, 0, 0, 1])
+    with pytest.raises(ValueError, match="stay in one half"):
+        newton_step(model, "classification", (X[some], y[some]))
+
+
+def test_labels_and_outputs_of_every_sample_are_checked() -> None:
+    model, X = mlp()
+    y = targets("classification")
+    y[33] = 7
+    with pytest.raises(ValueError, match="labels"):
+        newton_step(model, "classification", (X, y))
+    X[21, 0] = math.inf
+    with pytest.raises(ValueError, match="finite"):
+        newton_step(model, "classification", (X, y.clamp_max(2)))
