@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Section = Literal["headline", "detail", "selective", "detection"]
 Better = Literal["lower", "higher", "zero", "one", "level", "none"]
 
 
@@ -15,7 +16,8 @@ class MetricDefinition:
         better: the good direction; "zero", "one" and "level" are targets, "none" is no judgement.
         meaning: one or two sentences.
         reference: authors (year) and where to find it; empty for textbook quantities.
-        section: "headline" for the table that everybody reads, "detail" for the folded one under it.
+        section: "headline" for the table that everybody reads, "detail" for the folded one under it, "selective" and
+            "detection" for the sections of their own.
         unit: of regression metrics: "target" is the unit of the targets, "squared" its square.
     """
 
@@ -23,7 +25,7 @@ class MetricDefinition:
     better: Better
     meaning: str
     reference: str = ""
-    section: Literal["headline", "detail"] = "headline"
+    section: Section = "headline"
     unit: Literal["", "target", "squared"] = ""
 
 

@@ -1,0 +1,143 @@
+"""From predictions on sets out of distribution to how well they are told from the test set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from debiased_laplace.calibration.metrics.detection import ScoredSample, Separation
+from debiased_laplace.calibration.metrics.out_of_distribution import OutOfDistributionSet, adjust_sets, measure_set
+from debiased_laplace.calibration.predictions.arrays import Task
+from debiased_laplace.calibration.predictions.forms import Gaussian, as_form, noise_of_method
+from debiased_laplace.calibration.predictions.probabilities import read_probabilities
+from debiased_laplace.calibration.predictions.regression import RegressionPredictions, read_regression
+from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, measure_uncertainty
+
+
+@dataclass(frozen=True, eq=False)
+class InsideScores:
+    """What a method says of the test set, for comparison with other sets.
+
+    Attributes:
+        scores: name of a score to its values, larger where the method is less sure; float64 on the CPU.
+        n_columns: number of classes, or of regression outputs.
+        clusters: number of each test sample's cluster; None where all samples are independent.
+    """
+
+    scores: Mapping[str, Float[Tensor, " n"]]
+    n_columns: int
+    clusters: Int[Tensor, " n"] | None = None
+
+
+def scores_of_probabilities(uncertainty: Uncertainty) -> dict[str, Float[Tensor, " n"]]:
+    """Scores of classification: one less the largest probability, entropy, and mutual information where it is known."""
+    scores = {"max_probability": 1 - uncertainty.confidence, "entropy": uncertainty.entropy}
+    if uncertainty.mutual_information is not None:
+        scores["mutual_information"] = uncertainty.mutual_information
+    return scores
+
+
+def scores_of_regression(predictions: RegressionPredictions) -> dict[str, Float[Tensor, " n"]]:
+    """The predicted standard deviation, its geometric mean over several outputs."""
+    return {"standard_deviation": predictions.standard_deviation.log().mean(dim=1).exp()}
+
+
+def evaluate_detection(
+    ood: Mapping[str, Mapping[str, Any]] | None,
+    test: Mapping[str, InsideScores],
+    *,
+    task: Task,
+    baseline: str,
+    confidence_level: float,
+    observation_noise: Any = None,
+) -> tuple[dict[str, OutOfDistributionSet], list[str]]:
+    """Every set out of distribution against the test set, and what a reader must know of them.
+
+    Args:
+        ood: name of a set to method to predictions there, in the forms of the test set.
+        test: the caller's methods to their scores on the test set.
+        task: what is predicted.
+        baseline: the method that the others are compared with.
+        confidence_level: of the intervals and verdicts.
+        observation_noise: as for the test set (regression).
+
+    Raises:
+        ValueError: for a set that lacks a method or names another one, methods with unequal numbers of samples, another
+            number of classes or outputs than on the test set, or predictions that are not what they should be.
+    """
+    if ood is None:
+        return {}, []
+    if not isinstance(ood, Mapping):
+        raise ValueError(f"ood must map names of sets to methods and their predictions; got {type(ood).__name__}.")
+    sets, warnings = {}, []
+    for name, predictions in ood.items():
+        _check_names(name, predictions, list(test))
+        separations: dict[str, dict[str, Separation]] = {}
+        for method in test:
+            where = f"{method}' on the set '{name}"  # readers of predictions put quotation marks around it
+            noise = noise_of_method(observation_noise, method, predictions[method], list(test))
+            outside, n_columns = _read_scores(where, predictions[method], task, noise)
+            _check_columns(name, method, n_columns, test[method].n_columns, task)
+            separations[method] = _separate(test[method], outside)
+            if "mutual_information" in (outside.keys() ^ test[method].scores.keys()):
+                where = "on the test set" if "mutual_information" in outside else f"on {name}"
+                warnings.append(
+                    f"{method}: no posterior samples {where}, so mutual information is left out for {name}."
+                )
+        _check_sizes(name, separations)
+        sets[name] = measure_set(separations, baseline, confidence_level=confidence_level)
+    return adjust_sets(sets, confidence_level=confidence_level), warnings
+
+
+def _read_scores(
+    where: str, predictions: Any, task: Task, observation_noise: Any
+) -> tuple[dict[str, Float[Tensor, " m"]], int]:
+    """Scores and the number of classes or outputs."""
+    if task != "regression":
+        kind: Literal["binary", "multiclass"] = task
+        probabilities = read_probabilities(where, predictions, task=kind)
+        return scores_of_probabilities(measure_uncertainty(probabilities)), probabilities.n_classes
+    form = as_form(predictions, f"Predictions of '{where}'")
+    # no targets are needed: the spread is the score
+    targets = form.mean if isinstance(form, Gaussian) else form.values[0]
+    read = read_regression(where, form, targets, observation_noise=observation_noise)
+    return scores_of_regression(read), read.n_outputs
+
+
+def _separate(test: InsideScores, outside: Mapping[str, Float[Tensor, " m"]]) -> dict[str, Separation]:
+    return {
+        score: Separation(ScoredSample(inside, test.clusters), ScoredSample(outside[score]))
+        for score, inside in test.scores.items()
+        if score in outside
+    }
+
+
+def _check_names(name: Any, predictions: Any, methods: list[str]) -> None:
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise ValueError(f"The name of a set out of distribution must be printable text; got {name!r}.")
+    if not isinstance(predictions, Mapping):
+        raise ValueError(f"ood[{name!r}] must map methods to predictions; got {type(predictions).__name__}.")
+    missing = [m for m in methods if m not in predictions]
+    unknown = [str(m) for m in predictions if m not in methods]
+    if missing or unknown:
+        lacks = f" It lacks {', '.join(map(repr, missing))}." if missing else ""
+        has = f" It also has {', '.join(map(repr, unknown))}." if unknown else ""
+        raise ValueError(
+            f"ood[{name!r}] must have the methods of the test set, {', '.join(map(repr, methods))}.{lacks}{has}"
+        )
+
+
+def _check_columns(name: str, method: str, given: int, expected: int, task: Task) -> None:
+    if given != expected:
+        what = "outputs" if task == "regression" else "classes"
+        raise ValueError(
+            f"ood[{name!r}][{method!r}] must have the {expected} {what} of the test set's predictions; got {given}."
+        )
+
+
+def _check_sizes(name: str, separations: Mapping[str, Mapping[str, Separation]]) -> None:
+    sizes = {method: next(iter(s.values())).outside.n for method, s in separations.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"All methods of ood[{name!r}] must predict the same samples; got {sizes} of them.")
