@@ -5,7 +5,8 @@ import warnings
 with warnings.catch_warnings():
     # laplace-torch's own imports still use torch.jit.script, a dozen times
     warnings.filterwarnings("ignore", message="`torch.jit.script")
-    from debiased_laplace.calibration import calibration_report
+    from debiased_laplace.calibration import calibration_report, evaluate
+    from debiased_laplace.diagnosis import diagnose
     from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
     from debiased_laplace.newton.step import newton_step
     from debiased_laplace.posterior.factory import DebiasedLaplace
@@ -19,7 +20,9 @@ __all__ = [
     "Regularizer",
     "calibration_report",
     "conjugate_gradients",
+    "diagnose",
     "directional_derivatives",
+    "evaluate",
     "held_out_kl",
     "newton_step",
     "quadratic_along",

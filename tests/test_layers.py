@@ -19,6 +19,7 @@ ROOMS = [
     "posterior",
     "newton",
     "calibration",
+    "diagnosis",
     "demo",
     "cli",
 ]

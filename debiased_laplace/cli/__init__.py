@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from debiased_laplace.cli import demo, fit
+from debiased_laplace.cli import demo, diagnose, fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,4 +38,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_to(commands)
     fit.add_to(commands)
+    diagnose.add_to(commands)
     return parser

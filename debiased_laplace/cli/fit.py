@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, quiet_imports, seed
+from debiased_laplace.cli.models import loaded, trained_model
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
 
 _BACKENDS = (
@@ -142,7 +141,7 @@ def _run(parsed: argparse.Namespace) -> int:
         import torch
 
         from debiased_laplace.posterior.factory import DebiasedLaplace
-    model = _model(parsed).to(device)
+    model = trained_model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
     loader = called(parsed.loader, "--loader")
     validation = None
@@ -157,31 +156,11 @@ def _run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _model(parsed: argparse.Namespace) -> "nn.Module":
-    """The model, with the trained weights.
-
-    Raises:
-        ValueError: if it is none, or the weights are not its own.
-    """
-    from torch import nn
-
-    model = called(parsed.model, "--model")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {parsed.model!r} must return a torch.nn.Module; got {type(model).__name__}.")
-    if parsed.weights is not None:
-        weights = _loaded(parsed.weights, "--weights")
-        try:
-            model.load_state_dict(weights)
-        except Exception as error:
-            raise ValueError(f"--weights {parsed.weights} does not fit the model: {error}") from error
-    return model
-
-
 def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `DebiasedLaplace`, as far as they were given."""
     options = {name: getattr(parsed, name) for name in _OF_THE_POSTERIOR if getattr(parsed, name) is not None}
     if parsed.subnetwork_indices is not None:
-        options["subnetwork_indices"] = _loaded(parsed.subnetwork_indices, "--subnetwork-indices")
+        options["subnetwork_indices"] = loaded(parsed.subnetwork_indices, "--subnetwork-indices")
     if parsed.backend is not None:
         from laplace import curvature
 
@@ -190,19 +169,6 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     if parsed.num_samples is not None:
         kwargs["num_samples"] = parsed.num_samples
     return {**options, "backend_kwargs": kwargs} if kwargs else options
-
-
-def _loaded(path: Path, option: str) -> Any:
-    """A file that holds tensors and nothing that could run."""
-    import torch
-
-    if not path.is_file():
-        raise ValueError(f"{option} {path} is no file.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{option} {path} cannot be loaded with weights_only=True: {first}") from error
 
 
 def _report(la: "DebiasedParametricLaplace", parsed: argparse.Namespace) -> None:
