@@ -69,6 +69,7 @@ class Fit:
         choice: what was chosen among; None where nothing was open, and after loading from a state.
         pool: the samples that loaders have yielded; None after loading from a state.
         stopping: how many samples were enough; None where that was not asked, and after loading from a state.
+        seconds: wall time of the fit; None after loading from a state.
     """
 
     split: SubBatches
@@ -81,6 +82,7 @@ class Fit:
     choice: Choice | None = None
     pool: Pool | None = None
     stopping: Stopping | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

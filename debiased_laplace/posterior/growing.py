@@ -1,5 +1,6 @@
 """A fit that grows: by the samples of one more loader, or by doubling until that gains too little."""
 
+import time
 import warnings
 from dataclasses import dataclass, replace
 
@@ -53,14 +54,17 @@ def fit_samples(
     Raises:
         ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
     """
+    started = time.perf_counter()
     ParameterSelection.all_weights(task.problem.model).check_finite()
     seed = task.split_options.seed
     source = sample_source(loader, seed, task.problem.keys)
     pool = Pool.of(source, n_data) if earlier is None else earlier.joined(source, n_data, seed)
     if tolerance is not None:
-        return _until_enough(task, pool, tolerance, progress_bar=progress_bar)
-    found = _fit_at(task, pool, pool.at_hand, progress_bar=progress_bar)
-    return found.selection, replace(found.fit, pool=pool.having_read(pool.at_hand))
+        selection, fit = _until_enough(task, pool, tolerance, progress_bar=progress_bar)
+    else:
+        found = _fit_at(task, pool, pool.at_hand, progress_bar=progress_bar)
+        selection, fit = found.selection, replace(found.fit, pool=pool.having_read(pool.at_hand))
+    return selection, replace(fit, seconds=time.perf_counter() - started)
 
 
 def _fit_at(task: Task, pool: Pool, positions: Int64[Tensor, " n"], *, progress_bar: bool) -> Fitted:

@@ -1,0 +1,1 @@
+"""What was fitted: Laplace posteriors as plain numbers for the report."""
