@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from debiased_laplace.calibration.predictions.forms import Gaussian, as_form, no
 from debiased_laplace.calibration.predictions.probabilities import read_probabilities
 from debiased_laplace.calibration.predictions.regression import RegressionPredictions, read_regression
 from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, measure_uncertainty
+
+ROUNDING = 1e-6  # relative; below it scores differ by their precision only
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +111,22 @@ def _read_scores(
 
 def _separate(test: InsideScores, outside: Mapping[str, Float[Tensor, " m"]]) -> dict[str, Separation]:
     return {
-        score: Separation(ScoredSample(inside, test.clusters), ScoredSample(outside[score]))
+        score: Separation(ScoredSample(a, test.clusters), ScoredSample(b))
         for score, inside in test.scores.items()
         if score in outside
+        for a, b in [_merge_constant(inside, outside[score])]
     }
+
+
+def _merge_constant(
+    inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
+    """Equal scores where a constant came in two precisions: float32's 1.2 would lie above float64's."""
+    low = min(inside.min().item(), outside.min().item())
+    high = max(inside.max().item(), outside.max().item())
+    if high - low > ROUNDING * max(abs(low), abs(high)):
+        return inside, outside
+    return torch.full_like(inside, low), torch.full_like(outside, low)
 
 
 def _check_names(name: Any, predictions: Any, methods: list[str]) -> None:

@@ -24,7 +24,7 @@ SCORES: dict[str, str] = {
     "standard_deviation": "predicted standard deviation",
 }
 UNITS: dict[str, str] = {"entropy": "nats", "mutual_information": "nats"}
-HISTOGRAM_BINS = 30
+HISTOGRAM_BINS = 20
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ FONT_FAMILY = re.compile(r"font-family:[^;]*;?\s*")  # the page has one font
 REMOTE_URL = re.compile(r"url\(\s*['\"]?(?![\s'\"#])", re.IGNORECASE)
 COORDINATES = re.compile(r'\s(?:d|x|y)="[^"]*"')
 LONG_NUMBER = re.compile(r"(\d\.\d\d)\d+")  # a hundredth of a point is invisible
+NO_ROTATION = re.compile(r' transform="rotate\(-?0 [^"]*"')
 INTERNAL = re.compile(r"^#(.+)$|url\(\s*['\"]?#([^'\")]+)")
 LENGTH = re.compile(r"([0-9.]+)\s*(pt|px)?")
 
@@ -28,7 +29,8 @@ def draw_svg(figure: "Figure") -> str:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "debiased_laplace"}):
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    return COORDINATES.sub(lambda m: LONG_NUMBER.sub(r"\1", m[0]), buffer.getvalue())
+    svg = NO_ROTATION.sub("", buffer.getvalue())
+    return COORDINATES.sub(lambda m: LONG_NUMBER.sub(r"\1", re.sub(" +", " ", m[0])), svg)
 
 
 def adopt_svg(svg: str, *, name: str, alt: str, texts: Mapping[str, str] | None = None) -> str:

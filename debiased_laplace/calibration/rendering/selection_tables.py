@@ -1,0 +1,65 @@
+"""Selective prediction and out-of-distribution detection as tables, for the page and for Markdown."""
+
+from debiased_laplace.calibration.contents import ReportContents, ReportTable
+from debiased_laplace.calibration.estimates import Estimate
+from debiased_laplace.calibration.metrics.out_of_distribution import SCORES, DetectionComparison, OutOfDistributionSet
+from debiased_laplace.calibration.rendering.formatting import (
+    NOTHING,
+    format_interval,
+    format_number,
+    format_signed,
+)
+
+DECIMALS = 3  # of rates, whose intervals are rarely narrower
+NO_BREAK = "\u00a0"
+METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
+
+
+def tabulate_kept(contents: ReportContents) -> ReportTable | None:
+    """Accuracy at some coverages, coverages as columns; None for regression."""
+    kept = {m: r.selection.kept for m, r in contents.methods.items() if r.selection is not None and r.selection.kept}
+    if not kept:
+        return None
+    whole = {m: contents.methods[m].metrics["accuracy"] for m in kept}
+    coverages = [k.coverage for k in next(iter(kept.values()))]
+    rows = [
+        [method, *(show_estimate(k.accuracy, DECIMALS) for k in of_method), show_estimate(whole[method], DECIMALS)]
+        for method, of_method in kept.items()
+    ]
+    columns = ["method", *(f"at {100 * coverage:g}{NO_BREAK}% coverage" for coverage in coverages), "of all"]
+    return ReportTable("Accuracy of the samples that are kept", columns, rows)
+
+
+def tabulate_detection(name: str, one: OutOfDistributionSet, baseline: str) -> ReportTable:
+    """Every method and score on one set, with the paired difference to the baseline."""
+    compared = {(c.method, c.score): c for c in one.comparisons}
+    rows = []
+    for d in one.detections:
+        cells = [show_estimate(d.metrics[metric], DECIMALS) for metric in METRICS]
+        if one.comparisons:
+            cells += show_comparison(compared.get((d.method, d.score)))
+        rows.append([d.method, SCORES[d.score], *cells])
+    columns = ["method", "score", *METRICS.values()]
+    if one.comparisons:
+        columns += [f"AUROC against {baseline}", "verdict"]
+    return ReportTable(name, columns, rows)
+
+
+def show_comparison(comparison: DetectionComparison | None) -> list[str]:
+    """Difference with its interval, and verdict."""
+    if comparison is None:
+        return [NOTHING, NOTHING]
+    interval = format_interval(comparison.low, comparison.high, DECIMALS).replace(" ", NO_BREAK)
+    return [f"{format_signed(comparison.difference, DECIMALS)} {interval}".rstrip(), comparison.verdict]
+
+
+def describe_chance(one: OutOfDistributionSet, n: int) -> str:
+    """Size of a set, and the AUPR that a score without any use has there."""
+    size = "1 sample" if one.n == 1 else f"{one.n:,} samples".replace(",", "\u202f")
+    return f"{size}; a score without any use has AUROC 0.5, AUPR {format_number(one.n / (one.n + n))} and FPR95 0.95."
+
+
+def show_estimate(estimate: Estimate, decimals: int | None) -> str:
+    """Value and interval, which a line does not break inside."""
+    interval = format_interval(estimate.low, estimate.high, decimals).replace(" ", NO_BREAK)
+    return f"{format_number(estimate.value, decimals)} {interval}".rstrip()
