@@ -73,3 +73,22 @@ def test_regression_to_the_mean(tmp_path):
     assert len(norms) == 4
     assert all(abs(float(mean) - float(formula)) < 3.5 * float(error) + 5e-4 for mean, error, formula in norms)
     assert figure.stat().st_size > 10_000
+
+
+def test_regression_report(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "03_regression_report.py", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    function, noise = map(float, re.search(r"function: ([\d.]+) points, noise: ([\d.]+) points", done.stdout).groups())
+    assert 0.05 < function**2 / (function**2 + noise**2) < 0.2
+    assert float(re.search(r"MAP 1.00, Laplace ([\d.]+)", done.stdout)[1]) > 1.05
+    change, low, high = re.search(r"nll of Laplace minus MAP: (\S+) \[(\S+), (\S+)\], no detect", done.stdout).groups()
+    assert float(low) < float(change) < float(high)
+    assert abs(float(change)) < 0.02
+    page = (tmp_path / "report.html").read_text()
+    assert "constant predictive standard deviation" in page
+    assert "root mean squared error (points)" in page

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from debiased_laplace.calibration.estimates import normal_quantile, wilson_interval
-from debiased_laplace.calibration.metrics.binning import BinnedConfidences, ConsistencyTest
-from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
+from debiased_laplace.calibration.metrics.binning import BinnedConfidences
+from debiased_laplace.calibration.metrics.cell_shares import intervals_of_shares
+from debiased_laplace.calibration.metrics.consistency import ConsistencyTest
 from debiased_laplace.calibration.predictions.regression import RegressionPredictions
 
 N_COVERAGE_LEVELS = 19  # 5 % to 95 % in steps of 5 %
@@ -44,15 +45,6 @@ class ConfidenceBin:
 
 
 @dataclass(frozen=True)
-class ClassCount:
-    """Test samples of one class and how many a method got right."""
-
-    label: int
-    n: int
-    n_correct: int
-
-
-@dataclass(frozen=True)
 class CoverageLevel:
     """Share of targets inside central intervals of one nominal level, with its Wilson interval."""
 
@@ -74,20 +66,28 @@ class HistogramBin:
 
 
 def tabulate_bins(
-    bins: BinnedConfidences, consistency: ConsistencyTest, *, confidence_level: float
+    bins: BinnedConfidences,
+    consistency: ConsistencyTest,
+    *,
+    confidence_level: float,
+    clusters: Int[Tensor, " n"] | None = None,
 ) -> tuple[ConfidenceBin, ...]:
-    """The reliability diagram as a table."""
+    """The reliability diagram as a table; `clusters` number the samples that depend on each other."""
+    intervals = intervals_of_shares(
+        bins.correct, bins.bin, bins.n_bins, confidence_level=confidence_level, clusters=clusters
+    )
     counts = bins.counts.tolist()
     correct = bins.sum_per_bin(bins.correct).tolist()
     confidence = bins.sum_per_bin(bins.confidence).tolist()
     table = []
     for b, n in enumerate(counts):
         edges = (b / bins.n_bins, (b + 1) / bins.n_bins)
-        if n == 0:
+        interval = intervals[b]
+        if interval is None:
             table.append(ConfidenceBin(*edges, 0, 0, None, None, None, None, None, None))
             continue
         accuracy = correct[b] / n
-        low, high = wilson_interval(accuracy, int(n), confidence_level=confidence_level)
+        low, high = interval
         table.append(
             ConfidenceBin(
                 *edges,
@@ -104,16 +104,8 @@ def tabulate_bins(
     return tuple(table)
 
 
-def count_classes(predictions: ClassificationPredictions) -> tuple[ClassCount, ...]:
-    """Samples and correct predictions of every class."""
-    targets, C = predictions.targets, predictions.n_classes
-    n = torch.bincount(targets, minlength=C).tolist()
-    n_correct = torch.bincount(targets, weights=predictions.correct, minlength=C).tolist()
-    return tuple(ClassCount(label, n[label], round(n_correct[label])) for label in range(C))
-
-
 def tabulate_coverage(predictions: RegressionPredictions, *, confidence_level: float) -> tuple[CoverageLevel, ...]:
-    """Nominal against observed coverage of central Gaussian intervals, averaged over outputs."""
+    """Nominal against observed coverage of central intervals, averaged over outputs."""
     table = []
     for k in range(1, N_COVERAGE_LEVELS + 1):
         nominal = k / (N_COVERAGE_LEVELS + 1)
@@ -125,7 +117,7 @@ def tabulate_coverage(predictions: RegressionPredictions, *, confidence_level: f
 
 def covered(predictions: RegressionPredictions, level: float) -> Float[Tensor, " n"]:
     """Share of a sample's outputs inside their central intervals at `level`: 0 or 1 for one output."""
-    inside = predictions.z_scores.abs() <= normal_quantile(level)
+    inside = predictions.normal_scores.abs() <= normal_quantile(level)
     return inside.to(torch.float64).mean(dim=1)
 
 
@@ -135,7 +127,7 @@ def tabulate_pit(predictions: RegressionPredictions, *, confidence_level: float)
     The usual counts are those of a binomial variable over samples; several outputs of one sample
     count as one observation, which makes the band wide rather than narrow.
     """
-    pit = torch.special.ndtr(predictions.z_scores).flatten().cpu()
+    pit = predictions.probability_transform.flatten()
     n_bins = 10 if predictions.n < 1000 else 20
     index = (pit * n_bins).floor().clamp(0, n_bins - 1).to(torch.int64)
     counts = torch.bincount(index, minlength=n_bins).tolist()

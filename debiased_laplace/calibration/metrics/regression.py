@@ -1,7 +1,7 @@
 """Metrics of regression predictions: proper scores, errors, and the size of the error bars."""
 
 from collections.abc import Sequence
-from math import sqrt
+from math import atanh, sqrt, tanh
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from debiased_laplace.calibration.metrics.netcal_regression import SPREAD_BINS
 from debiased_laplace.calibration.metrics.regression_definitions import name_level
 from debiased_laplace.calibration.metrics.spread import SpreadCalibration
 from debiased_laplace.calibration.predictions.regression import RegressionPredictions
+from debiased_laplace.calibration.skewness import estimate_skewed_mean
 
 INTERVAL_LEVEL = 0.9  # of `picp`, `mpiw` and `interval_score`
 CONSTANT = "constant predictive standard deviation"
@@ -93,8 +94,10 @@ def measure_regression(
         return estimate_root_mean(values.mean(dim=1), confidence_level=confidence_level)
 
     metrics = {
-        "nll": estimate_mean(negative_log_likelihood(predictions), confidence_level=confidence_level),
-        "crps": mean(ranked_probability_score(predictions)),
+        "nll": estimate_skewed_mean(negative_log_likelihood(predictions), confidence_level=confidence_level),
+        "crps": estimate_skewed_mean(
+            ranked_probability_score(predictions).mean(dim=1), confidence_level=confidence_level
+        ),
         "rmse": root_mean(predictions.errors.square()),
         "z_scale": root_mean(predictions.z_scores.square()),
         "sharpness": mean(predictions.standard_deviation),
@@ -139,10 +142,11 @@ def correlate_error_and_spread(
 ) -> Estimate:
     r"""Rank correlation of the absolute error with the predicted standard deviation, averaged over outputs.
 
-    The interval is Fisher's, with the variance $(1 + r^2 / 2) / (n - 3)$ of ranks.
+    The interval is normal on Fisher's scale, $\operatorname{artanh} r$, with the standard error from the influence of
+    each sample on the ranks, so that it holds for any dependence of error and spread.
 
     References:
-        Bonett and Wright (2000), doi:10.1007/BF02294183.
+        Croux and Dehon (2010), doi:10.1007/s10260-010-0142-z (influence function).
     """
     from scipy.stats import spearmanr
 
@@ -161,10 +165,22 @@ def correlate_error_and_spread(
         )
     if n < _FEWEST_FOR_CORRELATION or abs(r) > 1 - 1e-12:
         return without_interval(r, n, estimator=estimator, reason="too few samples for its normal approximation")
-    standard_error = sqrt((1 + r**2 / 2) / (n - 3))
-    z, half_width = torch.tensor(r, dtype=torch.float64).atanh(), normal_quantile(confidence_level) * standard_error
-    low, high = (torch.tanh(z + side * half_width).item() for side in (-1, 1))
-    return Estimate(r, low, high, (1 - r**2) * standard_error, n, f"{estimator}, Fisher's interval")
+    influence = _influence_on_ranks(torch.from_numpy(errors[:, 0]), torch.from_numpy(deviations[:, 0]))
+    standard_error = influence.std().item() / sqrt(n - 3)
+    half_width = normal_quantile(confidence_level) * standard_error / (1 - r**2)
+    low, high = (tanh(atanh(r) + side * half_width) for side in (-1, 1))
+    return Estimate(r, low, high, standard_error, n, f"{estimator}, normal interval of artanh")
+
+
+def _influence_on_ranks(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    r"""$12 [u v + E\, 1(x \le X) V + E\, 1(y \le Y) U]$ up to a constant, with $u, v$ the relative ranks."""
+    n = len(x)
+    u, v = ((values.argsort().argsort() + 0.5) / n for values in (x, y))
+    total = u * v
+    for ranks, other in ((u, v), (v, u)):
+        order = ranks.argsort(descending=True)
+        total[order] += other[order].cumsum(dim=0) / n
+    return 12 * total
 
 
 def _measure_binned(n: int, spread: SpreadCalibration) -> dict[str, Estimate]:

@@ -182,7 +182,7 @@ _DETAIL = {
         "Spearman's rank correlation of the absolute error with the predicted standard deviation. It is 0 where the "
         "predicted spread does not tell large errors from small ones; even a perfect predictive stays far below 1, "
         "since an error is only one draw.",
-        "Bonett and Wright (2000), doi:10.1007/BF02294183",
+        "Spearman (1904), doi:10.2307/1412159",
         section="detail",
     ),
 }

@@ -10,7 +10,7 @@ from debiased_laplace.calibration.rendering.formatting import (
     format_number,
     format_p_value,
 )
-from debiased_laplace.calibration.rendering.panels import Look
+from debiased_laplace.calibration.rendering.panels import Look, Panel
 from debiased_laplace.calibration.rendering.regression_figures import draw_coverage, draw_pit
 from debiased_laplace.calibration.rendering.sections import render_panels, render_table
 from debiased_laplace.calibration.rendering.spread_figures import OUTPUTS_DRAWN, draw_examples, draw_spread
@@ -33,9 +33,7 @@ def render_regression(contents: ReportContents, looks: dict[str, Look]) -> str:
     results = dict(contents.methods)
     level = f"{100 * float(contents.settings['confidence_level']):g} %"
     unit = contents.data.target_unit
-    first = ""
-    if (contents.data.n_outputs or 1) > OUTPUTS_DRAWN:
-        first = f" The first {OUTPUTS_DRAWN} outputs are drawn."
+    first = {kind: _name_outputs(contents.data.n_outputs or 1, drawn) for kind, drawn in OUTPUTS_DRAWN.items()}
     return (
         "<h2>Coverage</h2><p>Share of targets inside central intervals of the predictive, against "
         "what these intervals promise. Below the dashed diagonal the error bars are too narrow "
@@ -47,14 +45,26 @@ def render_regression(contents: ReportContents, looks: dict[str, Look]) -> str:
         + render_panels(draw_pit(results, looks), _list_p_values(contents, "pit_ks_p_value"))
         + "<h2>Large errors where a large error is predicted</h2><p>Test samples in bins of equally many by their "
         "predicted standard deviation, and the root mean square of their errors with its interval. On the dashed "
-        "diagonal the spread is right, above it the errors are larger than predicted (over-confident). Grey: where "
-        f"{level} of the markers would lie if targets came from the predictive. A single marker: all predicted "
-        f"standard deviations are equal.{first}</p>"
-        + render_panels(draw_spread(results, looks, unit), _list_p_values(contents, "ence_equal_mass_p_value"))
+        "line the spread is right, above it the errors are larger than predicted (over-confident). Grey: where "
+        f"{level} of the markers would lie if targets came from the predictive; p: of the normalised error, "
+        f"which their distances from the line make up.{first['spread']}</p>"
+        + _render_by_output(draw_spread(results, looks, unit), _list_p_values(contents, "ence_equal_mass_p_value"))
         + f"<h2>Single predictions</h2><p>{_describe_examples(contents)} in the order of their predicted mean (dashes) "
         "with central 90 % intervals. Dots: targets; crosses: targets outside of their interval, one in ten being "
-        f"usual.{first}</p>" + render_panels(draw_examples(results, looks, unit)) + _render_outputs(contents)
+        f"usual.{first['examples']}</p>"
+        + _render_by_output(draw_examples(results, looks, unit))
+        + _render_outputs(contents)
     )
+
+
+def _name_outputs(n_outputs: int, drawn: int) -> str:
+    if n_outputs <= drawn:
+        return ""
+    return " Only output 0 is drawn." if drawn == 1 else f" Only outputs 0 to {drawn - 1} are drawn."
+
+
+def _render_by_output(panels: list[list[Panel]], asides: list[str] | None = None) -> str:
+    return "".join(render_panels(of_output, asides) for of_output in panels)
 
 
 def _describe_examples(contents: ReportContents) -> str:
@@ -64,11 +74,11 @@ def _describe_examples(contents: ReportContents) -> str:
 
 
 def _list_p_values(contents: ReportContents, name: str) -> list[str] | None:
-    """One per panel; none where a method has several panels, since it is about all of its outputs."""
+    """One per panel; none where there are several outputs, since it is about all of them."""
     if contents.data.n_outputs != 1:
         return None
     estimates = [metrics.get(name) for metrics in contents.metrics.values()]
-    return ["" if e is None or e.value is None else format_p_value(e.value) for e in estimates]
+    return ["" if e is None else e.reason or "" if e.value is None else format_p_value(e.value) for e in estimates]
 
 
 def _render_outputs(contents: ReportContents) -> str:
@@ -91,6 +101,5 @@ def _render_outputs(contents: ReportContents) -> str:
 def _show(name: str, estimate: Estimate, decimals: int | None) -> str:
     if estimate.value is not None and name.endswith("_p_value"):
         return format_p_value(estimate.value).removeprefix("p ").removeprefix("= ")
-    return (
-        f"{format_number(estimate.value, decimals)} {format_interval(estimate.low, estimate.high, decimals)}".rstrip()
-    )
+    interval = format_interval(estimate.low, estimate.high, decimals).replace(" ", "\u00a0")  # on one line
+    return f"{format_number(estimate.value, decimals)} {interval}".rstrip()

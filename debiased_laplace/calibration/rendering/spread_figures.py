@@ -21,7 +21,7 @@ from debiased_laplace.calibration.rendering.panels import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OUTPUTS_DRAWN = 2  # the JSON file holds the rest
+OUTPUTS_DRAWN = {"spread": 2, "examples": 1}  # of several; the JSON file holds the rest
 _X, _Y = "label x", "label y"  # units enter after drawing: matplotlib would read dollar signs and miss other scripts
 _Row = TypeVar("_Row", SpreadBin, ExamplePrediction)
 
@@ -40,14 +40,14 @@ class _Frame:
         return f"{what} ({self.unit})" if self.unit else what
 
 
-def draw_spread(results: dict[str, MethodResult], looks: dict[str, Look], unit: str | None) -> list[Panel]:
-    """One panel per method and output: root mean squared error against predicted standard deviation."""
+def draw_spread(results: dict[str, MethodResult], looks: dict[str, Look], unit: str | None) -> list[list[Panel]]:
+    """For each output a panel per method: root mean squared error against predicted standard deviation."""
     rows = {m: c.spread for m, c in _curves(results).items()}
     return _draw_outputs(rows, "spread", unit, _ends_of_bin, lambda m, r, f: _draw_one_spread(r, looks[m], f))
 
 
-def draw_examples(results: dict[str, MethodResult], looks: dict[str, Look], unit: str | None) -> list[Panel]:
-    """One panel per method and output: predictions in ascending order with their intervals and targets."""
+def draw_examples(results: dict[str, MethodResult], looks: dict[str, Look], unit: str | None) -> list[list[Panel]]:
+    """For each output a panel per method: predictions in ascending order with their intervals and targets."""
     rows = {m: c.examples for m, c in _curves(results).items()}
     return _draw_outputs(
         rows,
@@ -68,17 +68,20 @@ def _draw_outputs(
     unit: str | None,
     ends_of: Callable[[_Row], list[float]],
     draw: Callable[[str, list[_Row], _Frame], Panel],
-) -> list[Panel]:
-    """Every method's panel of the first outputs; the panels of one output share their axes."""
+) -> list[list[Panel]]:
+    """Every method's panel of the first outputs; the panels of one output share an axis."""
     several = any(row.output > 0 for table in rows.values() for row in table)
-    panels = []
-    for j in range(OUTPUTS_DRAWN):
+    panels: list[list[Panel]] = []
+    for j in range(OUTPUTS_DRAWN[kind]):
         of_output = {m: [row for row in table if row.output == j] for m, table in rows.items()}
         ends = [x for table in of_output.values() for row in table for x in ends_of(row)]
+        if not ends:
+            break
+        panels.append([])
         for i, (method, table) in enumerate(of_output.items()):
-            if table:
-                caption = f"{method}, output {j}" if several else method
-                panels.append(draw(method, table, _Frame(f"{kind}-{j}-{i}", caption, unit or "", min(ends), max(ends))))
+            caption = f"{method}, output {j}" if several else method
+            frame = _Frame(f"{kind}-{j}-{i}", caption, unit or "", min(ends), max(ends))
+            panels[-1].append(draw(method, table, frame))
     return panels
 
 
@@ -91,9 +94,12 @@ def _draw_one_spread(bins: list[SpreadBin], look: Look, frame: _Frame) -> Panel:
     figure = new_figure(height=3.3)
     axes = add_axes(figure, bottom=0.42, top=3.2)
     margin = 0.06 * (frame.high - frame.low)
-    ends = (max(0.0, frame.low - margin), frame.high + margin)
-    axes.plot(ends, ends, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+    vertical = (max(0.0, frame.low - margin), frame.high + margin)
     predicted = [b.predicted for b in bins]
+    # every panel has its own width: spreads that hardly differ would lie on each other beside those that do
+    margin = max(0.08 * (predicted[-1] - predicted[0]), (0.01 if len(bins) > 1 else 0.06) * predicted[-1])
+    horizontal = (max(0.0, predicted[0] - margin), predicted[-1] + margin)
+    axes.plot(horizontal, horizontal, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     usual = ([b.consistent_low for b in bins], [b.consistent_high for b in bins])
     if len(bins) > 1:
         axes.fill_between(predicted, *usual, color=GREY, alpha=BAND_ALPHA, linewidth=0)
@@ -105,7 +111,7 @@ def _draw_one_spread(bins: list[SpreadBin], look: Look, frame: _Frame) -> Panel:
     axes.plot(
         predicted, [b.observed for b in bins], color=look.colour, marker=look.marker, markersize=4.5, linestyle="none"
     )
-    axes.set(xlim=ends, ylim=ends)
+    axes.set(xlim=horizontal, ylim=vertical)
     _label(axes, 5)
     outside = sum(not b.consistent_low <= b.observed <= b.consistent_high for b in bins)
     alt = (
@@ -130,14 +136,18 @@ def _draw_some_examples(rows: list[ExamplePrediction], look: Look, frame: _Frame
     axes = add_axes(figure, bottom=0.3, top=2.8)
     margin = 0.04 * (frame.high - frame.low) or 1.0
     place = range(len(rows))
-    axes.vlines(place, [e.low for e in rows], [e.high for e in rows], color=look.colour, alpha=0.45, linewidth=2)
-    axes.plot(place, [e.mean for e in rows], color=look.colour, marker="_", markersize=4, linestyle="none")
+    # broken lines: one element of the page instead of sixty
+    pause = float("nan")
+    intervals = [y for e in rows for y in (e.low, e.high, pause)]
+    means = [y for e in rows for y in (e.mean, e.mean, pause)]
+    axes.plot([i for i in place for _ in range(3)], intervals, color=look.colour, alpha=0.45, linewidth=2)
+    axes.plot([i + step for i in place for step in (-0.4, 0.4, 0)], means, color=look.colour, linewidth=1.2)
     missed = [not e.low <= e.target <= e.high for e in rows]
     for is_missed, marker, size in ((False, "o", 2.4), (True, "X", 5.5)):
         chosen = [i for i in place if missed[i] == is_missed]
         axes.plot(
             chosen, [rows[i].target for i in chosen], color="black", marker=marker, markersize=size, linestyle="none",
-            markeredgewidth=0,
+            markeredgewidth=0, clip_on=False,
         )  # fmt: skip
     axes.set(xlim=(-1, len(rows)), ylim=(frame.low - margin, frame.high + margin), xticks=[])
     _label(axes, 5)

@@ -13,16 +13,22 @@ from debiased_laplace.calibration import calibration_report
 from debiased_laplace.calibration.metrics.curves import tabulate_coverage, tabulate_pit
 from debiased_laplace.calibration.metrics.definitions import define_metrics
 from debiased_laplace.calibration.metrics.regression import (
+    correlate_error_and_spread,
     interval_score,
     negative_log_likelihood,
     ranked_probability_score,
 )
+from debiased_laplace.calibration.metrics.spread import calibrate_spread
 from debiased_laplace.calibration.predictions.forms import Gaussian, Samples
 from debiased_laplace.calibration.predictions.regression import read_regression
 
 
 def measure(mean, std, y, **options):
     return calibration_report({"net": (mean, std)}, y, task="regression", **options).metrics["net"]
+
+
+def calibrate(predictions):
+    return calibrate_spread(predictions, confidence_level=0.9, n_resamples=2, seed=0)
 
 
 def integrate_crps(cdf, y: float) -> float:
@@ -178,6 +184,25 @@ def test_tests_and_correlation_are_those_of_scipy(draw_regression) -> None:
     r = spearmanr((y - mean).abs(), std).statistic
     assert m["error_spread_correlation"].value == pytest.approx(r, abs=1e-12)
     assert m["error_spread_correlation"].low < r < m["error_spread_correlation"].high
+
+
+@pytest.mark.parametrize("heterogeneity", [0.3, 3.0])
+def test_interval_of_the_correlation_covers(heterogeneity: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int):
+        std = (heterogeneity * torch.randn(n, generator=generator, dtype=torch.float64)).exp()
+        return torch.zeros(n), std, std * torch.randn(n, generator=generator, dtype=torch.float64)
+
+    _, std, y = draw(200_000)
+    truth, hits, repetitions = spearmanr(y.abs(), std).statistic, 0, 400
+    for _ in range(repetitions):
+        mean, std, y = draw(200)
+        predictions = read_regression("net", (mean, std), y)
+        e = correlate_error_and_spread(predictions, calibrate(predictions), confidence_level=0.95)
+        hits += e.low <= truth <= e.high
+    # 0.90 at this heterogeneity with the variance of independent ranks
+    assert abs(hits / repetitions - 0.95) < 3 * sqrt(0.95 * 0.05 / repetitions)
 
 
 def test_p_value_of_several_outputs_is_the_least_by_bonferroni(draw_regression) -> None:
