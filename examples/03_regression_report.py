@@ -32,8 +32,8 @@ X, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=T
 order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
 train, validation, test = order[:221], order[221:287], order[287:]
 X = (X - X[train].mean(0)) / X[train].std(0)
-unit = y[train].std()
-y = ((y - y[train].mean()) / unit)[:, None]
+centre, unit = y[train].mean(), y[train].std()
+y = ((y - centre) / unit)[:, None]
 
 # %% A small network, trained as usual
 WEIGHT_DECAY = 0.05
@@ -77,12 +77,14 @@ print(f"observation noise: MAP {sigma_map:.2f}, Laplace {sigma_laplace:.2f} stan
 mean, variance = predict(X[test])
 report = calibration_report(
     {
-        "MAP": (unit * model(X[test]).detach(), unit * torch.full_like(mean, sigma_map)),
+        "MAP": (centre + unit * model(X[test]).detach(), unit * torch.full_like(mean, sigma_map)),
         "Laplace": Gaussian(
-            unit * mean, standard_deviation=unit * variance.sqrt(), observation_noise=float(unit * sigma_laplace)
+            centre + unit * mean,
+            standard_deviation=unit * variance.sqrt(),
+            observation_noise=float(unit * sigma_laplace),
         ),
     },
-    unit * y[test],
+    centre + unit * y[test],
     task="regression",
     title="Diabetes: disease progression after a year",
     target_unit="points",

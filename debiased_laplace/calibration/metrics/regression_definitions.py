@@ -72,7 +72,7 @@ _HEADLINE = {
 
 _DETAIL = {
     "std_epistemic": MetricDefinition(
-        "Share of the function in it",
+        "Standard deviation of the function",
         "none",
         "Mean standard deviation of the function over the posterior, without observation noise. Its square and that of "
         "the noise add up to the predicted variance.",
@@ -80,7 +80,7 @@ _DETAIL = {
         unit="target",
     ),
     "std_noise": MetricDefinition(
-        "Observation noise in it",
+        "Standard deviation of the noise",
         "none",
         "Mean standard deviation of the observation noise that was stated for the predictions.",
         section="detail",
