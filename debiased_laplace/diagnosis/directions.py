@@ -90,7 +90,7 @@ def mean_gradient(curvature: RowCurvature, kind: Curvature) -> Float[Tensor, " P
     return total / curvature.n_samples
 
 
-Pairs = tuple[Float[Tensor, "P k"], Float[Tensor, " k"]]
+Pairs = tuple[Float[Tensor, "P _k"], Float[Tensor, " _k"]]
 
 
 def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Pairs, Pairs, int | None]:

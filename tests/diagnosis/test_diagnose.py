@@ -202,7 +202,6 @@ WRONG = {
     "no draws": ({"n_draws": 0}, "n_draws >= 1"),
     "negative damping": ({"damping": -0.5}, "damping of at least 0"),
     "no prior": ({"prior_precision": 0.0}, "prior_precision above 0"),
-    "hessian": ({"curvature": "hessian"}, '"ggn" or "ef"'),
     "n_data too small": ({"n_data": 39}, "n_data=39 is below the 40"),
     "too few for the default sizes": ({"batch_sizes": None}, "Pass batch_sizes"),
 }
