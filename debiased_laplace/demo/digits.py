@@ -27,6 +27,17 @@ class Digits:
     curvature: Subset[tuple[Tensor, ...]]
     held_out: Subset[tuple[Tensor, ...]]
 
+    @property
+    def test(self) -> TensorDataset:
+        """The test images with their labels."""
+        return TensorDataset(self.test_inputs, self.test_targets)
+
+    @property
+    def scrambled(self) -> Tensor:
+        """The test images with their pixels in another order, the same for all: as bright as digits, and none."""
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+        return self.test_inputs.flatten(1)[:, order].reshape(self.test_inputs.shape)
+
 
 def load(seed: int) -> Digits:
     """Split the 1,797 images: 1,200 to train on, of which 128 are affordable for curvature, the rest to test on."""

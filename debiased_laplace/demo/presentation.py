@@ -1,11 +1,14 @@
 """What the demo shows: tables, a picture, a report."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from debiased_laplace.calibration import CalibrationReport, Estimate, ReportFigure, ReportTable, calibration_report
+from debiased_laplace.calibration import CalibrationReport, Estimate, ReportFigure, ReportTable, evaluate
 from debiased_laplace.demo.comparison import (
     PRIOR_PRECISION,
     Distance,
@@ -15,7 +18,7 @@ from debiased_laplace.demo.comparison import (
     predict,
     total_variations,
 )
-from debiased_laplace.demo.digits import EPOCHS, N_CURVATURE, N_HELD_OUT, N_TRAIN, WRONG_LABELS, load, train
+from debiased_laplace.demo.digits import EPOCHS, N_CURVATURE, N_HELD_OUT, N_TRAIN, WRONG_LABELS, Digits, load, train
 from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
 
 SHOWN_DIRECTIONS = ((0, 1), (1, 3), (3, 10), (10, 30), (30, 100))
@@ -27,7 +30,8 @@ A convolutional network of 3,254 parameters, trained on {N_TRAIN:,} images of sc
 from one half and magnitudes from the other. The full batch uses all training images.
 
 Prior precision {PRIOR_PRECISION:g} for all, the curvature outside the directions as a diagonal, predictions linearized
-with the probit link. The test labels are right.
+with the probit link. The test labels are right. The images out of distribution are the test images with their pixels
+in another order.
 """.strip()
 
 
@@ -55,27 +59,45 @@ def run(
     model = train(data, seed, device, epochs)
     say(f"Trained a CNN on {N_TRAIN:,} digits, {WRONG_LABELS:.0%} of the labels wrong; fitting three posteriors …")
     posteriors = fit_posteriors(model, data, seed)
-    predictions = predict(model, posteriors, data.test_inputs.to(device))
-    say("Measuring distances to the full batch …")
-    distance = distances(posteriors, data)
-    metrics = calibration_report(predictions, data.test_targets, task="multiclass", n_resamples=2).metrics
-    report = calibration_report(
-        predictions,
-        data.test_targets,
-        task="multiclass",
-        baseline="MAP",
-        seed=seed,
-        title="Digits: MAP and three Laplace posteriors",
-        description=DESCRIPTION,
-        metadata={"device": str(device), "prior_precision": PRIOR_PRECISION},
-        tables=(table_of(metrics, distance, total_variations(predictions)), inflation_table(posteriors)),
-        figures=(inflation_figure(posteriors),),
-    )
+    variations = total_variations(predict(model, posteriors, data.test_inputs.to(device)))
+    say("Predicting, and measuring distances to the full batch …")
+    report = report_on(model, posteriors, data, seed=seed, device=device)
+    distance = distances(posteriors, report.posteriors)
+    report = replace(report, tables=(table_of(report.metrics, distance, variations), *report.tables))
     for shown in report.tables:
         say(f"\n{shown.title}\n{text_of(shown)}\n{shown.note}")
     paths = report.save(out, formats=("html", "json", "md"))
     say("\nReport: " + ", ".join(str(path) for path in paths))
     return report
+
+
+def report_on(
+    model: nn.Module,
+    posteriors: dict[str, DebiasedParametricLaplace],
+    data: Digits,
+    *,
+    seed: int,
+    device: torch.device,
+) -> CalibrationReport:
+    """The network and its posteriors on the test images, and on images that are no digits."""
+    batches = {name: DataLoader(d, batch_size=200) for name, d in (("test", data.test), ("held out", data.held_out))}
+    fitted = {name: data.train if name == "full batch" else data.curvature for name in posteriors}
+    return evaluate(
+        {"MAP": model, **posteriors},
+        batches["test"],
+        task="multiclass",
+        baseline="MAP",
+        seed=seed,
+        ood_loaders={"scrambled digits": data.scrambled.split(200)},
+        held_out_loader=batches["held out"],
+        fitted_loader={name: DataLoader(d, batch_size=200) for name, d in fitted.items()},
+        progress_bar=True,
+        title="Digits: MAP and three Laplace posteriors",
+        description=DESCRIPTION,
+        metadata={"device": str(device), "prior_precision": PRIOR_PRECISION},
+        tables=(inflation_table(posteriors),),
+        figures=(inflation_figure(posteriors),),
+    )
 
 
 def table_of(
@@ -87,7 +109,10 @@ def table_of(
     rows = []
     for name, metrics in metrics_of.items():
         kl = distance.get(name)
-        estimated = f"{kl.estimated.value:.0f} ± {kl.estimated.standard_error:.0f}" if kl else "–"
+        h = kl.estimated if kl else None
+        estimated = f"{h.difference:.0f} ± {h.standard_error:.0f}" if h else "–"
+        if name != "MAP" and kl is None:
+            continue  # what the report adds by itself
         rows.append(
             (
                 name,
@@ -103,7 +128,7 @@ def table_of(
     columns = ("", "accuracy", "NLL", "Brier", "ECE (floor)", "held-out KL", "KL to full batch", "TV to full batch")
     note = (
         "KL in nats over the parameters. The held-out KL estimates the column after it "
-        f"from {N_HELD_OUT} training samples that no posterior was fitted to; that of the full batch is subtracted. "
+        f"from {N_HELD_OUT} training samples outside the curvature batch; that of the full batch is subtracted. "
         "TV: mean total variation between the predicted probabilities."
     )
     return ReportTable("Four posteriors", columns, rows, note)

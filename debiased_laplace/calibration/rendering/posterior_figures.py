@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WIDEST = 8.0  # of the axis of inflation, up and down: trailing directions of few samples know no end
 FAR_BELOW = 300.0  # times below the prior precision: where the axis of the spectrum ends
+TABLED = 20  # values of a spectrum in its table, or a few more
 LEADING = 10  # directions that the text alternative sums up
 
 
@@ -119,9 +120,7 @@ def _draw_one_spectrum(
         [p.place for p in summary.spectrum],
         [p.precision for p in summary.spectrum],
         color=look.colour,
-        linewidth=1.4,
-        marker=look.marker,
-        markersize=2.5,
+        linewidth=1.8,
     )
     axes.set_xlabel("place of the value", fontsize=FONT_SIZE)
     first, last = summary.spectrum[0], summary.spectrum[-1]
@@ -132,7 +131,8 @@ def _draw_one_spectrum(
     if low is not None:
         above = max((p.place for p in summary.spectrum if p.precision > low), default=0)
         alt += f"; the prior precision is {format_number(low)}, and the values are above it up to about place {above}"
-    table = ReportTable(name, ["place", "precision from the data"], [[p.place, p.precision] for p in summary.spectrum])
+    rows = summary.spectrum[:: max(1, len(summary.spectrum) // TABLED)]
+    table = ReportTable(name, ["place", "precision from the data"], [[p.place, p.precision] for p in rows])
     return finish(figure, name=f"spectrum-{index}", caption=name, alt=alt + ".", table=table)
 
 
