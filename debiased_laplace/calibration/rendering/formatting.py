@@ -44,7 +44,7 @@ def format_number(value: float | None, decimals: int | None = None) -> str:
 def format_signed(value: float | None, decimals: int | None = None) -> str:
     """`format_number` with a plus sign above zero."""
     text = format_number(value, decimals)
-    return f"+{text}" if not text.startswith((MINUS, NOTHING)) and float(text) != 0 else text
+    return f"+{text}" if not text.startswith((MINUS, NOTHING)) and float(text.replace(MINUS, "-")) != 0 else text
 
 
 def format_interval(low: float | None, high: float | None, decimals: int | None = None) -> str:
