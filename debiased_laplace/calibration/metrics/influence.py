@@ -72,7 +72,7 @@ def estimate_positive(
 
 
 def proportion_interval(
-    value: float, standard_error: float, *, confidence_level: float, least_size: float
+    value: float, standard_error: float, *, confidence_level: float, least_size: int | float
 ) -> tuple[float, float]:
     r"""Wilson's interval of as many independent samples as the statistic is worth, $p (1 - p) / \text{se}^2$.
 

@@ -55,7 +55,7 @@ class RankedLosses:
             per_group: sums over the samples of each group.
             ranks: between 0 and n.
         """
-        g = torch.searchsorted(self.ends, ranks).clamp(max=self.ends.numel() - 1)
+        g = torch.searchsorted(self.ends, ranks.contiguous()).clamp(max=self.ends.numel() - 1)
         total = per_group.cumsum(dim=0)[g]
         return total - per_group[g] * (self.ends[g] - ranks) / self.sizes[g]
 

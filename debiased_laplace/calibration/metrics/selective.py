@@ -104,14 +104,14 @@ def measure_selection(ranked: RankedLosses, *, confidence_level: float) -> dict[
 
 
 def estimate_excess(ranked: RankedLosses, *, confidence_level: float) -> Estimate:
-    """Area under the risk-coverage curve beyond that of the same losses in their best order."""
+    """Area under a classifier's risk-coverage curve beyond that of the same errors in their best order."""
     oracle = rank_by_oracle(ranked)
     excess = ranked.area - oracle.area
     if excess <= 1e-12 * ranked.area:
         why = "the order is the best there is, so that nothing says how far off it may be elsewhere"
         return without_interval(0.0, ranked.n, estimator="statistic of ranks", reason=why)
     return estimate_area(
-        ranked, excess, ranked.area_influence - oracle.area_influence, confidence_level=confidence_level
+        ranked, excess, ranked.area_influence - oracle.area_influence, confidence_level=confidence_level, most=1.0
     )
 
 
@@ -121,7 +121,7 @@ def estimate_area(
     influence: Float[Tensor, " n"],
     *,
     confidence_level: float,
-    most: float = float("inf"),
+    most: float,
 ) -> Estimate:
     """A positive area with the interval of its influence function."""
     return estimate_positive(
