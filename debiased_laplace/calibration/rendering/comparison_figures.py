@@ -1,4 +1,4 @@
-"""The forest plot: every paired difference to the baseline with its interval."""
+"""The forest plot: every paired difference to the baseline, and to it after scaling, with its interval."""
 
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROW_HEIGHT = 0.52  # inches
+HEADING_HEIGHT = 0.34
 SHORT_VERDICTS: dict[Verdict, str] = {
     "better": "better",
     "worse": "worse",
@@ -35,43 +36,56 @@ NAME_LENGTH = 26  # characters of a method's name that fit beside its difference
 
 def draw_differences(comparisons: tuple[Comparison, ...], looks: dict[str, Look]) -> list[Panel]:
     """One panel per metric, since every metric has its own unit."""
-    metrics = list(dict.fromkeys(c.metric for c in comparisons))
+    metrics = [metric for metric in SHORT_NAMES if any(c.metric == metric for c in comparisons)]
     return [_draw_metric(metric, [c for c in comparisons if c.metric == metric], looks) for metric in metrics]
 
 
 def _draw_metric(metric: str, rows: list[Comparison], looks: dict[str, Look]) -> Panel:
-    """One row per method: its name and difference in words, and the interval under them."""
-    figure = new_figure(height=len(rows) * ROW_HEIGHT + 0.5)
-    axes = add_axes(figure, bottom=0.45, top=len(rows) * ROW_HEIGHT + 0.45)
+    """A group of rows per reference; a row is a method with its difference in words, and the interval under them."""
+    references = list(dict.fromkeys(c.baseline for c in rows))
+    height = len(rows) * ROW_HEIGHT + len(references) * HEADING_HEIGHT
+    figure = new_figure(height=height + 0.5)
+    axes = add_axes(figure, bottom=0.45, top=height + 0.45)
     axes.set_position((0.03, axes.get_position().y0, 0.94, axes.get_position().height))
     axes.spines["left"].set_visible(False)
-    texts = {}
-    for i, c in enumerate(rows):
-        y = len(rows) - i - 0.72
-        _draw_interval(axes, c, looks[c.method], y)
-        # names enter after drawing: matplotlib would read dollar signs and miss other scripts
-        placeholder = f"row {i}"
-        texts[placeholder] = f"{shorten(c.method, NAME_LENGTH)}: {_show(c)}, {SHORT_VERDICTS[c.verdict]}"
-        axes.text(0.0, y + 0.3, placeholder, fontsize=FONT_SIZE, transform=axes.get_yaxis_transform())
-    _scale(axes, rows)
+    texts: dict[str, str] = {}
+    y = height  # of the axis, in inches from below
+    for reference in references:
+        y -= HEADING_HEIGHT
+        heading = f"compared with {shorten(reference, NAME_LENGTH)}"
+        _write(axes, texts, y + 0.06, heading, weight="bold")
+        axes.axhline(y, color=GREY, linewidth=0.5)
+        for c in (c for c in rows if c.baseline == reference):
+            y -= ROW_HEIGHT
+            _draw_interval(axes, c, looks[c.method], y + 0.14)
+            words = f"{shorten(c.method, NAME_LENGTH)}: {_show(c)}, {SHORT_VERDICTS[c.verdict]}"
+            _write(axes, texts, y + 0.3, words)
+    _scale(axes, rows, height)
     name = SHORT_NAMES[metric]
-    alt = f"Differences in {name} to {rows[0].baseline}, below zero being better: " + "; ".join(
-        f"{c.method} {_show(c)} {format_interval(c.low, c.high, choose_decimals([c.standard_error]))}, {c.verdict}"
-        for c in rows
+    alt = f"Differences in {name}, below zero being better. " + " ".join(
+        f"Compared with {reference}: " + "; ".join(_describe(c) for c in rows if c.baseline == reference) + "."
+        for reference in references
     )
     return finish(
         figure,
-        name=f"difference-{metric}",
-        caption=name,
-        alt=alt + ".",
+        name=f"difference-{metric.replace('_', '-')}",
+        caption=name[0].upper() + name[1:],
+        alt=alt,
         table=_tabulate(name, rows),
         texts=texts,
     )
 
 
+def _write(axes: "Axes", texts: dict[str, str], y: float, words: str, *, weight: str = "normal") -> None:
+    """A line of text that enters after drawing: matplotlib would read dollar signs and miss other scripts."""
+    placeholder = f"row {len(texts)}"
+    texts[placeholder] = words
+    axes.text(0.0, y, placeholder, fontsize=FONT_SIZE, weight=weight, transform=axes.get_yaxis_transform())
+
+
 def _draw_interval(axes: "Axes", c: Comparison, look: Look, y: float) -> None:
     """The difference on its interval, filled where it was detected, and zero beside it."""
-    axes.plot([0, 0], [y - 0.2, y + 0.2], color=GREY, linewidth=1)  # not through the words
+    axes.plot([0, 0], [y - 0.1, y + 0.1], color=GREY, linewidth=1)  # not through the words
     if c.low is not None and c.high is not None:
         axes.plot([c.low, c.high], [y, y], color=look.colour, linewidth=1.8)
     axes.plot(
@@ -84,13 +98,13 @@ def _draw_interval(axes: "Axes", c: Comparison, look: Look, y: float) -> None:
     )
 
 
-def _scale(axes: "Axes", rows: list[Comparison]) -> None:
+def _scale(axes: "Axes", rows: list[Comparison], height: float) -> None:
     """Symmetric limits around zero, so that the direction is seen at once, and its name."""
     ends = [abs(x) for c in rows for x in (c.difference, c.low, c.high) if x is not None]
     half = 1.12 * max(ends) or 1.0
-    axes.set(xlim=(-half, half), ylim=(0, len(rows) - 0.1), yticks=[])
+    axes.set(xlim=(-half, half), ylim=(0, height), yticks=[])
     axes.locator_params(axis="x", nbins=5)
-    below = -0.3 / (len(rows) * ROW_HEIGHT)  # inches below the axis
+    below = -0.3 / height  # inches below the axis
     axes.text(0.0, below, "\u2190 better", fontsize=FONT_SIZE, va="top", transform=axes.transAxes)
     axes.text(1.0, below, "worse \u2192", fontsize=FONT_SIZE, va="top", ha="right", transform=axes.transAxes)
 
@@ -99,10 +113,15 @@ def _show(c: Comparison) -> str:
     return format_signed(c.difference, choose_decimals([c.standard_error]))
 
 
+def _describe(c: Comparison) -> str:
+    interval = format_interval(c.low, c.high, choose_decimals([c.standard_error]))
+    return f"{c.method} {_show(c)} {interval}, {c.verdict}"
+
+
 def _tabulate(name: str, rows: list[Comparison]) -> ReportTable:
-    columns = ["method", "difference", "interval from", "to", "p", "p, Holm", "verdict"]
+    columns = ["method", "compared with", "difference", "interval from", "to", "p", "p, Holm", "verdict"]
     return ReportTable(
         name,
         columns,
-        [[c.method, c.difference, c.low, c.high, c.p_value, c.adjusted_p_value, c.verdict] for c in rows],
+        [[c.method, c.baseline, c.difference, c.low, c.high, c.p_value, c.adjusted_p_value, c.verdict] for c in rows],
     )

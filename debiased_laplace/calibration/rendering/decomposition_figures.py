@@ -1,0 +1,76 @@
+"""Where the loss comes from: every method's loss beside what a single fitted number would leave of it."""
+
+from debiased_laplace.calibration.contents import ReportContents, ReportTable
+from debiased_laplace.calibration.estimates import Estimate
+from debiased_laplace.calibration.rendering.formatting import (
+    choose_decimals,
+    format_interval,
+    format_number,
+    format_signed,
+    shorten,
+)
+from debiased_laplace.calibration.rendering.panels import FONT_SIZE, Look, Panel, add_axes, finish, new_figure
+
+ROW_HEIGHT = 0.5  # inches
+NAME_LENGTH = 24
+
+
+def draw_decomposition(contents: ReportContents, looks: dict[str, Look]) -> Panel | None:
+    """One row per method, from the loss after scaling (hollow) to the loss itself (filled); None without any."""
+    rows = {m: e for m, e in contents.metrics.items() if "nll_calibration_loss" in e}
+    if not rows:
+        return None
+    height = len(rows) * ROW_HEIGHT
+    figure = new_figure(height=height + 0.5)
+    axes = add_axes(figure, bottom=0.45, top=height + 0.45)
+    axes.set_position((0.03, axes.get_position().y0, 0.94, axes.get_position().height))
+    axes.spines["left"].set_visible(False)
+    texts = {}
+    for i, (method, metrics) in enumerate(rows.items()):
+        y, look = height - (i + 1) * ROW_HEIGHT + 0.14, looks[method]
+        whole, left = metrics["nll"].known, metrics["nll_refinement_loss"].known
+        axes.plot([left, whole], [y, y], color=look.colour, linewidth=3)
+        axes.plot([left], [y], marker=look.marker, color=look.colour, markersize=6.5, markerfacecolor="none")
+        axes.plot([whole], [y], marker=look.marker, color=look.colour, markersize=6.5)
+        texts[f"row {i}"] = f"{shorten(method, NAME_LENGTH)}: {_show_sum(metrics)}"
+        axes.text(0.0, y + 0.16, f"row {i}", fontsize=FONT_SIZE, transform=axes.get_yaxis_transform())
+    axes.set(ylim=(0, height), yticks=[])
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=5)
+    what = "temperature" if contents.task != "regression" else "factor of the standard deviations"
+    alt = f"NLL after fitting one {what} plus what that repairs: " + "; ".join(
+        f"{method} {_show_sum(metrics)}" for method, metrics in rows.items()
+    )
+    return finish(
+        figure,
+        name="decomposition",
+        caption="NLL = what remains + what one number repairs",
+        alt=alt + ".",
+        table=_tabulate(rows),
+        texts=texts,
+    )
+
+
+def _show_sum(metrics: dict[str, Estimate]) -> str:
+    whole, part = metrics["nll"], metrics["nll_calibration_loss"]
+    decimals = choose_decimals([part.standard_error])
+    left = metrics["nll_refinement_loss"]
+    repaired = format_signed(part.value, decimals)
+    sign, size = ("+", repaired.lstrip("+")) if not repaired.startswith("\u2212") else ("\u2212", repaired[1:])
+    return f"{format_number(whole.value, decimals)} = {format_number(left.value, decimals)} {sign} {size}"
+
+
+def _tabulate(rows: dict[str, dict[str, Estimate]]) -> ReportTable:
+    cells = []
+    for method, metrics in rows.items():
+        shown = [method]
+        for name in ("nll", "nll_refinement_loss", "nll_calibration_loss", "temperature_optimal"):
+            if name not in metrics:
+                continue
+            e = metrics[name]
+            half = None if e.low is None or e.high is None else (e.high - e.low) / 2
+            decimals = choose_decimals([half])
+            shown.append(f"{format_number(e.value, decimals)} {format_interval(e.low, e.high, decimals)}".rstrip())
+        cells.append(shown)
+    columns = ["method", "NLL", "remains", "repaired", "temperature"]
+    return ReportTable("Where the loss comes from", columns[: len(cells[0])], cells)
