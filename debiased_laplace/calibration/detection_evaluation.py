@@ -12,6 +12,7 @@ from debiased_laplace.calibration.metrics.detection import ScoredSample, Separat
 from debiased_laplace.calibration.metrics.out_of_distribution import OutOfDistributionSet, adjust_sets, measure_set
 from debiased_laplace.calibration.predictions.arrays import Task
 from debiased_laplace.calibration.predictions.forms import Gaussian, as_form, noise_of_method
+from debiased_laplace.calibration.predictions.pixels import lay_out
 from debiased_laplace.calibration.predictions.probabilities import read_probabilities
 from debiased_laplace.calibration.predictions.regression import RegressionPredictions, read_regression
 from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, measure_uncertainty
@@ -47,51 +48,81 @@ def scores_of_regression(predictions: RegressionPredictions) -> dict[str, Float[
     return {"standard_deviation": predictions.standard_deviation.log().mean(dim=1).exp()}
 
 
+@dataclass(frozen=True, eq=False)
+class DetectionRequest:
+    """Which sets are to be told from the test set, and how.
+
+    Attributes:
+        ood: name of a set to method to predictions there, in the forms of the test set; images as (N, C, H, W) or
+            samples (S, N, C, H, W).
+        baseline: the method that the others are compared with.
+        confidence_level: of the intervals and verdicts.
+        observation_noise: as for the test set (regression).
+        max_samples: most pixels to draw of a set of images.
+        seed: of that draw.
+    """
+
+    ood: Mapping[str, Mapping[str, Any]] | None
+    baseline: str
+    confidence_level: float
+    observation_noise: Any = None
+    max_samples: int = 1_000_000
+    seed: int = 0
+
+
 def evaluate_detection(
-    ood: Mapping[str, Mapping[str, Any]] | None,
-    test: Mapping[str, InsideScores],
-    *,
-    task: Task,
-    baseline: str,
-    confidence_level: float,
-    observation_noise: Any = None,
+    request: DetectionRequest, test: Mapping[str, InsideScores], *, task: Task
 ) -> tuple[dict[str, OutOfDistributionSet], list[str]]:
     """Every set out of distribution against the test set, and what a reader must know of them.
 
     Args:
-        ood: name of a set to method to predictions there, in the forms of the test set.
+        request: the sets.
         test: the caller's methods to their scores on the test set.
         task: what is predicted.
-        baseline: the method that the others are compared with.
-        confidence_level: of the intervals and verdicts.
-        observation_noise: as for the test set (regression).
 
     Raises:
         ValueError: for a set that lacks a method or names another one, methods with unequal numbers of samples, another
             number of classes or outputs than on the test set, or predictions that are not what they should be.
     """
+    ood, methods = request.ood, list(test)
     if ood is None:
         return {}, []
     if not isinstance(ood, Mapping):
         raise ValueError(f"ood must map names of sets to methods and their predictions; got {type(ood).__name__}.")
     sets, warnings = {}, []
     for name, predictions in ood.items():
-        _check_names(name, predictions, list(test))
+        _check_names(name, predictions, methods)
+        rows, clusters = _lay_out_set(predictions, request, task=task)
         separations: dict[str, dict[str, Separation]] = {}
-        for method in test:
+        for method in methods:
             where = f"{method}' on the set '{name}"  # readers of predictions put quotation marks around it
-            noise = noise_of_method(observation_noise, method, predictions[method], list(test))
-            outside, n_columns = _read_scores(where, predictions[method], task, noise)
+            noise = noise_of_method(request.observation_noise, method, rows[method], methods)
+            outside, n_columns = _read_scores(where, rows[method], task, noise)
             _check_columns(name, method, n_columns, test[method].n_columns, task)
-            separations[method] = _separate(test[method], outside)
+            separations[method] = _separate(test[method], outside, clusters)
             if "mutual_information" in (outside.keys() ^ test[method].scores.keys()):
                 where = "on the test set" if "mutual_information" in outside else f"on {name}"
                 warnings.append(
                     f"{method}: no posterior samples {where}, so mutual information is left out for {name}."
                 )
         _check_sizes(name, separations)
-        sets[name] = measure_set(separations, baseline, confidence_level=confidence_level)
-    return adjust_sets(sets, confidence_level=confidence_level), warnings
+        sets[name] = measure_set(separations, request.baseline, confidence_level=request.confidence_level)
+    return adjust_sets(sets, confidence_level=request.confidence_level), warnings
+
+
+def _lay_out_set(
+    predictions: Mapping[str, Any], request: DetectionRequest, *, task: Task
+) -> tuple[Mapping[str, Any], Int[Tensor, " m"] | None]:
+    """Images as rows of pixels with the image of each; what is no image stays as it is."""
+    shapes = [tuple(getattr(p, "shape", ())) for p in predictions.values()]
+    images = next((shape for shape in shapes if len(shape) >= 4), None)
+    if images is None or task == "regression":
+        return predictions, None
+    labels = (images[0], *images[2:]) if len(images) == 4 else (images[1], *images[3:])
+    nothing = torch.zeros(labels, dtype=torch.int64)  # only the shape of targets is asked for
+    rows, _, pixels = lay_out(predictions, nothing, task=task, max_samples=request.max_samples, seed=request.seed)
+    # numbered anew: an image may have no pixel that was drawn
+    return rows, None if pixels is None else pixels.image.cpu().unique(return_inverse=True)[1]
 
 
 def _read_scores(
@@ -109,9 +140,11 @@ def _read_scores(
     return scores_of_regression(read), read.n_outputs
 
 
-def _separate(test: InsideScores, outside: Mapping[str, Float[Tensor, " m"]]) -> dict[str, Separation]:
+def _separate(
+    test: InsideScores, outside: Mapping[str, Float[Tensor, " m"]], clusters: Int[Tensor, " m"] | None
+) -> dict[str, Separation]:
     return {
-        score: Separation(ScoredSample(a, test.clusters), ScoredSample(b))
+        score: Separation(ScoredSample(a, test.clusters), ScoredSample(b, clusters))
         for score, inside in test.scores.items()
         if score in outside
         for a, b in [_merge_constant(inside, outside[score])]

@@ -112,6 +112,26 @@ def test_samples_on_one_set_only_are_told(sets) -> None:
     assert "mutual_information" not in report.ood["other"].metrics["laplace"]
 
 
+def test_pixels_are_rows_that_are_clustered_by_image(draw_classification) -> None:
+    p, y, _ = draw_classification(1800, sharpness=1.0, seed=35)
+    q, _, _ = draw_classification(600, sharpness=0.5, seed=36)
+
+    def as_images(rows, n):
+        return rows.reshape(n, 60, *rows.shape[1:]).movedim(1, -1).unflatten(-1, (6, 10))
+
+    images = {"map": as_images(p, 30)}, as_images(y, 30)
+    one = calibration_report(*images, **options({"other": {"map": as_images(q, 10)}}))
+    rows = calibration_report(
+        {"map": p}, y, **options({"other": {"map": q}}, clusters=torch.arange(30).repeat_interleave(60))
+    )
+    found, expected = (r.ood["other"].metrics["map"]["entropy"]["auroc"] for r in (one, rows))
+    assert found.value == pytest.approx(expected.value, abs=1e-12)
+    assert found.n == 2400
+    assert found.standard_error != expected.standard_error  # rows outside are taken for independent, pixels are not
+    with pytest.raises(ValueError, match="other"):
+        calibration_report(*images, **options({"other": {"map": as_images(q, 10)[:, :4]}}))
+
+
 WRONG = {
     "no mapping": (lambda ood: [1], "ood must map names of sets"),
     "no mapping of methods": (lambda ood: {"other": ood["other"]["map"]}, r"ood\['other'\] must map methods"),
