@@ -145,7 +145,7 @@ def _scale(axes: "Axes", most: int, limits: tuple[float, float], *, base: int) -
     axes.set(xlim=(0.8, max(most, 2) * 1.25), ylim=limits)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_locator(LogLocator(base=base, numticks=7))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}" if 1e-3 <= y < 1e4 else f"{y:.0e}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.5g}" if 1e-3 <= y < 1e6 else f"{y:.0e}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())

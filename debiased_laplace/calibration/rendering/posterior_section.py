@@ -56,7 +56,7 @@ def _render_held_out(table: ReportTable, level: str) -> str:
     return (
         f"<h3>{escape(table.title)}</h3>{render_table(table)}"
         '<p class="note">Kullback-Leibler divergence over the parameters to the posterior of all N samples, minus that '
-        "of the posterior it is compared with, estimated from training samples that neither was fitted to; below zero "
+        "of the posterior it is compared with, estimated from training samples left out of the fit; below zero "
         f"is closer. {level} intervals; they are rough with few held-out samples, since a few of them carry most of "
         "the curvature.</p>"
     )
