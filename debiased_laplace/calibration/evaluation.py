@@ -11,25 +11,24 @@ from debiased_laplace.calibration.contents import (
     MethodResult,
     RegressionCurves,
 )
-from debiased_laplace.calibration.metrics.binning import bin_confidences, check_consistency
+from debiased_laplace.calibration.detection_evaluation import InsideScores, scores_of_probabilities
+from debiased_laplace.calibration.estimates import Estimate
+from debiased_laplace.calibration.metrics.bin_sensitivity import tabulate_sensitivity
+from debiased_laplace.calibration.metrics.binning import bin_confidences
 from debiased_laplace.calibration.metrics.classification import (
     brier_score,
     measure_classification,
     negative_log_likelihood,
 )
-from debiased_laplace.calibration.metrics.curves import (
-    count_classes,
-    tabulate_bins,
-    tabulate_coverage,
-    tabulate_pit,
-)
-from debiased_laplace.calibration.metrics.regression import (
-    gaussian_crps,
-    gaussian_negative_log_likelihood,
-    measure_regression,
-)
+from debiased_laplace.calibration.metrics.classwise import tabulate_classes
+from debiased_laplace.calibration.metrics.consistency import check_consistency
+from debiased_laplace.calibration.metrics.curves import tabulate_bins
+from debiased_laplace.calibration.metrics.debiased_error import influence_on_debiased_error
+from debiased_laplace.calibration.metrics.groups import measure_groups
+from debiased_laplace.calibration.metrics.risk_coverage import rank_losses
+from debiased_laplace.calibration.metrics.selective import measure_selection, trace_selection
 from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
-from debiased_laplace.calibration.predictions.regression import RegressionPredictions
+from debiased_laplace.calibration.predictions.grouping import Grouping
 
 FEW_SAMPLES = 30
 FEW_RESAMPLES = 200
@@ -47,6 +46,8 @@ class Settings:
         confidence_level: coverage of every interval, between 0 and 1.
         n_resamples: draws behind p-values and bootstrap deviations, at least 2.
         seed: of these draws.
+        levels: of central intervals of regression, whole percents.
+        groups: of samples that are judged apart too.
 
     Raises:
         ValueError: for values outside these ranges.
@@ -56,6 +57,8 @@ class Settings:
     confidence_level: float
     n_resamples: int
     seed: int
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
+    groups: tuple[Grouping, ...] = ()
 
     def __post_init__(self) -> None:
         for name, lowest in (("n_bins", 2), ("n_resamples", 2), ("seed", 0)):
@@ -66,6 +69,8 @@ class Settings:
             raise ValueError(f"n_bins must be at most {_MOST_BINS}; got {self.n_bins}.")
         if not 0 < self.confidence_level < 1:
             raise ValueError(f"confidence_level must lie between 0 and 1; got {self.confidence_level!r}.")
+        if any(not 0 < x < 1 or abs(100 * x - round(100 * x)) > 1e-9 for x in self.levels):
+            raise ValueError(f"levels must be shares of whole percents such as 0.5 and 0.95; got {self.levels!r}.")
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,18 @@ class Evaluation:
 
     Attributes:
         result: metrics and curves.
-        scores: metric to per-sample scores on the CPU, for paired comparisons.
+        scores: metric to per-sample scores on the CPU, for paired comparisons; of a statistic that is no mean, the
+            influence of every sample around its value.
         warnings: about this method's predictions.
+        inside: what sets out of distribution are told from.
+        groups: metrics on every group that has samples.
     """
 
     result: MethodResult
     scores: Mapping[str, Float[Tensor, " n"]]
     warnings: tuple[str, ...]
+    inside: InsideScores
+    groups: tuple[dict[str, Estimate], ...] = ()
 
 
 def evaluate_classification(method: str, predictions: ClassificationPredictions, settings: Settings) -> Evaluation:
@@ -96,11 +106,22 @@ def evaluate_classification(method: str, predictions: ClassificationPredictions,
         n_resamples=n_resamples,
         seed=seed,
     )
-    curves = ClassificationCurves(tabulate_bins(bins, consistency, confidence_level=level), count_classes(predictions))
+    curves = ClassificationCurves(
+        tabulate_bins(bins, consistency, confidence_level=level, clusters=predictions.clusters),
+        tabulate_classes(predictions, confidence_level=level),
+        tabulate_sensitivity(bins.ordered),
+    )
+    ranked = rank_losses(1 - predictions.correct, predictions.confidence, clusters=predictions.clusters)
+    metrics |= measure_selection(ranked, confidence_level=level)
+    selection = trace_selection(ranked, confidence_level=level, loss="share of errors", is_share=True)
     scores = {
         "nll": negative_log_likelihood(predictions),
         "brier": brier_score(predictions),
+        "error": 1 - predictions.correct,
     }
+    influence = influence_on_debiased_error(bins, clusters=predictions.clusters)
+    if influence is not None:
+        scores["rmsce2_debiased"] = influence
     warnings = []
     if predictions.n_impossible:
         warnings.append(
@@ -108,22 +129,11 @@ def evaluate_classification(method: str, predictions: ClassificationPredictions,
             "class probability 0. Their negative log-likelihood is infinite; it was counted as "
             f"{scores['nll'].max().item():.1f} nats each, so the mean is a lower bound."
         )
-    return Evaluation(MethodResult(metrics, curves), scores, tuple(warnings))
-
-
-def evaluate_regression(predictions: RegressionPredictions, settings: Settings) -> Evaluation:
-    """Metrics, coverage curve and scores of Gaussian predictions."""
-    level = settings.confidence_level
-    curves = RegressionCurves(
-        tabulate_coverage(predictions, confidence_level=level),
-        tabulate_pit(predictions, confidence_level=level),
+    inside = InsideScores(
+        scores_of_probabilities(predictions.uncertainty), predictions.n_classes, predictions.clusters
     )
-    scores = {
-        "nll": gaussian_negative_log_likelihood(predictions),
-        "crps": gaussian_crps(predictions).cpu(),
-    }
-    result = MethodResult(measure_regression(predictions, confidence_level=level), curves)
-    return Evaluation(result, scores, ())
+    groups = measure_groups(predictions, settings.groups, n_bins=settings.n_bins, confidence_level=level)
+    return Evaluation(MethodResult(metrics, curves, selection=selection), scores, tuple(warnings), inside, groups)
 
 
 def warn_about_size(n: int, n_resamples: int) -> list[str]:

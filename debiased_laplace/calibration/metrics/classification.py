@@ -9,19 +9,21 @@ from debiased_laplace.calibration.estimates import (
     Estimate,
     estimate_mean,
     estimate_share,
-    normal_quantile,
     without_interval,
 )
+from debiased_laplace.calibration.metrics.bin_sensitivity import measure_other_bins
 from debiased_laplace.calibration.metrics.binning import (
     BinnedConfidences,
-    ConsistencyTest,
-    bootstrap_debiased_error,
-    debiased_squared_error,
     expected_error_by_chance,
     measure_binned_errors,
     measure_positive_class_error,
 )
+from debiased_laplace.calibration.metrics.classwise import measure_classwise
+from debiased_laplace.calibration.metrics.consistency import ConsistencyTest
+from debiased_laplace.calibration.metrics.debiased_error import estimate_debiased_error
+from debiased_laplace.calibration.metrics.kernel_error import estimate_kernel_error
 from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
+from debiased_laplace.calibration.skewness import estimate_skewed_mean
 
 NO_INTERVAL = (
     "a binned error is biased upwards, and bootstrap intervals around it miss the truth for nearly "
@@ -60,33 +62,25 @@ def measure_classification(
         bins: their confidences in bins.
         consistency: what chance would make of these bins.
         confidence_level: of all intervals.
-        n_resamples: bootstrap replicas behind the standard error of `rmsce2_debiased`.
-        seed: of the bootstrap.
+        n_resamples: draws behind the consistency test.
+        seed: of the rows that the kernel error looks at.
     """
-    n, level = predictions.n, confidence_level
-    errors = measure_binned_errors(bins)
+    level, clusters = confidence_level, predictions.clusters
     gap = predictions.confidence - predictions.correct
+    errors = measure_binned_errors(bins)
     metrics = {
-        "nll": estimate_mean(negative_log_likelihood(predictions), confidence_level=level),
-        "brier": estimate_mean(brier_score(predictions), confidence_level=level),
-        "accuracy": estimate_share(predictions.correct, confidence_level=level),
-        "confidence_gap": estimate_mean(gap, confidence_level=level),
+        "nll": estimate_skewed_mean(negative_log_likelihood(predictions), confidence_level=level, clusters=clusters),
+        "brier": estimate_skewed_mean(brier_score(predictions), confidence_level=level, clusters=clusters),
+        "accuracy": estimate_share(predictions.correct, confidence_level=level, clusters=clusters),
+        "confidence_gap": estimate_mean(gap, confidence_level=level, clusters=clusters),
         "ece": _binned(errors["ece"], bins, "expected calibration error"),
-        "ece_noise_floor": without_interval(
-            expected_error_by_chance(bins),
-            n,
-            estimator="closed form, normal sums",
-            reason="it follows from the confidences alone",
-        ),
-        "ece_p_value": without_interval(
-            consistency.p_value,
-            n,
-            estimator=f"consistency resampling, {n_resamples} draws",
-            reason="a p-value has no interval",
-        ),
-        "rmsce2_debiased": estimate_debiased_error(bins, confidence_level=level, n_resamples=n_resamples, seed=seed),
+        **_describe_chance(predictions, bins, consistency, n_resamples=n_resamples),
+        "rmsce2_debiased": estimate_debiased_error(bins, confidence_level=level, clusters=clusters),
         "mce": _binned(errors["mce"], bins, "maximum calibration error"),
         "ace": _binned(errors["ace"], bins, "average calibration error"),
+        **measure_other_bins(bins.ordered, n_bins=bins.n_bins),
+        **measure_classwise(predictions),
+        "skce": estimate_kernel_error(predictions, confidence_level=level, seed=seed),
     }
     if predictions.positive_probability is not None:
         positive = measure_positive_class_error(
@@ -96,33 +90,29 @@ def measure_classification(
     return metrics
 
 
-def estimate_debiased_error(
-    bins: BinnedConfidences, *, confidence_level: float, n_resamples: int, seed: int
-) -> Estimate:
-    """Debiased squared calibration error with a normal interval from its bootstrap deviation.
-
-    Args:
-        bins: confidences in bins.
-        confidence_level: coverage of the interval.
-        n_resamples: bootstrap replicas, at least 2.
-        seed: of the bootstrap.
-    """
-    value = debiased_squared_error(
-        bins.counts, bins.sum_per_bin(bins.correct), bins.sum_per_bin(bins.confidence)
-    ).item()
-    if bins.counts.max().item() < 2:
-        return without_interval(value, bins.n, estimator="debiased", reason="no bin holds two predictions")
-    replicas = bootstrap_debiased_error(bins, n_resamples=n_resamples, seed=seed)
-    standard_error = replicas.std().item()
-    half_width = normal_quantile(confidence_level) * standard_error
-    return Estimate(
-        value,
-        value - half_width,
-        value + half_width,
-        standard_error,
-        bins.n,
-        f"debiased, normal interval, {n_resamples} bootstrap replicas",
-    )
+def _describe_chance(
+    predictions: ClassificationPredictions, bins: BinnedConfidences, consistency: ConsistencyTest, *, n_resamples: int
+) -> dict[str, Estimate]:
+    """The noise floor and the p-value of the calibration error; both take samples as independent."""
+    floor_reason, p_reason = "it follows from the confidences alone", "a p-value has no interval"
+    if predictions.clusters is not None:
+        dependence = f"the samples come in {int(predictions.clusters.max()) + 1} clusters"
+        floor_reason += f", as if samples were independent; {dependence}, so that the true floor is higher"
+        p_reason += f"; it takes samples as independent, but {dependence}, so that it is too small"
+    return {
+        "ece_noise_floor": without_interval(
+            expected_error_by_chance(bins),
+            bins.n,
+            estimator="closed form, normal sums",
+            reason=floor_reason,
+        ),
+        "ece_p_value": without_interval(
+            consistency.p_value,
+            bins.n,
+            estimator=f"consistency resampling, {n_resamples} draws",
+            reason=p_reason,
+        ),
+    }
 
 
 def signed_root(squared_error: float) -> float:

@@ -1,38 +1,11 @@
 """What each metric means, which way is better, and where it comes from: shown in every report."""
 
-from dataclasses import dataclass
-from typing import Literal
+from debiased_laplace.calibration.metrics.metric_definition import DIRECTIONS, MetricDefinition
+from debiased_laplace.calibration.metrics.regression_definitions import REGRESSION
+from debiased_laplace.calibration.metrics.scaling_definitions import FACTOR, TEMPERATURE
+from debiased_laplace.calibration.metrics.selection_definitions import DETECTION, SELECTIVE, SELECTIVE_REGRESSION
 
-Better = Literal["lower", "higher", "zero", "one", "level", "none"]
-
-
-@dataclass(frozen=True)
-class MetricDefinition:
-    """A metric in words.
-
-    Attributes:
-        label: short name for table rows.
-        better: the good direction; "zero", "one" and "level" are targets, "none" is no judgement.
-        meaning: one or two sentences.
-        reference: authors (year) and where to find it; empty for textbook quantities.
-        section: "headline" for the table that everybody reads, "detail" for the folded one under it.
-    """
-
-    label: str
-    better: Better
-    meaning: str
-    reference: str = ""
-    section: Literal["headline", "detail"] = "headline"
-
-
-DIRECTIONS: dict[Better, str] = {
-    "lower": "lower is better",
-    "higher": "higher is better",
-    "zero": "0 is right",
-    "one": "1 is right",
-    "level": "the nominal level is right",
-    "none": "",
-}
+__all__ = ["CLASSIFICATION", "DIRECTIONS", "REGRESSION", "MetricDefinition", "define_metrics"]
 
 CLASSIFICATION: dict[str, MetricDefinition] = {
     "nll": MetricDefinition(
@@ -103,56 +76,69 @@ CLASSIFICATION: dict[str, MetricDefinition] = {
         "Neumann, Zisserman and Vedaldi (2018)",
         section="detail",
     ),
+    "ece_equal_mass": MetricDefinition(
+        "Calibration error, equal mass",
+        "lower",
+        "The expected calibration error over bins that hold nearly equal numbers of samples; samples of equal "
+        "confidence share a bin, so there may be fewer bins than asked for.",
+        "Nguyen and O'Connor (2015), arXiv:1508.05154",
+        section="detail",
+    ),
+    "ece_sweep": MetricDefinition(
+        "Calibration error, monotone sweep",
+        "lower",
+        "The same over as many bins of equal mass as leave the accuracy rising with the confidence: less biased than a "
+        "fixed number of bins, and still biased upwards.",
+        "Roelofs et al. (2022), arXiv:2012.08668",
+        section="detail",
+    ),
+    "classwise_ece": MetricDefinition(
+        "Classwise calibration error",
+        "lower",
+        "Expected calibration error of the probability of one class against the share of that class, averaged over "
+        "all classes with equal weight. With many classes most probabilities are near zero and so is this number: "
+        "read it beside its noise floor.",
+        "Kull et al. (2019), arXiv:1910.12656",
+        section="detail",
+    ),
+    "classwise_ece_noise_floor": MetricDefinition(
+        "Noise floor of that error",
+        "none",
+        "The classwise calibration error that right probabilities would show on a test set of this size.",
+        "Bröcker and Smith (2007), doi:10.1175/WAF993.1",
+        section="detail",
+    ),
+    "classwise_rmsce2_debiased": MetricDefinition(
+        "Classwise squared error, debiased",
+        "lower",
+        "Mean over classes of the squared distance between the probability of a class and its share, with the part "
+        "that sampling noise adds taken off. Right on average, so it may fall below zero.",
+        "Kumar, Liang and Ma (2019), arXiv:1909.10155",
+        section="detail",
+    ),
+    "skce": MetricDefinition(
+        "Squared kernel calibration error",
+        "lower",
+        "Calibration of all probabilities together, without bins: whether the errors of two samples with similar "
+        "probabilities point the same way, averaged over pairs. Zero for right probabilities; the estimate is right on "
+        "average, so it may fall below zero. Its scale has no meaning beyond comparisons.",
+        "Widmann, Lindsten and Zachariah (2019), arXiv:1910.11385",
+        section="detail",
+    ),
     "ece_positive": MetricDefinition(
         "Calibration error of P(class 1)",
         "lower",
         "Expected calibration error of the probability of class 1 against the share of class 1, "
-        "which is what netcal reports when it is given binary probabilities.",
+        "which is what netcal reports when it is given binary probabilities. The other calibration error is that of "
+        "the predicted class, so the two differ.",
         "Küppers et al. (2020), netcal",
-    ),
-}
-
-REGRESSION: dict[str, MetricDefinition] = {
-    "nll": MetricDefinition(
-        "Negative log-likelihood",
-        "lower",
-        "Mean of minus the logarithm of the Gaussian predictive density at the target, in nats. "
-        "It depends on the unit of the targets, differences do not.",
-        "Gneiting and Raftery (2007), doi:10.1198/016214506000001437",
-    ),
-    "crps": MetricDefinition(
-        "CRPS",
-        "lower",
-        "Continuous ranked probability score of the Gaussian predictive, in the unit of the "
-        "targets. A proper score that grows only linearly with an error.",
-        "Gneiting and Raftery (2007), doi:10.1198/016214506000001437",
-    ),
-    "rmse": MetricDefinition("Root mean squared error", "lower", "Error of the mean, in the unit of the targets."),
-    "z_scale": MetricDefinition(
-        "Scale of the errors",
-        "one",
-        "Root mean square of the errors in units of the predicted standard deviation. Above 1 "
-        "the method is over-confident, below 1 under-confident; standard deviations multiplied "
-        "by it would be right on average.",
-    ),
-    "picp": MetricDefinition(
-        "Coverage of 90 % intervals",
-        "level",
-        "Share of targets inside the central 90 % interval of the predictive.",
-    ),
-    "mpiw": MetricDefinition(
-        "Width of 90 % intervals",
-        "none",
-        "Mean width of these intervals, in the unit of the targets. Narrow is good only where the coverage is right.",
-    ),
-    "sharpness": MetricDefinition(
-        "Mean standard deviation",
-        "none",
-        "Mean predicted standard deviation, in the unit of the targets.",
+        section="detail",
     ),
 }
 
 
 def define_metrics(task: str) -> dict[str, MetricDefinition]:
     """The definitions of a task's metrics, in the order in which reports show them."""
-    return REGRESSION if task == "regression" else CLASSIFICATION
+    if task == "regression":
+        return REGRESSION | FACTOR | SELECTIVE_REGRESSION | DETECTION
+    return CLASSIFICATION | TEMPERATURE | SELECTIVE | DETECTION

@@ -77,7 +77,7 @@ def read_classification(
 ) -> ClassificationPredictions:
     """Class probabilities and labels, checked and reduced.
 
-    Cost: one pass over the probabilities on their own device, in float64 and in portions of 4 MB.
+    Cost: one pass over the probabilities on their own device, in float64 and in portions of 8 MB.
 
     Args:
         method: name of the method, for messages.

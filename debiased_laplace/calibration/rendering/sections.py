@@ -1,17 +1,13 @@
 """The sections of the page that show numbers, each a function from the report to HTML."""
 
 from html import escape
-from typing import Literal
 
 from debiased_laplace.calibration.comparisons import Comparison
-from debiased_laplace.calibration.contents import (
-    ClassificationCurves,
-    ReportContents,
-    ReportTable,
-)
-from debiased_laplace.calibration.estimates import Estimate, wilson_interval
+from debiased_laplace.calibration.contents import ReportContents, ReportTable
+from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.metrics.classification import signed_root
-from debiased_laplace.calibration.metrics.definitions import DIRECTIONS, define_metrics
+from debiased_laplace.calibration.metrics.definitions import DIRECTIONS, MetricDefinition, define_metrics
+from debiased_laplace.calibration.metrics.metric_definition import Section
 from debiased_laplace.calibration.rendering.formatting import (
     NOTHING,
     choose_common_decimals,
@@ -22,9 +18,16 @@ from debiased_laplace.calibration.rendering.formatting import (
     format_signed,
 )
 from debiased_laplace.calibration.rendering.panels import Panel
+from debiased_laplace.calibration.rendering.verdict import name_reference
 
-MAX_CLASSES = 20
-SHOWN_BESIDE_ECE = ("ece_noise_floor", "ece_p_value")
+COMPARED_AS = {"accuracy": "error"}  # a row, and the score that its differences are stored as
+NOISE_AND_TEST = {name: (f"{name}_noise_floor", f"{name}_p_value") for name in ("ece", "ence", "ence_equal_mass")}
+SHOWN_BESIDE = {other for others in NOISE_AND_TEST.values() for other in others}  # not in rows of their own
+SHOWN_BESIDE |= {"classwise_ece_noise_floor"}
+LABELS: dict[Section, str] = {
+    "detail": "Further metrics of every method",
+    "selective": "Metrics of selective prediction of every method",
+}
 
 
 def render_table(table: ReportTable, *, kind: str = "") -> str:
@@ -60,22 +63,24 @@ def render_panels(panels: list[Panel], asides: list[str] | None = None) -> str:
     return f'<div class="panels">{figures}</div><details><summary>The same as tables</summary>{tables}</details>'
 
 
-def render_metrics(contents: ReportContents, section: Literal["headline", "detail"]) -> str:
+def render_metrics(contents: ReportContents, section: Section) -> str:
     """Metrics as rows and methods as columns, which stay readable on a phone; empty without any."""
     head = "".join(
         f'<th scope="col">{escape(method)}'
         + ('<span class="aside">baseline</span>' if method == contents.baseline and contents.comparisons else "")
+        + (f'<span class="aside">{escape(result.description)}</span>' if result.description else "")
         + "</th>"
-        for method in contents.methods
+        for method, result in contents.methods.items()
     )
     body = []
     for name, definition in define_metrics(contents.task).items():
         estimates = [contents.metrics[m].get(name) for m in contents.methods]
-        if name in SHOWN_BESIDE_ECE or definition.section != section or all(e is None for e in estimates):
+        if name in SHOWN_BESIDE or definition.section != section or all(e is None for e in estimates):
             continue
         decimals = choose_common_decimals(estimates)
         cells = "".join(f"<td>{_render_cell(contents, method, name, decimals)}</td>" for method in contents.methods)
-        direction = DIRECTIONS[definition.better]
+        unit = show_unit(definition, contents.data.target_unit)
+        direction = ", in ".join(words for words in (DIRECTIONS[definition.better], unit) if words)
         body.append(
             f'<tr><th scope="row">{escape(definition.label)}'
             f'<span class="aside">{escape(direction)}</span></th>{cells}</tr>'
@@ -85,33 +90,7 @@ def render_metrics(contents: ReportContents, section: Literal["headline", "detai
     return _scrolling(
         f'<table class="headline"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>",
-        label="Metrics of every method" if section == "headline" else "Further metrics of every method",
-    )
-
-
-def render_classes(contents: ReportContents) -> str:
-    """Accuracy on each class, the baseline's worst first; empty for regression."""
-    curves = {m: r.curves for m, r in contents.methods.items() if isinstance(r.curves, ClassificationCurves)}
-    if not curves:
-        return ""
-    present = [c for c in curves[contents.baseline].classes if c.n > 0]
-    present.sort(key=lambda c: (c.n_correct / c.n, c.label))
-    level = float(contents.settings["confidence_level"])
-    rows: list[list[str | int]] = []
-    for c in present[:MAX_CLASSES]:
-        shares = []
-        for method_curves in curves.values():
-            share = method_curves.classes[c.label].n_correct / c.n
-            interval = format_interval(*wilson_interval(share, c.n, confidence_level=level), 2)
-            shares.append(f"{format_number(share, 3)} {interval}")
-        rows.append([contents.data.name_class(c.label), c.n, *shares])
-    table = ReportTable("Accuracy by class", ["class", "samples", *curves], rows)
-    more = len(present) - MAX_CLASSES
-    note = f" The {more} classes with the highest accuracy are not shown." if more > 0 else ""
-    return (
-        "<h2>Accuracy by class</h2>"
-        f"<p>Share of each class that was recognised, with Wilson intervals; the classes that "
-        f"{escape(contents.baseline)} recognises least come first.{note}</p>{render_table(table)}"
+        label=LABELS.get(section, "Metrics of every method"),
     )
 
 
@@ -125,19 +104,34 @@ def _render_cell(contents: ReportContents, method: str, name: str, decimals: int
     value = (format_signed if signed else format_number)(estimate.value, decimals)
     interval = format_interval(estimate.low, estimate.high, decimals)
     parts = [f'<span class="value">{value}</span> <span class="interval">{interval}</span>']
-    if name == "ece":
-        floor, p = (contents.metrics[method][other].known for other in SHOWN_BESIDE_ECE)
+    if name in NOISE_AND_TEST:
+        floor, p = (contents.metrics[method][other].known for other in NOISE_AND_TEST[name])
         parts.append(
             f'<span class="aside">chance alone: {format_number(floor)}</span>'
             f'<span class="aside">{format_p_value(p)}</span>'
         )
-    if name == "rmsce2_debiased":
+    if name == "classwise_ece":
+        floor = contents.metrics[method]["classwise_ece_noise_floor"].known
+        parts.append(f'<span class="aside">chance alone: {format_number(floor)}</span>')
+    if name in ("rmsce2_debiased", "classwise_rmsce2_debiased"):
         root = format_number(signed_root(estimate.known), 3)
         parts.append(f'<span class="aside">signed root: {root}</span>')
     if name in ("confidence_gap", "z_scale"):
         parts.append(f'<span class="aside">{_name_sign(estimate, name)}</span>')
-    parts += [_render_change(c) for c in contents.comparisons if (c.method, c.metric) == (method, name)]
+    compared = COMPARED_AS.get(name, name)
+    parts += [
+        _render_change(c, name_reference(contents, c.baseline), flipped=compared != name)
+        for c in contents.comparisons
+        if (c.method, c.metric) == (method, compared)
+    ]
     return "".join(parts)
+
+
+def show_unit(definition: MetricDefinition, target_unit: str | None) -> str:
+    """The metric's unit, where the unit of the targets was given."""
+    if not target_unit or not definition.unit:
+        return ""
+    return f"({target_unit})²" if definition.unit == "squared" else target_unit
 
 
 def _name_sign(estimate: Estimate, name: str) -> str:
@@ -149,12 +143,16 @@ def _name_sign(estimate: Estimate, name: str) -> str:
     return "neither detectably"
 
 
-def _render_change(comparison: Comparison) -> str:
+def _render_change(comparison: Comparison, reference: str, *, flipped: bool) -> str:
+    """The difference in the unit of its row; flipped where the row counts what the comparison counts the lack of."""
     decimals = choose_decimals([comparison.standard_error])
-    difference = format_signed(comparison.difference, decimals)
-    interval = format_interval(comparison.low, comparison.high, decimals)
+    value, low, high = comparison.difference, comparison.low, comparison.high
+    if flipped:
+        value, low, high = -value, None if high is None else -high, None if low is None else -low
+    difference, interval = format_signed(value, decimals), format_interval(low, high, decimals)
     kind = comparison.verdict if comparison.verdict in ("better", "worse") else "aside"
     return (
+        f'<span class="aside">to {escape(reference)}:</span>'
         f'<span class="change">{difference} <span class="interval">{interval}</span></span>'
         f'<span class="change {kind}">{comparison.verdict}</span>'
     )

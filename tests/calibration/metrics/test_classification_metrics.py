@@ -38,10 +38,35 @@ def test_binary_brier_is_twice_the_one_probability_form(draw_classification) -> 
 def test_names_are_those_of_the_contract(draw_classification) -> None:
     p, y, _ = draw_classification(100, sharpness=1.0, seed=3)
     names = {"nll", "brier", "accuracy", "ece", "ece_noise_floor", "ece_p_value", "mce", "ace", "confidence_gap"}
-    names |= {"rmsce2_debiased"}
-    assert set(measure(p, y)) == names
+    names |= {"rmsce2_debiased", "skce", "ece_equal_mass", "ece_sweep", "classwise_ece", "classwise_ece_noise_floor"}
+    assert names <= set(measure(p, y))
+    assert "ece_positive" not in measure(p, y)
     p, y, _ = draw_classification(100, sharpness=1.0, seed=3, n_classes=2)
-    assert set(measure(p[:, 1], y, "binary")) == names | {"ece_positive"}
+    assert names | {"ece_positive"} <= set(measure(p[:, 1], y, "binary"))
+
+
+SHARDS = {
+    "saturated": (torch.eye(10)[torch.arange(60) % 10], torch.arange(60) % 7),
+    "one class": (torch.full((60, 10), 0.1), torch.full((60,), 4)),
+    "two of ten classes": (torch.full((60, 10), 0.1), torch.arange(60) % 2),
+    "one sample": (torch.full((1, 10), 0.1), torch.tensor([3])),
+    "rounding above 1": (torch.tensor([[1.0000001, 0.0], [0.4, 0.6]] * 30), torch.tensor([0, 1] * 30)),
+}
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shards_that_are_hard_have_every_metric(shard: str, dtype: torch.dtype) -> None:
+    p, y = SHARDS[shard]
+    m = measure(p.to(dtype), y)
+    for name in ("nll", "brier", "accuracy", "ece", "classwise_ece", "ece_equal_mass", "ece_sweep"):
+        assert m[name].value is not None
+    confidence, right = p.double().clamp(max=1).max(dim=1).values, (p.argmax(dim=1) == y).double()
+    if confidence.unique().numel() == 1:  # one confidence: every partition has one bin
+        gap = abs(right.mean().item() - confidence[0].item())
+        assert m["ece"].value == pytest.approx(gap, abs=1e-6)
+        assert m["ece_equal_mass"].value == pytest.approx(gap, abs=1e-6)
+        assert m["ece_sweep"].value == pytest.approx(gap, abs=1e-6)
 
 
 def test_the_gap_tells_over_from_under_confidence(draw_classification) -> None:
@@ -57,7 +82,9 @@ def test_every_estimate_has_an_interval_or_a_reason(draw_classification) -> None
     p, y, _ = draw_classification(200, sharpness=1.0, seed=5)
     m = measure(p, y)
     without = {name for name, e in m.items() if e.low is None}
-    assert without == {"ece", "ece_noise_floor", "ece_p_value", "mce", "ace"}
+    binned = {"ece", "ece_noise_floor", "ece_p_value", "mce", "ace", "ece_equal_mass", "ece_sweep"}
+    assert binned | {"classwise_ece", "classwise_ece_noise_floor", "classwise_rmsce2_debiased"} <= without
+    assert without.isdisjoint({"nll", "brier", "accuracy", "confidence_gap", "rmsce2_debiased", "skce"})
     for name, e in m.items():
         assert (e.reason is None) == (name not in without)
         assert e.n == 200
@@ -89,7 +116,7 @@ def test_number_of_bins_and_level_reach_the_metrics(draw_classification) -> None
     p, y, _ = draw_classification(500, sharpness=1.5, seed=6)
     few, many = (measure(p, y, n_bins=n)["ece"].value for n in (2, 50))
     assert few < many
-    wide, narrow = (measure(p, y, confidence_level=level)["nll"] for level in (0.99, 0.5))
+    wide, narrow = (measure(p, y, confidence_level=level)["confidence_gap"] for level in (0.99, 0.5))
     assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(2.5758293 / 0.6744898, rel=1e-6)
 
 
