@@ -129,9 +129,7 @@ def evaluate_classification(method: str, predictions: ClassificationPredictions,
             "class probability 0. Their negative log-likelihood is infinite; it was counted as "
             f"{scores['nll'].max().item():.1f} nats each, so the mean is a lower bound."
         )
-    inside = InsideScores(
-        scores_of_probabilities(predictions.uncertainty), predictions.n_classes, predictions.clusters
-    )
+    inside = InsideScores(scores_of_probabilities(predictions.uncertainty), predictions.n_classes, predictions.clusters)
     groups = measure_groups(predictions, settings.groups, n_bins=settings.n_bins, confidence_level=level)
     return Evaluation(MethodResult(metrics, curves, selection=selection), scores, tuple(warnings), inside, groups)
 
