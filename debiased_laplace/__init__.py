@@ -8,6 +8,7 @@ with warnings.catch_warnings():
     from debiased_laplace.calibration import calibration_report, evaluate
     from debiased_laplace.diagnosis import diagnose
     from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
+    from debiased_laplace.newton.optimizer import DebiasedNewton
     from debiased_laplace.newton.step import newton_step
     from debiased_laplace.posterior.factory import DebiasedLaplace
     from debiased_laplace.posterior.judging import held_out_kl
@@ -17,6 +18,7 @@ with warnings.catch_warnings():
 
 __all__ = [
     "DebiasedLaplace",
+    "DebiasedNewton",
     "Regularizer",
     "calibration_report",
     "conjugate_gradients",

@@ -13,6 +13,7 @@ References:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import (
+    ConjugateDirection,
     ConjugateGradientIterations,
     LinearMap,
     Status,
@@ -87,6 +89,7 @@ class DirectionalSteps:
         step_lengths: along each direction; 0 where no step was taken.
         predicted_decreases: by how much each step is expected to lower the quadratic, the noise that it follows taken
             off; negative where it is expected to follow noise.
+        in_sample_decreases: by how much conjugate gradients lower the quadratic of the directions' own samples.
         update: the steps together.
         outcome: how it ended.
     """
@@ -98,6 +101,7 @@ class DirectionalSteps:
     curvature_standard_errors: Float[Tensor, " k"]
     step_lengths: Float[Tensor, " k"]
     predicted_decreases: Float[Tensor, " k"]
+    in_sample_decreases: Float[Tensor, " k"]
     update: Float[Tensor, " P"]
     outcome: StepOutcome
 
@@ -152,9 +156,11 @@ def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, op
     position, update = b.position(), torch.zeros_like(penalty.gradient)
     panels: list[Tensor] = []
     steps: list[_Step] = []
+    in_sample: list[float] = []
     stopped = ""
-    for directions in _panels(process):
-        k = directions.shape[1]
+    for panel in _panels(process):
+        k, directions = len(panel), torch.stack([found.vector for found in panel], dim=1)
+        in_sample += [found.step_length**2 * found.curvature / 2 for found in panel]
         position.look(directions, torch.cat(pushes[len(steps) : len(steps) + k], dim=-1) if same else None)
         taken, reached = _walk(position, directions, update, penalty, shrinkage=options.shrinkage)
         panels.append(directions)
@@ -164,18 +170,13 @@ def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, op
             break
         steps += taken
         update = reached
-    return _collected(panels, steps, update, _outcome(process, steps, stopped, same=same))
+    return _collected(panels, steps, in_sample, update, _outcome(process, steps, stopped, same=same))
 
 
-def _panels(process: ConjugateGradientIterations) -> Iterator[Float[Tensor, "P k"]]:
+def _panels(process: ConjugateGradientIterations) -> Iterator[list[ConjugateDirection]]:
     """The directions of conjugate gradients, a few at a time."""
-    while True:
-        panel: list[Tensor] = []
-        while len(panel) < PANEL and (found := process.advance()) is not None:
-            panel.append(found.vector)
-        if not panel:
-            return
-        yield torch.stack(panel, dim=1)
+    while panel := list(islice(iter(process.advance, None), PANEL)):
+        yield panel
 
 
 def _walk(
@@ -217,7 +218,9 @@ def _outcome(process: ConjugateGradientIterations, steps: list[_Step], stopped: 
     return StepOutcome(ended.status, ended.reason, ended.products, derivatives, negative)
 
 
-def _collected(panels: list[Tensor], steps: list[_Step], update: Tensor, outcome: StepOutcome) -> DirectionalSteps:
+def _collected(
+    panels: list[Tensor], steps: list[_Step], in_sample: list[float], update: Tensor, outcome: StepOutcome
+) -> DirectionalSteps:
     def values(name: str) -> Tensor:
         return update.new_tensor([getattr(s, name) for s in steps], dtype=accumulation_dtype(update))
 
@@ -229,6 +232,7 @@ def _collected(panels: list[Tensor], steps: list[_Step], update: Tensor, outcome
         values("curvature_error"),
         values("length"),
         values("decrease"),
+        update.new_tensor(in_sample, dtype=accumulation_dtype(update)),
         update,
         outcome,
     )

@@ -93,6 +93,21 @@ class NewtonStep:
         return float(self.predicted_decreases.sum())
 
     @property
+    def reliability(self) -> float:
+        """The predicted decrease as a share of what the directions' own samples promise; 1 if these say the steps."""
+        if all(one.outcome.derivatives == 0 for one in self.passes):
+            return 1.0
+        promised = sum(float(one.in_sample_decreases.sum()) for one in self.passes) / len(self.passes)
+        return self.predicted_decrease / promised if promised > 0 else 0.0
+
+    @property
+    def leading_curvature(self) -> float:
+        """The largest curvature along a direction of unit length, damping and regularizer included; 0 without any."""
+        if self.iterations == 0:
+            return 0.0
+        return float((self.curvatures / self.directions.square().sum(0, dtype=self.curvatures.dtype)).max())
+
+    @property
     def iterations(self) -> int:
         """Directions of all passes."""
         return sum(one.directions.shape[1] for one in self.passes)

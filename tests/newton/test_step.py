@@ -479,3 +479,14 @@ def test_labels_and_outputs_of_every_sample_are_checked() -> None:
     X[21, 0] = math.inf
     with pytest.raises(ValueError, match="finite"):
         newton_step(model, "classification", (X, y.clamp_max(2)))
+
+
+def test_reliability_is_the_share_of_what_the_directions_own_samples_promise() -> None:
+    model, X, y = population()
+    biased = newton_step(model, "classification", (X, y), 0.1, "same_batch", shrinkage=False, max_iterations=6)
+    assert biased.reliability == 1.0
+    close(biased.passes[0].in_sample_decreases, biased.slopes.square() / biased.curvatures / 2, 1e-6)
+    split = newton_step(model, "classification", (X, y), 0.1, stopping="none", max_iterations=6)
+    promised = sum(float(one.in_sample_decreases.sum()) for one in split.passes) / 2
+    assert split.reliability == pytest.approx(split.predicted_decrease / promised)
+    assert 0 < split.reliability < 1
