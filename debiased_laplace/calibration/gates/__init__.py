@@ -1,0 +1,1 @@
+"""Gates: thresholds that a report must keep, judged on confidence bounds."""
