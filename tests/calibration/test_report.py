@@ -43,24 +43,27 @@ def test_report_of_the_contract(data, tmp_path: Path) -> None:
 def test_summary_judges_the_posterior_against_the_baseline(data) -> None:
     predictions, y = data
     report = calibration_report(predictions, y, task="multiclass")
-    verdicts = {c.metric: c.verdict for c in report.comparisons}
-    assert verdicts == {"nll": "better", "brier": "better"}
+    verdicts = {c.metric: c.verdict for c in report.comparisons if (c.method, c.baseline) == ("laplace", "map")}
+    assert (verdicts["nll"], verdicts["brier"], verdicts["error"]) == ("better", "better", "no detectable difference")
     first = str(report).splitlines()[1]
-    assert first.startswith("laplace against map: NLL ")
-    assert "(better)" in first
+    assert first.startswith("laplace is better than map (NLL ")
+    assert ", but not detectably different from temperature-scaled map (" in first
     assert "neither over- nor under-confident detectably" in first
     size, low, high = map(float, re.search(r"NLL ([\d.]+) lower \[([\d.]+), ([\d.]+)\]", first).groups())
     assert 0 < low < size < high
     other = calibration_report(predictions, y, task="multiclass", baseline="laplace")
-    assert "map against laplace: NLL" in str(other)
-    assert "over-confident by" in str(other)
-    assert {c.verdict for c in other.comparisons} == {"worse"}
+    first = str(other).splitlines()[1]
+    assert first.startswith("CAUTION, worse than laplace and temperature-scaled laplace: map is worse than laplace (NLL ")
+    assert "over-confident by" in first
+    assert 'class=harm>CAUTION' in other.to_html()
+    assert "CAUTION" not in report.to_html()
 
 
 def test_one_method_has_no_comparisons(data) -> None:
     predictions, y = data
-    report = calibration_report({"map": predictions["map"]}, y, task="multiclass")
+    report = calibration_report({"map": predictions["map"]}, y, task="multiclass", temperature_scaling="none")
     assert report.comparisons == ()
+    assert report.scaling is None
     assert "map: NLL" in str(report)
     assert "Differences to" not in report.to_html() + report.to_markdown()
 
@@ -68,8 +71,9 @@ def test_one_method_has_no_comparisons(data) -> None:
 def test_regression_report(regression) -> None:
     predictions, y = regression
     report = calibration_report(predictions, y, task="regression")
-    assert "laplace against map: NLL" in str(report)
-    assert {(c.metric, c.verdict) for c in report.comparisons} == {("nll", "better"), ("crps", "better")}
+    assert "laplace is better than map (NLL " in str(report)
+    found = {(c.metric, c.verdict) for c in report.comparisons if (c.method, c.baseline) == ("laplace", "map")}
+    assert found == {("nll", "better"), ("crps", "better")}
     assert "over-confident (errors are 1." in str(calibration_report({"map": predictions["map"]}, y, task="regression"))
     stored = json.loads(report.to_json())
     assert stored["data"]["n_outputs"] == 1
@@ -184,7 +188,7 @@ def test_markdown_has_tables_and_escapes(data) -> None:
     assert "x\\|y" in text
     assert "wall time" in text
     assert text.count("| laplace") == 0
-    assert {line.replace("\\|", "").count("|") for line in table[:12]} == {4}
+    assert {line.replace("\\|", "").count("|") for line in table[:8]} == {5}
 
 
 def test_few_samples_few_draws_and_absent_classes_are_warned_about() -> None:

@@ -35,11 +35,22 @@ a { color: var(--accent); }
 }
 .verdict p, .verdict ul { max-width: 60rem; margin: .15rem 0; }
 .verdict ul { padding-left: 1.1rem; }
+.verdict .harm {
+  margin: .4rem -.4rem; padding: .5rem .7rem; font-weight: 600; color: var(--bad);
+  border: 2px solid var(--bad); border-radius: 6px;
+}
 .caution {
   padding: .6rem 1rem; background: var(--caution); border-left: 4px solid var(--caution-line);
   border-radius: 0 6px 6px 0;
 }
 .caution ul { margin: 0; padding-left: 1.1rem; }
+.badges { list-style: none; display: flex; flex-wrap: wrap; gap: .4rem; padding: 0; max-width: none; }
+.badge {
+  padding: .15rem .6rem; border: 1px solid var(--soft); border-radius: 1rem; background: var(--panel);
+  font-size: .85rem;
+}
+.badge.passed { border-color: var(--good); } .badge.passed b { color: var(--good); }
+.badge.failed { border-color: var(--bad); } .badge.failed b { color: var(--bad); }
 .scroll { overflow-x: auto; max-width: 100%; position: relative; }
 .scroll:focus-visible, summary:focus-visible {
   outline: 2px solid var(--accent); outline-offset: 2px;
@@ -67,6 +78,9 @@ td.number, th.number { text-align: right; white-space: nowrap; }
   display: grid; gap: 1.2rem 1.4rem; margin: .9rem 0 .4rem;
   grid-template-columns: repeat(auto-fill, minmax(min(18.5rem, 100%), 1fr));
 }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2.4rem; }
+.beside > div { flex: 1 1 24rem; min-width: 0; }
+.beside > div:first-child { flex: 0 1 20rem; }
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .2rem; }
 figcaption .aside { font-weight: 400; }

@@ -9,7 +9,6 @@ from debiased_laplace.calibration.estimates import Estimate, normal_quantile, st
 from debiased_laplace.calibration.scaling.temperature import TemperatureFit
 from debiased_laplace.calibration.skewness import estimate_skewed_mean
 
-
 # Of a loss that is quadratic around its best number, with five folds: the scaled loss exceeds the best by
 # -G^2 / 2 + 9 S / 32 costs of a fit on all samples, times two, with G^2 and S chi-squared of one and four degrees of
 # freedom. The deviation of that is 2.1 costs, of which the spread of the samples' differences does not know.

@@ -16,7 +16,7 @@ from debiased_laplace.calibration.estimates import sum_per_cluster
 from debiased_laplace.calibration.predictions.probabilities import portions_of
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.02, 50.0
-_TOLERANCE = 1e-11  # of the last step, relative; Newton's error is then far below it
+_TOLERANCE = 1e-7  # of the last step, relative; Newton's error is about its square after that
 _MOST_STEPS = 100  # bisection alone would be done by then
 
 
@@ -85,6 +85,7 @@ def fit_temperature(
         left, right = (beta, right) if slope < 0 else (left, beta)
         step = slope / curvature if curvature > 0 else -inf if slope < 0 else 0.0
         if abs(step) <= _TOLERANCE * beta:
+            beta = min(max(beta - step, low), high)
             break
         beta = _guard(beta - step, left, right, low, high)
     own = clusters if clusters is None or rows is None else clusters[rows]
