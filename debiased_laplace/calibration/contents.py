@@ -1,20 +1,29 @@
 """Everything a report says, as data; the renderers add no number of their own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.estimates import Estimate
+from debiased_laplace.calibration.gates.outcomes import ThresholdOutcome
+from debiased_laplace.calibration.metrics.bin_sensitivity import BinSensitivity
+from debiased_laplace.calibration.metrics.classwise import ClassCount
 from debiased_laplace.calibration.metrics.curves import (
-    ClassCount,
     ConfidenceBin,
     CoverageLevel,
     HistogramBin,
 )
+from debiased_laplace.calibration.metrics.groups import GroupResult
+from debiased_laplace.calibration.metrics.out_of_distribution import OutOfDistributionSet
+from debiased_laplace.calibration.metrics.regression_curves import ExamplePrediction, OutputMetrics, SpreadBin
+from debiased_laplace.calibration.metrics.selective import SelectionCurves
+from debiased_laplace.calibration.posteriors.summaries import PosteriorSummary
+from debiased_laplace.calibration.predicting.records import PredictionRecord
 from debiased_laplace.calibration.predictions.arrays import Task
 from debiased_laplace.calibration.rendering.svg import adopt_svg, draw_svg
+from debiased_laplace.calibration.scaling.records import ScalingRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,26 +93,58 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class ClassificationCurves:
-    """Reliability diagram and class counts of one method."""
+    """What the figures and tables of one method show.
+
+    Attributes:
+        bins: reliability diagram.
+        classes: accuracy and calibration of each class.
+        sensitivity: the expected calibration error over the number of its bins.
+    """
 
     bins: tuple[ConfidenceBin, ...]
     classes: tuple[ClassCount, ...]
+    sensitivity: tuple[BinSensitivity, ...] = ()
 
 
 @dataclass(frozen=True)
 class RegressionCurves:
-    """Coverage curve and histogram of the probability integral transform of one method."""
+    """What the figures of one method show.
+
+    Attributes:
+        coverage: of central intervals.
+        pit: histogram of the probability integral transform.
+        spread: observed against predicted size of the errors, in bins of the predicted standard deviation.
+        examples: single predictions with their targets.
+        outputs: metrics of every output alone, where there are several.
+        form: what the predictive is, in words.
+    """
 
     coverage: tuple[CoverageLevel, ...]
     pit: tuple[HistogramBin, ...]
+    spread: tuple[SpreadBin, ...] = ()
+    examples: tuple[ExamplePrediction, ...] = ()
+    outputs: tuple[OutputMetrics, ...] = ()
+    form: str = ""
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """Metrics and curves of one method."""
+    """Metrics and curves of one method, and how it came about where the report itself made it.
+
+    Attributes:
+        metrics: name to estimate.
+        curves: what its figures show.
+        description: how it came about; empty where the caller gave its predictions.
+        selection: what it gains by answering only where it is sure.
+        score_sums: name of a score to its sums over interleaved batches of the test set, "samples" to their sizes: by
+            these another report of the same test set can be compared in pairs.
+    """
 
     metrics: Mapping[str, Estimate]
     curves: ClassificationCurves | RegressionCurves
+    description: str = ""
+    selection: SelectionCurves | None = None
+    score_sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +157,7 @@ class DataSummary:
         n_outputs: number of regression outputs; None for classification.
         targets_sha256: of the targets as little-endian int64 or float64 in C order.
         class_names: one per class, or None.
+        target_unit: unit of the regression targets, for labels, or None.
     """
 
     n: int
@@ -123,6 +165,7 @@ class DataSummary:
     n_outputs: int | None
     targets_sha256: str
     class_names: tuple[str, ...] | None
+    target_unit: str | None = None
 
     def name_class(self, label: int) -> str:
         """The class's name, or its number."""
@@ -148,6 +191,12 @@ class ReportContents:
         tables: the caller's tables.
         figures: the caller's figures.
         warnings: what a reader must know before trusting the numbers.
+        posteriors: name to what was fitted.
+        predicted: method to how it predicted, where `evaluate` did.
+        scaling: how the scaled baseline came about, None where the report has no such row.
+        ood: name of a set out of distribution to how well it is told from the test set.
+        checks: what came of the thresholds that the report was made with.
+        groups: every group of samples that is judged apart, with the metrics of all methods.
     """
 
     task: Task
@@ -164,6 +213,12 @@ class ReportContents:
     tables: tuple[ReportTable, ...]
     figures: tuple[ReportFigure, ...]
     warnings: tuple[str, ...]
+    posteriors: Mapping[str, PosteriorSummary] = field(default_factory=dict)
+    predicted: Mapping[str, PredictionRecord] = field(default_factory=dict)
+    scaling: ScalingRecord | None = None
+    ood: Mapping[str, OutOfDistributionSet] = field(default_factory=dict)
+    checks: tuple[ThresholdOutcome, ...] = ()
+    groups: tuple[GroupResult, ...] = ()
 
     @property
     def metrics(self) -> dict[str, dict[str, Estimate]]:

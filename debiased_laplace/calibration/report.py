@@ -1,91 +1,36 @@
 """One call from predictions to a report that can be read, stored and compared."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from debiased_laplace.calibration.comparisons import compare_to_baseline
+from debiased_laplace.calibration.changes.batches import sum_scores
+from debiased_laplace.calibration.comparisons import compare_methods
 from debiased_laplace.calibration.contents import (
     DataSummary,
-    ReportContents,
     ReportFigure,
     ReportTable,
     read_scalar,
 )
+from debiased_laplace.calibration.detection_evaluation import DetectionRequest, evaluate_detection
 from debiased_laplace.calibration.evaluation import (
-    Evaluation,
     Settings,
     evaluate_classification,
-    evaluate_regression,
     warn_about_classes,
     warn_about_size,
 )
+from debiased_laplace.calibration.finished import CalibrationReport
+from debiased_laplace.calibration.gates.thresholds import ThresholdSource
+from debiased_laplace.calibration.labelled_set import LabelledSet, lay_out_test_set
+from debiased_laplace.calibration.metrics.groups import collect_groups
 from debiased_laplace.calibration.metrics.regression import INTERVAL_LEVEL
+from debiased_laplace.calibration.posteriors.summarizing import summarize_posteriors
 from debiased_laplace.calibration.predictions.arrays import Task
 from debiased_laplace.calibration.predictions.classification import read_classification
-from debiased_laplace.calibration.predictions.regression import read_regression
 from debiased_laplace.calibration.provenance import current_time, digest_targets, list_versions
-from debiased_laplace.calibration.rendering.html import render_html
-from debiased_laplace.calibration.rendering.json_document import render_json
-from debiased_laplace.calibration.rendering.markdown import render_markdown, render_text
-
-Format = Literal["html", "json", "md"]
-
-
-class CalibrationReport(ReportContents):
-    """Calibration of several methods on one test set, with error bars and verdicts.
-
-    `metrics[method][name]` is an `Estimate`; `comparisons` holds the paired differences to the
-    baseline, `warnings` what a reader must know before trusting a number.
-    """
-
-    def __str__(self) -> str:
-        return render_text(self)
-
-    def __repr__(self) -> str:
-        methods = ", ".join(self.methods)
-        return f"CalibrationReport({self.task}, n={self.data.n}, methods: {methods})"
-
-    def to_json(self) -> str:
-        """The report as JSON text: every number, its interval or the reason why it has none."""
-        return render_json(self)
-
-    def to_html(self) -> str:
-        """The report as one page without scripts or external files."""
-        return render_html(self)
-
-    def to_markdown(self) -> str:
-        """Headline table, comparisons and extra tables in Markdown."""
-        return render_markdown(self)
-
-    def save(
-        self, folder: str | os.PathLike[str], *, formats: Sequence[Format] = ("html", "json", "md")
-    ) -> tuple[Path, ...]:
-        """Write report.html, report.json and report.md into a folder, which is made if missing.
-
-        Args:
-            folder: where to write; present files of these names are replaced.
-            formats: which of the three.
-
-        Returns:
-            The paths, in the order of `formats`.
-
-        Raises:
-            ValueError: for no format or an unknown one.
-        """
-        writers = {"html": self.to_html, "json": self.to_json, "md": self.to_markdown}
-        chosen = () if isinstance(formats, str) else tuple(formats)
-        if not chosen or any(f not in writers for f in chosen):
-            raise ValueError(f"formats must be a sequence out of 'html', 'json' and 'md'; got {formats!r}.")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name in chosen:
-            path = Path(folder) / f"report.{name}"
-            path.write_text(writers[name](), encoding="utf-8", newline="\n")
-            paths.append(path)
-        return tuple(paths)
+from debiased_laplace.calibration.regression_evaluation import evaluate_regressions
+from debiased_laplace.calibration.scaling.classification import Scaled, attach_logits, scale_classifications
+from debiased_laplace.calibration.scaling.request import ScalingRequest, TemperatureScaling
 
 
 def calibration_report(
@@ -104,6 +49,18 @@ def calibration_report(
     metadata: Mapping[str, Any] | None = None,
     tables: Sequence[ReportTable] = (),
     figures: Sequence[ReportFigure] = (),
+    levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    observation_noise: Any = None,
+    target_unit: str | None = None,
+    posteriors: Mapping[str, Any] | None = None,
+    temperature_scaling: TemperatureScaling = "auto",
+    validation: tuple[Any, Any] | None = None,
+    logits: Mapping[str, Any] | None = None,
+    ood: Mapping[str, Mapping[str, Any]] | None = None,
+    clusters: Any = None,
+    groups: Any = None,
+    max_samples: int = 1_000_000,
+    thresholds: ThresholdSource | None = None,
 ) -> CalibrationReport:
     """Compare how well several methods know what they do not know.
 
@@ -115,8 +72,10 @@ def calibration_report(
         predictions: method name to its predictions on the same samples in the same order. For
             classification probabilities (n, C), for a binary task also (n,) = P(class 1); for
             regression a pair (mean, standard deviation), each (n,) or (n, outputs), the observation
-            noise included. Numpy arrays, lists, or torch tensors on any device.
-        targets: labels (n,) or one-hot rows (n, C); for regression as the mean.
+            noise included; or, with word on that noise, a pair (mean, covariance), samples, `Gaussian` or
+            `Samples`. Numpy arrays, lists, or torch tensors on any device.
+            Segmentation (N, C, ...), its samples (S, N, C, ...) and for a binary task (N, ...) are read as pixels.
+        targets: labels (n,) or one-hot rows (n, C), of pixels labels (N, ...); for regression as the mean.
         task: "binary", "multiclass" or "regression".
         baseline: name of the method that the others are compared with; default: the first.
         n_bins: bins of equal width for the binned calibration errors, at least 2.
@@ -129,6 +88,29 @@ def calibration_report(
         metadata: notes on the experiment, text or numbers, shown under the settings and stored in the JSON.
         tables: extra sections with tables.
         figures: extra sections with figures.
+        levels: of the central intervals whose coverage and width are reported, whole percents (regression).
+        observation_noise: standard deviation of the noise to add to covariances and samples, which lack it: a number,
+            (outputs,) or (n, outputs) for all methods, or a mapping from methods to theirs (regression).
+        target_unit: unit of the targets, for labels (regression).
+        posteriors: name to Laplace posterior, this package's or laplace-torch's, or to its `PosteriorSummary`: a
+            section on what was fitted.
+        temperature_scaling: a row for the baseline after temperature scaling (for regression, after multiplying its
+            standard deviations by the scale of its errors), which every other method is compared with too.
+            "cross_fitted": every fifth of the test set is scaled with what the other four fifths say. "validation":
+            with what `validation` says. "auto": the latter where it is given, else the former from 100 samples on.
+            "none": no such row.
+        validation: the baseline's predictions on labelled samples outside of the test set, and their targets; for
+            classification probabilities or logits.
+        logits: method to its logits (n, C), for the temperature of methods whose probabilities are rounded to 0.
+        ood: name of a set of samples out of distribution to the predictions there of every method, in the forms of
+            `predictions`: how well they are told from the test set. Posterior samples (S, n, C) on both sets also give
+            mutual information as a score.
+        clusters: one id of any kind per sample (a patient, a video): samples of one id may depend on each other, and
+            every interval speaks of drawing other ids. Pixels are clustered by image without asking.
+        groups: name of a grouping to the group of every sample, or one such sequence: the main metrics on each group.
+            For pixels one per image or one per pixel.
+        max_samples: pixels to draw at most, the same for every method.
+        thresholds: gates that the report is judged by, as of `CalibrationReport.check`; their outcomes stand on top.
 
     Returns:
         The report; nothing is written before `save`.
@@ -146,18 +128,34 @@ def calibration_report(
     if task not in get_args(Task):
         expected = ", ".join(map(repr, get_args(Task)))
         raise ValueError(f"task must be one of {expected}; got {task!r}.")
-    settings = Settings(n_bins, confidence_level, n_resamples, seed)
+    if task != "regression" and not (observation_noise is None and target_unit is None):
+        raise ValueError(f"observation_noise and target_unit belong to task='regression'; got task={task!r}.")
+    settings = Settings(n_bins, confidence_level, n_resamples, seed, tuple(levels))
     first = _choose_baseline(predictions, baseline)
+    test = lay_out_test_set(
+        predictions, targets, task=task, groups=groups, clusters=clusters, max_samples=max_samples, seed=seed
+    )
+    settings = replace(settings, groups=test.groupings)
+    request = ScalingRequest(first, temperature_scaling, validation, test.lay_out_logits(logits))
     if task == "regression":
-        evaluations, data = _evaluate_regression(predictions, targets, settings)
+        scaled, data = evaluate_regressions(
+            predictions, targets, settings, request, observation_noise=observation_noise, target_unit=target_unit
+        )
     else:
-        evaluations, data = _evaluate_classification(predictions, targets, task, settings)
+        scaled, data = _evaluate_classification(test, task, settings, request)
+    evaluations = scaled.evaluations
     data = _name_classes(data, class_names)
     scores = {method: e.scores for method, e in evaluations.items()}
-    warnings = warn_about_size(data.n, n_resamples)
+    references = (first,) if scaled.record is None else (first, scaled.record.method)
+    warnings = [*warn_about_size(data.n, n_resamples), *test.warnings]
     warnings += warn_about_classes(evaluations[first].result.curves, data.class_names)
     warnings += [w for e in evaluations.values() for w in e.warnings]
-    return CalibrationReport(
+    warnings += scaled.warnings
+    detection = DetectionRequest(ood, first, confidence_level, observation_noise, max_samples, seed)
+    inside = {method: evaluations[method].inside for method in predictions}
+    sets, warnings_of_sets = evaluate_detection(detection, inside, task=task)
+    warnings += warnings_of_sets
+    report = CalibrationReport(
         task=task,
         title=title if title is not None else "Calibration report",
         description=description or "",
@@ -167,12 +165,23 @@ def calibration_report(
         settings=_list_settings(settings, task, first),
         metadata={str(k): read_scalar(v, f"metadata {k!r}") for k, v in (metadata or {}).items()},
         baseline=first,
-        methods={method: e.result for method, e in evaluations.items()},
-        comparisons=compare_to_baseline(scores, first, confidence_level=confidence_level),
+        methods={m: replace(e.result, score_sums=sum_scores(e.scores, test.clusters)) for m, e in evaluations.items()},
+        comparisons=compare_methods(
+            scores,
+            references,
+            confidence_level=confidence_level,
+            clusters=test.clusters,
+            fitting_errors=scaled.fitting_errors,
+        ),
         tables=tuple(tables),
         figures=tuple(figures),
         warnings=tuple(warnings),
+        posteriors=summarize_posteriors(posteriors or {}, confidence_level=confidence_level),
+        scaling=scaled.record,
+        ood=sets,
+        groups=collect_groups(test.groupings, {method: e.groups for method, e in evaluations.items()}),
     )
+    return report if thresholds is None else replace(report, checks=report.check(thresholds).outcomes)
 
 
 def _choose_baseline(predictions: Mapping[str, Any], baseline: str | None) -> str:
@@ -193,30 +202,25 @@ def _choose_baseline(predictions: Mapping[str, Any], baseline: str | None) -> st
 
 
 def _evaluate_classification(
-    predictions: Mapping[str, Any],
-    targets: Any,
+    test: LabelledSet,
     task: Literal["binary", "multiclass"],
     settings: Settings,
-) -> tuple[dict[str, Evaluation], DataSummary]:
+    request: ScalingRequest,
+) -> tuple[Scaled, DataSummary]:
     read = {
-        method: read_classification(method, p, targets, task=task, n_bins=settings.n_bins)
-        for method, p in predictions.items()
+        method: replace(
+            read_classification(method, p, test.targets, task=task, n_bins=settings.n_bins), clusters=test.clusters
+        )
+        for method, p in test.predictions.items()
     }
     n_classes = {method: p.n_classes for method, p in read.items()}
     if len(set(n_classes.values())) > 1:
         raise ValueError(f"All methods must have the same classes; got {n_classes}.")
     one = next(iter(read.values()))
     data = DataSummary(one.n, one.n_classes, None, digest_targets(one.targets), None)
-    return {m: evaluate_classification(m, p, settings) for m, p in read.items()}, data
-
-
-def _evaluate_regression(
-    predictions: Mapping[str, Any], targets: Any, settings: Settings
-) -> tuple[dict[str, Evaluation], DataSummary]:
-    read = {method: read_regression(method, p, targets) for method, p in predictions.items()}
-    one = next(iter(read.values()))
-    data = DataSummary(one.n, None, one.n_outputs, digest_targets(one.targets), None)
-    return {m: evaluate_regression(p, settings) for m, p in read.items()}, data
+    read = attach_logits(read, request)
+    evaluations = {m: evaluate_classification(m, p, settings) for m, p in read.items()}
+    return scale_classifications(read, evaluations, request, settings, task=task), data
 
 
 def _name_classes(data: DataSummary, class_names: Sequence[str] | None) -> DataSummary:
@@ -233,7 +237,9 @@ def _name_classes(data: DataSummary, class_names: Sequence[str] | None) -> DataS
 def _list_settings(settings: Settings, task: str, baseline: str) -> dict[str, str | int | float]:
     listed: dict[str, str | int | float] = {"task": task, "baseline": baseline}
     listed |= asdict(settings)
-    if task == "regression":  # no bins and no draws there
-        del listed["n_bins"], listed["n_resamples"], listed["seed"]
+    del listed["levels"], listed["groups"]
+    if task == "regression":  # bins of another kind there
+        del listed["n_bins"]
+        listed["levels"] = ", ".join(f"{100 * level:g} %" for level in settings.levels)
         listed["interval_level"] = INTERVAL_LEVEL
     return listed

@@ -118,7 +118,7 @@ def _decide(threshold: Threshold, measured: Measured, limits: tuple[float | None
         return "passed", ""
     if (maximum is not None and low > maximum) or (minimum is not None and high < minimum):
         return "failed", ""
-    return "inconclusive", "the interval reaches beyond the limit on one side only, so more samples would decide it"
+    return "inconclusive", "the interval lies across a limit, so it takes more samples to decide"
 
 
 def _with_message(outcome: ThresholdOutcome, measured: Measured, why: str) -> ThresholdOutcome:

@@ -6,20 +6,26 @@ from urllib.parse import quote
 
 from debiased_laplace.calibration.contents import ReportContents, ReportFigure, ReportTable
 from debiased_laplace.calibration.metrics.definitions import define_metrics
+from debiased_laplace.calibration.rendering.class_tables import render_classes
 from debiased_laplace.calibration.rendering.classification_figures import draw_confidences, draw_reliability
 from debiased_laplace.calibration.rendering.comparison_figures import draw_differences
+from debiased_laplace.calibration.rendering.decomposition_figures import draw_decomposition
 from debiased_laplace.calibration.rendering.formatting import format_number, format_p_value
-from debiased_laplace.calibration.rendering.panels import Look, assign_looks
-from debiased_laplace.calibration.rendering.regression_figures import draw_coverage, draw_pit
+from debiased_laplace.calibration.rendering.gates_section import render_gates
+from debiased_laplace.calibration.rendering.group_section import render_groups
+from debiased_laplace.calibration.rendering.panels import Look, Panel, assign_looks
+from debiased_laplace.calibration.rendering.posterior_section import render_posteriors
+from debiased_laplace.calibration.rendering.regression_sections import render_regression
 from debiased_laplace.calibration.rendering.sections import (
-    render_classes,
     render_metrics,
     render_panels,
     render_table,
 )
+from debiased_laplace.calibration.rendering.selection_section import render_detection, render_selection
+from debiased_laplace.calibration.rendering.sensitivity_figures import draw_sensitivity
 from debiased_laplace.calibration.rendering.style import STYLE_SHEET
 from debiased_laplace.calibration.rendering.svg import adopt_svg
-from debiased_laplace.calibration.rendering.verdict import summarize
+from debiased_laplace.calibration.rendering.verdict import find_harm, judged_methods, name_reference, summarize
 
 SEPARATOR = " \u00b7 "
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -31,7 +37,7 @@ def render_html(contents: ReportContents) -> str:
     """The whole page."""
     looks = assign_looks(list(contents.methods))
     is_regression = contents.task == "regression"
-    curves = (_render_regression if is_regression else _render_classification)(contents, looks)
+    curves = (render_regression if is_regression else _render_classification)(contents, looks)
     body = [
         _render_top(contents),
         "<h2>Metrics</h2>",
@@ -39,8 +45,13 @@ def render_html(contents: ReportContents) -> str:
         render_metrics(contents, "headline"),
         _render_details(contents),
         _render_differences(contents, looks),
+        _render_decomposition(contents, looks),
         curves,
         render_classes(contents),
+        render_groups(contents),
+        render_selection(contents, looks),
+        render_detection(contents, looks),
+        render_posteriors(contents),
         *(_render_extra_figure(f, i) for i, f in enumerate(contents.figures)),
         *(_render_extra_table(t) for t in contents.tables),
         _render_settings(contents),
@@ -63,11 +74,10 @@ def _render_top(contents: ReportContents) -> str:
     outputs = "1 output" if data.n_outputs == 1 else f"{data.n_outputs} outputs"
     kind = f"{data.n_classes} classes" if data.n_classes else outputs
     facts = [size, kind, contents.created.replace("T", " ").replace("+00:00", " UTC")]
-    sentences = summarize(contents)
-    if len(sentences) == 1:
-        verdict = f"<p>{escape(sentences[0])}</p>"
-    else:
-        verdict = "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in sentences) + "</ul>"
+    verdict = "".join(
+        f"<p{' class=harm' if find_harm(contents, method) else ''}>{escape(sentence)}</p>"
+        for method, sentence in zip(judged_methods(contents), summarize(contents), strict=True)
+    )
     n_warnings = len(contents.warnings)
     caution = (
         f'<p class="note"><a href="#warnings">{n_warnings} warning{"s" * (n_warnings > 1)}</a> about these numbers.</p>'
@@ -78,7 +88,8 @@ def _render_top(contents: ReportContents) -> str:
     return (
         f"<header><h1>{escape(contents.title)}</h1>"
         f'<p class="facts">{escape(SEPARATOR.join(facts))}</p></header>'
-        f'<div class="verdict">{verdict}</div>{caution}' + "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
+        f'<div class="verdict">{verdict}</div>{render_gates(contents)}{caution}'
+        + "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
     )
 
 
@@ -88,8 +99,9 @@ def _explain_headline(contents: ReportContents) -> str:
     text = f"Estimates with {percent} intervals over test samples."
     if contents.comparisons:
         text += (
-            f" Below them the paired difference to {contents.baseline} on the same samples with its "
-            "own interval; the word is the verdict after Holm's adjustment for all "
+            f" Below them the paired difference to {contents.baseline}"
+            + ("" if contents.scaling is None else f" and to {name_reference(contents, contents.scaling.method)}")
+            + " on the same samples with its own interval; the word is the verdict after Holm's adjustment for all "
             f"{len(contents.comparisons)} comparisons, so an interval just beside zero may still be "
             "no detectable difference."
         )
@@ -105,11 +117,30 @@ def _render_differences(contents: ReportContents, looks: dict[str, Look]) -> str
     if not contents.comparisons:
         return ""
     text = (
-        f"Mean over the test samples of each method's score minus that of {contents.baseline}, with "
-        "its interval. Filled markers: a difference detected after Holm's adjustment."
+        "Each method's score minus that of the method it is compared with, on the same test samples, with its "
+        f"interval. Filled markers: a difference detected after Holm's adjustment over all {len(contents.comparisons)} "
+        "comparisons; hollow: none detectable."
     )
+    if contents.scaling is not None:
+        number = "temperature" if contents.scaling.quantity == "temperature" else "factor of its standard deviations"
+        text += (
+            f" {name_reference(contents, contents.scaling.method)} is {contents.baseline} with a single fitted number, "
+            f"a {number}: a posterior that cannot beat it is not worth its cost for these predictions."
+        )
     panels = draw_differences(contents.comparisons, looks)
     return f"<h2>Differences to {escape(contents.baseline)}</h2><p>{escape(text)}</p>" + render_panels(panels)
+
+
+def _render_decomposition(contents: ReportContents, looks: dict[str, Look]) -> str:
+    panel = draw_decomposition(contents, looks)
+    if panel is None:
+        return ""
+    number = "factor of the standard deviations" if contents.task == "regression" else "temperature"
+    return (
+        "<h2>Where the loss comes from</h2><p>Filled: the negative log-likelihood. Hollow: what remains of it after "
+        f"one {number}, fitted on the other folds of the test set. The line between them is what calibration alone "
+        "would gain; the rest is knowledge that the method does not have.</p>" + render_panels([panel])
+    )
 
 
 def _render_classification(contents: ReportContents, looks: dict[str, Look]) -> str:
@@ -130,21 +161,17 @@ def _render_classification(contents: ReportContents, looks: dict[str, Look]) -> 
         + "<h2>Confidence where right and where wrong</h2><p>Shares of the correct and of the wrong "
         "predictions by confidence. A useful confidence keeps the wrong ones to the left.</p>"
         + render_panels(draw_confidences(results))
+        + _render_sensitivity(draw_sensitivity(results, looks))
     )
 
 
-def _render_regression(contents: ReportContents, looks: dict[str, Look]) -> str:
-    results = dict(contents.methods)
-    level = f"{100 * float(contents.settings['confidence_level']):g} %"
+def _render_sensitivity(panels: list[Panel]) -> str:
+    if not panels:
+        return ""
     return (
-        "<h2>Coverage</h2><p>Share of targets inside central intervals of the predictive, against "
-        "what these intervals promise. Below the dashed diagonal the error bars are too narrow "
-        "(over-confident), above it too wide. Shaded: Wilson intervals, each for its own level.</p>"
-        + render_panels(draw_coverage(results, looks))
-        + "<h2>Where the targets fall</h2><p>Predicted probability of a smaller target than the "
-        "observed one: flat if the predictive is right, U-shaped if too narrow, a hump if too wide, "
-        f"a slope if shifted. Grey: where {level} of the bars would end if it were right.</p>"
-        + render_panels(draw_pit(results, looks))
+        "<h2>Calibration error and the number of bins</h2><p>The expected calibration error with 5 to 50 bins of "
+        "equal width. Grey: what chance alone would make of it. An error that follows the edge of the grey area is "
+        "noise; one that stays above it by the same distance does not depend on the bins.</p>" + render_panels(panels)
     )
 
 
@@ -189,6 +216,7 @@ def _render_warnings(contents: ReportContents) -> str:
 
 def _render_definitions(contents: ReportContents) -> str:
     used = {name for metrics in contents.metrics.values() for name in metrics}
+    used |= {name for one in contents.ood.values() for d in one.detections for name in d.metrics}
     entries = []
     for name, d in define_metrics(contents.task).items():
         if name not in used:

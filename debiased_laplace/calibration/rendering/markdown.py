@@ -1,6 +1,8 @@
 """The report as Markdown, for pull requests and model cards, and as plain text for a terminal."""
 
 import re
+from dataclasses import replace
+from typing import Literal
 
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
 from debiased_laplace.calibration.metrics.definitions import define_metrics
@@ -13,29 +15,57 @@ from debiased_laplace.calibration.rendering.formatting import (
     format_signed,
     shorten,
 )
-from debiased_laplace.calibration.rendering.verdict import SHORT_NAMES, summarize
+from debiased_laplace.calibration.rendering.gates_section import summarize_gates, tabulate_gates
+from debiased_laplace.calibration.rendering.markdown_fitting import fit_markdown
+from debiased_laplace.calibration.rendering.posterior_tables import (
+    tabulate_held_out,
+    tabulate_posteriors,
+    tabulate_predictions,
+)
+from debiased_laplace.calibration.rendering.selection_tables import tabulate_detection, tabulate_kept
+from debiased_laplace.calibration.rendering.verdict import SHORT_NAMES, name_reference, summarize
 
 
 def render_markdown(contents: ReportContents) -> str:
-    """Headline table, comparisons and the caller's tables."""
-    parts = [f"# {_plain(contents.title)}"]
-    parts += ["\n".join(f"- {_plain(s)}" for s in summarize(contents))]
-    if contents.description.strip():
-        parts.append("\n\n".join(_plain(p) for p in contents.description.split("\n\n")))
+    """What a pull request must say: verdict, gates, headline table and comparisons; all the rest behind a fold.
+
+    At most 65,536 bytes, which is what GitHub takes as a comment: tables that do not fit are cut, and say so.
+    """
     percent = f"{100 * float(contents.settings['confidence_level']):g} %"
-    parts.append(f"{contents.data.n} test samples; brackets are {percent} intervals.")
-    parts += ["## Metrics", _render_table(tabulate_metrics(contents))]
+    parts = [
+        f"# {plain_markdown(contents.title)}",
+        "\n".join(f"- {plain_markdown(s)}" for s in summarize(contents)),
+        *_render_gates(contents),
+        f"{contents.data.n} test samples; brackets are {percent} intervals.",
+        "## Metrics",
+        render_markdown_table(tabulate_metrics(contents, "headline")),
+    ]
     if contents.comparisons:
-        parts += [
-            f"## Differences to {_plain(contents.baseline)}",
-            _render_table(tabulate_comparisons(contents)),
-        ]
-    for table in contents.tables:
-        parts += [f"## {_plain(table.title)}", _render_table(table)]
-        parts += [_plain(table.note)] if table.note else []
+        scaled = "" if contents.scaling is None else name_reference(contents, contents.scaling.method)
+        against = plain_markdown(f"{contents.baseline} and to {scaled}" if scaled else contents.baseline)
+        parts += [f"## Differences to {against}", render_markdown_table(tabulate_comparisons(contents))]
     if contents.warnings:
-        parts += ["## Warnings", "\n".join(f"- {_plain(w)}" for w in contents.warnings)]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Warnings", "\n".join(f"- {plain_markdown(w)}" for w in contents.warnings)]
+    return fit_markdown(parts, _render_details(contents))
+
+
+def _render_gates(contents: ReportContents) -> list[str]:
+    if not contents.checks:
+        return []
+    summary = plain_markdown(summarize_gates(contents.checks))
+    return [f"**{summary}**", render_markdown_table(tabulate_gates(contents.checks))]
+
+
+def _render_details(contents: ReportContents) -> list[str]:
+    """Description, further metrics and further tables."""
+    paragraphs = [plain_markdown(p) for p in contents.description.split("\n\n")]
+    parts = ["\n\n".join(paragraphs)] if contents.description.strip() else []
+    for table in (tabulate_metrics(contents, "detail"), *_tabulate_fits(contents), *contents.tables):
+        if not table.rows:
+            continue
+        parts += [f"## {plain_markdown(table.title)}", render_markdown_table(table)]
+        parts += [plain_markdown(table.note)] if table.note else []
+    return parts
 
 
 def render_text(contents: ReportContents) -> str:
@@ -49,17 +79,20 @@ def render_text(contents: ReportContents) -> str:
     return "\n".join([*head, *lines, *(f"Warning: {w}" for w in contents.warnings)])
 
 
-def tabulate_metrics(contents: ReportContents) -> ReportTable:
-    """Metrics as rows, methods as columns, every estimate with its interval."""
+def tabulate_metrics(contents: ReportContents, section: Literal["headline", "detail"] | None = None) -> ReportTable:
+    """Metrics as rows, methods as columns, every estimate with its interval; of one section, or all of them."""
     rows = []
     for name, definition in define_metrics(contents.task).items():
         estimates = [contents.metrics[m].get(name) for m in contents.methods]
-        if all(e is None for e in estimates):
+        if all(e is None for e in estimates) or section not in (None, definition.section):
             continue
         decimals = choose_common_decimals(estimates)
         show = format_signed if definition.better == "zero" else format_number
-        if name == "ece_p_value":
-            shown = [format_p_value(e.known).removeprefix("p ").removeprefix("= ") for e in estimates if e]
+        if name.endswith("_p_value"):
+            shown = [
+                format_p_value(e.value).removeprefix("p ").removeprefix("= ") if e and e.value is not None else "\u2013"
+                for e in estimates
+            ]
             rows.append([definition.label, *shown])
             continue
         cells = [
@@ -69,7 +102,8 @@ def tabulate_metrics(contents: ReportContents) -> ReportTable:
             for e in estimates
         ]
         rows.append([definition.label, *cells])
-    return ReportTable("Metrics", ["metric", *contents.methods], rows)
+    title = "Further metrics" if section == "detail" else "Metrics"
+    return ReportTable(title, ["metric", *contents.methods], rows)
 
 
 def tabulate_comparisons(contents: ReportContents) -> ReportTable:
@@ -79,20 +113,34 @@ def tabulate_comparisons(contents: ReportContents) -> ReportTable:
         decimals = choose_decimals([c.standard_error])
         change = f"{format_signed(c.difference, decimals)} {format_interval(c.low, c.high, decimals)}"
         p = "\u2013" if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
-        rows.append([c.method, SHORT_NAMES[c.metric], change.rstrip(), p, c.verdict])
-    columns = ["method", "score", "difference", "Holm-adjusted p", "verdict"]
+        rows.append([c.method, c.baseline, SHORT_NAMES[c.metric], change.rstrip(), p, c.verdict])
+    columns = ["method", "compared with", "score", "difference", "Holm-adjusted p", "verdict"]
     return ReportTable("Differences", columns, rows)
 
 
-def _render_table(table: ReportTable) -> str:
+def _tabulate_fits(contents: ReportContents) -> list[ReportTable]:
+    """Selection and detection, what was fitted and how close it is to the full batch, how each method predicted."""
+    posteriors, predicted = dict(contents.posteriors), dict(contents.predicted)
+    tables = [tabulate_posteriors(posteriors), tabulate_held_out(posteriors)] if posteriors else []
+    tables += [tabulate_predictions(predicted)] if predicted else []
+    selection = [tabulate_kept(contents)]
+    selection += [
+        replace(table, title=f"Out of distribution: {table.title}")
+        for table in (tabulate_detection(name, one, contents.baseline) for name, one in contents.ood.items())
+    ]
+    return [table for table in (*selection, *tables) if table is not None]
+
+
+def render_markdown_table(table: ReportTable) -> str:
+    """A table with a head, every cell on one line."""
     lines = [list(table.columns), ["---"] * len(table.columns)]
     for row in table.rows:
         lines.append(["\u2013" if c is None else format_number(c) if isinstance(c, float) else str(c) for c in row])
     head, rule, *body = lines
-    escaped = [[_plain(str(cell)) for cell in line] for line in (head, *body)]
+    escaped = [[plain_markdown(str(cell)) for cell in line] for line in (head, *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], rule, *escaped[1:]))
 
 
-def _plain(text: str) -> str:
+def plain_markdown(text: str) -> str:
     """User text on one line that Markdown shows as it is."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split()))
