@@ -1,11 +1,11 @@
-"""The command line. Exit codes: 0 done, 2 bad input."""
+"""The command line. Exit codes: 0 done or passed, 1 a threshold failed, 2 bad input, 3 inconclusive under --strict."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from debiased_laplace.cli import demo, diagnose, fit
+from debiased_laplace.cli import check, compare, demo, diagnose, fit, report, schema
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("debiased-laplace"))
     commands = parser.add_subparsers(dest="command", required=True)
-    demo.add_to(commands)
-    fit.add_to(commands)
-    diagnose.add_to(commands)
+    for command in (demo, fit, report, check, compare, schema, diagnose):
+        command.add_to(commands)
     return parser
