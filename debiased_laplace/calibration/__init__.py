@@ -4,7 +4,6 @@ from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.contents import ReportFigure, ReportTable
 from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.posteriors.summaries import PosteriorSummary
-from debiased_laplace.calibration.predicting.evaluate import evaluate
 from debiased_laplace.calibration.predictions.forms import Gaussian, Samples
 from debiased_laplace.calibration.report import CalibrationReport, calibration_report
 
@@ -18,5 +17,4 @@ __all__ = [
     "ReportTable",
     "Samples",
     "calibration_report",
-    "evaluate",
 ]

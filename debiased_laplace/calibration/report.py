@@ -24,7 +24,7 @@ from debiased_laplace.calibration.gates.thresholds import ThresholdSource
 from debiased_laplace.calibration.labelled_set import LabelledSet, lay_out_test_set
 from debiased_laplace.calibration.metrics.groups import collect_groups
 from debiased_laplace.calibration.metrics.regression import INTERVAL_LEVEL
-from debiased_laplace.calibration.posteriors.summarizing import summarize_posteriors
+from debiased_laplace.calibration.posteriors.summaries import PosteriorSummary
 from debiased_laplace.calibration.predictions.arrays import Task
 from debiased_laplace.calibration.predictions.classification import read_classification
 from debiased_laplace.calibration.provenance import current_time, digest_targets, list_versions
@@ -176,12 +176,21 @@ def calibration_report(
         tables=tuple(tables),
         figures=tuple(figures),
         warnings=tuple(warnings),
-        posteriors=summarize_posteriors(posteriors or {}, confidence_level=confidence_level),
+        posteriors=_summaries(posteriors, confidence_level),
         scaling=scaled.record,
         ood=sets,
         groups=collect_groups(test.groupings, {method: e.groups for method, e in evaluations.items()}),
     )
     return report if thresholds is None else replace(report, checks=report.check(thresholds).outcomes)
+
+
+def _summaries(posteriors: Mapping[str, Any] | None, confidence_level: float) -> Mapping[str, PosteriorSummary]:
+    """What was fitted; laplace-torch is loaded only where there is something to summarize."""
+    if not posteriors:
+        return {}
+    from debiased_laplace.calibration.posteriors.summarizing import summarize_posteriors
+
+    return summarize_posteriors(posteriors, confidence_level=confidence_level)
 
 
 def _choose_baseline(predictions: Mapping[str, Any], baseline: str | None) -> str:

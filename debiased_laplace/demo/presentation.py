@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from debiased_laplace.calibration import CalibrationReport, Estimate, ReportFigure, ReportTable, evaluate
+from debiased_laplace.calibration import CalibrationReport, Estimate, ReportFigure, ReportTable
+from debiased_laplace.calibration.predicting.evaluate import evaluate
 from debiased_laplace.demo.comparison import (
     PRIOR_PRECISION,
     Distance,

@@ -99,11 +99,10 @@ def _explain_headline(contents: ReportContents) -> str:
     text = f"Estimates with {percent} intervals over test samples."
     if contents.comparisons:
         text += (
-            f" Below them the paired difference to {contents.baseline}"
-            + ("" if contents.scaling is None else f" and to {name_reference(contents, contents.scaling.method)}")
-            + " on the same samples with its own interval; the word is the verdict after Holm's adjustment for all "
-            f"{len(contents.comparisons)} comparisons, so an interval just beside zero may still be "
-            "no detectable difference."
+            f" Below them the verdict of the paired comparison with {contents.baseline}"
+            + ("" if contents.scaling is None else f" and with {name_reference(contents, contents.scaling.method)}")
+            + f" on the same samples, after Holm's adjustment for all {len(contents.comparisons)} comparisons: "
+            "what was detected. The differences themselves stand in the next section."
         )
     return f"<p>{escape(text)}</p>"
 

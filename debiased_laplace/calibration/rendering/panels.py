@@ -58,7 +58,7 @@ def new_figure(height: float) -> "Figure":
 def add_axes(figure: "Figure", *, bottom: float, top: float) -> "Axes":
     """Plain axes between two heights of the figure, given in inches from below."""
     height = figure.get_figheight()
-    axes = figure.add_axes((0.14, bottom / height, 0.83, (top - bottom) / height))
+    axes = figure.add_axes((0.165, bottom / height, 0.805, (top - bottom) / height))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=FONT_SIZE)
     return axes
@@ -74,4 +74,4 @@ def finish(
     texts: Mapping[str, str] | None = None,
 ) -> Panel:
     """Draw the panel; `name` prefixes its ids, `texts` replaces placeholders by real names."""
-    return Panel(caption, adopt_svg(draw_svg(figure), name=name, alt=alt, texts=texts), table)
+    return Panel(caption, adopt_svg(draw_svg(figure), name=name, alt=alt, texts=texts, merge_paths=True), table)

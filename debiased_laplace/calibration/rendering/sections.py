@@ -11,7 +11,6 @@ from debiased_laplace.calibration.metrics.metric_definition import Section
 from debiased_laplace.calibration.rendering.formatting import (
     NOTHING,
     choose_common_decimals,
-    choose_decimals,
     format_interval,
     format_number,
     format_p_value,
@@ -119,11 +118,8 @@ def _render_cell(contents: ReportContents, method: str, name: str, decimals: int
     if name in ("confidence_gap", "z_scale"):
         parts.append(f'<span class="aside">{_name_sign(estimate, name)}</span>')
     compared = COMPARED_AS.get(name, name)
-    parts += [
-        _render_change(c, name_reference(contents, c.baseline), flipped=compared != name)
-        for c in contents.comparisons
-        if (c.method, c.metric) == (method, compared)
-    ]
+    own = [c for c in contents.comparisons if (c.method, c.metric) == (method, compared)]
+    parts.append(_render_verdicts(contents, own))
     return "".join(parts)
 
 
@@ -143,18 +139,14 @@ def _name_sign(estimate: Estimate, name: str) -> str:
     return "neither detectably"
 
 
-def _render_change(comparison: Comparison, reference: str, *, flipped: bool) -> str:
-    """The difference in the unit of its row; flipped where the row counts what the comparison counts the lack of."""
-    decimals = choose_decimals([comparison.standard_error])
-    value, low, high = comparison.difference, comparison.low, comparison.high
-    if flipped:
-        value, low, high = -value, None if high is None else -high, None if low is None else -low
-    difference, interval = format_signed(value, decimals), format_interval(low, high, decimals)
-    kind = comparison.verdict if comparison.verdict in ("better", "worse") else "aside"
-    return (
-        f'<span class="aside">to {escape(reference)}:</span>'
-        f'<span class="change">{difference} <span class="interval">{interval}</span></span>'
-        f'<span class="change {kind}">{comparison.verdict}</span>'
+def _render_verdicts(contents: ReportContents, comparisons: list[Comparison]) -> str:
+    """What was detected, in words; the differences themselves stand in the next section."""
+    detected = [c for c in comparisons if c.verdict != "no detectable difference"]
+    if comparisons and not detected:
+        return '<span class="aside">no detectable difference</span>'
+    return "".join(
+        f'<span class="change {c.verdict}">{c.verdict} than {escape(name_reference(contents, c.baseline))}</span>'
+        for c in detected
     )
 
 

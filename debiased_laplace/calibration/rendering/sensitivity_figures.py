@@ -36,11 +36,11 @@ def _draw_one(method: str, table: tuple[BinSensitivity, ...], look: Look, *, ind
     axes = add_axes(figure, bottom=0.42, top=2.0)
     n_bins = [s.n_bins for s in table]
     axes.fill_between(n_bins, [s.noise_floor for s in table], color=GREY, alpha=BAND_ALPHA, linewidth=0)
-    axes.plot(n_bins, [s.error for s in table], color=look.colour, marker=look.marker, markersize=2.5, linewidth=1.2)
+    axes.plot(n_bins, [s.error for s in table], color=look.colour, linewidth=1.5)
     axes.set(xlim=(n_bins[0] - 1, n_bins[-1] + 1), ylim=(0, most))
     axes.locator_params(axis="y", nbins=4)
     axes.set_xlabel("number of bins", fontsize=FONT_SIZE)
-    axes.set_ylabel("calibration error", fontsize=FONT_SIZE)
+    axes.set_ylabel("ECE", fontsize=FONT_SIZE)
     low, high = min(s.error for s in table), max(s.error for s in table)
     floors = table[0].noise_floor, table[-1].noise_floor
     alt = (

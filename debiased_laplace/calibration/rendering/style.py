@@ -65,7 +65,7 @@ tbody th { font-weight: 500; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 .headline { min-width: 100%; }
 .headline th:first-child { min-width: 10.5rem; }
-.headline td { min-width: 11.5rem; }
+.headline td { min-width: 10.2rem; }
 .headline thead th { max-width: 16rem; overflow-wrap: anywhere; }
 .value { font-weight: 600; font-size: 1.02rem; }
 .interval { white-space: nowrap; }

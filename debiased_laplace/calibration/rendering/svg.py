@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from debiased_laplace.calibration.rendering.svg_compaction import compact
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -33,7 +35,9 @@ def draw_svg(figure: "Figure") -> str:
     return COORDINATES.sub(lambda m: LONG_NUMBER.sub(r"\1", re.sub(" +", " ", m[0])), svg)
 
 
-def adopt_svg(svg: str, *, name: str, alt: str, texts: Mapping[str, str] | None = None) -> str:
+def adopt_svg(
+    svg: str, *, name: str, alt: str, texts: Mapping[str, str] | None = None, merge_paths: bool = False
+) -> str:
     """One `<svg>` element for the inside of an HTML page.
 
     Args:
@@ -41,6 +45,7 @@ def adopt_svg(svg: str, *, name: str, alt: str, texts: Mapping[str, str] | None 
         name: prefix of its ids, different for every figure of a page.
         alt: text alternative.
         texts: text elements to replace, by their present text.
+        merge_paths: neighbouring paths of one look may become one, because they do not overlap.
 
     Raises:
         ValueError: if it is not SVG, or holds scripts, style sheets or references to other files.
@@ -57,12 +62,14 @@ def adopt_svg(svg: str, *, name: str, alt: str, texts: Mapping[str, str] | None 
         for child in list(parent):
             if not isinstance(child.tag, str) or _is_dropped(child):
                 parent.remove(child)
-    used = {
+    used = [
         i for e in root.iter() for value in e.attrib.values() for m in INTERNAL.finditer(value) for i in m.groups() if i
-    }
+    ]
+    ids = {value: f"{name}-{k}" for k, value in enumerate(dict.fromkeys(used))}
     for element in root.iter():
-        _clean(element, name, used)
+        _clean(element, ids)
         _retext(element, texts or {})
+    compact(root, merge_paths=merge_paths)
     _frame(root, name, alt)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -81,8 +88,8 @@ def _is_dropped(element: ElementTree.Element) -> bool:
     return tag in ("metadata", "title")
 
 
-def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
-    """Strip namespaces, prefix the ids in use, turn black into the text colour, refuse what loads or runs."""
+def _clean(element: ElementTree.Element, ids: Mapping[str, str]) -> None:
+    """Strip namespaces, rename the ids in use, turn black into the text colour, refuse what loads or runs."""
     element.tag = _local(element.tag)
     if element.tag.lower() in REFUSED_ELEMENTS:
         raise ValueError(f"A figure's SVG must not contain <{element.tag}>.")
@@ -96,14 +103,14 @@ def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
         if REMOTE_URL.search(value):
             raise ValueError(f"A figure must not refer to other files; got {value[:80]!r}.")
         if key == "id":
-            if value not in used:
+            if value not in ids:
                 continue  # no script and no style sheet can ask for it
-            value = f"{name}-{value}"
+            value = ids[value]
         elif key == "href" and value.startswith("#"):
-            value = f"#{name}-{value[1:]}"
+            value = f"#{ids[value[1:]]}"
         elif key in ("style", "fill", "stroke"):
             value = FONT_FAMILY.sub("", BLACK.sub("currentColor", value))
-        element.set(key, re.sub(r"url\((['\"]?)#", rf"url(\1#{name}-", value))
+        element.set(key, re.sub(r"(url\(['\"]?#)([^'\")]+)", lambda m: m[1] + ids[m[2]], value))
 
 
 def _retext(element: ElementTree.Element, texts: Mapping[str, str]) -> None:
