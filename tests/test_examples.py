@@ -92,3 +92,45 @@ def test_regression_report(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "constant predictive standard deviation" in page
     assert "root mean squared error (points)" in page
+
+
+@pytest.mark.slow
+def test_quadratic_in_a_plane(tmp_path):
+    figure = tmp_path / "figure.png"
+    options = ["--draws", "8", "--epochs", "20", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "07_quadratic_in_a_plane.py", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    own, split, full = map(
+        float,
+        re.search(
+            r"first eigenvector: curvature on the batch ([\d.]+) .*, by the split ([\d.]+) .*, on all data ([\d.]+) ",
+            done.stdout,
+        ).groups(),
+    )
+    assert own > 1.05 * full
+    assert abs(split - full) < own - full
+    promised, found, best = map(
+        float,
+        re.search(r"promised (-?[\d.e-]+) .*, on all data (-?[\d.e-]+) .*at most (-?[\d.e-]+) ", done.stdout).groups(),
+    )
+    assert promised > found
+    assert best >= found
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_how_biased_is_a_batch(tmp_path):
+    figure = tmp_path / "figure.png"
+    options = ["--draws", "2", "--epochs", "5", "--sizes", "24", "48", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "06_how_biased_is_a_batch.py", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The first curvature of a batch of 24 is ")
+    assert "nats gained by debiasing" in done.stdout
+    assert figure.stat().st_size > 10_000
