@@ -22,7 +22,7 @@ def test_demo_prints_a_table_and_writes_a_report(tmp_path):
     folder = tmp_path / "demo-report"
     assert {path.name for path in folder.iterdir()} == {"report.html", "report.json", "report.md"}
     report = json.loads((folder / "report.json").read_text())
-    assert set(report["methods"]) == {"MAP", "same_batch", "debiased", "full batch"}
+    assert set(report["methods"]) == {"MAP", "MAP, temperature-scaled", "same_batch", "debiased", "full batch"}
     assert "nan" not in done.stdout.lower()
     # progress on the terminal, and nobody else's warnings
     assert "[Training]" in done.stderr
