@@ -21,8 +21,9 @@ from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, sample_source
+from debiased_laplace.diagnosis.diagnosis import Diagnosis
 from debiased_laplace.diagnosis.directions import ChosenDirections, choose_directions
-from debiased_laplace.diagnosis.findings import BatchFindings, Diagnosis, stack, weighted
+from debiased_laplace.diagnosis.findings import BatchFindings, stack, weighted
 from debiased_laplace.posterior.factory import DebiasedLaplace
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic
 from debiased_laplace.quadratics.given import at_weights, met, usable

@@ -3,15 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from debiased_laplace.calibration import ReportFigure, ReportTable
 
 Z = 1.96
 MATTERS = 0.1
@@ -103,8 +98,8 @@ class BatchFindings:
 
 
 @dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """How biased the quadratics of mini-batches are for one model.
+class Findings:
+    """What was measured for one model.
 
     Attributes:
         batches: findings by increasing size of batch.
@@ -139,39 +134,6 @@ class Diagnosis:
                 break
             found = batch.batch_size
         return found
-
-    def summary(self) -> str:
-        """The findings in sentences."""
-        from debiased_laplace.diagnosis.presentation import summarize
-
-        return summarize(self)
-
-    def table(self) -> "ReportTable":
-        """The findings as a table, for `calibration_report(tables=...)`."""
-        from debiased_laplace.diagnosis.presentation import tabulate
-
-        return tabulate(self)
-
-    def figure(self) -> "ReportFigure":
-        """The findings as a picture, for `calibration_report(figures=...)`."""
-        from debiased_laplace.diagnosis.presentation import draw
-
-        return draw(self)
-
-    def save_figure(self, path: "str | PathLike[str]") -> None:
-        """Write the picture to a file, in the format of its ending."""
-        from debiased_laplace.diagnosis.presentation import picture
-
-        picture(self).savefig(path, dpi=130)
-
-    def __str__(self) -> str:
-        from debiased_laplace.diagnosis.presentation import as_text
-
-        return as_text(self)
-
-    def __repr__(self) -> str:
-        sizes = ", ".join(str(b.batch_size) for b in self.batches)
-        return f"Diagnosis({self.n_parameters} parameters, batches of {sizes}, {self.n_draws} draws)"
 
 
 def weighted(own: Tensor, other: Tensor, share: float) -> Tensor:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.calibration import ReportFigure, ReportTable
-from debiased_laplace.diagnosis.findings import Diagnosis, Pairs, Ratio
+from debiased_laplace.diagnosis.findings import Findings, Pairs, Ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def mean_and_error(t: Float[Tensor, " d"]) -> str:
     return f"{float(t.mean()):.3g}{error}"
 
 
-def summarize(diagnosis: Diagnosis) -> str:
+def summarize(diagnosis: Findings) -> str:
     """What the numbers say, in sentences."""
     smallest, largest = diagnosis.batches[0], diagnosis.batches[-1]
     several = largest is not smallest
@@ -69,7 +69,7 @@ def summarize(diagnosis: Diagnosis) -> str:
     return " ".join(sentences)
 
 
-def tabulate(diagnosis: Diagnosis) -> ReportTable:
+def tabulate(diagnosis: Findings) -> ReportTable:
     """One row for each size of batch."""
     last = diagnosis.steps[-1]
     columns = [
@@ -109,7 +109,7 @@ def tabulate(diagnosis: Diagnosis) -> ReportTable:
     return ReportTable("How biased is a batch?", columns, rows, note)
 
 
-def as_text(diagnosis: Diagnosis) -> str:
+def as_text(diagnosis: Findings) -> str:
     """For a terminal."""
     table = tabulate(diagnosis)
     lines = [[str(c) for c in table.columns], *([str(c) for c in row] for row in table.rows)]
@@ -117,20 +117,20 @@ def as_text(diagnosis: Diagnosis) -> str:
     turned = list(zip(*lines, strict=True))
     widths = [max(len(line[j]) for line in turned) for j in range(len(lines))]
     body = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in turned)
-    return f"{diagnosis.summary()}\n\n{body}\n\n{table.note}"
+    return f"{summarize(diagnosis)}\n\n{body}\n\n{table.note}"
 
 
-def draw(diagnosis: Diagnosis) -> ReportFigure:
+def draw(diagnosis: Findings) -> ReportFigure:
     """The picture with its text alternative, for a report."""
     return ReportFigure.from_matplotlib(
         "How biased is a batch?",
         picture(diagnosis),
-        alt=diagnosis.summary(),
+        alt=summarize(diagnosis),
         note="Bars: 95 % intervals over draws. No bias is at the black line; promises that hold lie on each other.",
     )
 
 
-def picture(diagnosis: Diagnosis) -> "Figure":
+def picture(diagnosis: Findings) -> "Figure":
     """Curvatures, slopes and the decrease, over the size of the batch."""
     from matplotlib.figure import Figure
 
@@ -169,7 +169,7 @@ def _draw_ratios(axes: "Axes", sizes: list[int], ratios: list[Ratio], colour: st
     axes.errorbar(sizes, [r.value for r in ratios], bars, color=colour, marker=marker, ms=4, lw=1.2, label=label)
 
 
-def _draw_decrease(axes: "Axes", diagnosis: Diagnosis) -> None:
+def _draw_decrease(axes: "Axes", diagnosis: Findings) -> None:
     def ends(t: Float[Tensor, " d"]) -> tuple[float, float]:
         return float(t.mean()), float(1.96 * t.std() / len(t) ** 0.5) if len(t) > 1 else 0.0
 
