@@ -1,0 +1,183 @@
+"""Single Newton steps on the digits CNN, judged by the quadratic and by the loss of all training data.
+
+`python examples/benchmarks/newton.py` measures `same_batch`, `held_out` and `cross_fitted` steps, each with and without
+shrinkage, at an early, a middle and a late checkpoint, and writes a table and a figure. Every measured draw is kept in
+`--cache`, so an interrupted run goes on where it was. `--quick` takes a minute. Whole training runs are not measured.
+"""
+
+import argparse
+import json
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from newton_table import POINTS, draw_figure, table, verdicts
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+from debiased_laplace import quadratic_along
+from debiased_laplace.demo.digits import load, train
+from debiased_laplace.newton.directional_steps import DirectionalSteps
+from debiased_laplace.newton.step import newton_step
+
+VERSION = 1
+CHECKPOINTS = {"early": 1, "middle": 20, "late": 450}  # epochs
+BATCH_SIZES = (128, 256, 512, 1024)
+DAMPINGS = (1e-3, 1e-2, 1e-1)
+DRAWS = 6
+QUICK: dict[str, list[Any]] = {"checkpoints": ["early", "middle"], "batch_sizes": [128, 512], "dampings": [1e-3]}
+
+Key = tuple[str, int, float, int]
+
+
+class Cache:
+    """One JSON line for each checkpoint, batch size, damping and draw that was measured."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / "newton.jsonl"
+        self.records: dict[Key, dict[str, Any]] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the line that an interruption cut off
+            if record["version"] == VERSION:
+                self.records[tuple(record["key"])] = record
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Keep a record."""
+        # a line that was cut off must not swallow this one
+        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+        with self.path.open("a") as file:
+            file.write(("" if whole else "\n") + json.dumps(record) + "\n")
+        self.records[tuple(record["key"])] = record
+
+    def checkpoint(self, name: str, seed: int) -> nn.Module:
+        """The network after so many epochs, trained once."""
+        path = self.folder / f"{name}-{seed}.pt"
+        model = train(load(seed), seed, torch.device("cpu"), 0 if path.exists() else CHECKPOINTS[name])
+        if path.exists():
+            model.load_state_dict(torch.load(path))
+        else:
+            torch.save(model.state_dict(), path)
+        return model.eval()
+
+
+def reached(passes: tuple[DirectionalSteps, ...]) -> Tensor:
+    """Where the average of some passes is after each of POINTS iterations, and at its end: (P, points + 1)."""
+    ends = []
+    for one in passes:
+        path = (one.directions.double() * one.step_lengths).cumsum(1)
+        path = torch.cat([torch.zeros_like(one.update, dtype=path.dtype)[:, None], path], dim=1)
+        ends.append(path[:, torch.tensor([*POINTS, path.shape[1]]).clamp_max(path.shape[1] - 1)])
+    return (sum(ends[1:], ends[0]) / len(ends)).to(passes[0].update.dtype)
+
+
+def measure(model: nn.Module, data: tuple[Tensor, Tensor], n: int, damping: float, draw: int) -> list[dict[str, Any]]:
+    """All kinds of steps from one batch, what they do to the quadratic of all data and to its loss."""
+    X, y = data
+    some = torch.randperm(len(X), generator=torch.Generator().manual_seed(draw))[:n]
+    rows: list[dict[str, Any]] = []
+    paths: list[Tensor] = []
+
+    def keep(method: str, passes: tuple[DirectionalSteps, ...], *, shrinkage: bool, stopping: str) -> None:
+        iterations = sum(one.directions.shape[1] for one in passes) / len(passes)
+        rows.append({"method": method, "shrinkage": shrinkage, "stopping": stopping, "iterations": iterations})
+        paths.append(reached(passes))
+
+    for shrinkage in (False, True):
+        options = {"shrinkage": shrinkage, "max_iterations": POINTS[-1], "seed": draw}
+        step = newton_step(model, "classification", (X[some], y[some]), damping, "same_batch", **options)
+        keep("same_batch", step.passes, shrinkage=shrinkage, stopping="none")
+        for stopping in ("none", "held_out"):
+            batch = X[some], y[some]
+            step = newton_step(model, "classification", batch, damping, stopping=stopping, **options)
+            # with the same seed a held-out step is the first pass of a cross-fitted one
+            keep("held_out", step.passes[:1], shrinkage=shrinkage, stopping=stopping)
+            keep("cross_fitted", step.passes, shrinkage=shrinkage, stopping=stopping)
+
+    # paths have many points in common: those before a pass was stopped, and those after
+    ends, index = torch.unique(torch.cat(paths, dim=1), dim=1, return_inverse=True)
+    q = quadratic_along(model, "classification", data, ends)
+    changes = {
+        "quadratic": q(torch.eye(ends.shape[1], dtype=q.slopes.dtype)) - q.value,
+        "loss": training_losses(model, data, ends),
+    }
+    for name, values in changes.items():
+        for row, found in zip(rows, values[index].reshape(len(rows), -1).tolist(), strict=True):
+            row[name] = found
+    return rows
+
+
+@torch.no_grad()
+def training_losses(model: nn.Module, data: tuple[Tensor, Tensor], steps: Tensor) -> Tensor:
+    """Change of the mean loss of all data by each step, exactly 0 where there is none."""
+    X, y = data
+    start = parameters_to_vector(model.parameters())
+    losses = []
+    for step in [torch.zeros_like(start), *steps.unbind(1)]:
+        vector_to_parameters(start + step, model.parameters())
+        losses.append(float(nn.functional.cross_entropy(model(X).double(), y)))
+    vector_to_parameters(start, model.parameters())
+    return torch.tensor(losses[1:], dtype=torch.float64) - losses[0]
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 draws of a few cells")
+    parser.add_argument("--cache", type=Path, default=Path("newton-cache"), help="folder of the measured draws")
+    parser.add_argument("--output", type=Path, help="folder of table and figures/newton.png; default: --cache")
+    parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, help="default: all")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help=f"default: {BATCH_SIZES}")
+    parser.add_argument("--dampings", nargs="+", type=float, help=f"default: {DAMPINGS}")
+    parser.add_argument("--draws", type=int, help=f"batches of each size; default: {DRAWS}")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing; report whole cells")
+    parser.add_argument("--seed", type=int, default=0, help="of the data's split and of training")
+    found = parser.parse_args(arguments)
+    whole = {"checkpoints": list(CHECKPOINTS), "batch_sizes": list(BATCH_SIZES), "dampings": list(DAMPINGS)}
+    for name, default in (QUICK if found.quick else whole).items():
+        setattr(found, name, getattr(found, name) or default)
+    found.draws = found.draws or (2 if found.quick else DRAWS)
+    found.output = found.output or found.cache
+    if found.draws < 2:
+        parser.error("--draws must be at least 2: a mean has a standard error from two draws on")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is not in the cache, print and write the table, the verdicts and the figure."""
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*")
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+    o = parsed(arguments)
+    cache = Cache(o.cache / f"seed-{o.seed}")
+    cells = list(product(o.checkpoints, o.batch_sizes, o.dampings))
+    # one draw of everything before the next, so that a run that is ended early has as many of each
+    keys: list[Key] = [(*cell, draw) for draw, cell in product(range(o.draws), cells)]
+    missing = [key for key in keys if key not in cache.records]
+    if o.report_only:
+        left_out = {key[:3] for key in missing}
+        keys = [key for key in keys if key[:3] not in left_out]
+    elif missing:
+        models = {name: cache.checkpoint(name, o.seed) for name in dict.fromkeys(key[0] for key in missing)}
+        data = load(o.seed).train.tensors
+        for key in tqdm(missing, desc="[Newton steps]"):
+            name, n, damping, draw = key
+            cache.append({"version": VERSION, "key": key, "steps": measure(models[name], data, n, damping, draw)})
+    if not keys:
+        raise SystemExit(f"No cell has all of its {o.draws} draws in {cache.path}.")
+    records = [cache.records[key] for key in keys]
+    asked = f"- Measured in {len(keys) // o.draws} of {len(cells)} cells that were asked for."
+    text = f"{asked}\n{verdicts(records)}\n\n{table(records)}"
+    print(text)
+    (o.output / "figures").mkdir(parents=True, exist_ok=True)
+    (o.output / "newton_table.md").write_text(f"# Single Newton steps, measured\n\n{text}\n")
+    draw_figure(records, o.output / "figures" / "newton.png")
+
+
+if __name__ == "__main__":
+    main()

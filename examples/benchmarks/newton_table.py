@@ -1,0 +1,213 @@
+"""Means over draws of the Newton benchmark, as verdicts, a table and a figure."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+POINTS = (1, 2, 3, 5, 10, 20)  # iterations; the last of the values that are kept is the end of the step
+_METHODS = ("same_batch", "held_out", "cross_fitted")
+_COLORS = dict(zip(_METHODS, ("tab:red", "tab:orange", "tab:blue"), strict=True))
+
+Records = Iterable[dict[str, Any]]
+
+
+class Cell(NamedTuple):
+    """Where methods compare."""
+
+    checkpoint: str
+    batch: int
+    damping: float
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint}, batch {self.batch}, damping {self.damping:g}"
+
+
+class Kind(NamedTuple):
+    """Of step."""
+
+    method: str
+    shrinkage: bool
+    stopping: str
+
+
+class Changes(NamedTuple):
+    """Relative to the start, one row for each draw, one column for each of POINTS and one for the end."""
+
+    quadratic: np.ndarray
+    loss: np.ndarray
+    iterations: float
+
+
+def changes_of(records: Records) -> dict[Cell, dict[Kind, Changes]]:
+    """The records by cell and kind of step."""
+    rows: dict[Cell, dict[Kind, list[dict[str, Any]]]] = {}
+    for record in records:
+        cell = rows.setdefault(Cell(*record["key"][:3]), {})
+        for row in record["steps"]:
+            cell.setdefault(Kind(row["method"], row["shrinkage"], row["stopping"]), []).append(row)
+    return {
+        cell: {
+            kind: Changes(
+                np.array([row["quadratic"] for row in found]),
+                np.array([row["loss"] for row in found]),
+                float(np.mean([row["iterations"] for row in found])),
+            )
+            for kind, found in kinds.items()
+        }
+        for cell, kinds in rows.items()
+    }
+
+
+def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over draws."""
+    return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+
+
+def raised(values: np.ndarray) -> np.ndarray:
+    """Where the mean is above the start by more than its standard error."""
+    mean, error = mean_and_error(values)
+    return mean > error
+
+
+def verdicts(records: Records) -> str:
+    """What became of the numbers of the issue, a line each."""
+    cells = changes_of(records)
+    n_draws = {len(next(iter(kinds.values())).quadratic) for kinds in cells.values()}
+    default, forced = Kind("cross_fitted", True, "held_out"), Kind("cross_fitted", True, "none")
+    lines = [
+        f"{len(cells)} cells (checkpoint, batch size, damping), {'/'.join(map(str, sorted(n_draws)))} draws each; "
+        f"judged after {', '.join(map(str, POINTS))} iterations and at the end of the step.",
+        _above(cells, default, "full-batch quadratic, cross_fitted with shrinkage and held-out stopping (the default)"),
+        _above(cells, forced, f"full-batch quadratic, the same without stopping, to {POINTS[-1]} iterations"),
+    ]
+    for method, stopping in (("held_out", "held_out"), ("held_out", "none"), ("cross_fitted", "held_out")):
+        for shrinkage in (False, True):
+            kind = Kind(method, shrinkage, stopping)
+            if kind != default:
+                lines.append(_above(cells, kind, f"full-batch quadratic, {_named(kind)}"))
+    biased = Kind("same_batch", False, "none")
+    lines.append(_above(cells, biased, "full-batch quadratic, same_batch"))
+    above = [str(cell) for cell, kinds in cells.items() if raised(kinds[biased].quadratic).any()]
+    lines.append(f"same_batch is above somewhere: {'yes' if above else 'no'}{_listed(above)}")
+    late = {cell: kinds for cell, kinds in cells.items() if cell.checkpoint == "late"}
+    for kind in (default, forced, biased) if late else ():
+        lines.append(_above(late, kind, f"training loss near the minimum, {_named(kind)}", lambda c: c.loss))
+    for kind in (default, biased):
+        text = f"training loss at the end of the step, any checkpoint, {_named(kind)}"
+        lines.append(_above(cells, kind, text, lambda c: c.loss[:, -1:]))
+    lower = [cell for cell, k in cells.items() if _best(k[biased])[0] < k[default].quadratic[:, -1].mean()]
+    text = "where debiasing loses: same_batch, at the best of its iterations in hindsight, has the lower quadratic"
+    lines.append(f"{text} in {len(lower)} of {len(cells)} cells{_listed(map(str, lower))}")
+    lower = [c for c, k in cells.items() if k[biased].quadratic[:, -1].mean() < k[default].quadratic[:, -1].mean()]
+    text = f"same_batch after {POINTS[-1]} iterations has the lower quadratic"
+    lines.append(f"{text} in {len(lower)} of {len(cells)} cells{_listed(map(str, lower))}")
+    return "\n".join(f"- {line}." if not line.endswith(".") else f"- {line}" for line in lines)
+
+
+def _best(found: Changes) -> tuple[float, int]:
+    mean = found.quadratic.mean(0)
+    return float(mean.min()), int(mean.argmin())
+
+
+def _above(
+    cells: dict[Cell, dict[Kind, Changes]],
+    kind: Kind,
+    text: str,
+    of: Callable[[Changes], np.ndarray] = lambda c: c.quadratic,
+) -> str:
+    above = [str(cell) for cell, kinds in cells.items() if raised(of(kinds[kind])).any()]
+    kept = len(cells) - len(above)
+    return f"{text}: never above the start by more than its standard error in {kept} of {len(cells)} cells" + (
+        f"; above in {'; '.join(above)}" if 0 < len(above) <= 6 else ""
+    )
+
+
+def _named(kind: Kind) -> str:
+    if kind.method == "same_batch":
+        return "same_batch" + (" with shrinkage" if kind.shrinkage else "")
+    shrunk = "with" if kind.shrinkage else "without"
+    return f"{kind.method} {shrunk} shrinkage, {'held-out' if kind.stopping == 'held_out' else 'no'} stopping"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return f": {'; '.join(names)}" if names else ""
+
+
+def table(records: Records) -> str:
+    """Every cell and kind of step, in Markdown."""
+    shown = [0, 2, 4, 5]
+    lines = [
+        "Change of the full-batch quadratic (without damping) and of the training loss, relative to the start: mean "
+        "over draws ± standard error; ↑ where it is above the start by more than that. Stopped: at the end of a step "
+        "with held-out stopping, which `same_batch` has not. The other columns are without stopping.",
+    ]
+    for cell, kinds in changes_of(records).items():
+        heads = [f"q, {POINTS[i]}" for i in shown] + [
+            "q, stopped",
+            "iterations",
+            f"loss, {POINTS[-1]}",
+            "loss, stopped",
+        ]
+        lines += ["", f"**{cell}**", "", f"| step | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for method in _METHODS:
+            for shrinkage in (False, True):
+                free, stopped = (kinds.get(Kind(method, shrinkage, s)) for s in ("none", "held_out"))
+                if free is None:
+                    continue
+                row = [f"`{method}`{', shrinkage' if shrinkage else ''}"]
+                row += [_entry(free.quadratic[:, i]) for i in shown]
+                row += [_entry(stopped.quadratic[:, -1]), f"{stopped.iterations:.1f}"] if stopped else ["", ""]
+                row += [_entry(free.loss[:, -1]), _entry(stopped.loss[:, -1]) if stopped else ""]
+                lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _entry(values: np.ndarray) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:+.2g} ± {error:.1g}{' ↑' if mean > error else ''}"
+
+
+def draw_figure(records: Records, path: Path) -> None:
+    """The change of the quadratic over iterations, for the least damping, at each checkpoint, small and large batch."""
+    cells = changes_of(records)
+    checkpoints = list(dict.fromkeys(cell.checkpoint for cell in cells))
+    damping = min(cell.damping for cell in cells)
+    batches = sorted({cell.batch for cell in cells})
+    batches = sorted({batches[0], batches[-1]})
+    figure = Figure(figsize=(3.4 * len(checkpoints) + 0.4, 2.6 * len(batches) + 0.7), layout="constrained")
+    axes = figure.subplots(len(batches), len(checkpoints), squeeze=False)
+    for i, batch in enumerate(batches):
+        for j, checkpoint in enumerate(checkpoints):
+            if (found := cells.get(Cell(checkpoint, batch, damping))) is not None:
+                _panel(axes[i, j], found)
+            axes[i, j].set_title(f"{checkpoint}, batch {batch}", fontsize=10)
+            axes[i, j].set_xlabel("iterations" if i == len(batches) - 1 else "")
+            axes[i, j].set_ylabel("change of full-batch quadratic" if j == 0 else "")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.suptitle(f"Damping {damping:g}; mean over draws, bands of a standard error", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axis: Any, kinds: dict[Kind, Changes]) -> None:
+    x = [0, *POINTS]
+    lowest, highest = 0.0, 0.0
+    for method, color in _COLORS.items():
+        kind = Kind(method, method != "same_batch", "none")
+        mean, error = (np.concatenate([[0], v[:-1]]) for v in mean_and_error(kinds[kind].quadratic))
+        label = f"{method}, shrinkage, no stopping" if kind.shrinkage else method
+        axis.plot(x, mean, color=color, label=label, linewidth=1.4, marker=".", markersize=4)
+        axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        lowest, highest = min(lowest, *(mean - error)), max(highest, *(mean + error))
+    stopped = kinds[Kind("cross_fitted", True, "held_out")]
+    mean, error = (v[-1] for v in mean_and_error(stopped.quadratic))
+    axis.errorbar(
+        [stopped.iterations], [mean], [error], fmt="D", color="black", markersize=4, label="default: where it stopped"
+    )
+    axis.axhline(0, color="grey", linewidth=0.8, linestyle="--")
+    if highest > -5 * lowest:  # a biased step may be off by far more than the others do any good
+        axis.set_yscale("symlog", linthresh=max(-lowest, 1e-5))
