@@ -4,7 +4,7 @@
 # Claim: a batch of 32 sees its first curvature several times too large, most of its slope is noise, and ten steps of
 # conjugate gradients on its quadratic, which promise a decrease, raise the full batch's.
 #
-#     python examples/06_how_biased_is_a_batch.py [--draws 10] [--epochs 450] [--figure FILE.png]
+#     python examples/06_how_biased_is_a_batch.py [--draws 5] [--epochs 450] [--figure FILE.png]
 
 # %%
 import argparse
@@ -18,7 +18,7 @@ from debiased_laplace import diagnose
 from debiased_laplace.demo.digits import EPOCHS, load, train
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--draws", type=int, default=10)
+parser.add_argument("--draws", type=int, default=5)
 parser.add_argument("--epochs", type=int, default=EPOCHS)
 parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 256])
 parser.add_argument("--figure")
