@@ -183,3 +183,34 @@ def test_browser_shows_the_page_on_a_phone_without_sideways_scrolling(reports, t
     assert int(width) > 360  # the measurement sees a page that is too wide, and an error of its script
     assert wide == "1"
     assert "CONSOLE" in log
+
+
+def photograph(page: Path) -> list[str]:
+    """Take a picture of a page, and say which addresses of a network it asked for: the browser's own errands apart."""
+    log = page.with_suffix(".net.json")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2400"]
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    kept = [
+        f"--screenshot={page.with_suffix('.png')}",
+        f"--log-net-log={log}",
+        f"--user-data-dir={page.parent / 'own'}",
+    ]
+    subprocess.run([CHROMIUM, *flags, *quiet, *kept, page.as_uri()], capture_output=True, timeout=120, check=True)
+    started = re.findall(
+        r'"initiator":"([^"]*)"[^{}]*(?:\{[^{}]*\})?[^{}]*"url":"(http[^"]*)"', log.read_text(errors="replace")
+    )
+    return [url for initiator, url in started if initiator != "not an origin"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_asks_the_network_for_nothing_and_is_kept_as_a_picture(reports, tmp_path: Path) -> None:
+    """The pictures stay in pytest's folder of the last runs, for a look at them."""
+    for task, report in reports.items():
+        report.save(tmp_path / task, formats=("html",))
+        page = tmp_path / task / "report.html"
+        assert photograph(page) == [], task
+        assert page.with_suffix(".png").stat().st_size > 50_000
+    curious = tmp_path / "curious.html"
+    curious.write_text("<img src='http://127.0.0.1:9/picture.png'>")
+    assert photograph(curious) == ["http://127.0.0.1:9/picture.png"]
