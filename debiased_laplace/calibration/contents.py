@@ -1,5 +1,6 @@
 """Everything a report says, as data; the renderers add no number of their own."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -245,6 +246,8 @@ def read_scalar(value: Any, where: str) -> str | int | float:
         return "yes" if value else "no"
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"Expected text or a number in {where}; got {type(value).__name__}.")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"Expected a number that a float can hold in {where}; got one of {value.bit_length()} bits.")
     if isinstance(value, float) and not isfinite(value):
         raise ValueError(f"Expected a finite number in {where}; got {value}.")
     return value

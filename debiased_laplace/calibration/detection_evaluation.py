@@ -95,7 +95,7 @@ def evaluate_detection(
         rows, clusters = _lay_out_set(predictions, request, task=task)
         separations: dict[str, dict[str, Separation]] = {}
         for method in methods:
-            where = f"{method}' on the set '{name}"  # readers of predictions put quotation marks around it
+            where = f"{method} on the set {name}"  # readers of predictions put quotation marks around it
             noise = noise_of_method(request.observation_noise, method, rows[method], methods)
             outside, n_columns = _read_scores(where, rows[method], task, noise)
             _check_columns(name, method, n_columns, test[method].n_columns, task)

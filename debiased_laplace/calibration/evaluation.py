@@ -65,6 +65,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}.")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63; got {self.seed}.")
         if self.n_bins > _MOST_BINS:
             raise ValueError(f"n_bins must be at most {_MOST_BINS}; got {self.n_bins}.")
         if not 0 < self.confidence_level < 1:

@@ -130,6 +130,9 @@ def calibration_report(
         raise ValueError(f"task must be one of {expected}; got {task!r}.")
     if task != "regression" and not (observation_noise is None and target_unit is None):
         raise ValueError(f"observation_noise and target_unit belong to task='regression'; got task={task!r}.")
+    _check_texts(title=title, description=description, target_unit=target_unit)
+    if isinstance(class_names, str) or isinstance(levels, (int, float)):
+        raise ValueError(f"class_names and levels must be sequences; got {class_names!r} and {levels!r}.")
     settings = Settings(n_bins, confidence_level, n_resamples, seed, tuple(levels))
     first = _choose_baseline(predictions, baseline)
     test = lay_out_test_set(
@@ -182,6 +185,12 @@ def calibration_report(
         groups=collect_groups(test.groupings, {method: e.groups for method, e in evaluations.items()}),
     )
     return report if thresholds is None else replace(report, checks=report.check(thresholds).outcomes)
+
+
+def _check_texts(**given: Any) -> None:
+    for name, text in given.items():
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} must be text; got {type(text).__name__}.")
 
 
 def _summaries(posteriors: Mapping[str, Any] | None, confidence_level: float) -> Mapping[str, PosteriorSummary]:

@@ -143,9 +143,9 @@ WRONG = {
     ),
     "not a number": (
         lambda ood: {"other": {**ood["other"], "map": torch.full((150, 10), float("nan"))}},
-        "Predictions of .map' on the set 'other.*probabilities must be finite",
+        "Predictions of 'map on the set other': probabilities must be finite",
     ),
-    "logits": (lambda ood: {"other": {**ood["other"], "map": torch.ones(150, 10) * 3}}, "on the set 'other"),
+    "logits": (lambda ood: {"other": {**ood["other"], "map": torch.ones(150, 10) * 3}}, "on the set other'"),
     "unequal numbers of samples": (
         lambda ood: {"other": {**ood["other"], "map": ood["other"]["map"][:9]}},
         "must predict the same samples; got",

@@ -53,9 +53,11 @@ def test_summary_judges_the_posterior_against_the_baseline(data) -> None:
     assert 0 < low < size < high
     other = calibration_report(predictions, y, task="multiclass", baseline="laplace")
     first = str(other).splitlines()[1]
-    assert first.startswith("CAUTION, worse than laplace and temperature-scaled laplace: map is worse than laplace (NLL ")
+    assert first.startswith(
+        "CAUTION, worse than laplace and temperature-scaled laplace: map is worse than laplace (NLL "
+    )
     assert "over-confident by" in first
-    assert 'class=harm>CAUTION' in other.to_html()
+    assert "class=harm>CAUTION" in other.to_html()
     assert "CAUTION" not in report.to_html()
 
 
@@ -249,6 +251,14 @@ WRONG = {
     "one resample": ({"a": P}, Y, {"n_resamples": 1}, "n_resamples"),
     "negative seed": ({"a": P}, Y, {"seed": -1}, "seed"),
     "level in percent": ({"a": P}, Y, {"confidence_level": 95.0}, "between 0 and 1; got 95"),
+    "seed of 64 bits": ({"a": P}, Y, {"seed": 2**63}, "seed must be below"),
+    "class names in one text": (
+        {"a": P},
+        Y,
+        {"class_names": "ab"},
+        "class_names and levels must be sequences; got 'ab'",
+    ),
+    "metadata beyond floats": ({"a": P}, Y, {"metadata": {"x": 10**400}}, "a float can hold in metadata 'x'"),
     "NaN in metadata": ({"a": P}, Y, {"metadata": {"x": float("nan")}}, "finite number in metadata 'x'"),
 }
 
@@ -300,6 +310,8 @@ for call, expected in (
     (lambda: room.calibration_report([P], Y, task="binary"), "got list"),
     (lambda: room.calibration_report({{1: P}}, Y, task="binary"), "printable text; got 1"),
     (lambda: room.calibration_report({{"a": P}}, Y, task="binary", n_bins=2.5), "n_bins must be a whole number"),
+    (lambda: room.calibration_report({{"a": P}}, Y, task="binary", title=3), "title must be text; got int"),
+    (lambda: room.calibration_report({{"a": P}}, Y, task="binary", levels=0.9), "must be sequences; got None and 0.9"),
     (lambda: report.save("x", formats="html"), "formats must be a sequence"),
     (lambda: report.save("x", formats=("html", "pdf")), "formats must be a sequence"),
 ):

@@ -53,7 +53,8 @@ def _find_methods(contents: ReportContents, threshold: Threshold, reference: str
     for name in (threshold.method, reference):
         if name is not None and name not in having:
             lack = "has no such method" if name not in contents.methods else f"has no {threshold.metric} of it"
-            raise ValueError(f"{where}: {name!r} was asked for, but the report {lack}; it has {', '.join(having)}.")
+            there = ", ".join(map(repr, having))
+            raise ValueError(f"{where}: {name!r} was asked for, but the report {lack}; it has {there}.")
     if threshold.method is not None:
         if threshold.method == reference:
             raise ValueError(f"{where}: {reference!r} cannot be compared with itself; name another relative_to.")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from laplace.baselaplace import BaseLaplace
+from torch.utils.data import RandomSampler
 
 from debiased_laplace.calibration.contents import ReportFigure, ReportTable
 from debiased_laplace.calibration.gates.thresholds import ThresholdSource
@@ -127,12 +128,17 @@ def evaluate(
 
     Raises:
         NotFittedError: if a posterior is not fitted.
-        ValueError: if a method or a batch is not what it should be, or nothing says what the observation noise is.
+        ValueError: if a method or a batch is not what it should be, or nothing says what the observation noise is, or
+            groups or clusters are given with a loader that shuffles.
         OverlapError: if a held-out sample was fitted.
 
     References:
         Daxberger et al. (2021), arXiv 2106.14806 (predictives); docs/calibration_reports.md.
     """
+    if isinstance(getattr(loader, "sampler", None), RandomSampler) and not (groups is None and clusters is None):
+        raise ValueError("groups and clusters are in the order of the loader, which shuffles; expected shuffle=False.")
+    if ood_loaders is not None and not isinstance(ood_loaders, Mapping):
+        raise ValueError(f"ood_loaders must map names of sets to loaders; got {type(ood_loaders).__name__}.")
     options = choose_prediction(task, pred_type, link_approx, n_samples, seed)
     methods = read_methods(posteriors, baseline, include_map)
     first = next(iter(methods)) if baseline is None else baseline

@@ -46,8 +46,8 @@ def choose_prediction(
         )
     if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 2:
         raise ValueError(f"n_samples must be a whole number of at least 2; got {n_samples!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number of at least 0 and below 2**63; got {seed!r}.")
     return PredictionOptions(task, pred_type, link_approx, n_samples, seed)
 
 

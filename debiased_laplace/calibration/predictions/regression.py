@@ -19,6 +19,7 @@ from debiased_laplace.calibration.predictions.forms import Gaussian, Samples, as
 
 ASYMMETRY = 1e-4  # of a covariance, in units of its standard deviations: float32 products stay well below
 _FARTHEST = 1e70  # standard deviations; the fourth power of a much larger error overflows
+_LARGEST = 1e70  # unit of the targets; the square of an error that is _FARTHEST times as large is still finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,12 @@ def read_regression(
         raise ValueError(
             f"{where}: every target must lie within {_FARTHEST:g} standard deviations of its mean; "
             f"{first_bad(read.z_scores.abs() >= _FARTHEST)} (smallest: {read.standard_deviation.min().item():.3g})."
+        )
+    usual = (read.standard_deviation > 1 / _LARGEST) & (read.standard_deviation < _LARGEST)
+    if not bool(usual.all()):
+        raise ValueError(
+            f"{where}: every standard deviation must lie between {1 / _LARGEST:g} and {_LARGEST:g}; "
+            f"{first_bad(~usual)}. Choose another unit."
         )
     return read
 

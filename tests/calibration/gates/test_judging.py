@@ -130,7 +130,7 @@ WRONG = {
     "metric": ({"metric": "nlll", "max": 1}, "no metric 'nlll' in this report; it has nll, brier"),
     "method": (
         {"metric": "nll", "method": "d", "max": 1},
-        "'d' was asked for, but the report has no such method; .*map, b",
+        "'d' was asked for, but the report has no such method; it has 'map', .*'b'",
     ),
     "reference": ({"metric": "nll", "relative_to": "d", "max_change": 1}, "'d' was asked for"),
     "itself": ({"metric": "nll", "method": "map", "max_change": 1}, "'map' cannot be compared with itself"),

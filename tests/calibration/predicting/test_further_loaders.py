@@ -24,6 +24,16 @@ def posterior(device="cpu", likelihood="classification"):
     return la
 
 
+@pytest.mark.parametrize("option", ["groups", "clusters"])
+def test_a_loader_that_shuffles_has_no_order_for(option):
+    """Labels of samples would silently go to other samples."""
+    test = data(1)
+    shuffling = DataLoader(test, batch_size=16, shuffle=True)
+    with pytest.raises(ValueError, match="shuffle=False"):
+        evaluate(posterior(), shuffling, task="multiclass", **{option: test.tensors[1]})
+    evaluate(posterior(), shuffling, task="multiclass")
+
+
 def test_map_is_scaled_with_validation_data():
     la, test, held = posterior(), data(1, 120), data(2, 90)
     report = evaluate(

@@ -207,6 +207,13 @@ def test_wrong_noise_is_named(data, case: str) -> None:
         report({"la": Gaussian(mean, covariance=C, noise_included=True)}, y, **options)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e200])
+def test_units_whose_squares_are_no_floats_are_refused(unit: float) -> None:
+    deviation = np.array([1.0, 1.0, 2.0]) * unit
+    with pytest.raises(ValueError, match=r"every standard deviation must lie between.*3 of 3"):
+        report({"la": (0 * deviation, deviation)}, deviation)
+
+
 def test_options_of_regression_are_refused_elsewhere() -> None:
     for options in ({"observation_noise": 1.0}, {"target_unit": "m"}):
         with pytest.raises(ValueError, match="belong to task='regression'"):
