@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from debiased_laplace.data.randomness import undisturbed_randomness
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -48,3 +50,16 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def at_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """The model in evaluation mode and differentiable, whatever the caller's modes; afterwards all is as it was."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+        differentiable_kernels(model),
+        undisturbed_randomness(seed),
+    ):
+        yield

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
@@ -25,16 +26,13 @@ from debiased_laplace.diagnosis.diagnosis import Diagnosis
 from debiased_laplace.diagnosis.directions import ChosenDirections, choose_directions
 from debiased_laplace.diagnosis.findings import BatchFindings, stack, weighted
 from debiased_laplace.posterior.factory import DebiasedLaplace
-from debiased_laplace.quadratics.batch_quadratic import batch_quadratic
-from debiased_laplace.quadratics.given import at_weights, met, usable
+from debiased_laplace.quadratics.directional_derivatives import derivatives_along, quadratics_of
+from debiased_laplace.quadratics.given import met
 
 SIZES = (32, 64, 128, 256, 512)
 REFERENCE = 512
 STEPS = (1, 3, 10)
 POSTERIOR_RANK = 100
-
-_TOGETHER = 128  # samples differentiated at once
-_TANGENTS = 32  # directions at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,60 +194,36 @@ def _one_draw(plan: _Plan, draw: int) -> dict[int, dict[str, tuple[Tensor, Tenso
         )
         for size in plan.sizes
     }
-    # the largest batch last: what a batch says itself needs its own samples
-    parts = {size: _columns(chosen) for size, chosen in own.items()}
-    slopes, curvatures = _along(plan, plan.reference(order), torch.cat(list(parts.values()), dim=1))
-    found, at = {}, 0
-    for size, chosen in own.items():
-        k = parts[size].shape[1]
-        own_slopes, own_curvatures = _along(plan, plan.batch(order, size), parts[size])
-        share = size / plan.n_data
-        unbiased = [
-            weighted(own, other[at : at + k], share)
-            for own, other in ((own_slopes, slopes), (own_curvatures, curvatures))
-        ]
-        found[size] = _named(chosen, (own_slopes, own_curvatures), (unbiased[0], unbiased[1]))
-        at += k
-    return found
+    columns = [chosen.columns for chosen in own.values()]
+    quadratics = quadratics_of(plan.network, plan.samples(plan.reference(order)), plan.kind)
+    other = derivatives_along(quadratics, torch.cat(columns, dim=1))
+    widths = [part.shape[1] for part in columns]
+    parts = zip(own.items(), other.slopes.split(widths), other.curvatures.split(widths), strict=True)
+    return {
+        size: _beside_each_other(chosen, slopes, curvatures, size / plan.n_data)
+        for (size, chosen), slopes, curvatures in parts
+    }
 
 
-def _columns(chosen: ChosenDirections) -> Float[Tensor, "P k"]:
-    """All directions of a batch, in a fixed order."""
-    return torch.cat([chosen.leading, chosen.trailing, chosen.gradient[:, None], chosen.conjugate, chosen.path], dim=1)
-
-
-def _named(
-    chosen: ChosenDirections, own: tuple[Tensor, Tensor], unbiased: tuple[Tensor, Tensor]
+def _beside_each_other(
+    chosen: ChosenDirections, slopes: Float[Tensor, " k"], curvatures: Float[Tensor, " k"], share: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Values along the columns, by what they are of."""
-    widths = [part.shape[1] for part in (chosen.leading, chosen.trailing)] + [1, chosen.conjugate.shape[1], len(STEPS)]
-    names = ("leading", "trailing", "gradient", "conjugate", "decrease")
+    """Own and unbiased values of a batch by what they are of, given those of samples that it has not seen."""
+    widths = [group.shape[1] for group in chosen.groups.values()]
     found = {}
-    for name, (s_own, s_other, c_own, c_other) in zip(
-        names,
-        zip(*(values.split(widths) for values in (own[0], unbiased[0], own[1], unbiased[1])), strict=True),
-        strict=True,
+    for name, other_slopes, other_curvatures in zip(
+        chosen.groups, slopes.split(widths), curvatures.split(widths), strict=True
     ):
-        if name in ("leading", "trailing"):
-            found[name] = (c_own, c_other)
-        elif name == "decrease":
-            found[name] = (-(s_own + c_own / 2), -(s_other + c_other / 2))
+        slope = chosen.slopes(name), weighted(chosen.slopes(name), other_slopes, share)
+        if name not in chosen.curvatures:
+            found[name] = slope
+            continue
+        curvature = chosen.curvatures[name], weighted(chosen.curvatures[name], other_curvatures, share)
+        if name == "path":
+            found["decrease"] = -(slope[0] + curvature[0] / 2), -(slope[1] + curvature[1] / 2)
         else:
-            found[name] = (s_own, s_other)
+            found[name] = curvature
     return found
-
-
-def _along(plan: _Plan, positions: Int64[Tensor, " n"], U: Float[Tensor, "P k"]) -> tuple[Tensor, Tensor]:
-    """Mean slope and curvature of some samples along directions, in double precision."""
-    slopes, curvatures = (torch.zeros(U.shape[1], dtype=torch.float64) for _ in range(2))
-    for batch in plan.samples(positions):
-        for some in usable(batch).chunks(_TOGETHER):
-            quadratic = batch_quadratic(plan.network, some, plan.kind)
-            parts = [(part, quadratic.pushed(part)) for part in U.split(_TANGENTS, dim=1)]
-            slopes += torch.cat([quadratic.slopes(pushed) for _, pushed in parts], dim=1).detach().double().sum(0).cpu()
-            of_samples = torch.cat([quadratic.curvatures(part, pushed) for part, pushed in parts], dim=1)
-            curvatures += of_samples.detach().double().sum(0).cpu()
-    return slopes / len(positions), curvatures / len(positions)
 
 
 def _gains(

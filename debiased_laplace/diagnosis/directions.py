@@ -12,42 +12,43 @@ from torch import Tensor
 
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.debiasing.directions import SUPPORTED, choose_solver, lanczos_pairs
+from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
 from debiased_laplace.linalg.eigenpairs import supported
-from debiased_laplace.quadratics.batch_quadratic import batch_quadratic
-from debiased_laplace.quadratics.given import Curvature, usable
+from debiased_laplace.quadratics.directional_derivatives import quadratics_of
+from debiased_laplace.quadratics.given import Curvature
 
 LEADING = 10
 TRAILING = 10
 """Eigenvectors looked at, at most: the first ones, and some spread over the last tenth of the spectrum."""
 
-_TOGETHER = 128  # samples differentiated at once
-
 
 @dataclass(frozen=True, eq=False)
 class ChosenDirections:
-    """What a batch chose.
+    """What a batch chose, in groups of columns, and what it says along them itself.
 
     Attributes:
-        leading: first eigenvectors of its curvature.
-        leading_curvatures: their eigenvalues.
-        trailing: eigenvectors from the last tenth of the spectrum that the batch supports; none where only leading
-            ones were affordable.
-        trailing_curvatures: their eigenvalues.
-        gradient: its gradient, not normalized.
-        conjugate: directions of conjugate gradients on its damped quadratic, normalized.
-        path: where conjugate gradients stood after some of its iterations.
-        rank: number of directions that the batch supports; None where only leading ones were affordable.
+        groups: "leading" and "trailing" eigenvectors of its curvature, the latter from the last tenth of the spectrum
+            that it supports and none where only leading ones were affordable; its "gradient", not normalized; the
+            "conjugate" directions of conjugate gradients on its damped quadratic, normalized; the "path", where these
+            stood after some of their iterations.
+        gradient: its gradient g.
+        curvatures: of the groups whose curvature is asked for.
     """
 
-    leading: Float[Tensor, "P l"]
-    leading_curvatures: Float[Tensor, " l"]
-    trailing: Float[Tensor, "P t"]
-    trailing_curvatures: Float[Tensor, " t"]
+    groups: dict[str, Float[Tensor, "P _k"]]
     gradient: Float[Tensor, " P"]
-    conjugate: Float[Tensor, "P m"]
-    path: Float[Tensor, "P s"]
-    rank: int | None
+    curvatures: dict[str, Float[Tensor, " _k"]]
+
+    @property
+    def columns(self) -> Float[Tensor, "P k"]:
+        """All directions."""
+        return torch.cat(list(self.groups.values()), dim=1)
+
+    def slopes(self, name: str) -> Float[Tensor, " k"]:
+        """Of the batch's own quadratic, along a group."""
+        exact = accumulation_dtype(self.gradient)
+        return self.groups[name].mT.to(exact) @ self.gradient.to(exact)
 
 
 def choose_directions(
@@ -62,7 +63,9 @@ def choose_directions(
         steps: iterations after which the path is looked at, increasing.
         seed: of Lanczos' start.
     """
-    g = mean_gradient(curvature, kind)
+    quadratics = quadratics_of(curvature.network, curvature.samples, kind)
+    g = sum((q.gradient.detach() * len(q) for q in quadratics), torch.zeros_like(curvature.network.like))
+    g = g / curvature.n_samples
     product = curvature.linear_map()
     solved = conjugate_gradients(
         lambda x: product(x[:, None])[:, 0] + damping * x,
@@ -72,33 +75,30 @@ def choose_directions(
         keep_directions=True,
     )
     walked = g.new_zeros(len(g), 0) if solved.directions is None else solved.directions
-    path = (walked * solved.step_lengths.to(walked)).cumsum(1)
-    reached = [min(k, path.shape[1]) for k in steps]
-    places = torch.stack([path[:, k - 1] if k > 0 else torch.zeros_like(g) for k in reached], dim=1)
-    (leading, first), (trailing, last), rank = _eigenvectors(curvature, seed)
-    conjugate = walked / walked.norm(dim=0).clamp_min(torch.finfo(g.dtype).tiny)
-    return ChosenDirections(leading, first, trailing, last, g, conjugate, places, rank)
-
-
-def mean_gradient(curvature: RowCurvature, kind: Curvature) -> Float[Tensor, " P"]:
-    """Of the samples' mean loss."""
-    network = curvature.network
-    total = torch.zeros_like(network.like)
-    for batch in curvature.samples:
-        for some in usable(batch).chunks(_TOGETHER):
-            total += batch_quadratic(network, some, kind).gradient.detach() * len(some)
-    return total / curvature.n_samples
+    # the path starts at the weights, and stays where conjugate gradients end before their time
+    places = torch.cat([torch.zeros_like(g)[:, None], (walked * solved.step_lengths.to(walked)).cumsum(1)], dim=1)
+    path = places[:, [min(k, walked.shape[1]) for k in steps]]
+    (leading, first), (trailing, last) = _eigenvectors(curvature, seed)
+    groups = {
+        "leading": leading,
+        "trailing": trailing,
+        "gradient": g[:, None],
+        "conjugate": walked / walked.norm(dim=0).clamp_min(torch.finfo(g.dtype).tiny),
+        "path": path,
+    }
+    along_path = (path * product(path)).sum(0, dtype=accumulation_dtype(path))
+    return ChosenDirections(groups, g, {"leading": first, "trailing": last, "path": along_path})
 
 
 Pairs = tuple[Float[Tensor, "P _k"], Float[Tensor, " _k"]]
 
 
-def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Pairs, Pairs, int | None]:
-    """Leading and trailing eigenvectors with their eigenvalues, and how many there are."""
+def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Pairs, Pairs]:
+    """Leading and trailing eigenvectors with their eigenvalues."""
     if choose_solver(curvature, None) == "lanczos":
         pairs = lanczos_pairs(curvature, LEADING, SUPPORTED, seed)
         nothing = pairs.vectors[:, :0], pairs.values[:0]
-        return (pairs.vectors, pairs.values), nothing, None
+        return (pairs.vectors, pairs.values), nothing
     if curvature.n_rows < curvature.network.n_parameters:
         factor = curvature.stacked_rows()
         values, W = torch.linalg.eigh(factor.gram)
@@ -118,4 +118,4 @@ def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Pairs, Pairs, int
     first = torch.arange(min(LEADING, k), device=values.device)
     start = max(len(first), k - k // 10)
     last = torch.linspace(start, k - 1, min(TRAILING, k - start)).round().long().to(values.device)
-    return (vectors(first), values[first]), (vectors(last), values[last]), k
+    return (vectors(first), values[first]), (vectors(last), values[last])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -30,7 +31,7 @@ from debiased_laplace.newton.halves import draw_parts
 from debiased_laplace.newton.judging import Verdict, judged
 from debiased_laplace.newton.step import NewtonStep, StepMagnitudes, StepTask, checked_options, step_on
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
-from debiased_laplace.quadratics.given import Curvature, at_weights, check_outputs, usable
+from debiased_laplace.quadratics.given import Curvature, check_outputs, usable
 from debiased_laplace.quadratics.regularizer import Penalty
 
 Closure = Callable[[], Any]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch, as_batch
@@ -24,7 +25,7 @@ from debiased_laplace.newton.directional_steps import (
 )
 from debiased_laplace.newton.halves import draw_halves
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
-from debiased_laplace.quadratics.given import Curvature, at_weights, check_curvature, check_outputs, met
+from debiased_laplace.quadratics.given import Curvature, check_curvature, check_outputs, met
 from debiased_laplace.quadratics.regularizer import Penalty, RegularizerLike, penalty_of
 
 StepMagnitudes = Literal["cross_fitted", "held_out", "same_batch"]

@@ -1,14 +1,13 @@
 """From a loader to a curvature estimate: the one path that every structure, subset and backend takes."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
@@ -22,7 +21,6 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.pool import Pool
-from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, root_length
 from debiased_laplace.data.splitting import SubBatches
@@ -121,19 +119,6 @@ class Fitted:
     curvatures: list[SubBatchCurvature]
 
 
-@contextmanager
-def at_work(model: nn.Module, seed: int) -> Iterator[None]:
-    """The model in evaluation mode and differentiable, whatever the caller's modes; afterwards all is as it was."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model),
-        differentiable_kernels(model),
-        undisturbed_randomness(seed),
-    ):
-        yield
-
-
 def fit_curvature(task: Task, source: SampleSource, *, n_data: int, progress_bar: bool) -> Fitted:
     """Split, look at the samples once, choose what is open, then directions and magnitudes.
 
@@ -152,7 +137,7 @@ def fit_curvature(task: Task, source: SampleSource, *, n_data: int, progress_bar
     problem, split_options, request = task.problem, task.split_options, task.request
     seed = split_options.seed
     split = split_options.draw(source.indices, request, n_data)
-    with at_work(problem.model, seed):
+    with at_weights(problem.model, seed):
         # the biased way alone has no sets of samples to keep apart
         biased = request.options.magnitudes == "same_batch" and not request.open
         network, some = _meet(problem, source, split, seed, request.options)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
@@ -26,7 +27,7 @@ from debiased_laplace.debiasing.stopping import (
     stage,
     stage_sizes,
 )
-from debiased_laplace.posterior.fitting import Fit, Fitted, Task, at_work, curvatures_of, fit_curvature, look_at
+from debiased_laplace.posterior.fitting import Fit, Fitted, Task, curvatures_of, fit_curvature, look_at
 
 
 def fit_samples(
@@ -129,7 +130,7 @@ def _at_stage(
     unseen = order[n : n + max(n, ENOUGH_UNSEEN)].sort().values
     if before is None or len(unseen) < min(FEWEST_UNSEEN, pool.size - n):
         return found.selection, found.fit, Stage(n)
-    with at_work(task.problem.model, task.split_options.seed):
+    with at_weights(task.problem.model, task.split_options.seed):
         inside, outside = _judges(task, pool, found, order[:n], unseen)
         weighting = task.weighting_of(found.selection, pool.size)
         smaller, larger = (_judged(fit, weighting, inside, outside) for fit in (before, found.fit))

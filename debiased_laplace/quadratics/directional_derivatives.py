@@ -5,7 +5,7 @@ directions that were chosen without looking at B these are unbiased for the data
 over samples gives their standard errors; along directions chosen on B itself they are not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
@@ -21,7 +22,6 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic, batch_quadratic
 from debiased_laplace.quadratics.given import (
     Curvature,
-    at_weights,
     batches_of,
     check_curvature,
     check_outputs,
@@ -120,22 +120,48 @@ def directional_derivatives(
         Tatzel et al. (2025), arXiv 2410.14325; Dangel, Tatzel & Hennig (2022), arXiv 2106.02624 (derivatives of every
         sample along directions).
     """
-    slopes, curvatures = [], []
     with at_weights(model, seed):
-        task = Task.given(model, likelihood, data, directions, curvature, regularizer, seed)
-        for quadratic in task.quadratics(progress_bar=progress_bar):
-            of_slopes, of_curvatures = [], []
-            for U in task.directions.split(_TANGENTS, dim=1):
-                pushed = quadratic.pushed(U)
-                of_slopes.append(quadratic.slopes(pushed))
-                of_curvatures.append(quadratic.curvatures(U, pushed))
-            slopes.append(torch.cat(of_slopes, dim=1))
-            curvatures.append(torch.cat(of_curvatures, dim=1))
+        task = Task.given(model, likelihood, data, directions, curvature=curvature, regularizer=regularizer, seed=seed)
         U, penalty = task.directions, task.penalty
+        found = derivatives_along(task.quadratics(progress_bar=progress_bar), U)
         return DirectionalDerivatives(
-            (torch.cat(slopes) + penalty.slopes(U)).detach().to(U.dtype),
-            (torch.cat(curvatures) + (U * penalty.products(U)).sum(0)).detach(),
+            (found.per_sample_slopes + penalty.slopes(U)).to(U.dtype),
+            found.per_sample_curvatures + (U * penalty.products(U)).sum(0),
         )
+
+
+def derivatives_along(quadratics: Iterable[BatchQuadratic], directions: Float[Tensor, "P k"]) -> DirectionalDerivatives:
+    """Slopes and curvatures of the samples of some batches, without a regularizer; each batch is gone through once.
+
+    Args:
+        quadratics: of at least one batch.
+        directions: a few dozen are pushed at a time.
+    """
+    slopes, curvatures = [], []
+    for quadratic in quadratics:
+        parts = [(U, quadratic.pushed(U)) for U in directions.split(_TANGENTS, dim=1)]
+        slopes.append(torch.cat([quadratic.slopes(pushed) for _, pushed in parts], dim=1).detach())
+        curvatures.append(torch.cat([quadratic.curvatures(U, pushed) for U, pushed in parts], dim=1).detach())
+    return DirectionalDerivatives(torch.cat(slopes), torch.cat(curvatures))
+
+
+def quadratics_of(
+    network: Network,
+    batches: Iterable[Batch],
+    curvature: Curvature,
+    *,
+    derivatives: SecondDerivatives | None = None,
+) -> Iterator[BatchQuadratic]:
+    """The quadratics of a few samples at a time.
+
+    Raises:
+        ValueError: if outputs are not finite, or targets do not fit them.
+    """
+    for batch in batches:
+        for some in usable(batch.to(network.like.device)).chunks(_TOGETHER):
+            found = batch_quadratic(network, some, curvature, derivatives=derivatives)
+            check_outputs(network, found.outputs, some)
+            yield found
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +193,7 @@ class Task:
         likelihood: str,
         data: Any,
         directions: Tensor,
+        *,
         curvature: Curvature,
         regularizer: RegularizerLike,
         seed: int,
@@ -201,12 +228,9 @@ class Task:
     def quadratics(self, *, progress_bar: bool) -> Iterator[BatchQuadratic]:
         """Of a few samples at a time."""
         with tqdm(total=self.n_samples, disable=not progress_bar, desc="[Along directions]") as bar:
-            for batch in self.batches:
-                for some in usable(batch.to(self.directions.device)).chunks(_TOGETHER):
-                    found = batch_quadratic(self.network, some, self.curvature, derivatives=self.derivatives)
-                    check_outputs(self.network, found.outputs, some)
-                    yield found
-                    bar.update(len(some))
+            for found in quadratics_of(self.network, self.batches, self.curvature, derivatives=self.derivatives):
+                yield found
+                bar.update(len(found))
 
 
 def _chained(head: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:

@@ -1,38 +1,22 @@
 """What the user gives: a model, a likelihood and samples, made ready to be differentiated."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.survey import checked_outputs, meet_network
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS
-from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
 
 Curvature = Literal["ggn", "ef", "hessian"]
 _CURVATURES = ("ggn", "ef", "hessian")
-
-
-@contextmanager
-def at_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """The model in evaluation mode and differentiable, whatever the caller's modes; afterwards all is as it was."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model),
-        differentiable_kernels(model),
-        undisturbed_randomness(seed),
-    ):
-        yield
 
 
 def met(model: nn.Module, likelihood: str, batch: Batch) -> tuple[Network, Batch]:

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.quadratics.directional_derivatives import Task
-from debiased_laplace.quadratics.given import Curvature, at_weights
+from debiased_laplace.quadratics.given import Curvature
 from debiased_laplace.quadratics.regularizer import RegularizerLike
 
 
@@ -113,7 +114,7 @@ def quadratic_along(
         Tatzel et al. (2025), arXiv 2410.14325, §2.
     """
     with at_weights(model, seed):
-        task = Task.given(model, likelihood, data, directions, curvature, regularizer, seed)
+        task = Task.given(model, likelihood, data, directions, curvature=curvature, regularizer=regularizer, seed=seed)
         U, penalty = task.directions, task.penalty
         exact = accumulation_dtype(U)
         k = U.shape[1]
