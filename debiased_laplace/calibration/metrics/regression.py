@@ -41,7 +41,7 @@ def negative_log_likelihood(predictions: RegressionPredictions) -> Float[Tensor,
 
     Joint over the outputs where the predictive is: from a covariance, or from samples of the function with noise.
     """
-    return predictions.distribution.negative_log_density(predictions.targets_beside).cpu()
+    return predictions.negative_log_density
 
 
 def ranked_probability_score(predictions: RegressionPredictions) -> Float[Tensor, "n d"]:
@@ -55,9 +55,7 @@ def ranked_probability_score(predictions: RegressionPredictions) -> Float[Tensor
         Grimit, Gneiting, Berrocal, Johnson (2006), doi:10.1256/qj.05.235 (mixtures);
         Ferro (2014), doi:10.1002/qj.2270 (fair scores).
     """
-    distribution = predictions.distribution
-    score = distribution.expected_distance(predictions.targets_beside) - distribution.mean_difference() / 2
-    return score.cpu()
+    return predictions.ranked_probability_score
 
 
 def interval_score(predictions: RegressionPredictions, level: float) -> Float[Tensor, "n d"]:

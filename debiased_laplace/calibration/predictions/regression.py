@@ -66,6 +66,17 @@ class RegressionPredictions:
         return self.errors / self.standard_deviation
 
     @cached_property
+    def negative_log_density(self) -> Float[Tensor, " n"]:
+        """Of the predictive at the targets, per output, in nats."""
+        return self.distribution.negative_log_density(self.targets_beside).cpu()
+
+    @cached_property
+    def ranked_probability_score(self) -> Float[Tensor, "n d"]:
+        """Continuous ranked probability score, in the unit of the targets; a mixture takes many passes over samples."""
+        score = self.distribution.expected_distance(self.targets_beside) - self.distribution.mean_difference() / 2
+        return score.cpu()
+
+    @cached_property
     def probability_transform(self) -> Float[Tensor, "n d"]:
         """Predicted probability of a smaller target: uniform where the predictive is right.
 
@@ -93,9 +104,15 @@ class RegressionPredictions:
 
     def interval(self, level: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
         """Ends of the central interval, on the CPU."""
-        tails = ((1 - level) / 2, (1 + level) / 2)
-        low, high = (self.distribution.quantile(p).cpu() for p in tails)
-        return low, high
+        if level not in self._intervals:
+            low, high = (self.distribution.quantile((1 + side * level) / 2).cpu() for side in (-1, 1))
+            self._intervals[level] = low, high
+        return self._intervals[level]
+
+    @cached_property
+    def _intervals(self) -> dict[float, tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]:
+        """The intervals so far, by level: those of a mixture take many passes over its samples."""
+        return {}
 
 
 def read_regression(
