@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from debiased_laplace.calibration.estimates import Estimate, estimate_mean, normal_quantile
+from debiased_laplace.calibration.estimates import Estimate, count_units, estimate_mean, normal_quantile
 from debiased_laplace.calibration.skewness import estimate_skewed_mean, skewed_p_value, two_sided_p_value
 
 Verdict = Literal["better", "worse", "no detectable difference"]
@@ -86,7 +86,7 @@ def compare_methods(
     ]
     adjusted = adjust_by_holm([c.p_value for c in raw])
     return tuple(
-        replace(c, adjusted_p_value=p, verdict=_judge(c.difference, p, level=1 - confidence_level))
+        replace(c, adjusted_p_value=p, verdict=judge_difference(c.difference, p, level=1 - confidence_level))
         for c, p in zip(raw, adjusted, strict=True)
     )
 
@@ -173,11 +173,12 @@ def _normal_p_value(difference: Estimate, clusters: Int[Tensor, " n"] | None) ->
         return None
     if difference.standard_error == 0:
         return 0.0
-    freedom = None if clusters is None else int(clusters.max())
+    freedom = None if clusters is None else count_units(clusters.numel(), clusters) - 1
     return two_sided_p_value(difference.known / difference.standard_error, freedom)
 
 
-def _judge(difference: float, p_value: float | None, *, level: float) -> Verdict:
+def judge_difference(difference: float, p_value: float | None, *, level: float) -> Verdict:
+    """Better below 0 and worse above it, where the p-value is below the level."""
     if p_value is None or p_value >= level:
         return "no detectable difference"
     return "better" if difference < 0 else "worse"

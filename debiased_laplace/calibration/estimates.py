@@ -7,9 +7,12 @@ independent. Where clusters are given, an interval speaks of drawing other clust
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
+from typing import TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ def unavailable(n: int, *, estimator: str, reason: str) -> Estimate:
     return Estimate(None, None, None, None, n, estimator, reason)
 
 
+def count_units(n: int, clusters: Int[Tensor, " n"] | None) -> int:
+    """Number of independent units among n samples: the clusters, or the samples themselves without clusters."""
+    if clusters is None:
+        return n
+    return int(clusters.max()) + 1 if clusters.numel() else 0
+
+
 def sum_per_cluster(
     values: Float[Tensor, "n *columns"], clusters: Int[Tensor, " n"] | None
 ) -> Float[Tensor, "clusters *columns"]:
@@ -88,8 +98,7 @@ def sum_per_cluster(
     """
     if clusters is None:
         return values
-    n_clusters = int(clusters.max()) + 1 if clusters.numel() else 0
-    return values.new_zeros(n_clusters, *values.shape[1:]).index_add_(0, clusters, values)
+    return values.new_zeros(count_units(len(values), clusters), *values.shape[1:]).index_add_(0, clusters, values)
 
 
 def estimate_mean(
@@ -155,10 +164,21 @@ def wilson_interval(share: float, n: int | float, *, confidence_level: float) ->
     References:
         Wilson (1927), doi:10.1080/01621459.1927.10502953.
     """
-    z = normal_quantile(confidence_level)
+    low, high = wilson_ends(share, float(n), normal_quantile(confidence_level))
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
+
+
+def wilson_ends(share: Number, n: Number, z: float) -> tuple[Number, Number]:
+    """Where a share lies z standard errors from what was observed; rounding may leave [0, 1].
+
+    Args:
+        share: observed proportion, or many of them.
+        n: number of independent samples of each.
+        z: half-width of the interval in standard errors.
+    """
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half_width = z / (1 + z**2 / n) * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, min(share, centre - half_width)), min(1.0, max(share, centre + half_width))
+    half_width = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return centre - half_width, centre + half_width
 
 
 def estimate_share(
@@ -180,8 +200,10 @@ def estimate_share(
     return Estimate(share, low, high, standard_error, n, "proportion, Wilson interval")
 
 
-def student_quantile(confidence_level: float, degrees_of_freedom: int) -> float:
-    """Half-width, in standard errors, of the central interval of Student's distribution."""
+def student_quantile(confidence_level: float, degrees_of_freedom: int | None) -> float:
+    """Half-width, in standard errors, of the central interval of Student's distribution; of the normal one for None."""
+    if degrees_of_freedom is None:
+        return normal_quantile(confidence_level)
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, 0.5 + confidence_level / 2))
@@ -228,7 +250,7 @@ def _estimate_clustered_share(
     share, n = min(1.0, max(0.0, mean.known)), mean.n
     if mean.standard_error is None:
         return without_interval(share, n, estimator="proportion", reason=mean.reason or "no interval")
-    n_clusters = int(clusters.max()) + 1
+    n_clusters = count_units(n, clusters)
     size = effective_size(
         share,
         n,

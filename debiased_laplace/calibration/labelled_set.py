@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from debiased_laplace.calibration.estimates import count_units
 from debiased_laplace.calibration.predictions.arrays import as_tensor
 from debiased_laplace.calibration.predictions.grouping import Grouping, read_groupings, read_ids
 from debiased_laplace.calibration.predictions.pixels import PixelDraw, lay_out
@@ -93,7 +94,7 @@ def _number(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 def _warn(clusters: Int[Tensor, " n"] | None, pixels: PixelDraw | None) -> tuple[str, ...]:
     if clusters is None:
         return ()
-    n_clusters = int(clusters.max()) + 1
+    n_clusters = count_units(clusters.numel(), clusters)
     what = "images" if pixels is not None else "clusters"
     warnings = [
         f"The {clusters.numel()} samples come in {n_clusters} {what}. Intervals and verdicts allow for samples of one "

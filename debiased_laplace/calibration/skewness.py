@@ -14,7 +14,6 @@ from torch import Tensor
 from debiased_laplace.calibration.estimates import (
     Estimate,
     estimate_mean,
-    normal_quantile,
     student_quantile,
     sum_per_cluster,
 )
@@ -66,7 +65,7 @@ def estimate_skewed_mean(
     if mean.standard_error is None:
         return mean
     residuals = _residuals(per_sample, mean.known, clusters)
-    quantile = _quantile(confidence_level, residuals, clusters)
+    quantile = student_quantile(confidence_level, None if clusters is None else residuals.numel() - 1)
     error, lean = _add(mean.standard_error, lean_of(residuals), fitting_error)
     low, high = (mean.known - error * bend(x, lean) for x in (quantile, -quantile))
     over = "" if clusters is None else f" over {residuals.numel()} clusters"
@@ -123,9 +122,3 @@ def _residuals(
     per_sample: Float[Tensor, " n"], mean: float, clusters: Int[Tensor, " n"] | None
 ) -> Float[Tensor, " units"]:
     return sum_per_cluster(per_sample - mean, None if clusters is None else clusters.to(per_sample.device))
-
-
-def _quantile(confidence_level: float, residuals: Float[Tensor, " units"], clusters: Int[Tensor, " n"] | None) -> float:
-    if clusters is None:
-        return normal_quantile(confidence_level)
-    return student_quantile(confidence_level, residuals.numel() - 1)

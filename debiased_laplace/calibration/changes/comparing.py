@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 from math import hypot
-from statistics import NormalDist
 
-from debiased_laplace.calibration.changes.batches import PairedSpread, paired_spread
+from debiased_laplace.calibration.changes.batches import paired_spread
 from debiased_laplace.calibration.changes.change import Change, Changes, ChangeVerdict, Pairing
 from debiased_laplace.calibration.comparisons import adjust_by_holm
 from debiased_laplace.calibration.contents import MethodResult, ReportContents
-from debiased_laplace.calibration.estimates import Estimate, normal_quantile, student_quantile
+from debiased_laplace.calibration.estimates import Estimate, student_quantile
 from debiased_laplace.calibration.gates.measured import PAIRED_AS
 from debiased_laplace.calibration.metrics.definitions import define_metrics
 from debiased_laplace.calibration.metrics.metric_definition import Better
+from debiased_laplace.calibration.skewness import two_sided_p_value
 
 TARGETS = {"zero": 0.0, "one": 1.0}
 
@@ -71,15 +71,12 @@ def _compare(method: str, metric: str, results: tuple[MethodResult, MethodResult
     score = PAIRED_AS.get(metric, (metric, 1.0))[0]
     spread = paired_spread(results[0].score_sums, results[1].score_sums, score) if same else None
     if spread is not None:
-        return _with_interval(replace(change, pairing="same samples"), *_paired_widths(spread, level), spread, level)
+        freedom = spread.degrees_of_freedom
+        half_width = student_quantile(level, freedom) * spread.standard_error
+        return _with_interval(replace(change, pairing="same samples"), half_width, half_width, freedom, level)
     if before.low is None or after.low is None:
         return replace(change, note=f"no interval: {after.reason if after.low is None else before.reason}")
     return _with_interval(change, *_independent_widths(before, after), None, level)
-
-
-def _paired_widths(spread: PairedSpread, level: float) -> tuple[float, float]:
-    half_width = student_quantile(level, spread.degrees_of_freedom) * spread.standard_error
-    return half_width, half_width
 
 
 def _independent_widths(before: Estimate, after: Estimate) -> tuple[float, float]:
@@ -89,24 +86,17 @@ def _independent_widths(before: Estimate, after: Estimate) -> tuple[float, float
     return hypot(new - new_low, old_high - old), hypot(new_high - new, old - old_low)
 
 
-def _with_interval(change: Change, below: float, above: float, spread: PairedSpread | None, level: float) -> Change:
+def _with_interval(change: Change, below: float, above: float, freedom: int | None, level: float) -> Change:
+    """The change with its interval, and the p-value of the level at which that would end at zero."""
     difference = change.difference or 0.0
     toward_zero = below if difference > 0 else above
     if difference == 0:
         p_value = 1.0
     elif toward_zero == 0:
         p_value = 0.0
-    elif spread is not None:
-        p_value = _student_p_value(difference / spread.standard_error, spread.degrees_of_freedom)
     else:
-        p_value = 2 * NormalDist().cdf(-abs(difference) / toward_zero * normal_quantile(level))
+        p_value = two_sided_p_value(difference / toward_zero * student_quantile(level, freedom), freedom)
     return replace(change, low=difference - below, high=difference + above, p_value=p_value)
-
-
-def _student_p_value(t: float, degrees_of_freedom: int) -> float:
-    from scipy.special import stdtr
-
-    return float(2 * stdtr(degrees_of_freedom, -abs(t)))
 
 
 def _refuse(change: Change, better: Better) -> Change:

@@ -6,14 +6,14 @@ correct. They live on the CPU, where netcal works.
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import pi, sqrt
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from debiased_laplace.calibration.metrics.partitions import SortedConfidences, sort_confidences
+from debiased_laplace.calibration.metrics import partitions
+from debiased_laplace.calibration.metrics.partitions import SortedConfidences, sort_confidences, split_by_width
 from debiased_laplace.calibration.predictions.class_bins import inner_edges
 
 
@@ -93,5 +93,4 @@ def expected_error_by_chance(bins: BinnedConfidences) -> float:
     Each bin's surplus of correct predictions is nearly normal with variance $\sum_i c_i (1 - c_i)$,
     so that the mean of its absolute value is $\sqrt{2 / \pi}$ standard deviations.
     """
-    variance = bins.sum_per_bin(bins.confidence * (1 - bins.confidence))
-    return sqrt(2 / pi) * variance.sqrt().sum().item() / bins.n
+    return partitions.expected_error_by_chance(bins.ordered, split_by_width(bins.ordered, bins.n_bins))

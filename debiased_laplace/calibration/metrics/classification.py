@@ -7,6 +7,7 @@ from torch import Tensor
 
 from debiased_laplace.calibration.estimates import (
     Estimate,
+    count_units,
     estimate_mean,
     estimate_share,
     without_interval,
@@ -96,7 +97,7 @@ def _describe_chance(
     """The noise floor and the p-value of the calibration error; both take samples as independent."""
     floor_reason, p_reason = "it follows from the confidences alone", "a p-value has no interval"
     if predictions.clusters is not None:
-        dependence = f"the samples come in {int(predictions.clusters.max()) + 1} clusters"
+        dependence = f"the samples come in {count_units(predictions.n, predictions.clusters)} clusters"
         floor_reason += f", as if samples were independent; {dependence}, so that the true floor is higher"
         p_reason += f"; it takes samples as independent, but {dependence}, so that it is too small"
     return {

@@ -65,8 +65,8 @@ def check_consistency(
 def law_of_successes(chances: Float[Tensor, " n"]) -> Float[Tensor, " n+1"]:
     r"""Probabilities of 0 to n successes among independent trials of different chances.
 
-    The coefficients of $\prod_i (1 - c_i + c_i x)$, multiplied out in a balanced tree. Cost: $O(n \log^2 n)$; a
-    million trials take a second. Absolute error about 1e-15 per probability.
+    The coefficients of $\prod_i (1 - c_i + c_i x)$, multiplied out in a balanced tree. Cost: $O(n \log^2 n)$. Absolute
+    error about 1e-15 per probability.
 
     Args:
         chances: of each success, in [0, 1].

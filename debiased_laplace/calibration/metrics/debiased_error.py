@@ -10,15 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from debiased_laplace.calibration.estimates import (
-    Estimate,
-    normal_quantile,
-    student_quantile,
-    without_interval,
-)
+from debiased_laplace.calibration.estimates import Estimate, count_units, student_quantile, without_interval
 from debiased_laplace.calibration.metrics.binning import BinnedConfidences
 
-CELLS_AT_ONCE = 4_000_000  # clusters times bins held in memory: 32 MB a table
+CELLS_AT_ONCE = 4_000_000  # clusters times sums times bins held in memory: 32 MB a table
 
 
 def debiased_squared_error(
@@ -63,7 +58,7 @@ def clustered_squared_error(sums: Float[Tensor, "*resamples 6 bins"]) -> Float[T
 
 def tabulate_clusters(bins: BinnedConfidences, clusters: Int[Tensor, " n"]) -> Float[Tensor, "clusters 6 bins"]:
     """Each cluster's samples, surplus, the squares and product of both, and presence, bin by bin."""
-    n_clusters = int(clusters.max()) + 1
+    n_clusters = count_units(bins.n, clusters)
     place = clusters * bins.n_bins + bins.bin
     n, s = (
         torch.bincount(place, weights=x, minlength=n_clusters * bins.n_bins).view(n_clusters, bins.n_bins)
@@ -88,38 +83,17 @@ def estimate_debiased_error(
     References:
         Efron and Stein (1981), doi:10.1214/aos/1176345462 (the jackknife's deviation is never too small on average).
     """
-    if clusters is not None:
-        return _estimate_with_clusters(bins, clusters, confidence_level=confidence_level)
-    value = debiased_squared_error(
-        bins.counts, bins.sum_per_bin(bins.correct), bins.sum_per_bin(bins.confidence)
-    ).item()
-    if bins.counts.max().item() < 2:
-        return without_interval(value, bins.n, estimator="debiased", reason="no bin holds two predictions")
-    return _around(
-        value,
-        _without_each_sample(bins),
-        bins.n,
-        quantile=normal_quantile(confidence_level),
-        estimator="debiased, normal interval, jackknife deviation",
-    )
-
-
-def _estimate_with_clusters(
-    bins: BinnedConfidences, clusters: Int[Tensor, " n"], *, confidence_level: float
-) -> Estimate:
-    n_clusters = int(clusters.max()) + 1
-    total, left_out = _without_each_cluster(bins, clusters)
-    value = clustered_squared_error(total).item()
-    if total[-1].max().item() < 2:
-        reason = "no bin holds predictions of two clusters"
+    value, left_out = _leave_units_out(bins, clusters)
+    if left_out is None:
+        reason = "no bin holds two predictions" if clusters is None else "no bin holds predictions of two clusters"
         return without_interval(value, bins.n, estimator="debiased", reason=reason)
-    return _around(
-        value,
-        left_out,
-        bins.n,
-        quantile=student_quantile(confidence_level, n_clusters - 1),
-        estimator=f"debiased by the noise of {n_clusters} clusters, jackknife deviation over them",
-    )
+    units = left_out.numel()
+    standard_error = sqrt((units - 1) / units * (left_out - left_out.mean()).square().sum().item())
+    half_width = student_quantile(confidence_level, None if clusters is None else units - 1) * standard_error
+    words = "debiased, normal interval, jackknife deviation"
+    if clusters is not None:
+        words = f"debiased by the noise of {units} clusters, jackknife deviation over them"
+    return Estimate(value, value - half_width, value + half_width, standard_error, bins.n, words)
 
 
 def influence_on_debiased_error(
@@ -136,25 +110,30 @@ def influence_on_debiased_error(
     Returns:
         None where no bin holds two independent predictions.
     """
-    if clusters is None:
-        if bins.counts.max().item() < 2:
-            return None
-        left_out = _without_each_sample(bins)
-        value = debiased_squared_error(bins.counts, bins.sum_per_bin(bins.correct), bins.sum_per_bin(bins.confidence))
-        return value + (bins.n - 1) * (left_out.mean() - left_out)
-    total, left_out = _without_each_cluster(bins, clusters)
-    if total[-1].max().item() < 2:
+    value, left_out = _leave_units_out(bins, clusters)
+    if left_out is None:
         return None
-    units, sizes = left_out.numel(), torch.bincount(clusters)
-    per_cluster = bins.n * (units - 1) / units * (left_out.mean() - left_out)
-    return clustered_squared_error(total) + (per_cluster / sizes)[clusters]
+    units = left_out.numel()
+    per_unit = bins.n * (units - 1) / units * (left_out.mean() - left_out)
+    return value + (per_unit if clusters is None else (per_unit / torch.bincount(clusters))[clusters])
+
+
+def _leave_units_out(
+    bins: BinnedConfidences, clusters: Int[Tensor, " n"] | None
+) -> tuple[float, Float[Tensor, " units"] | None]:
+    """The debiased error, and that of all but each unit; None for these where no bin holds two units."""
+    if clusters is not None:
+        total, left_out = _without_each_cluster(bins, clusters)
+        return clustered_squared_error(total).item(), left_out if total[-1].max().item() >= 2 else None
+    value = debiased_squared_error(bins.counts, bins.sum_per_bin(bins.correct), bins.sum_per_bin(bins.confidence))
+    return value.item(), _without_each_sample(bins) if bins.counts.max().item() >= 2 else None
 
 
 def _without_each_cluster(
     bins: BinnedConfidences, clusters: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "6 bins"], Float[Tensor, " clusters"]]:
     """Sums over all clusters, and the debiased error of all but each."""
-    n_clusters = int(clusters.max()) + 1
+    n_clusters = count_units(bins.n, clusters)
     n_bins, parts = bins.n_bins, 6
     total = torch.zeros(parts, n_bins, dtype=torch.float64)
     tables = []
@@ -165,14 +144,6 @@ def _without_each_cluster(
         tables.append(tabulate_clusters(part, clusters[rows] - first))
         total += tables[-1].sum(dim=0)
     return total, torch.cat([clustered_squared_error(total - table) for table in tables])
-
-
-def _around(value: float, left_out: Float[Tensor, " units"], n: int, *, quantile: float, estimator: str) -> Estimate:
-    """The interval of a value from what it would be without each unit."""
-    units = left_out.numel()
-    standard_error = sqrt((units - 1) / units * (left_out - left_out.mean()).square().sum().item())
-    half_width = quantile * standard_error
-    return Estimate(value, value - half_width, value + half_width, standard_error, n, estimator)
 
 
 def _terms(

@@ -7,7 +7,7 @@ independently, so that a standard error adds up from one influence function on e
 import operator
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, hypot, sqrt
+from math import hypot, sqrt
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from debiased_laplace.calibration.estimates import (
     Estimate,
+    count_units,
     effective_size,
     normal_quantile,
     student_quantile,
@@ -22,6 +23,7 @@ from debiased_laplace.calibration.estimates import (
     without_interval,
 )
 from debiased_laplace.calibration.metrics.influence import proportion_interval, standard_error_of
+from debiased_laplace.calibration.metrics.selective import count_kept
 
 TRUE_POSITIVE_RATE = 0.95
 FEWEST_VALUES = 10  # of a score between two thresholds, for the rate to be smooth there
@@ -48,7 +50,7 @@ class ScoredSample:
     @property
     def n_clusters(self) -> int:
         """Number of independent units."""
-        return self.n if self.clusters is None else int(self.clusters.max()) + 1
+        return count_units(self.n, self.clusters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,13 @@ class Separation:
 
     inside: ScoredSample
     outside: ScoredSample
+
+    @property
+    def degrees_of_freedom(self) -> int | None:
+        """Of the standard errors of what is measured on both sets; None where no sample depends on another."""
+        if self.inside.clusters is None and self.outside.clusters is None:
+            return None
+        return min(self.inside.n_clusters, self.outside.n_clusters) - 1
 
     @cached_property
     def _counted(self) -> tuple[Int[Tensor, " both"], Float[Tensor, " values"], Float[Tensor, " values"]]:
@@ -136,8 +145,12 @@ class Separation:
 
         Beyond the last place where more than all of them would have to.
         """
-        k = max(1, ceil(rate * self.outside.n - 1e-9))
-        return int(torch.searchsorted(self.true_positives, float(k)))
+        return int(torch.searchsorted(self.true_positives, float(count_kept(self.outside.n, rate))))
+
+    def standard_error(self, influence: tuple[Float[Tensor, " n"], Float[Tensor, " m"]]) -> float | None:
+        """Of a statistic, from the influence of each sample inside and outside on it; None with one unit on a side."""
+        errors = [standard_error_of(x, s.clusters) for x, s in zip(influence, (self.inside, self.outside), strict=True)]
+        return None if errors[0] is None or errors[1] is None else hypot(errors[0][0], errors[1][0])
 
     def false_positive_rate_at(self, rate: float) -> float:
         """Share of samples inside with such a score; 1 beyond the last place."""
@@ -204,12 +217,7 @@ def difference_of_aurocs(one: Separation, other: Separation) -> tuple[float, flo
         DeLong, DeLong and Clarke-Pearson (1988), doi:10.2307/2531595.
     """
     inside, outside = (a - b for a, b in zip(one.components, other.components, strict=True))
-    errors = [
-        standard_error_of(x, s.clusters) for x, s in ((inside, one.inside), (outside, one.outside))
-    ]  # fmt: skip
-    if errors[0] is None or errors[1] is None:
-        return outside.mean().item(), None
-    return outside.mean().item(), hypot(errors[0][0], errors[1][0])
+    return outside.mean().item(), one.standard_error((inside, outside))
 
 
 def _estimate_share(
@@ -220,21 +228,17 @@ def _estimate_share(
     words: str,
 ) -> Estimate:
     """A statistic between 0 and 1 from its influence functions inside and outside."""
-    sets = (separation.inside, separation.outside)
-    n = sum(s.n for s in sets)
+    n = separation.inside.n + separation.outside.n
     value = min(1.0, max(0.0, value))
-    errors = [standard_error_of(x, s.clusters) for x, s in zip(influence, sets, strict=True)]
-    if errors[0] is None or errors[1] is None:
+    error = separation.standard_error(influence)
+    if error is None:
         return without_interval(value, n, estimator=words.split(",")[0], reason=_ONE_SAMPLE)
-    error = hypot(errors[0][0], errors[1][0])
-    units = min(errors[0][1], errors[1][1])
-    clustered = any(s.clusters is not None for s in sets)
-    t = student_quantile(confidence_level, units - 1) if clustered else normal_quantile(confidence_level)
+    t = student_quantile(confidence_level, separation.degrees_of_freedom)
     low, high = proportion_interval(
         value,
         error * t / normal_quantile(confidence_level),
         confidence_level=confidence_level,
-        least_size=units,
+        least_size=min(separation.inside.n_clusters, separation.outside.n_clusters),
     )
     return Estimate(value, low, high, error, n, f"{words} standard error in Wilson's interval")
 
@@ -242,13 +246,11 @@ def _estimate_share(
 def _half_width_of_rate(separation: Separation, confidence_level: float) -> float:
     """Half-width of the interval of true positive rates that are compatible with 95 % at the threshold."""
     outside = separation.outside
-    z = normal_quantile(confidence_level)
-    if outside.clusters is None:
-        return z * sqrt(TRUE_POSITIVE_RATE * (1 - TRUE_POSITIVE_RATE) / outside.n)
-    k = max(1, ceil(TRUE_POSITIVE_RATE * outside.n - 1e-9))
-    above = (outside.scores >= outside.scores.sort(descending=True).values[k - 1]).to(torch.float64)
-    size = _worth(above, outside, confidence_level)
-    return z * sqrt(TRUE_POSITIVE_RATE * (1 - TRUE_POSITIVE_RATE) / size)
+    size: float = outside.n
+    if outside.clusters is not None:
+        above = separation.place[1] <= separation.place_at(TRUE_POSITIVE_RATE)
+        size = _worth(above.to(torch.float64), outside, confidence_level)
+    return normal_quantile(confidence_level) * sqrt(TRUE_POSITIVE_RATE * (1 - TRUE_POSITIVE_RATE) / size)
 
 
 def _interval_of_rate(separation: Separation, rate: float, confidence_level: float) -> tuple[float, float]:
@@ -256,9 +258,8 @@ def _interval_of_rate(separation: Separation, rate: float, confidence_level: flo
     inside = separation.inside
     size: float = inside.n
     if inside.clusters is not None:
-        last = inside.scores.sort(descending=True).values[max(0, round(rate * inside.n) - 1)]
-        above = (inside.scores >= last).to(torch.float64) if rate > 0 else torch.zeros_like(inside.scores)
-        size = _worth(above, inside, confidence_level)
+        above = separation.place[0] <= separation.place_at(TRUE_POSITIVE_RATE)
+        size = _worth(above.to(torch.float64), inside, confidence_level)
     return wilson_interval(rate, size, confidence_level=confidence_level)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from debiased_laplace.calibration.estimates import (
     Estimate,
+    count_units,
     estimate_mean,
     student_quantile,
     wilson_interval,
@@ -33,7 +34,7 @@ def standard_error_of(influence: Float[Tensor, " n"], clusters: Int[Tensor, " n"
     mean = estimate_mean(influence, confidence_level=0.5, clusters=clusters)
     if mean.standard_error is None:
         return None
-    return mean.standard_error, influence.numel() if clusters is None else int(clusters.max()) + 1
+    return mean.standard_error, count_units(influence.numel(), clusters)
 
 
 def estimate_positive(

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from debiased_laplace.calibration.estimates import (
     Estimate,
-    normal_quantile,
+    count_units,
     student_quantile,
     sum_per_cluster,
     unavailable,
     without_interval,
 )
 from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
-from debiased_laplace.calibration.predictions.uncertainty import mean_prediction
+from debiased_laplace.calibration.predictions.drawing import draw_rows
+from debiased_laplace.calibration.predictions.probabilities import mean_prediction
 
 BANDWIDTH = 0.5  # fixed, so that the numbers of two methods and of two reports compare
 MOST_ROWS = 2000
@@ -67,17 +68,10 @@ def estimate_kernel_error(
     jackknife = (units - 1) / units * (without - without.mean()).square().sum()
     degenerate = 2 * terms.square().sum() / pairs.sum().square()
     standard_error = (jackknife + degenerate).sqrt().item()
-    quantile = student_quantile(confidence_level, units - 1) if clustered else normal_quantile(confidence_level)
+    quantile = student_quantile(confidence_level, units - 1 if clustered else None)
     half_width = quantile * standard_error
     words = f"{words}, normal interval, deviation of the jackknife and of a degenerate mean"
     return Estimate(value, value - half_width, value + half_width, standard_error, n, words)
-
-
-def draw_rows(n: int, most: int, *, seed: int) -> Int[Tensor, " rows"]:
-    """All rows, or `most` of them in rising order, each equally likely."""
-    if n <= most:
-        return torch.arange(n)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
 def sum_pairs(
@@ -85,7 +79,7 @@ def sum_pairs(
 ) -> Float[Tensor, "clusters clusters"]:
     """Sums of k(p, p') r.r' over the pairs of rows of each two clusters; nothing within a cluster."""
     norms = p.square().sum(dim=1)
-    n_clusters = int(clusters.max()) + 1
+    n_clusters = count_units(len(p), clusters)
     sums = p.new_zeros(n_clusters, n_clusters)
     for first in range(0, p.shape[0], ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.comparisons import Verdict, adjust_by_holm
-from debiased_laplace.calibration.estimates import Estimate, normal_quantile, student_quantile
+from debiased_laplace.calibration.comparisons import Verdict, adjust_by_holm, judge_difference
+from debiased_laplace.calibration.estimates import Estimate, student_quantile
 from debiased_laplace.calibration.metrics.detection import (
     Separation,
     difference_of_aurocs,
@@ -16,6 +16,7 @@ from debiased_laplace.calibration.metrics.detection import (
     estimate_auroc,
     estimate_fpr95,
 )
+from debiased_laplace.calibration.skewness import two_sided_p_value
 
 SCORES: dict[str, str] = {
     "max_probability": "1 \u2212 maximum probability",
@@ -156,36 +157,27 @@ def adjust_sets(
 ) -> dict[str, OutOfDistributionSet]:
     """The same sets with verdicts, after Holm's adjustment over all of their comparisons."""
     adjusted = iter(adjust_by_holm([c.p_value for s in sets.values() for c in s.comparisons]))
-    judged = {}
-    for name, one in sets.items():
-        comparisons = []
-        for c in one.comparisons:
-            p = next(adjusted)
-            verdict: Verdict = "no detectable difference"
-            if p is not None and p < 1 - confidence_level:
-                verdict = "better" if c.difference > 0 else "worse"
-            comparisons.append(replace(c, adjusted_p_value=p, verdict=verdict))
-        judged[name] = replace(one, comparisons=tuple(comparisons))
-    return judged
+
+    def judge(c: DetectionComparison) -> DetectionComparison:
+        p = next(adjusted)
+        # a larger area is better, where a judged score is better if it is smaller
+        return replace(c, adjusted_p_value=p, verdict=judge_difference(-c.difference, p, level=1 - confidence_level))
+
+    return {name: replace(one, comparisons=tuple(judge(c) for c in one.comparisons)) for name, one in sets.items()}
 
 
 def _compare(
     one: Separation, other: Separation, names: tuple[str, str, str], confidence_level: float
 ) -> DetectionComparison:
-    from scipy.special import stdtr
-
     difference, error = difference_of_aurocs(one, other)
     nothing: Verdict = "no detectable difference"
     if error is None:
         return DetectionComparison(*names, difference, None, None, None, None, None, nothing)
-    clustered = any(s.clusters is not None for s in (one.inside, one.outside))
-    degrees = min(one.inside.n_clusters, one.outside.n_clusters) - 1
-    quantile = student_quantile(confidence_level, degrees) if clustered else normal_quantile(confidence_level)
-    half = quantile * error
+    freedom = one.degrees_of_freedom
+    half = student_quantile(confidence_level, freedom) * error
     p_value = 1.0
     if difference != 0:
-        z = abs(difference) / error if error > 0 else float("inf")
-        p_value = 2 * float(stdtr(degrees if clustered else float("inf"), -z))
+        p_value = two_sided_p_value(difference / error, freedom) if error > 0 else 0.0
     return DetectionComparison(
         *names, difference, max(-1.0, difference - half), min(1.0, difference + half), error, p_value, None, nothing
     )

@@ -60,6 +60,11 @@ class RankedLosses:
         return total - per_group[g] * (self.ends[g] - ranks) / self.sizes[g]
 
     @cached_property
+    def oracle(self) -> "RankedLosses":
+        """The same losses in the best order there is: smallest first."""
+        return rank_losses(self.losses, -self.losses, clusters=self.clusters)
+
+    @cached_property
     def ranks(self) -> Float[Tensor, " n"]:
         """1 to n."""
         return torch.arange(1, self.n + 1, dtype=torch.float64)
@@ -179,11 +184,6 @@ def rank_losses(
     return RankedLosses(
         losses, group, sizes.to(torch.float64), sums, None if clusters is None else clusters.to("cpu", torch.int64)
     )
-
-
-def rank_by_oracle(ranked: RankedLosses) -> RankedLosses:
-    """The same losses in the best order there is: smallest first."""
-    return rank_losses(ranked.losses, -ranked.losses, clusters=ranked.clusters)
 
 
 def _antiderivative(u: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:

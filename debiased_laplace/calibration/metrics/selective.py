@@ -15,11 +15,12 @@ from debiased_laplace.calibration.estimates import (
     Estimate,
     normal_quantile,
     student_quantile,
+    wilson_ends,
     wilson_interval,
     without_interval,
 )
 from debiased_laplace.calibration.metrics.influence import ONE, estimate_positive
-from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses, rank_by_oracle
+from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses
 
 ALLOWED_RISK = 0.05
 COVERAGE_OF_RISK = 0.8
@@ -105,7 +106,7 @@ def measure_selection(ranked: RankedLosses, *, confidence_level: float) -> dict[
 
 def estimate_excess(ranked: RankedLosses, *, confidence_level: float) -> Estimate:
     """Area under a classifier's risk-coverage curve beyond that of the same errors in their best order."""
-    oracle = rank_by_oracle(ranked)
+    oracle = ranked.oracle
     excess = ranked.area - oracle.area
     if excess <= 1e-12 * ranked.area:
         why = "the order is the best there is, so that nothing says how far off it may be elsewhere"
@@ -173,16 +174,15 @@ def risk_intervals(
     """
     risk, variance = ranked.risk_at(ranks), ranked.risk_variance(ranks)
     z = normal_quantile(confidence_level)
-    t = z if ranked.clusters is None else student_quantile(confidence_level, ranked.n_clusters - 1)
+    t = student_quantile(confidence_level, None if ranked.clusters is None else ranked.n_clusters - 1)
     if not is_share:
         half = t * variance.sqrt()
         return (risk - half).clamp_min(0.0), risk + half
     spread = risk * (1 - risk)
     worth = spread / variance.clamp_min(torch.finfo(torch.float64).tiny)
     size = torch.where((spread > 0) & (variance > 0), worth, float(ranked.n_clusters)).minimum(ranks) * (z / t) ** 2
-    centre = (risk + z**2 / (2 * size)) / (1 + z**2 / size)
-    half = z / (1 + z**2 / size) * (spread / size + z**2 / (4 * size.square())).sqrt()
-    return (centre - half).clamp_min(0.0).minimum(risk), (centre + half).clamp_max(1.0).maximum(risk)
+    low, high = wilson_ends(risk, size, z)
+    return low.clamp_min(0.0).minimum(risk), high.clamp_max(1.0).maximum(risk)
 
 
 def trace_selection(ranked: RankedLosses, *, confidence_level: float, loss: str, is_share: bool) -> SelectionCurves:
@@ -197,7 +197,7 @@ def trace_selection(ranked: RankedLosses, *, confidence_level: float, loss: str,
     n = ranked.n
     steps = min(n, MAX_POINTS)
     ranks = torch.tensor([ceil(n * i / steps) for i in range(1, steps + 1)], dtype=torch.float64)
-    risk, oracle = ranked.risk_at(ranks).tolist(), rank_by_oracle(ranked).risk_at(ranks).tolist()
+    risk, oracle = ranked.risk_at(ranks).tolist(), ranked.oracle.risk_at(ranks).tolist()
     low: list[float | None] = [None] * steps
     high = low
     if ranked.n_clusters > 1:

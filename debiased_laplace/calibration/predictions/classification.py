@@ -10,8 +10,8 @@ from torch import Tensor
 
 from debiased_laplace.calibration.predictions.class_bins import ClassBins, ClassBinSums
 from debiased_laplace.calibration.predictions.labels import read_labels
-from debiased_laplace.calibration.predictions.probabilities import Probabilities, read_probabilities
-from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, join, mean_prediction, uncertainty_of
+from debiased_laplace.calibration.predictions.probabilities import Probabilities, mean_prediction, read_probabilities
+from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, join, uncertainty_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,24 @@ class NormalDistribution:
 
 
 @dataclass(frozen=True, eq=False)
-class NormalMixture:
+class _Sampled:
+    """What all distributions that rest on samples share."""
+
+    values: Float[Tensor, "S n d"]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples S."""
+        return self.values.shape[0]
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "n d"]:
+        """Mean of the samples."""
+        return self.values.mean(dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalMixture(_Sampled):
     """Equal mixture of a Gaussian around each of S samples of the function.
 
     Memory: a few arrays of the samples' size at a time.
@@ -98,23 +115,12 @@ class NormalMixture:
         noise: standard deviation of the observation noise, positive.
     """
 
-    values: Float[Tensor, "S n d"]
     noise: Float[Tensor, "n d"]
 
     @property
     def description(self) -> str:
         """The distribution in words."""
         return f"mixture of {self.samples} Gaussians"
-
-    @property
-    def samples(self) -> int:
-        """Number of components S."""
-        return self.values.shape[0]
-
-    @cached_property
-    def mean(self) -> Float[Tensor, "n d"]:
-        """Mean of the samples."""
-        return self.values.mean(dim=0)
 
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "n d"]:
@@ -176,29 +182,17 @@ class NormalMixture:
 
 
 @dataclass(frozen=True, eq=False)
-class SampledDistribution:
+class SampledDistribution(_Sampled):
     """Known through S samples that hold the noise; target and samples are exchangeable where it is right.
 
     Attributes:
         values: samples, at least two.
     """
 
-    values: Float[Tensor, "S n d"]
-
     @property
     def description(self) -> str:
         """The distribution in words."""
         return f"{self.samples} samples"
-
-    @property
-    def samples(self) -> int:
-        """Number of samples S."""
-        return self.values.shape[0]
-
-    @cached_property
-    def mean(self) -> Float[Tensor, "n d"]:
-        """Mean of the samples."""
-        return self.values.mean(dim=0)
 
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "n d"]:

@@ -10,6 +10,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from debiased_laplace.calibration.predictions.arrays import as_tensor
+from debiased_laplace.calibration.predictions.drawing import draw_positions
 from debiased_laplace.calibration.predictions.probabilities import ReducedSamples
 
 Kind = Literal["rows", "pixels", "samples of pixels", "pixels of one class"]
@@ -72,19 +73,6 @@ def draw_pixels(shape: tuple[int, ...], *, max_samples: int, seed: int) -> Pixel
     drawn = draw_positions(prod(shape), max_samples, seed=seed)
     per_image = prod(shape[1:])
     return PixelDraw(tuple(shape), drawn // per_image, drawn % per_image)
-
-
-def draw_positions(total: int, most: int, *, seed: int) -> Int[Tensor, " drawn"]:
-    """All of `total` positions, or `most` of them in rising order, without a list of all where these are many."""
-    if total <= most:
-        return torch.arange(total)
-    generator = torch.Generator().manual_seed(seed)
-    if total <= 4 * most:
-        return torch.randperm(total, generator=generator)[:most].sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
-    while drawn.numel() < most:  # a random part of distinct draws is a random set
-        drawn = torch.cat([drawn, torch.randint(total, (most,), generator=generator)]).unique()
-    return drawn[torch.randperm(drawn.numel(), generator=generator)[:most]].sort().values
 
 
 def lay_out(

@@ -74,8 +74,7 @@ class Probabilities:
         if self.logits is not None:
             z = self.logits[rows].to(self.values.device, torch.float64)
         else:
-            p = self._normalise(self.values[..., rows, :])
-            z = (p.mean(dim=0) if p.ndim == 3 else p).clamp_min_(self.smallest).log_()
+            z = mean_prediction(self._normalise(self.values[..., rows, :])).clamp_min_(self.smallest).log_()
         return z - z.amax(dim=1, keepdim=True)
 
     def _read(self, rows: Int[Tensor, " m"] | slice) -> Float[Tensor, "*S m C"]:
@@ -103,6 +102,11 @@ class ReducedSamples:
 
     mean: Shaped[Tensor, "n C"]
     mutual_information: Float[Tensor, " n"]
+
+
+def mean_prediction(p: Float[Tensor, "*S rows C"]) -> Float[Tensor, "rows C"]:
+    """The mean over posterior samples, where there are any."""
+    return p.mean(dim=0) if p.ndim == 3 else p
 
 
 def portions_of(n: int, numbers_per_row: int) -> Iterator[slice]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.predictions.probabilities import Probabilities
+from debiased_laplace.calibration.predictions.probabilities import Probabilities, mean_prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +24,6 @@ class Uncertainty:
     confidence: Float[Tensor, " n"]
     entropy: Float[Tensor, " n"]
     mutual_information: Float[Tensor, " n"] | None
-
-
-def mean_prediction(p: Float[Tensor, "*S rows C"]) -> Float[Tensor, "rows C"]:
-    """The mean over posterior samples, where there are any."""
-    return p.mean(dim=0) if p.ndim == 3 else p
 
 
 def entropy(p: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows"]:

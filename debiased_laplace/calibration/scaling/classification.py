@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.calibration.contents import MethodResult
+from debiased_laplace.calibration.estimates import count_units
 from debiased_laplace.calibration.evaluation import Evaluation, Settings, evaluate_classification
 from debiased_laplace.calibration.predictions.classification import ClassificationPredictions, reduce_probabilities
 from debiased_laplace.calibration.predictions.labels import read_labels
@@ -22,7 +23,6 @@ from debiased_laplace.calibration.scaling.cross_fitting import (
 from debiased_laplace.calibration.scaling.decomposition import ERROR_PER_COST, estimate_temperature, split_loss
 from debiased_laplace.calibration.scaling.records import ScalingRecord
 from debiased_laplace.calibration.scaling.request import (
-    FEWEST_SAMPLES,
     ScalingRequest,
     check_agreement,
     read_logits,
@@ -86,9 +86,8 @@ def scale_classifications(
         ValueError: for wrong validation data or logits.
     """
     one = next(iter(read.values()))
-    units = one.n if one.clusters is None else int(one.clusters.max()) + 1
     fits: dict[str, CrossFit] = {}
-    if request.mode != "none" and units >= 2 and (request.mode != "auto" or one.n >= FEWEST_SAMPLES):
+    if request.cross_fits(one.n, count_units(one.n, one.clusters)):
         fits = {method: cross_fit_temperature(p, seed=settings.seed) for method, p in read.items()}
     base = read[request.baseline]
     record, temperature = _choose(request, base, fits.get(request.baseline), settings.seed, task)

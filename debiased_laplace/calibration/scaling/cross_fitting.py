@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
+from debiased_laplace.calibration.predictions.drawing import draw_rows
 from debiased_laplace.calibration.predictions.probabilities import Probabilities, portions_of
 from debiased_laplace.calibration.scaling.folds import draw_folds
 from debiased_laplace.calibration.scaling.temperature import (
@@ -87,10 +88,7 @@ def fit_on_validation(probabilities: Probabilities, labels: Int[Tensor, " n"], *
 
 def choose_rows(n: int, n_classes: int, *, seed: int) -> Int[Tensor, " m"]:
     """The samples to fit on: all, or as many as are worth their time, drawn by the seed and in rising order."""
-    most = min(MOST_ROWS, max(FEWEST_ROWS, MOST_NUMBERS // n_classes))
-    if n <= most:
-        return torch.arange(n)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+    return draw_rows(n, min(MOST_ROWS, max(FEWEST_ROWS, MOST_NUMBERS // n_classes)), seed=seed)
 
 
 def scaled_negative_log_likelihood(

@@ -5,7 +5,7 @@ from math import exp
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from debiased_laplace.calibration.estimates import Estimate, normal_quantile, student_quantile, without_interval
+from debiased_laplace.calibration.estimates import Estimate, count_units, student_quantile, without_interval
 from debiased_laplace.calibration.scaling.temperature import TemperatureFit
 from debiased_laplace.calibration.skewness import estimate_skewed_mean
 
@@ -67,7 +67,7 @@ def estimate_temperature(
             fit.temperature, fit.n, estimator="maximum likelihood", reason="too few independent samples"
         )
     level = confidence_level
-    quantile = normal_quantile(level) if clusters is None else student_quantile(level, int(clusters.max()))
+    quantile = student_quantile(level, None if clusters is None else count_units(fit.n, clusters) - 1)
     # a temperature is positive and scales: its logarithm is closer to normal
     factor = exp(quantile * fit.standard_error / fit.temperature)
     return Estimate(

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from debiased_laplace.calibration.estimates import count_units
+
 N_FOLDS = 5
 
 
@@ -22,7 +24,7 @@ def draw_folds(
     Raises:
         ValueError: if there is only one cluster or sample, which leaves no other to fit on.
     """
-    units = n if clusters is None else int(clusters.max()) + 1
+    units = count_units(n, clusters)
     if units < 2:
         what = "test sample" if clusters is None else "cluster of test samples"
         raise ValueError(f"Cross-fitting needs at least two units; got {units} {what}.")

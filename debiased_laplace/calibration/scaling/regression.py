@@ -14,7 +14,7 @@ from debiased_laplace.calibration.predictions.regression import RegressionPredic
 from debiased_laplace.calibration.scaling.classification import Scaled
 from debiased_laplace.calibration.scaling.decomposition import ERROR_PER_COST, split_loss
 from debiased_laplace.calibration.scaling.records import ScalingRecord
-from debiased_laplace.calibration.scaling.request import FEWEST_SAMPLES, ScalingRequest
+from debiased_laplace.calibration.scaling.request import ScalingRequest
 from debiased_laplace.calibration.scaling.spread_scaling import (
     cross_fit_factor,
     fit_factor,
@@ -50,7 +50,7 @@ def scale_regressions(
     request.check_names(read, request.regression_row)
     base, warnings = read[request.baseline], []
     fits = {}
-    if request.mode != "none" and base.n >= (FEWEST_SAMPLES if request.mode == "auto" else 2):
+    if request.cross_fits(base.n, base.n):
         fits = {method: cross_fit_factor(p, seed=settings.seed) for method, p in read.items()}
     record, factor = _choose(request, base, fits.get(request.baseline), read_validation)
     result = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.calibration.predictions.arrays import as_tensor, first_bad
-from debiased_laplace.calibration.predictions.probabilities import Probabilities, read_probabilities
+from debiased_laplace.calibration.predictions.probabilities import Probabilities, mean_prediction, read_probabilities
 
 TemperatureScaling = Literal["auto", "cross_fitted", "validation", "none"]
 FEWEST_SAMPLES = 100  # below, a temperature of a fold rests on too few mistakes
@@ -60,11 +60,9 @@ class ScalingRequest:
         """Name of the scaled regression row."""
         return f"{self.baseline}, variance-scaled"
 
-    def applies(self, n: int) -> bool:
-        """Whether n test samples get a scaled row."""
-        if self.mode == "auto":
-            return self.validation is not None or n >= FEWEST_SAMPLES
-        return self.mode != "none" and (n >= 2 or self.validation is not None)
+    def cross_fits(self, n: int, units: int) -> bool:
+        """Whether numbers are fitted on folds of n test samples of so many independent units."""
+        return self.mode != "none" and units >= 2 and (self.mode != "auto" or n >= FEWEST_SAMPLES)
 
     def check_names(self, methods: Mapping[str, Any], row: str) -> None:
         """Refuse logits of unknown methods, and a method that has the name of the row to be added.
@@ -113,8 +111,7 @@ def check_agreement(method: str, probabilities: Probabilities) -> None:
         ValueError: if a probability differs by more than 0.02.
     """
     rows = torch.arange(min(probabilities.n, _LOOKED_AT))
-    p = probabilities.take(rows)
-    p = p.mean(dim=0) if p.ndim == 3 else p
+    p = mean_prediction(probabilities.take(rows))
     worst = (probabilities.take_logits(rows).softmax(dim=1) - p).abs().max().item()
     if worst > _AGREEMENT:
         raise ValueError(

@@ -53,7 +53,7 @@ def fit_temperature(
 ) -> TemperatureFit:
     """Maximum likelihood by Newton steps that a bracket guards.
 
-    Cost: about seven passes over the logits, in portions of 4 MB.
+    Cost: about seven passes over the logits, in portions of 8 MB.
 
     Args:
         logits: float64, finite; the largest of each row is 0, so that none overflows.

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from debiased_laplace.calibration.metrics import kernel_error as module
-from debiased_laplace.calibration.metrics.kernel_error import draw_rows, estimate_kernel_error
+from debiased_laplace.calibration.metrics.kernel_error import estimate_kernel_error
 from debiased_laplace.calibration.predictions.classification import ClassificationPredictions, read_classification
+from debiased_laplace.calibration.predictions.drawing import draw_rows
 
 
 def read(p, y, clusters=None) -> ClassificationPredictions:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses, rank_by_oracle, rank_losses
+from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses, rank_losses
 
 
 def draw(n: int, seed: int, *, values: int | None = None, binary: bool = True) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def test_all_samples_have_the_variance_of_a_mean() -> None:
 def test_no_order_is_better_than_the_oracle() -> None:
     losses, confidence = draw(200, 7, binary=False)
     ranked = rank_losses(losses, confidence)
-    oracle = rank_by_oracle(ranked)
+    oracle = ranked.oracle
     assert bool((oracle.risk <= ranked.risk + 1e-15).all())
     assert oracle.risk[-1].item() == pytest.approx(ranked.risk[-1].item(), abs=1e-15)
     torch.testing.assert_close(oracle.risk, losses.sort().values.cumsum(0) / ranked.ranks)

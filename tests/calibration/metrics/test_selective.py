@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from debiased_laplace.calibration.estimates import wilson_interval
-from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses, rank_by_oracle, rank_losses
+from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses, rank_losses
 from debiased_laplace.calibration.metrics.selective import (
     MAX_POINTS,
     count_kept,
@@ -162,7 +162,7 @@ def test_curve_is_thinned_and_ends_with_all_samples() -> None:
     for p in curves.points:
         k = round(p.coverage * 3217)
         assert p.risk == pytest.approx(ranked.risk[k - 1].item(), abs=1e-15)
-        assert p.oracle == pytest.approx(rank_by_oracle(ranked).risk[k - 1].item(), abs=1e-15)
+        assert p.oracle == pytest.approx(ranked.oracle.risk[k - 1].item(), abs=1e-15)
         assert p.low is not None
         assert p.high is not None
         assert p.low <= p.risk <= p.high
@@ -216,7 +216,7 @@ def test_intervals_cover(case: str) -> None:
     fine = (large.risk[1000:] <= 0.05).nonzero()
     truth = {
         "aurc": large.area,
-        "e_aurc": large.area - rank_by_oracle(large).area,
+        "e_aurc": large.area - large.oracle.area,
         "augrc": large.generalized_area,
         "coverage_at_5_risk": (fine[-1].item() + 1001) / large.n if fine.numel() else 0.0,
         "risk_at_80_coverage": large.risk_at(torch.tensor([0.8 * large.n], dtype=torch.float64)).item(),

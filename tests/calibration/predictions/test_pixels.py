@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from debiased_laplace.calibration import calibration_report
-from debiased_laplace.calibration.predictions.pixels import draw_pixels, draw_positions, lay_out
+from debiased_laplace.calibration.predictions.drawing import draw_positions
+from debiased_laplace.calibration.predictions.pixels import draw_pixels, lay_out
 
 
 def softmax(*shape: int, dim: int, seed: int = 0) -> torch.Tensor:
