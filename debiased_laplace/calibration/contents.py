@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.estimates import Estimate
@@ -225,6 +225,14 @@ class ReportContents:
     def metrics(self) -> dict[str, dict[str, Estimate]]:
         """Method to metric name to estimate."""
         return {method: dict(result.metrics) for method, result in self.methods.items()}
+
+
+_Curves = TypeVar("_Curves", ClassificationCurves, RegressionCurves)
+
+
+def curves_of(methods: Mapping[str, MethodResult], kind: type[_Curves]) -> dict[str, _Curves]:
+    """Method to its curves, of the methods that have this kind."""
+    return {name: result.curves for name, result in methods.items() if isinstance(result.curves, kind)}
 
 
 def read_scalar(value: Any, where: str) -> str | int | float:

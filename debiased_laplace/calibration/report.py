@@ -125,11 +125,7 @@ def calibration_report(
         Bröcker and Smith (2007), doi:10.1175/WAF993.1 (consistency of reliability diagrams);
         Kumar, Liang, Ma (2019), arXiv 1909.10155 (debiased calibration error).
     """
-    if task not in get_args(Task):
-        expected = ", ".join(map(repr, get_args(Task)))
-        raise ValueError(f"task must be one of {expected}; got {task!r}.")
-    if task != "regression" and not (observation_noise is None and target_unit is None):
-        raise ValueError(f"observation_noise and target_unit belong to task='regression'; got task={task!r}.")
+    _check_task(task, observation_noise, target_unit)
     _check_texts(title=title, description=description, target_unit=target_unit)
     if isinstance(class_names, str) or isinstance(levels, (int, float)):
         raise ValueError(f"class_names and levels must be sequences; got {class_names!r} and {levels!r}.")
@@ -150,14 +146,17 @@ def calibration_report(
     data = _name_classes(data, class_names)
     scores = {method: e.scores for method, e in evaluations.items()}
     references = (first,) if scaled.record is None else (first, scaled.record.method)
-    warnings = [*warn_about_size(data.n, n_resamples), *test.warnings]
-    warnings += warn_about_classes(evaluations[first].result.curves, data.class_names)
-    warnings += [w for e in evaluations.values() for w in e.warnings]
-    warnings += scaled.warnings
     detection = DetectionRequest(ood, first, confidence_level, observation_noise, max_samples, seed)
     inside = {method: evaluations[method].inside for method in predictions}
     sets, warnings_of_sets = evaluate_detection(detection, inside, task=task)
-    warnings += warnings_of_sets
+    warnings = (
+        *warn_about_size(data.n, n_resamples),
+        *test.warnings,
+        *warn_about_classes(evaluations[first].result.curves, data.class_names),
+        *(w for e in evaluations.values() for w in e.warnings),
+        *scaled.warnings,
+        *warnings_of_sets,
+    )
     report = CalibrationReport(
         task=task,
         title=title if title is not None else "Calibration report",
@@ -178,13 +177,21 @@ def calibration_report(
         ),
         tables=tuple(tables),
         figures=tuple(figures),
-        warnings=tuple(warnings),
+        warnings=warnings,
         posteriors=_summaries(posteriors, confidence_level),
         scaling=scaled.record,
         ood=sets,
         groups=collect_groups(test.groupings, {method: e.groups for method, e in evaluations.items()}),
     )
     return report if thresholds is None else replace(report, checks=report.check(thresholds).outcomes)
+
+
+def _check_task(task: Task, observation_noise: Any, target_unit: str | None) -> None:
+    if task not in get_args(Task):
+        expected = ", ".join(map(repr, get_args(Task)))
+        raise ValueError(f"task must be one of {expected}; got {task!r}.")
+    if task != "regression" and not (observation_noise is None and target_unit is None):
+        raise ValueError(f"observation_noise and target_unit belong to task='regression'; got task={task!r}.")
 
 
 def _check_texts(**given: Any) -> None:

@@ -3,14 +3,12 @@
 import argparse
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 Commands = Any
 """What `add_subparsers` returns."""
@@ -24,15 +22,12 @@ def seed(text: str) -> int:
     return value
 
 
-def device_named(name: str) -> "torch.device":
+def device_named(name: str) -> torch.device:
     """A device that can be computed on; "auto" takes a GPU where there is one.
 
     Raises:
         ValueError: if it cannot be used.
     """
-    # torch takes seconds to load: not for --help
-    import torch
-
     try:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         device = torch.device(chosen)
@@ -81,14 +76,6 @@ def file_to_write(path: Path, option: str) -> None:
         pass
     if not existed:
         path.unlink()
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Without the warnings that laplace-torch's imports give."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch.jit.script")
-        yield
 
 
 @contextmanager

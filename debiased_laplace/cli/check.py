@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from debiased_laplace.cli.arguments import Commands, quiet_imports
+from debiased_laplace.calibration import CalibrationReport
+from debiased_laplace.cli.arguments import Commands
 from debiased_laplace.cli.gating import add_thresholds, conclude, given_thresholds
 
 
@@ -20,8 +21,6 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    with quiet_imports():
-        from debiased_laplace.calibration import CalibrationReport
     report = CalibrationReport.from_json(parsed.report)
     thresholds = given_thresholds(parsed, report.task)
     return conclude(report.check(thresholds or ()).outcomes, parsed)

@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
-from debiased_laplace.cli.arguments import Commands, quiet_imports
+from debiased_laplace.calibration import CalibrationReport
+from debiased_laplace.calibration.changes.comparing import compare_reports
+from debiased_laplace.calibration.rendering.changes_markdown import render_changes
+from debiased_laplace.cli.arguments import Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -20,10 +23,6 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    with quiet_imports():
-        from debiased_laplace.calibration import CalibrationReport
-        from debiased_laplace.calibration.changes.comparing import compare_reports
-        from debiased_laplace.calibration.rendering.changes_markdown import render_changes
     old, new = (CalibrationReport.from_json(path) for path in (parsed.old, parsed.new))
     changes = compare_reports(old, new)
     print(render_changes(changes, old, new), end="")

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, quiet_imports, seed
-from debiased_laplace.cli.models import trained_model
+from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, seed
+from debiased_laplace.cli.models import add_model, trained_model
+from debiased_laplace.diagnosis import diagnose
 
 
 def add_to(commands: Commands) -> None:
@@ -18,10 +19,7 @@ def add_to(commands: Commands) -> None:
             "module:callable; modules of the working directory are found."
         ),
     )
-    parser.add_argument("--model", required=True, metavar="MODULE:CALLABLE", help="returns the torch.nn.Module")
-    parser.add_argument("--weights", type=Path, help="state dict of the trained model (loaded with weights_only=True)")
-    parser.add_argument("--loader", required=True, metavar="MODULE:CALLABLE", help="returns the training DataLoader")
-    parser.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
+    add_model(parser)
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="powers of two from 32 to 512, as data allow")
     parser.add_argument("--draws", type=int, default=5, help="of every batch (5)")
     parser.add_argument("--n-data", type=int, help="size of the data set that the likelihood stands for")
@@ -42,8 +40,6 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.figure is not None:
         file_to_write(parsed.figure, "--figure")
     device = device_named(parsed.device)
-    with quiet_imports():
-        from debiased_laplace.diagnosis import diagnose
     diagnosis = diagnose(
         trained_model(parsed).to(device),
         parsed.likelihood,

@@ -3,13 +3,15 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, quiet_imports, seed
-from debiased_laplace.cli.models import loaded, trained_model
+import torch
+from laplace import curvature
 
-if TYPE_CHECKING:
-    from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, seed
+from debiased_laplace.cli.models import add_model, loaded, trained_model
+from debiased_laplace.posterior.factory import DebiasedLaplace
+from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
 
 _BACKENDS = (
     "CurvlinopsGGN",
@@ -66,10 +68,7 @@ def add_to(commands: Commands) -> None:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     given = parser.add_argument_group("what to fit")
-    given.add_argument("--model", required=True, metavar="MODULE:CALLABLE", help="returns the torch.nn.Module")
-    given.add_argument("--weights", type=Path, help="state dict of the trained model (loaded with weights_only=True)")
-    given.add_argument("--loader", required=True, metavar="MODULE:CALLABLE", help="returns the training DataLoader")
-    given.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
+    add_model(given)
     given.add_argument("--out", type=Path, required=True, help="file of the state; replaced if it exists")
     given.add_argument("--n-data", type=int, help="size of the data set that the likelihood stands for")
     given.add_argument("--tolerance", type=float, help="nats of held-out KL: read samples until that gains less")
@@ -137,10 +136,6 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.validation_loader is not None and not parsed.tune_prior:
         raise ValueError("--validation-loader is what --tune-prior searches on; got it without --tune-prior.")
     device = device_named(parsed.device)
-    with quiet_imports():
-        import torch
-
-        from debiased_laplace.posterior.factory import DebiasedLaplace
     model = trained_model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
     loader = called(parsed.loader, "--loader")
@@ -162,8 +157,6 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     if parsed.subnetwork_indices is not None:
         options["subnetwork_indices"] = loaded(parsed.subnetwork_indices, "--subnetwork-indices")
     if parsed.backend is not None:
-        from laplace import curvature
-
         options["backend"] = getattr(curvature, parsed.backend)
     kwargs = {"stochastic": True} if parsed.stochastic else {}
     if parsed.num_samples is not None:
@@ -171,7 +164,7 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     return {**options, "backend_kwargs": kwargs} if kwargs else options
 
 
-def _report(la: "DebiasedParametricLaplace", parsed: argparse.Namespace) -> None:
+def _report(la: DebiasedParametricLaplace, parsed: argparse.Namespace) -> None:
     print(la)
     for found in (la.choice, la.stopping, la.prior_search):
         if found is not None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from debiased_laplace.calibration import Gaussian, Samples
+
 LAYOUT = """\
 targets                          labels (n,), or regression targets (n,) or (n, outputs)
 METHOD/probs                     probabilities (n, C), or P(class 1) (n,)
@@ -148,8 +150,6 @@ def _kind(method: str, forms: Mapping[str, Any]) -> Kind:
 
 def _combine(where: str, forms: Mapping[str, Any], noise_included: bool) -> Any:
     """Predictions in the form in which `calibration_report` takes them."""
-    from debiased_laplace.calibration import Gaussian, Samples
-
     given = set(forms) - {"logits", "observation_noise"}
     noise = forms.get("observation_noise")
     noise = noise.item() if noise is not None and noise.ndim == 0 else noise

@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
-from debiased_laplace.cli.arguments import Commands, quiet_imports, seed
+from debiased_laplace.calibration import calibration_report
+from debiased_laplace.cli.arguments import Commands, seed
 from debiased_laplace.cli.gating import add_thresholds, conclude, given_thresholds
+from debiased_laplace.cli.prediction_archive import LAYOUT, read_archive
 
 FORMATS = ("html", "json", "md", "csv")
 
@@ -15,7 +17,7 @@ def add_to(commands: Commands) -> None:
         "report",
         help="write a calibration report of stored predictions",
         description="Write a calibration report of the predictions in an .npz file (numpy.savez), whose arrays are:",
-        epilog=_layout(),
+        epilog=LAYOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("predictions", type=Path, help="the .npz file")
@@ -37,12 +39,6 @@ def add_to(commands: Commands) -> None:
     parser.set_defaults(run=_run)
 
 
-def _layout() -> str:
-    from debiased_laplace.cli.prediction_archive import LAYOUT
-
-    return LAYOUT
-
-
 def _formats(text: str) -> tuple[str, ...]:
     names = _names(text)
     unknown = [name for name in names if name not in FORMATS]
@@ -58,9 +54,6 @@ def _names(text: str) -> tuple[str, ...]:
 def _run(parsed: argparse.Namespace) -> int:
     if parsed.out.exists() and not parsed.out.is_dir():
         raise ValueError(f"--out must be a folder; {parsed.out} is a file.")
-    with quiet_imports():
-        from debiased_laplace.calibration import calibration_report
-        from debiased_laplace.cli.prediction_archive import read_archive
     archive = read_archive(parsed.predictions, noise_included=parsed.noise_included)
     task = parsed.task or archive.task
     if (task == "regression") != (archive.kind == "regression"):

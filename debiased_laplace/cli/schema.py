@@ -2,7 +2,8 @@
 
 import argparse
 
-from debiased_laplace.cli.arguments import Commands, quiet_imports
+from debiased_laplace.calibration.documents.report_schema import render_schema
+from debiased_laplace.cli.arguments import Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -12,7 +13,5 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(_: argparse.Namespace) -> int:
-    with quiet_imports():
-        from debiased_laplace.calibration.documents.report_schema import render_schema
     print(render_schema(), end="")
     return 0

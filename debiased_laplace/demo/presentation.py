@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from debiased_laplace.calibration import CalibrationReport, Estimate, ReportFigure, ReportTable
@@ -83,6 +83,8 @@ def report_on(
     """The network and its posteriors on the test images, and on images that are no digits."""
     batches = {name: DataLoader(d, batch_size=200) for name, d in (("test", data.test), ("held out", data.held_out))}
     fitted = {name: data.train if name == "full batch" else data.curvature for name in posteriors}
+    full = posteriors["full batch"]
+    ratios = {name: inflation(posteriors[name], full) for name in ("same_batch", "debiased")}
     return evaluate(
         {"MAP": model, **posteriors},
         batches["test"],
@@ -96,8 +98,8 @@ def report_on(
         title="Digits: MAP and three Laplace posteriors",
         description=DESCRIPTION,
         metadata={"device": str(device), "prior_precision": PRIOR_PRECISION},
-        tables=(inflation_table(posteriors),),
-        figures=(inflation_figure(posteriors),),
+        tables=(inflation_table(ratios),),
+        figures=(inflation_figure(ratios),),
     )
 
 
@@ -132,13 +134,11 @@ def table_of(
         f"from {N_HELD_OUT} training samples outside the curvature batch; that of the full batch is subtracted. "
         "TV: mean total variation between the predicted probabilities."
     )
-    return ReportTable("Four posteriors", columns, rows, note)
+    return ReportTable("Four methods", columns, rows, note)
 
 
-def inflation_table(posteriors: dict[str, DebiasedParametricLaplace]) -> ReportTable:
+def inflation_table(ratios: Mapping[str, Tensor]) -> ReportTable:
     """Curvature used over full-batch curvature, by place in the spectrum."""
-    full = posteriors["full batch"]
-    ratios = {name: inflation(posteriors[name], full) for name in ("same_batch", "debiased")}
     rows = []
     for start, stop in SHOWN_DIRECTIONS:
         place = f"{start + 1}" if stop == start + 1 else f"{start + 1}–{stop}"
@@ -150,16 +150,15 @@ def inflation_table(posteriors: dict[str, DebiasedParametricLaplace]) -> ReportT
     return ReportTable("Curvature used / full-batch curvature", ("direction", *ratios), rows, note)
 
 
-def inflation_figure(posteriors: dict[str, DebiasedParametricLaplace]) -> ReportFigure:
+def inflation_figure(ratios: Mapping[str, Tensor]) -> ReportFigure:
     """The same per direction, as a picture."""
     from matplotlib.figure import Figure
 
-    full = posteriors["full batch"]
     figure = Figure(figsize=(6.6, 3.2), layout="constrained")
     axes = figure.add_subplot()
     shown = SHOWN_DIRECTIONS[-1][1]
     for name, colour, marker in (("same_batch", "#D55E00", "o"), ("debiased", "#0072B2", "s")):
-        ratio = inflation(posteriors[name], full)[:shown].cpu()
+        ratio = ratios[name][:shown].cpu()
         index = torch.arange(1, len(ratio) + 1)
         axes.plot(index, ratio, marker, color=colour, markersize=4, label=name)
     axes.axhline(1.0, color="black", linewidth=1)
@@ -171,7 +170,7 @@ def inflation_figure(posteriors: dict[str, DebiasedParametricLaplace]) -> Report
     axes.set_ylabel("curvature used / full batch")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    means = [float(inflation(posteriors[name], full)[:10].mean()) for name in ("same_batch", "debiased")]
+    means = [float(ratios[name][:10].mean()) for name in ("same_batch", "debiased")]
     alt = (
         "Curvature used over full-batch curvature along the leading directions, on logarithmic axes. Over the first "
         f"ten directions the ratio averages {means[0]:.2f} for same_batch and {means[1]:.2f} for the debiased one."

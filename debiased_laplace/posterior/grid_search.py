@@ -86,7 +86,8 @@ def by_grid_search(
                 f"No prior precision between {float(grid[0]):.3g} and {float(grid[-1]):.3g} gives a finite "
                 f"loss on the validation data (the first one: {float(losses[0])}); the prior is unchanged."
             )
-        la.prior_precision = grid[best_of(losses)]
+        best = grid[best_of(losses)]
+        la.prior_precision = best
         comparison = None
         if scoring.loss is None or fit_the_likelihood(la, data):
             own = negative_log_likelihoods(la, predictions(la, data, scoring))
@@ -99,7 +100,7 @@ def by_grid_search(
         grid=grid.clone(),
         losses=losses,
         standard_errors=errors,
-        chosen=float(grid[best_of(losses)]),
+        chosen=float(best),
         against_map=comparison,
         loss_name=scoring.name,
         n=sum(len(held.batch) for held in data),

@@ -103,21 +103,12 @@ def _evidence(la: BaseLaplace, notes: list[str]) -> float | None:
 
 def _candidate(la: BaseLaplace, notes: list[str]) -> Candidate | None:
     """The precision as an operator, where there is one that can be afforded."""
-    H = getattr(la, "H", None)
-    if (
-        not isinstance(la, DebiasedParametricLaplace)
-        and isinstance(H, Tensor)
-        and H.ndim == 2
-        and len(H) > LARGEST_DENSE
-    ):
+    H, ours = getattr(la, "H", None), isinstance(la, DebiasedParametricLaplace)
+    if not ours and isinstance(H, Tensor) and H.ndim == 2 and len(H) > LARGEST_DENSE:
         notes.append(f"No eigenvalues: a dense precision of {len(H):,} parameters takes too long.")
         return None
     try:
-        return (
-            debiased_candidate(la)
-            if isinstance(la, DebiasedParametricLaplace)
-            else laplace_torch_candidate(la, None, None)
-        )
+        return debiased_candidate(la) if ours else laplace_torch_candidate(la, None, None)
     except NotFittedError:
         raise
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:

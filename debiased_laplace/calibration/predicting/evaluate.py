@@ -10,6 +10,7 @@ from torch.utils.data import RandomSampler
 from debiased_laplace.calibration.contents import ReportFigure, ReportTable
 from debiased_laplace.calibration.gates.thresholds import ThresholdSource
 from debiased_laplace.calibration.posteriors.held_out import judge_posteriors
+from debiased_laplace.calibration.posteriors.summaries import PosteriorSummary
 from debiased_laplace.calibration.posteriors.summarizing import summarize_posteriors
 from debiased_laplace.calibration.predicting.collecting import Collected, collect
 from debiased_laplace.calibration.predicting.methods import (
@@ -135,8 +136,8 @@ def evaluate(
     References:
         Daxberger et al. (2021), arXiv 2106.14806 (predictives); docs/calibration_reports.md.
     """
-    if isinstance(getattr(loader, "sampler", None), RandomSampler) and not (groups is None and clusters is None):
-        raise ValueError("groups and clusters are in the order of the loader, which shuffles; expected shuffle=False.")
+    if not (groups is None and clusters is None):
+        _refuse_shuffling(loader)
     if ood_loaders is not None and not isinstance(ood_loaders, Mapping):
         raise ValueError(f"ood_loaders must map names of sets to loaders; got {type(ood_loaders).__name__}.")
     options = choose_prediction(task, pred_type, link_approx, n_samples, seed)
@@ -168,17 +169,6 @@ def evaluate(
         name: _predictions(predicted(predictors, outside, name, labelled=False), methods, noise)
         for name, outside in (ood_loaders or {}).items()
     }
-    laplace = {name: m for name, m in methods.items() if isinstance(m, BaseLaplace)}
-    summaries = summarize_posteriors(laplace, confidence_level=confidence_level)
-    if held_out_loader is not None:
-        summaries = judge_posteriors(
-            laplace,
-            summaries,
-            held_out_loader,
-            fitted_loader,
-            confidence_level=confidence_level,
-            progress_bar=progress_bar,
-        )
     report = calibration_report(
         _predictions(found, methods, noise),
         found.targets,
@@ -196,7 +186,13 @@ def evaluate(
         figures=figures,
         levels=levels,
         target_unit=target_unit,
-        posteriors=summaries,
+        posteriors=_describe_posteriors(
+            methods,
+            held_out_loader,
+            fitted_loader,
+            confidence_level=confidence_level,
+            progress_bar=progress_bar,
+        ),
         temperature_scaling=temperature_scaling,
         validation=validation,
         logits={name: piece["logits"] for name, piece in found.pieces.items() if "logits" in piece},
@@ -208,6 +204,34 @@ def evaluate(
     )
     records = {name: _record(p, found, name, options) for name, p in predictors.items()}
     return replace(report, predicted=records, warnings=(*_warn_of_draws(records), *report.warnings))
+
+
+def _refuse_shuffling(loader: Iterable[Any]) -> None:
+    if isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError("groups and clusters are in the order of the loader, which shuffles; expected shuffle=False.")
+
+
+def _describe_posteriors(
+    methods: Mapping[str, Method],
+    held_out_loader: Iterable[Any] | None,
+    fitted_loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None,
+    *,
+    confidence_level: float,
+    progress_bar: bool,
+) -> dict[str, PosteriorSummary]:
+    """What was fitted, and where there are held-out samples how close it is to the full batch."""
+    laplace = {name: m for name, m in methods.items() if isinstance(m, BaseLaplace)}
+    summaries = summarize_posteriors(laplace, confidence_level=confidence_level)
+    if held_out_loader is None:
+        return summaries
+    return judge_posteriors(
+        laplace,
+        summaries,
+        held_out_loader,
+        fitted_loader,
+        confidence_level=confidence_level,
+        progress_bar=progress_bar,
+    )
 
 
 def _choose_keys(methods: Mapping[str, Method], dict_key_x: str | None, dict_key_y: str | None) -> MappingKeys:

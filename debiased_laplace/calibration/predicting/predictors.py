@@ -163,7 +163,6 @@ class CallablePredictor:
     task: Task
     kind: str = "callable"
     device: None = None
-    model: None = None
 
     def predict(self, inputs: Inputs) -> Piece:
         """Whatever it returns, samples reduced."""

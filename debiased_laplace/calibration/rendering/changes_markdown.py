@@ -4,11 +4,13 @@ from debiased_laplace.calibration.changes.change import Change, Changes
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
 from debiased_laplace.calibration.metrics.definitions import define_metrics
 from debiased_laplace.calibration.rendering.formatting import (
+    NOTHING,
     choose_decimals,
-    format_interval,
+    format_level,
     format_number,
     format_p_value,
-    format_signed,
+    format_with_interval,
+    half_width,
 )
 from debiased_laplace.calibration.rendering.markdown import plain_markdown, render_markdown_table
 from debiased_laplace.calibration.rendering.markdown_fitting import fit_markdown
@@ -20,7 +22,7 @@ def render_changes(changes: Changes, old: ReportContents, new: ReportContents) -
     """Verdict first, then what changed detectably, then the rest behind a fold."""
     detected = [c for kind in _DETECTED for c in changes.changes if c.verdict == kind]
     rest = [c for c in changes.changes if c.verdict not in _DETECTED]
-    percent = f"{100 * changes.confidence_level:g} %"
+    percent = format_level(changes.confidence_level)
     parts = [
         "# Changes between two calibration reports",
         _summarize(changes),
@@ -59,10 +61,9 @@ def _tabulate(changes: list[Change], task: str) -> ReportTable:
     definitions = define_metrics(task)
     rows = []
     for c in changes:
-        half_width = None if c.low is None or c.high is None else (c.high - c.low) / 2
-        decimals = choose_decimals([half_width])
-        difference = f"{format_signed(c.difference, decimals)} {format_interval(c.low, c.high, decimals)}".rstrip()
-        p = "\u2013" if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
+        decimals = choose_decimals([half_width(c.low, c.high)])
+        difference = format_with_interval(c.difference, c.low, c.high, decimals, signed=True)
+        p = NOTHING if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
         verdict = f"{c.verdict} ({c.note})" if c.note else c.verdict
         values = [format_number(x, decimals) for x in (c.old, c.new)]
         rows.append([c.method, definitions[c.metric].label, *values, difference, p, verdict])

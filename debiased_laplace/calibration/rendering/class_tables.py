@@ -2,7 +2,7 @@
 
 from html import escape
 
-from debiased_laplace.calibration.contents import ClassificationCurves, ReportContents, ReportTable
+from debiased_laplace.calibration.contents import ClassificationCurves, ReportContents, ReportTable, curves_of
 from debiased_laplace.calibration.metrics.classwise import ClassCount
 from debiased_laplace.calibration.rendering.formatting import NOTHING, format_interval, format_number
 from debiased_laplace.calibration.rendering.sections import render_table
@@ -12,7 +12,7 @@ MAX_CLASSES = 20
 
 def render_classes(contents: ReportContents) -> str:
     """Accuracy and calibration of each class, the baseline's worst first; empty for regression."""
-    curves = {m: r.curves for m, r in contents.methods.items() if isinstance(r.curves, ClassificationCurves)}
+    curves = curves_of(contents.methods, ClassificationCurves)
     if not curves:
         return ""
     return _render_accuracy(contents, curves) + _render_calibration(contents, curves)

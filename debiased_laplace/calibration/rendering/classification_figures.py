@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from debiased_laplace.calibration.contents import ClassificationCurves, MethodResult, ReportTable
+from debiased_laplace.calibration.contents import ClassificationCurves, MethodResult, ReportTable, curves_of
 from debiased_laplace.calibration.metrics.curves import ConfidenceBin
 from debiased_laplace.calibration.rendering.formatting import format_number
 from debiased_laplace.calibration.rendering.panels import (
@@ -25,7 +25,7 @@ CORRECT_COLOUR, WRONG_COLOUR = "#009E73", "#D55E00"
 
 def draw_reliability(results: dict[str, MethodResult], looks: dict[str, Look]) -> list[Panel]:
     """One reliability diagram per method, all with the same axes."""
-    curves = _classification_curves(results)
+    curves = curves_of(results, ClassificationCurves)
     most = max(b.n for c in curves.values() for b in c.bins)
     return [
         _draw_one_reliability(method, c.bins, looks[method], index=i, most=most)
@@ -35,15 +35,9 @@ def draw_reliability(results: dict[str, MethodResult], looks: dict[str, Look]) -
 
 def draw_confidences(results: dict[str, MethodResult]) -> list[Panel]:
     """One pair of histograms per method: confidence where it was right, and where it was wrong."""
-    curves = _classification_curves(results)
+    curves = curves_of(results, ClassificationCurves)
     most = max(share for c in curves.values() for group in _share(c.bins) for share in group)
     return [_draw_one_histogram(method, c.bins, index=i, most=most) for i, (method, c) in enumerate(curves.items())]
-
-
-def _classification_curves(results: dict[str, MethodResult]) -> dict[str, ClassificationCurves]:
-    return {
-        method: result.curves for method, result in results.items() if isinstance(result.curves, ClassificationCurves)
-    }
 
 
 def _draw_one_reliability(method: str, bins: tuple[ConfidenceBin, ...], look: Look, *, index: int, most: int) -> Panel:

@@ -15,9 +15,9 @@ from debiased_laplace.calibration.rendering.panels import (
     GREY,
     Look,
     Panel,
-    add_axes,
     finish,
-    new_figure,
+    new_rows,
+    write_row,
 )
 from debiased_laplace.calibration.rendering.verdict import SHORT_NAMES
 
@@ -44,22 +44,19 @@ def _draw_metric(metric: str, rows: list[Comparison], looks: dict[str, Look]) ->
     """A group of rows per reference; a row is a method with its difference in words, and the interval under them."""
     references = list(dict.fromkeys(c.baseline for c in rows))
     height = len(rows) * ROW_HEIGHT + len(references) * HEADING_HEIGHT
-    figure = new_figure(height=height + 0.5)
-    axes = add_axes(figure, bottom=0.45, top=height + 0.45)
-    axes.set_position((0.03, axes.get_position().y0, 0.94, axes.get_position().height))
-    axes.spines["left"].set_visible(False)
+    figure, axes = new_rows(height)
     texts: dict[str, str] = {}
     y = height  # of the axis, in inches from below
     for reference in references:
         y -= HEADING_HEIGHT
         heading = f"compared with {shorten(reference, NAME_LENGTH)}"
-        _write(axes, texts, y + 0.06, heading, weight="bold")
+        write_row(axes, texts, y + 0.06, heading, weight="bold")
         axes.axhline(y, color=GREY, linewidth=0.5)
         for c in (c for c in rows if c.baseline == reference):
             y -= ROW_HEIGHT
             _draw_interval(axes, c, looks[c.method], y + 0.14)
             words = f"{shorten(c.method, NAME_LENGTH)}: {_show(c)}, {SHORT_VERDICTS[c.verdict]}"
-            _write(axes, texts, y + 0.3, words)
+            write_row(axes, texts, y + 0.3, words)
     _scale(axes, rows, height)
     name = SHORT_NAMES[metric]
     alt = f"Differences in {name}, below zero being better. " + " ".join(
@@ -74,13 +71,6 @@ def _draw_metric(metric: str, rows: list[Comparison], looks: dict[str, Look]) ->
         table=_tabulate(name, rows),
         texts=texts,
     )
-
-
-def _write(axes: "Axes", texts: dict[str, str], y: float, words: str, *, weight: str = "normal") -> None:
-    """A line of text that enters after drawing: matplotlib would read dollar signs and miss other scripts."""
-    placeholder = f"row {len(texts)}"
-    texts[placeholder] = words
-    axes.text(0.0, y, placeholder, fontsize=FONT_SIZE, weight=weight, transform=axes.get_yaxis_transform())
 
 
 def _draw_interval(axes: "Axes", c: Comparison, look: Look, y: float) -> None:
@@ -102,7 +92,7 @@ def _scale(axes: "Axes", rows: list[Comparison], height: float) -> None:
     """Symmetric limits around zero, so that the direction is seen at once, and its name."""
     ends = [abs(x) for c in rows for x in (c.difference, c.low, c.high) if x is not None]
     half = 1.12 * max(ends) or 1.0
-    axes.set(xlim=(-half, half), ylim=(0, height), yticks=[])
+    axes.set(xlim=(-half, half))
     axes.locator_params(axis="x", nbins=5)
     below = -0.3 / height  # inches below the axis
     axes.text(0.0, below, "\u2190 better", fontsize=FONT_SIZE, va="top", transform=axes.transAxes)

@@ -3,13 +3,14 @@
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
 from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.rendering.formatting import (
+    choose_common_decimals,
     choose_decimals,
-    format_interval,
     format_number,
     format_signed,
+    format_with_interval,
     shorten,
 )
-from debiased_laplace.calibration.rendering.panels import FONT_SIZE, Look, Panel, add_axes, finish, new_figure
+from debiased_laplace.calibration.rendering.panels import Look, Panel, finish, new_rows, write_row
 
 ROW_HEIGHT = 0.5  # inches
 NAME_LENGTH = 24
@@ -21,20 +22,15 @@ def draw_decomposition(contents: ReportContents, looks: dict[str, Look]) -> Pane
     if not rows:
         return None
     height = len(rows) * ROW_HEIGHT
-    figure = new_figure(height=height + 0.5)
-    axes = add_axes(figure, bottom=0.45, top=height + 0.45)
-    axes.set_position((0.03, axes.get_position().y0, 0.94, axes.get_position().height))
-    axes.spines["left"].set_visible(False)
-    texts = {}
+    figure, axes = new_rows(height)
+    texts: dict[str, str] = {}
     for i, (method, metrics) in enumerate(rows.items()):
         y, look = height - (i + 1) * ROW_HEIGHT + 0.14, looks[method]
         whole, left = metrics["nll"].known, metrics["nll_refinement_loss"].known
         axes.plot([left, whole], [y, y], color=look.colour, linewidth=3)
         axes.plot([left], [y], marker=look.marker, color=look.colour, markersize=6.5, markerfacecolor="none")
         axes.plot([whole], [y], marker=look.marker, color=look.colour, markersize=6.5)
-        texts[f"row {i}"] = f"{shorten(method, NAME_LENGTH)}: {_show_sum(metrics)}"
-        axes.text(0.0, y + 0.16, f"row {i}", fontsize=FONT_SIZE, transform=axes.get_yaxis_transform())
-    axes.set(ylim=(0, height), yticks=[])
+        write_row(axes, texts, y + 0.16, f"{shorten(method, NAME_LENGTH)}: {_show_sum(metrics)}")
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=5)
     what = "temperature" if contents.task != "regression" else "factor of the standard deviations"
@@ -68,9 +64,7 @@ def _tabulate(rows: dict[str, dict[str, Estimate]]) -> ReportTable:
             if name not in metrics:
                 continue
             e = metrics[name]
-            half = None if e.low is None or e.high is None else (e.high - e.low) / 2
-            decimals = choose_decimals([half])
-            shown.append(f"{format_number(e.value, decimals)} {format_interval(e.low, e.high, decimals)}".rstrip())
+            shown.append(format_with_interval(e.value, e.low, e.high, choose_common_decimals([e])))
         cells.append(shown)
     columns = ["method", "NLL", "remains", "repaired", "temperature"]
     return ReportTable("Where the loss comes from", columns[: len(cells[0])], cells)

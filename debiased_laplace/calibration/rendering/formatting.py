@@ -7,6 +7,7 @@ from debiased_laplace.calibration.estimates import Estimate
 
 MINUS = "\u2212"
 NOTHING = "\u2013"
+NO_BREAK = "\u00a0"
 MAX_DECIMALS = 5
 
 
@@ -20,11 +21,12 @@ def choose_decimals(half_widths: Iterable[float | None]) -> int | None:
 
 def choose_common_decimals(estimates: Iterable[Estimate | None]) -> int | None:
     """Decimals for one metric of several methods, so that their columns compare."""
-    present = [e for e in estimates if e is not None]
-    chosen = choose_decimals(
-        (e.high - e.low) / 2 if e.low is not None and e.high is not None else None for e in present
-    )
-    return chosen
+    return choose_decimals(half_width(e.low, e.high) for e in estimates if e is not None)
+
+
+def half_width(low: float | None, high: float | None) -> float | None:
+    """Half of an interval; None where there is none."""
+    return None if low is None or high is None else (high - low) / 2
 
 
 def format_number(value: float | None, decimals: int | None = None) -> str:
@@ -54,9 +56,33 @@ def format_interval(low: float | None, high: float | None, decimals: int | None 
     return f"[{format_number(low, decimals)}, {format_number(high, decimals)}]"
 
 
+def format_with_interval(
+    value: float | None, low: float | None, high: float | None, decimals: int | None, *, signed: bool = False
+) -> str:
+    """`value [low, high]`, or the value alone where there is no interval."""
+    show = format_signed if signed else format_number
+    return f"{show(value, decimals)} {format_interval(low, high, decimals)}".rstrip()
+
+
+def format_unbroken(estimate: Estimate, decimals: int | None) -> str:
+    """Value and interval, which a line does not break inside."""
+    interval = format_interval(estimate.low, estimate.high, decimals).replace(" ", NO_BREAK)
+    return f"{format_number(estimate.value, decimals)} {interval}".rstrip()
+
+
 def format_p_value(p: float) -> str:
     """`p = ...` with the digits that matter."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def format_bare_p_value(p: float) -> str:
+    """`format_p_value` where a label says already that it is one."""
+    return format_p_value(p).removeprefix("p ").removeprefix("= ")
+
+
+def format_level(level: str | int | float) -> str:
+    """A confidence level in percent."""
+    return f"{100 * float(level):g} %"
 
 
 def shorten(text: str, length: int) -> str:

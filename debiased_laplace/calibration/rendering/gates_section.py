@@ -5,7 +5,7 @@ from html import escape
 
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
 from debiased_laplace.calibration.gates.outcomes import Status, ThresholdOutcome, overall_status
-from debiased_laplace.calibration.rendering.formatting import choose_decimals, format_interval, format_number
+from debiased_laplace.calibration.rendering.formatting import choose_decimals, format_with_interval, half_width
 from debiased_laplace.calibration.rendering.sections import render_table
 
 SIGNS: dict[Status, str] = {"passed": "\u2713", "failed": "\u2717", "inconclusive": "?"}
@@ -37,14 +37,12 @@ def tabulate_gates(outcomes: tuple[ThresholdOutcome, ...]) -> ReportTable:
     """One row per outcome."""
     rows = []
     for o in outcomes:
-        half_width = None if o.low is None or o.high is None else (o.high - o.low) / 2
-        decimals = choose_decimals([half_width])
-        shown = f"{format_number(o.value, decimals)} {format_interval(o.low, o.high, decimals)}".rstrip()
-        rows.append([f"{SIGNS[o.status]} {o.status}", o.title, shown, show_limits(o), o.judge, o.n])
+        shown = format_with_interval(o.value, o.low, o.high, choose_decimals([half_width(o.low, o.high)]))
+        rows.append([f"{SIGNS[o.status]} {o.status}", o.title, shown, _show_limits(o), o.judge, o.n])
     return ReportTable("Gates", ["outcome", "what", "found", "allowed", "judged by", "samples"], rows)
 
 
-def show_limits(outcome: ThresholdOutcome) -> str:
+def _show_limits(outcome: ThresholdOutcome) -> str:
     """The limits in a few signs."""
     limits = (("\u2265", outcome.minimum), ("\u2264", outcome.maximum))
     return ", ".join(f"{sign} {limit:g}".replace("-", "\u2212") for sign, limit in limits if limit is not None)

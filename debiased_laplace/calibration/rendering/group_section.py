@@ -10,9 +10,8 @@ from debiased_laplace.calibration.metrics.groups import GroupResult
 from debiased_laplace.calibration.rendering.formatting import (
     NOTHING,
     choose_common_decimals,
-    format_interval,
     format_number,
-    format_signed,
+    format_with_interval,
 )
 from debiased_laplace.calibration.rendering.sections import render_table
 
@@ -41,9 +40,9 @@ def render_groups(contents: ReportContents) -> str:
 def _render_grouping(contents: ReportContents, name: str) -> str:
     groups = [g for g in contents.groups if g.grouping == name]
     present = {metric for g in groups for metrics in g.metrics.values() for metric in metrics}
-    metrics = [m for m in define_metrics(contents.task) if m in present and m != FLOOR]
-    decimals = {m: choose_common_decimals(e.get(m) for g in groups for e in g.metrics.values()) for m in metrics}
     definitions = define_metrics(contents.task)
+    metrics = [m for m in definitions if m in present and m != FLOOR]
+    decimals = {m: choose_common_decimals(e.get(m) for g in groups for e in g.metrics.values()) for m in metrics}
     rows: list[list[str | int]] = []
     for g in groups:
         for method, estimates in g.metrics.items():
@@ -61,7 +60,6 @@ def _show(metric: str, estimates: Mapping[str, Estimate], decimals: int | None) 
     e = estimates.get(metric)
     if e is None or e.value is None:
         return NOTHING
-    value = (format_signed if metric == "confidence_gap" else format_number)(e.value, decimals)
     if metric == "ece" and FLOOR in estimates:
-        return f"{value} / {format_number(estimates[FLOOR].value)}"
-    return f"{value} {format_interval(e.low, e.high, decimals)}".strip()
+        return f"{format_number(e.value, decimals)} / {format_number(estimates[FLOOR].value)}"
+    return format_with_interval(e.value, e.low, e.high, decimals, signed=metric == "confidence_gap")

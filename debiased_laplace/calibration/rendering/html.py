@@ -10,7 +10,7 @@ from debiased_laplace.calibration.rendering.class_tables import render_classes
 from debiased_laplace.calibration.rendering.classification_figures import draw_confidences, draw_reliability
 from debiased_laplace.calibration.rendering.comparison_figures import draw_differences
 from debiased_laplace.calibration.rendering.decomposition_figures import draw_decomposition
-from debiased_laplace.calibration.rendering.formatting import format_number, format_p_value
+from debiased_laplace.calibration.rendering.formatting import format_level, format_number, format_p_value
 from debiased_laplace.calibration.rendering.gates_section import render_gates
 from debiased_laplace.calibration.rendering.group_section import render_groups
 from debiased_laplace.calibration.rendering.panels import Look, Panel, assign_looks
@@ -94,9 +94,7 @@ def _render_top(contents: ReportContents) -> str:
 
 
 def _explain_headline(contents: ReportContents) -> str:
-    level = f"{contents.settings['confidence_level']:.3g}"
-    percent = f"{100 * float(level):g} %"
-    text = f"Estimates with {percent} intervals over test samples."
+    text = f"Estimates with {format_level(contents.settings['confidence_level'])} intervals over test samples."
     if contents.comparisons:
         text += (
             f" Below them the verdict of the paired comparison with {contents.baseline}"
@@ -144,7 +142,7 @@ def _render_decomposition(contents: ReportContents, looks: dict[str, Look]) -> s
 
 def _render_classification(contents: ReportContents, looks: dict[str, Look]) -> str:
     results = dict(contents.methods)
-    level = f"{100 * float(contents.settings['confidence_level']):g} %"
+    level = format_level(contents.settings["confidence_level"])
     asides = [
         f"ECE {format_number(m['ece'].value, 3)}, chance alone "
         f"{format_number(m['ece_noise_floor'].value, 3)}, {format_p_value(m['ece_p_value'].known)}"

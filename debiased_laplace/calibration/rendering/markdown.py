@@ -5,14 +5,17 @@ from dataclasses import replace
 from typing import Literal
 
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
+from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.metrics.definitions import define_metrics
 from debiased_laplace.calibration.rendering.formatting import (
+    NOTHING,
     choose_common_decimals,
     choose_decimals,
-    format_interval,
+    format_bare_p_value,
+    format_level,
     format_number,
     format_p_value,
-    format_signed,
+    format_with_interval,
     shorten,
 )
 from debiased_laplace.calibration.rendering.gates_section import summarize_gates, tabulate_gates
@@ -31,7 +34,7 @@ def render_markdown(contents: ReportContents) -> str:
 
     At most 65,536 bytes, which is what GitHub takes as a comment: tables that do not fit are cut, and say so.
     """
-    percent = f"{100 * float(contents.settings['confidence_level']):g} %"
+    percent = format_level(contents.settings["confidence_level"])
     parts = [
         f"# {plain_markdown(contents.title)}",
         "\n".join(f"- {plain_markdown(s)}" for s in summarize(contents)),
@@ -87,23 +90,17 @@ def tabulate_metrics(contents: ReportContents, section: Literal["headline", "det
         if all(e is None for e in estimates) or section not in (None, definition.section):
             continue
         decimals = choose_common_decimals(estimates)
-        show = format_signed if definition.better == "zero" else format_number
-        if name.endswith("_p_value"):
-            shown = [
-                format_p_value(e.value).removeprefix("p ").removeprefix("= ") if e and e.value is not None else "\u2013"
-                for e in estimates
-            ]
-            rows.append([definition.label, *shown])
-            continue
-        cells = [
-            f"{show(e.value, decimals)} {format_interval(e.low, e.high, decimals)}".rstrip()
-            if e is not None
-            else "\u2013"
-            for e in estimates
-        ]
-        rows.append([definition.label, *cells])
+        rows.append([definition.label, *(_show(name, e, decimals, definition.better == "zero") for e in estimates)])
     title = "Further metrics" if section == "detail" else "Metrics"
     return ReportTable(title, ["metric", *contents.methods], rows)
+
+
+def _show(name: str, estimate: Estimate | None, decimals: int | None, signed: bool) -> str:
+    if estimate is None or estimate.value is None:
+        return NOTHING
+    if name.endswith("_p_value"):
+        return format_bare_p_value(estimate.value)
+    return format_with_interval(estimate.value, estimate.low, estimate.high, decimals, signed=signed)
 
 
 def tabulate_comparisons(contents: ReportContents) -> ReportTable:
@@ -111,9 +108,9 @@ def tabulate_comparisons(contents: ReportContents) -> ReportTable:
     rows = []
     for c in contents.comparisons:
         decimals = choose_decimals([c.standard_error])
-        change = f"{format_signed(c.difference, decimals)} {format_interval(c.low, c.high, decimals)}"
-        p = "\u2013" if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
-        rows.append([c.method, c.baseline, SHORT_NAMES[c.metric], change.rstrip(), p, c.verdict])
+        change = format_with_interval(c.difference, c.low, c.high, decimals, signed=True)
+        p = NOTHING if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
+        rows.append([c.method, c.baseline, SHORT_NAMES[c.metric], change, p, c.verdict])
     columns = ["method", "compared with", "score", "difference", "Holm-adjusted p", "verdict"]
     return ReportTable("Differences", columns, rows)
 
@@ -135,7 +132,7 @@ def render_markdown_table(table: ReportTable) -> str:
     """A table with a head, every cell on one line."""
     lines = [list(table.columns), ["---"] * len(table.columns)]
     for row in table.rows:
-        lines.append(["\u2013" if c is None else format_number(c) if isinstance(c, float) else str(c) for c in row])
+        lines.append([NOTHING if c is None else format_number(c) if isinstance(c, float) else str(c) for c in row])
     head, rule, *body = lines
     escaped = [[plain_markdown(str(cell)) for cell in line] for line in (head, *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], rule, *escaped[1:]))

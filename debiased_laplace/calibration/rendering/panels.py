@@ -18,6 +18,8 @@ GREY = "#808080"  # legible on white and on the dark page
 BAND_ALPHA = 0.28
 FONT_SIZE = 8.0
 PANEL_WIDTH = 3.3  # inches; 317 px on the page, one column of a phone
+# names and units enter after drawing: matplotlib would read dollar signs and miss other scripts
+LABEL_X, LABEL_Y = "label x", "label y"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,28 @@ def add_axes(figure: "Figure", *, bottom: float, top: float) -> "Axes":
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=FONT_SIZE)
     return axes
+
+
+def new_rows(height: float) -> tuple["Figure", "Axes"]:
+    """A figure with `height` inches of rows as wide as the panel, measured from below, above the axis they share."""
+    figure = new_figure(height=height + 0.5)
+    axes = add_axes(figure, bottom=0.45, top=height + 0.45)
+    axes.set_position((0.03, axes.get_position().y0, 0.94, axes.get_position().height))
+    axes.spines["left"].set_visible(False)
+    axes.set(ylim=(0, height), yticks=[])
+    return figure, axes
+
+
+def write_row(axes: "Axes", texts: dict[str, str], y: float, words: str, *, weight: str = "normal") -> None:
+    """A line of text in a row: a placeholder, and in `texts` the words that replace it."""
+    placeholder = f"row {len(texts)}"
+    texts[placeholder] = words
+    axes.text(0.0, y, placeholder, fontsize=FONT_SIZE, weight=weight, transform=axes.get_yaxis_transform())
+
+
+def with_unit(what: str, unit: str) -> str:
+    """The label of an axis."""
+    return f"{what} ({unit})" if unit else what
 
 
 def finish(

@@ -3,6 +3,7 @@
 from html import escape
 
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
+from debiased_laplace.calibration.rendering.formatting import format_level
 from debiased_laplace.calibration.rendering.panels import assign_looks
 from debiased_laplace.calibration.rendering.posterior_figures import draw_inflation, draw_spectrum
 from debiased_laplace.calibration.rendering.posterior_tables import (
@@ -22,7 +23,7 @@ def render_posteriors(contents: ReportContents) -> str:
     if posteriors:
         # a posterior looks like the method of the same name
         looks = assign_looks(list(dict.fromkeys([*contents.methods, *posteriors])))
-        level = f"{100 * float(contents.settings['confidence_level']):g} %"
+        level = format_level(contents.settings["confidence_level"])
         parts += ["<h2>The posteriors</h2>", render_table(tabulate_posteriors(posteriors), kind="headline")]
         parts.append(_render_notes(contents))
         held_out = tabulate_held_out(posteriors)

@@ -6,10 +6,9 @@ from debiased_laplace.calibration.predicting.records import PredictionRecord
 from debiased_laplace.calibration.rendering.formatting import (
     NOTHING,
     choose_decimals,
-    format_interval,
     format_number,
     format_p_value,
-    format_signed,
+    format_with_interval,
 )
 
 PREDICTIVES = {"glm": "linearized", "nn": "drawn networks"}
@@ -55,7 +54,7 @@ def tabulate_held_out(posteriors: dict[str, PosteriorSummary]) -> ReportTable | 
     rows = []
     for name, h in judged.items():
         decimals = min(2, choose_decimals([h.standard_error]) or 0)
-        change = f"{format_signed(h.difference, decimals)} {format_interval(h.low, h.high, decimals)}"
+        change = format_with_interval(h.difference, h.low, h.high, decimals, signed=True)
         rows.append([name, h.reference, change, format_p_value(h.p_value), h.n, h.verdict])
     columns = ["posterior", "against", "difference in nats", "Holm-adjusted p", "held-out samples", "verdict"]
     return ReportTable("Distance to the full batch", columns, rows)
@@ -67,10 +66,6 @@ def _text(value: str | None) -> str:
 
 def _count(value: int | None) -> str:
     return NOTHING if value is None else f"{value:,}".replace(",", "\u202f")
-
-
-def _number(value: float | None) -> str:
-    return format_number(value)
 
 
 def _seconds(value: float | None) -> str:
@@ -96,7 +91,7 @@ def _prior(s: PosteriorSummary) -> str:
     if s.prior_low is None or s.prior_high is None:
         return NOTHING
     one = s.prior_low == s.prior_high
-    return _number(s.prior_low) if one else f"{_number(s.prior_low)} to {_number(s.prior_high)}"
+    return format_number(s.prior_low) if one else f"{format_number(s.prior_low)} to {format_number(s.prior_high)}"
 
 
 _PROPERTIES = (
@@ -113,9 +108,9 @@ _PROPERTIES = (
     ("curvature outside them", _complement),
     ("metric", lambda s: _text(s.metric if s.metric != "euclidean" else None)),
     ("prior precision", _prior),
-    ("observation noise", lambda s: _number(s.sigma_noise)),
-    ("temperature", lambda s: _number(s.temperature if s.temperature != 1 else None)),
-    ("effective parameters", lambda s: _number(s.effective_parameters)),
-    ("log marginal likelihood", lambda s: _number(s.log_marginal_likelihood)),
+    ("observation noise", lambda s: format_number(s.sigma_noise)),
+    ("temperature", lambda s: format_number(s.temperature if s.temperature != 1 else None)),
+    ("effective parameters", lambda s: format_number(s.effective_parameters)),
+    ("log marginal likelihood", lambda s: format_number(s.log_marginal_likelihood)),
     ("time of the fit", lambda s: _seconds(s.fit_seconds)),
 )

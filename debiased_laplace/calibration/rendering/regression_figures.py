@@ -1,6 +1,6 @@
 """Panels of a regression report: coverage curves and histograms of the probability transform."""
 
-from debiased_laplace.calibration.contents import MethodResult, RegressionCurves, ReportTable
+from debiased_laplace.calibration.contents import MethodResult, RegressionCurves, ReportTable, curves_of
 from debiased_laplace.calibration.metrics.curves import CoverageLevel, HistogramBin
 from debiased_laplace.calibration.rendering.formatting import format_number
 from debiased_laplace.calibration.rendering.panels import (
@@ -19,22 +19,18 @@ def draw_coverage(results: dict[str, MethodResult], looks: dict[str, Look]) -> l
     """One coverage curve per method: what central intervals hold against what they promise."""
     return [
         _draw_one_coverage(method, curves.coverage, looks[method], index=i)
-        for i, (method, curves) in enumerate(_regression_curves(results).items())
+        for i, (method, curves) in enumerate(curves_of(results, RegressionCurves).items())
     ]
 
 
 def draw_pit(results: dict[str, MethodResult], looks: dict[str, Look]) -> list[Panel]:
     """One histogram per method of the predictive distribution function at the targets."""
-    curves = _regression_curves(results)
+    curves = curves_of(results, RegressionCurves)
     most = max(max(b.n, b.consistent_high) for c in curves.values() for b in c.pit)
     return [
         _draw_one_pit(method, c.pit, looks[method], index=i, most=1.08 * most)
         for i, (method, c) in enumerate(curves.items())
     ]
-
-
-def _regression_curves(results: dict[str, MethodResult]) -> dict[str, RegressionCurves]:
-    return {method: result.curves for method, result in results.items() if isinstance(result.curves, RegressionCurves)}
 
 
 def _draw_one_coverage(method: str, levels: tuple[CoverageLevel, ...], look: Look, *, index: int) -> Panel:

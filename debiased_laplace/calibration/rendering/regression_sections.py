@@ -6,9 +6,10 @@ from debiased_laplace.calibration.contents import RegressionCurves, ReportConten
 from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.rendering.formatting import (
     choose_common_decimals,
-    format_interval,
-    format_number,
+    format_bare_p_value,
+    format_level,
     format_p_value,
+    format_unbroken,
 )
 from debiased_laplace.calibration.rendering.panels import Look, Panel
 from debiased_laplace.calibration.rendering.regression_figures import draw_coverage, draw_pit
@@ -31,7 +32,7 @@ OF_OUTPUTS = {
 def render_regression(contents: ReportContents, looks: dict[str, Look]) -> str:
     """Coverage, probability transform, spread, single predictions, single outputs."""
     results = dict(contents.methods)
-    level = f"{100 * float(contents.settings['confidence_level']):g} %"
+    level = format_level(contents.settings["confidence_level"])
     unit = contents.data.target_unit
     first = {kind: _name_outputs(contents.data.n_outputs or 1, drawn) for kind, drawn in OUTPUTS_DRAWN.items()}
     return (
@@ -100,6 +101,5 @@ def _render_outputs(contents: ReportContents) -> str:
 
 def _show(name: str, estimate: Estimate, decimals: int | None) -> str:
     if estimate.value is not None and name.endswith("_p_value"):
-        return format_p_value(estimate.value).removeprefix("p ").removeprefix("= ")
-    interval = format_interval(estimate.low, estimate.high, decimals).replace(" ", "\u00a0")  # on one line
-    return f"{format_number(estimate.value, decimals)} {interval}".rstrip()
+        return format_bare_p_value(estimate.value)
+    return format_unbroken(estimate, decimals)

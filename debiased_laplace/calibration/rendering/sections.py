@@ -4,7 +4,6 @@ from html import escape
 
 from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
-from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.metrics.classification import signed_root
 from debiased_laplace.calibration.metrics.definitions import DIRECTIONS, MetricDefinition, define_metrics
 from debiased_laplace.calibration.metrics.metric_definition import Section
@@ -17,12 +16,13 @@ from debiased_laplace.calibration.rendering.formatting import (
     format_signed,
 )
 from debiased_laplace.calibration.rendering.panels import Panel
-from debiased_laplace.calibration.rendering.verdict import name_reference
+from debiased_laplace.calibration.rendering.verdict import CONFIDENCE_TARGETS, name_confidence, name_reference
 
 COMPARED_AS = {"accuracy": "error"}  # a row, and the score that its differences are stored as
-NOISE_AND_TEST = {name: (f"{name}_noise_floor", f"{name}_p_value") for name in ("ece", "ence", "ence_equal_mass")}
+NOISE_AND_TEST: dict[str, tuple[str, ...]] = {
+    name: (f"{name}_noise_floor", f"{name}_p_value") for name in ("ece", "ence", "ence_equal_mass")
+} | {"classwise_ece": ("classwise_ece_noise_floor",)}
 SHOWN_BESIDE = {other for others in NOISE_AND_TEST.values() for other in others}  # not in rows of their own
-SHOWN_BESIDE |= {"classwise_ece_noise_floor"}
 LABELS: dict[Section, str] = {
     "detail": "Further metrics of every method",
     "selective": "Metrics of selective prediction of every method",
@@ -78,7 +78,7 @@ def render_metrics(contents: ReportContents, section: Section) -> str:
             continue
         decimals = choose_common_decimals(estimates)
         cells = "".join(f"<td>{_render_cell(contents, method, name, decimals)}</td>" for method in contents.methods)
-        unit = show_unit(definition, contents.data.target_unit)
+        unit = _show_unit(definition, contents.data.target_unit)
         direction = ", in ".join(words for words in (DIRECTIONS[definition.better], unit) if words)
         body.append(
             f'<tr><th scope="row">{escape(definition.label)}'
@@ -103,40 +103,27 @@ def _render_cell(contents: ReportContents, method: str, name: str, decimals: int
     value = (format_signed if signed else format_number)(estimate.value, decimals)
     interval = format_interval(estimate.low, estimate.high, decimals)
     parts = [f'<span class="value">{value}</span> <span class="interval">{interval}</span>']
-    if name in NOISE_AND_TEST:
-        floor, p = (contents.metrics[method][other].known for other in NOISE_AND_TEST[name])
-        parts.append(
-            f'<span class="aside">chance alone: {format_number(floor)}</span>'
-            f'<span class="aside">{format_p_value(p)}</span>'
-        )
-    if name == "classwise_ece":
-        floor = contents.metrics[method]["classwise_ece_noise_floor"].known
-        parts.append(f'<span class="aside">chance alone: {format_number(floor)}</span>')
+    for other in NOISE_AND_TEST.get(name, ()):
+        found = contents.metrics[method][other].known
+        words = format_p_value(found) if other.endswith("_p_value") else f"chance alone: {format_number(found)}"
+        parts.append(f'<span class="aside">{words}</span>')
     if name in ("rmsce2_debiased", "classwise_rmsce2_debiased"):
         root = format_number(signed_root(estimate.known), 3)
         parts.append(f'<span class="aside">signed root: {root}</span>')
-    if name in ("confidence_gap", "z_scale"):
-        parts.append(f'<span class="aside">{_name_sign(estimate, name)}</span>')
+    if name in CONFIDENCE_TARGETS:
+        named = name_confidence(estimate, target=CONFIDENCE_TARGETS[name])
+        parts.append(f'<span class="aside">{named or "neither detectably"}</span>')
     compared = COMPARED_AS.get(name, name)
     own = [c for c in contents.comparisons if (c.method, c.metric) == (method, compared)]
     parts.append(_render_verdicts(contents, own))
     return "".join(parts)
 
 
-def show_unit(definition: MetricDefinition, target_unit: str | None) -> str:
+def _show_unit(definition: MetricDefinition, target_unit: str | None) -> str:
     """The metric's unit, where the unit of the targets was given."""
     if not target_unit or not definition.unit:
         return ""
     return f"({target_unit})²" if definition.unit == "squared" else target_unit
-
-
-def _name_sign(estimate: Estimate, name: str) -> str:
-    target = 1.0 if name == "z_scale" else 0.0
-    if estimate.low is not None and estimate.low > target:
-        return "over-confident"
-    if estimate.high is not None and estimate.high < target:
-        return "under-confident"
-    return "neither detectably"
 
 
 def _render_verdicts(contents: ReportContents, comparisons: list[Comparison]) -> str:
@@ -152,7 +139,7 @@ def _render_verdicts(contents: ReportContents, comparisons: list[Comparison]) ->
 
 def _show_cell(cell: object) -> str:
     if cell is None:
-        return "\u2013"
+        return NOTHING
     return format_number(cell) if isinstance(cell, float) else str(cell)
 
 

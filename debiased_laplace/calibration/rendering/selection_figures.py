@@ -11,12 +11,15 @@ from debiased_laplace.calibration.rendering.panels import (
     BAND_ALPHA,
     FONT_SIZE,
     GREY,
+    LABEL_X,
+    LABEL_Y,
     PANEL_WIDTH,
     Look,
     Panel,
     add_axes,
     finish,
     new_figure,
+    with_unit,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +29,6 @@ KEY_HEIGHT = 0.17  # inches per line of a key
 NAME_LENGTH = 38
 TABLE_ROWS = 20
 SETTLED = 0.05  # coverage below which a risk rests on so few samples that it does not set the scale
-_X, _Y = "label x", "label y"  # units enter after drawing: matplotlib would read dollar signs and miss other scripts
 
 
 def draw_selection(curves: dict[str, SelectionCurves], looks: dict[str, Look], *, baseline: str, unit: str) -> Panel:
@@ -50,7 +52,7 @@ def draw_selection(curves: dict[str, SelectionCurves], looks: dict[str, Look], *
         axes.fill_between([p.coverage for p in band], *ends, color=colour, alpha=BAND_ALPHA, linewidth=0)
     dashed: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.2}
     axes.plot(*_lines(base, "oracle"), **dashed)
-    texts = {_Y: _label(curves[baseline].loss, unit), "oracle": shorten(f"oracle of {baseline}", NAME_LENGTH)}
+    texts = {LABEL_Y: with_unit(curves[baseline].loss, unit), "oracle": shorten(f"oracle of {baseline}", NAME_LENGTH)}
     for i, (method, c) in enumerate(curves.items()):
         look = looks[method]
         style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": 4}
@@ -61,7 +63,7 @@ def draw_selection(curves: dict[str, SelectionCurves], looks: dict[str, Look], *
     axes.set(xlim=(0, 1), ylim=(0, most))
     axes.locator_params(axis="y", nbins=5)
     axes.set_xlabel("coverage: share of samples kept", fontsize=FONT_SIZE)
-    axes.set_ylabel(_Y, fontsize=FONT_SIZE)
+    axes.set_ylabel(LABEL_Y, fontsize=FONT_SIZE)
     return finish(
         figure,
         name="selection",
@@ -94,7 +96,7 @@ def draw_scores(
             set_name,
             most[d.score],
             name=f"ood-{index}-{i}",
-            label=_label(SCORES[d.score], units.get(d.score, "")),
+            label=with_unit(SCORES[d.score], units.get(d.score, "")),
         )
         for i, d in enumerate(detections)
     ]
@@ -134,7 +136,7 @@ def _draw_one_histogram(
     axes.stairs(outside, edges, color=look.colour, linewidth=1.6)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.05 * most))
     axes.locator_params(axis="both", nbins=4)
-    axes.set_xlabel(_X, fontsize=FONT_SIZE)
+    axes.set_xlabel(LABEL_X, fontsize=FONT_SIZE)
     axes.set_ylabel("share of the set", fontsize=FONT_SIZE)
     _add_key(figure, "test set", line=1, color=GREY, alpha=0.55, linewidth=5)
     _add_key(figure, "set name", line=0, color=look.colour, linewidth=1.6)
@@ -148,7 +150,7 @@ def _draw_one_histogram(
     table = ReportTable(f"{set_name}: {caption}", ["score from", "to", "test set", set_name], rows)
     return finish(
         figure, name=name, caption=detection.method, alt=alt, table=table,
-        texts={"set name": shorten(set_name, NAME_LENGTH), _X: label},
+        texts={"set name": shorten(set_name, NAME_LENGTH), LABEL_X: label},
     )  # fmt: skip
 
 
@@ -174,10 +176,6 @@ def _thin(points: tuple[RiskPoint, ...]) -> list[RiskPoint]:
 
 def _nearest(points: tuple[RiskPoint, ...], coverage: float) -> RiskPoint:
     return min(points, key=lambda p: abs(p.coverage - coverage))
-
-
-def _label(what: str, unit: str) -> str:
-    return f"{what} ({unit})" if unit else what
 
 
 def _share(bins: tuple[ScoreBin, ...]) -> tuple[list[float], list[float]]:

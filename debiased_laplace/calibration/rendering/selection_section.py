@@ -4,13 +4,13 @@ from html import escape
 
 from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.metrics.out_of_distribution import SCORES, UNITS, Detection
+from debiased_laplace.calibration.rendering.formatting import format_level, format_unbroken
 from debiased_laplace.calibration.rendering.panels import Look
 from debiased_laplace.calibration.rendering.sections import render_metrics, render_panels, render_table
 from debiased_laplace.calibration.rendering.selection_figures import draw_scores, draw_selection
 from debiased_laplace.calibration.rendering.selection_tables import (
     DECIMALS,
     describe_chance,
-    show_estimate,
     tabulate_detection,
     tabulate_kept,
 )
@@ -28,7 +28,7 @@ def render_selection(contents: ReportContents, looks: dict[str, Look]) -> str:
     target_unit = contents.data.target_unit
     order = "the smallest predicted standard deviations" if is_regression else "the most confident"
     loss = "mean squared error" if is_regression else "share of errors"
-    percent = f"{100 * float(contents.settings['confidence_level']):g} %"
+    percent = format_level(contents.settings["confidence_level"])
     has_band = any(p.low is not None for p in curves[contents.baseline].points)
     of = f" of {contents.baseline}" if len(curves) > 1 else ""
     band = f" Shaded: {percent} intervals{of}, each for its own coverage." if has_band else ""
@@ -79,4 +79,4 @@ def render_detection(contents: ReportContents, looks: dict[str, Look]) -> str:
 
 def _describe(detection: Detection) -> str:
     auroc = detection.metrics["auroc"]
-    return f"{SCORES[detection.score]}: AUROC {show_estimate(auroc, DECIMALS)}"
+    return f"{SCORES[detection.score]}: AUROC {format_unbroken(auroc, DECIMALS)}"

@@ -1,17 +1,17 @@
 """Selective prediction and out-of-distribution detection as tables, for the page and for Markdown."""
 
 from debiased_laplace.calibration.contents import ReportContents, ReportTable
-from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.metrics.out_of_distribution import SCORES, DetectionComparison, OutOfDistributionSet
 from debiased_laplace.calibration.rendering.formatting import (
+    NO_BREAK,
     NOTHING,
     format_interval,
     format_number,
     format_signed,
+    format_unbroken,
 )
 
 DECIMALS = 3  # of rates, whose intervals are rarely narrower
-NO_BREAK = "\u00a0"
 METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
 
@@ -23,7 +23,7 @@ def tabulate_kept(contents: ReportContents) -> ReportTable | None:
     whole = {m: contents.methods[m].metrics["accuracy"] for m in kept}
     coverages = [k.coverage for k in next(iter(kept.values()))]
     rows = [
-        [method, *(show_estimate(k.accuracy, DECIMALS) for k in of_method), show_estimate(whole[method], DECIMALS)]
+        [method, *(format_unbroken(k.accuracy, DECIMALS) for k in of_method), format_unbroken(whole[method], DECIMALS)]
         for method, of_method in kept.items()
     ]
     columns = ["method", *(f"at {100 * coverage:g}{NO_BREAK}% coverage" for coverage in coverages), "of all"]
@@ -35,9 +35,9 @@ def tabulate_detection(name: str, one: OutOfDistributionSet, baseline: str) -> R
     compared = {(c.method, c.score): c for c in one.comparisons}
     rows = []
     for d in one.detections:
-        cells = [show_estimate(d.metrics[metric], DECIMALS) for metric in METRICS]
+        cells = [format_unbroken(d.metrics[metric], DECIMALS) for metric in METRICS]
         if one.comparisons:
-            cells += show_comparison(compared.get((d.method, d.score)))
+            cells += _show_comparison(compared.get((d.method, d.score)))
         rows.append([d.method, SCORES[d.score], *cells])
     columns = ["method", "score", *METRICS.values()]
     if one.comparisons:
@@ -45,7 +45,7 @@ def tabulate_detection(name: str, one: OutOfDistributionSet, baseline: str) -> R
     return ReportTable(name, columns, rows)
 
 
-def show_comparison(comparison: DetectionComparison | None) -> list[str]:
+def _show_comparison(comparison: DetectionComparison | None) -> list[str]:
     """Difference with its interval, and verdict."""
     if comparison is None:
         return [NOTHING, NOTHING]
@@ -57,9 +57,3 @@ def describe_chance(one: OutOfDistributionSet, n: int) -> str:
     """Size of a set, and the AUPR that a score without any use has there."""
     size = "1 sample" if one.n == 1 else f"{one.n:,} samples".replace(",", "\u202f")
     return f"{size}; a score without any use has AUROC 0.5, AUPR {format_number(one.n / (one.n + n))} and FPR95 0.95."
-
-
-def show_estimate(estimate: Estimate, decimals: int | None) -> str:
-    """Value and interval, which a line does not break inside."""
-    interval = format_interval(estimate.low, estimate.high, decimals).replace(" ", NO_BREAK)
-    return f"{format_number(estimate.value, decimals)} {interval}".rstrip()

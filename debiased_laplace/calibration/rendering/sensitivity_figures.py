@@ -1,6 +1,6 @@
 """Panels of the calibration error over the number of its bins: how much of it is the choice of bins."""
 
-from debiased_laplace.calibration.contents import ClassificationCurves, MethodResult, ReportTable
+from debiased_laplace.calibration.contents import ClassificationCurves, MethodResult, ReportTable, curves_of
 from debiased_laplace.calibration.metrics.bin_sensitivity import BinSensitivity
 from debiased_laplace.calibration.rendering.formatting import format_number
 from debiased_laplace.calibration.rendering.panels import (
@@ -19,11 +19,7 @@ TABLE_STEP = 5  # numbers of bins between rows of the table
 
 def draw_sensitivity(results: dict[str, MethodResult], looks: dict[str, Look]) -> list[Panel]:
     """One panel per method, all with the same axes; none where the numbers were not kept."""
-    tables = {
-        method: result.curves.sensitivity
-        for method, result in results.items()
-        if isinstance(result.curves, ClassificationCurves) and result.curves.sensitivity
-    }
+    tables = {m: c.sensitivity for m, c in curves_of(results, ClassificationCurves).items() if c.sensitivity}
     most = max((max(s.error, s.noise_floor) for table in tables.values() for s in table), default=0.0) or 1e-3
     return [
         _draw_one(method, table, looks[method], index=i, most=1.1 * most)

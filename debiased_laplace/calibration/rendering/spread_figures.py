@@ -4,25 +4,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from debiased_laplace.calibration.contents import MethodResult, RegressionCurves, ReportTable
+from debiased_laplace.calibration.contents import MethodResult, RegressionCurves, ReportTable, curves_of
 from debiased_laplace.calibration.metrics.regression_curves import ExamplePrediction, SpreadBin
 from debiased_laplace.calibration.rendering.formatting import format_number
 from debiased_laplace.calibration.rendering.panels import (
     BAND_ALPHA,
     FONT_SIZE,
     GREY,
+    LABEL_X,
+    LABEL_Y,
     Look,
     Panel,
     add_axes,
     finish,
     new_figure,
+    with_unit,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OUTPUTS_DRAWN = {"spread": 2, "examples": 1}  # of several; the JSON file holds the rest
-_X, _Y = "label x", "label y"  # units enter after drawing: matplotlib would read dollar signs and miss other scripts
 _Row = TypeVar("_Row", SpreadBin, ExamplePrediction)
 
 
@@ -37,18 +39,18 @@ class _Frame:
     high: float
 
     def label(self, what: str) -> str:
-        return f"{what} ({self.unit})" if self.unit else what
+        return with_unit(what, self.unit)
 
 
 def draw_spread(results: dict[str, MethodResult], looks: dict[str, Look], unit: str | None) -> list[list[Panel]]:
     """For each output a panel per method: root mean squared error against predicted standard deviation."""
-    rows = {m: c.spread for m, c in _curves(results).items()}
+    rows = {m: c.spread for m, c in curves_of(results, RegressionCurves).items()}
     return _draw_outputs(rows, "spread", unit, _ends_of_bin, lambda m, r, f: _draw_one_spread(r, looks[m], f))
 
 
 def draw_examples(results: dict[str, MethodResult], looks: dict[str, Look], unit: str | None) -> list[list[Panel]]:
     """For each output a panel per method: predictions in ascending order with their intervals and targets."""
-    rows = {m: c.examples for m, c in _curves(results).items()}
+    rows = {m: c.examples for m, c in curves_of(results, RegressionCurves).items()}
     return _draw_outputs(
         rows,
         "examples",
@@ -56,10 +58,6 @@ def draw_examples(results: dict[str, MethodResult], looks: dict[str, Look], unit
         lambda e: [e.low, e.high, e.target],
         lambda m, r, f: _draw_some_examples(r, looks[m], f),
     )
-
-
-def _curves(results: dict[str, MethodResult]) -> dict[str, RegressionCurves]:
-    return {method: result.curves for method, result in results.items() if isinstance(result.curves, RegressionCurves)}
 
 
 def _draw_outputs(
@@ -127,7 +125,7 @@ def _draw_one_spread(bins: list[SpreadBin], look: Look, frame: _Frame) -> Panel:
         caption=frame.caption,
         alt=alt,
         table=ReportTable(frame.caption, columns, rows),
-        texts={_X: frame.label("predicted standard deviation"), _Y: frame.label("root mean squared error")},
+        texts={LABEL_X: frame.label("predicted standard deviation"), LABEL_Y: frame.label("root mean squared error")},
     )
 
 
@@ -166,7 +164,7 @@ def _draw_some_examples(rows: list[ExamplePrediction], look: Look, frame: _Frame
         caption=frame.caption,
         alt=alt,
         table=ReportTable(frame.caption, columns, table),
-        texts={_X: "test samples in the order of their prediction", _Y: frame.label("prediction and target")},
+        texts={LABEL_X: "test samples in the order of their prediction", LABEL_Y: frame.label("prediction and target")},
     )
 
 
@@ -174,8 +172,8 @@ def _label(axes: "Axes", ticks: int) -> None:
     axes.locator_params(axis="y", nbins=ticks)
     if len(axes.get_xticks()):
         axes.locator_params(axis="x", nbins=ticks)
-    axes.set_xlabel(_X, fontsize=FONT_SIZE)
-    axes.set_ylabel(_Y, fontsize=FONT_SIZE)
+    axes.set_xlabel(LABEL_X, fontsize=FONT_SIZE)
+    axes.set_ylabel(LABEL_Y, fontsize=FONT_SIZE)
 
 
 def _show_range(values: list[float]) -> str:

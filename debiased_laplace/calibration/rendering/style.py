@@ -33,8 +33,7 @@ a { color: var(--accent); }
   max-width: none; margin: 1.2rem 0; padding: .8rem 1rem; font-size: 1.06rem;
   border-left: 4px solid var(--accent); background: var(--panel); border-radius: 0 6px 6px 0;
 }
-.verdict p, .verdict ul { max-width: 60rem; margin: .15rem 0; }
-.verdict ul { padding-left: 1.1rem; }
+.verdict p { max-width: 60rem; margin: .15rem 0; }
 .verdict .harm {
   margin: .4rem -.4rem; padding: .5rem .7rem; font-weight: 600; color: var(--bad);
   border: 2px solid var(--bad); border-radius: 6px;
@@ -83,7 +82,6 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .beside > div:first-child { flex: 0 1 20rem; }
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .2rem; }
-figcaption .aside { font-weight: 400; }
 svg.figure { display: block; width: 100%; height: auto; }
 svg.figure * { stroke-linejoin: round; stroke-linecap: butt; }
 svg.figure text {

@@ -6,10 +6,11 @@ from debiased_laplace.calibration.comparisons import Comparison
 from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.estimates import Estimate
 from debiased_laplace.calibration.rendering.formatting import (
+    choose_common_decimals,
     choose_decimals,
     format_interval,
     format_number,
-    format_signed,
+    format_with_interval,
 )
 
 SHORT_NAMES = {
@@ -19,6 +20,7 @@ SHORT_NAMES = {
     "rmsce2_debiased": "squared calibration error",
     "crps": "CRPS",
 }
+CONFIDENCE_TARGETS = {"confidence_gap": 0.0, "z_scale": 1.0}  # above them a method is over-confident
 ALSO_TOLD = ("brier", "crps", "error")  # where the NLL is not worse, but these are
 
 
@@ -54,13 +56,24 @@ def describe_confidence(metrics: Mapping[str, Estimate]) -> str:
     """Over-confident, under-confident or neither detectably, with its size."""
     if "confidence_gap" in metrics:
         gap = metrics["confidence_gap"]
-        return _describe_sign(gap, target=0.0, amount=f" by {_show(abs(gap.known), gap)}")
+        return _describe_sign(
+            gap, target=CONFIDENCE_TARGETS["confidence_gap"], amount=f" by {_show(abs(gap.known), gap)}"
+        )
     scale = metrics["z_scale"]
     return _describe_sign(
         scale,
-        target=1.0,
+        target=CONFIDENCE_TARGETS["z_scale"],
         amount=f" (errors are {_show(scale.known, scale)} predicted standard deviations)",
     )
+
+
+def name_confidence(estimate: Estimate, *, target: float) -> str:
+    """Over-confident above the target, under-confident below it; empty where neither was detected."""
+    if estimate.low is not None and estimate.low > target:
+        return "over-confident"
+    if estimate.high is not None and estimate.high < target:
+        return "under-confident"
+    return ""
 
 
 def _references(contents: ReportContents) -> list[str]:
@@ -99,8 +112,8 @@ def _summarize_baseline(contents: ReportContents, confidence: str) -> str:
     """The baseline alone: its own loss, and what one number would repair."""
     nll = contents.metrics[contents.baseline]["nll"]
     decimals = choose_decimals([nll.standard_error])
-    interval = format_interval(nll.low, nll.high, decimals)
-    sentence = f"{contents.baseline}: NLL {format_number(nll.value, decimals)} {interval}".rstrip() + f"; {confidence}"
+    loss = format_with_interval(nll.value, nll.low, nll.high, decimals)
+    sentence = f"{contents.baseline}: NLL {loss}; {confidence}"
     if contents.scaling is not None:
         c = _against(contents, contents.scaling.method, "nll")[contents.baseline]
         changes = {"better": "lowers", "worse": "raises", "no detectable difference": "does not change detectably"}
@@ -124,7 +137,7 @@ def _describe_size(comparison: Comparison) -> str:
     decimals = choose_decimals([comparison.standard_error])
     low, high = comparison.low, comparison.high
     if comparison.verdict == "no detectable difference":
-        return f"{format_signed(comparison.difference, decimals)} {format_interval(low, high, decimals)}".rstrip()
+        return format_with_interval(comparison.difference, low, high, decimals, signed=True)
     direction = "higher"
     if comparison.verdict == "better":
         direction = "lower"
@@ -134,14 +147,9 @@ def _describe_size(comparison: Comparison) -> str:
 
 
 def _describe_sign(estimate: Estimate, *, target: float, amount: str) -> str:
-    if estimate.low is not None and estimate.low > target:
-        return f"over-confident{amount}"
-    if estimate.high is not None and estimate.high < target:
-        return f"under-confident{amount}"
-    return "neither over- nor under-confident detectably"
+    named = name_confidence(estimate, target=target)
+    return f"{named}{amount}" if named else "neither over- nor under-confident detectably"
 
 
 def _show(value: float, estimate: Estimate) -> str:
-    low, high = estimate.low, estimate.high
-    half_width = (high - low) / 2 if low is not None and high is not None else None
-    return format_number(value, choose_decimals([half_width]))
+    return format_number(value, choose_common_decimals([estimate]))

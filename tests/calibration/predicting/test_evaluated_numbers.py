@@ -235,4 +235,4 @@ def test_no_python_warning_is_given_for_few_draws():
         report = evaluate(
             ours("classification"), loader("classification"), task="multiclass", pred_type="nn", n_samples=5
         )
-    assert report.warnings
+    assert "Only 5 draws" in report.warnings[0]

@@ -103,7 +103,7 @@ def test_every_number_of_the_headline_is_there(reports) -> None:
     report = reports["multiclass"]
     words = " ".join(Page(report.to_html()).words)
     assert f"{report.metrics['map']['accuracy'].value:.3f}" in words
-    assert "better" in words
+    assert "better than map" in words
     assert "over-confident" in words
     for name in report.metrics["map"]:
         assert name in words  # defined
