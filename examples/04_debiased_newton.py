@@ -17,6 +17,7 @@ from torch import nn
 
 warnings.filterwarnings("ignore", message="`torch.jit.script")
 from debiased_laplace import DebiasedNewton
+from debiased_laplace.demo.digits import network
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=100)
@@ -33,17 +34,7 @@ X = torch.tensor(images, dtype=torch.float32)[order].reshape(-1, 1, 8, 8) / 16
 y = torch.tensor(labels)[order]
 X, X_test, y, y_test = X[:1200], X[1200:], y[:1200], y[1200:]
 
-torch.manual_seed(options.seed)
-model = nn.Sequential(
-    nn.Conv2d(1, 10, 3, padding=1),
-    nn.ReLU(),
-    nn.MaxPool2d(2),
-    nn.Conv2d(10, 24, 3, padding=1),
-    nn.ReLU(),
-    nn.MaxPool2d(2),
-    nn.Flatten(),
-    nn.Linear(96, 10),
-)
+model = network(options.seed)
 
 
 # %%

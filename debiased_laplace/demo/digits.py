@@ -60,11 +60,11 @@ def load(seed: int) -> Digits:
     )
 
 
-def train(data: Digits, seed: int, device: torch.device, epochs: int = EPOCHS) -> nn.Module:
-    """A convolutional network of 3,254 parameters, trained until it has learnt many of the wrong labels too."""
+def network(seed: int) -> nn.Module:
+    """A convolutional network of 3,254 parameters, not trained."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = nn.Sequential(
+        return nn.Sequential(
             nn.Conv2d(1, 10, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
@@ -73,7 +73,12 @@ def train(data: Digits, seed: int, device: torch.device, epochs: int = EPOCHS) -
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(96, 10),
-        ).to(device)
+        )
+
+
+def train(data: Digits, seed: int, device: torch.device, epochs: int = EPOCHS) -> nn.Module:
+    """The network, trained until it has learnt many of the wrong labels too."""
+    model = network(seed).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
     X, y = (t.to(device) for t in data.train.tensors)
     generator = torch.Generator().manual_seed(seed)

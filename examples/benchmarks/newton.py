@@ -19,7 +19,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from debiased_laplace import quadratic_along
-from debiased_laplace.demo.digits import load, train
+from debiased_laplace.demo.digits import load, network, train
 from debiased_laplace.newton.directional_steps import DirectionalSteps
 from debiased_laplace.newton.step import newton_step
 
@@ -59,10 +59,11 @@ class Cache:
     def checkpoint(self, name: str, seed: int) -> nn.Module:
         """The network after so many epochs, trained once."""
         path = self.folder / f"{name}-{seed}.pt"
-        model = train(load(seed), seed, torch.device("cpu"), 0 if path.exists() else CHECKPOINTS[name])
         if path.exists():
+            model = network(seed)
             model.load_state_dict(torch.load(path))
         else:
+            model = train(load(seed), seed, torch.device("cpu"), CHECKPOINTS[name])
             torch.save(model.state_dict(), path)
         return model.eval()
 
