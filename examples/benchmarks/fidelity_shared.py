@@ -15,13 +15,14 @@ from fidelity_tasks import Task
 from torch.utils.data import DataLoader
 
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.debiasing.choice import Choice, Weighting, ranked, trial_terms
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.lowrank import LowRankChoice
 from debiased_laplace.debiasing.options import EstimatorOptions, SplitCurvature
-from debiased_laplace.posterior.fitting import Fitted, at_work, fit_curvature
+from debiased_laplace.posterior.fitting import Fitted, fit_curvature
 from debiased_laplace.posterior.fitting import Task as FitTask
 
 Kinds = dict[str, dict[str, Any]]
@@ -87,7 +88,7 @@ class SharedFit:
         ]
         roles = SplitCurvature(parts[0], None if split.shared else parts[1], split.folds, split.n_data)
         options = [la._request.options for la in posteriors.values()]
-        with at_work(self.task.model, self.seed), warnings.catch_warnings():
+        with at_weights(self.task.model, self.seed), warnings.catch_warnings():
             # too few samples for a rank: the rank that was found is recorded
             warnings.simplefilter("ignore", UserWarning)
             found = estimates_of_ranks(roles, options[0], [LowRankChoice(o.rank, o.complement) for o in options])
@@ -104,7 +105,7 @@ class SharedFit:
         la = self._unfitted({"magnitudes": "cross_fitted", "complement": "kron"})
         split = la._split_options.draw(self._positions, la._request, self.task.n_data)
         options = la._request.options
-        with at_work(self.task.model, self.seed):
+        with at_weights(self.task.model, self.seed):
             own = estimate(SplitCurvature(self.batch, None, None, split.n_data), _same_batch(options))
             target = estimate(
                 SplitCurvature(self.batch, None, split.folds, split.n_data), replace(options, structure="kron")
@@ -129,7 +130,7 @@ class SharedFit:
         trials = la._request.trials(la._split_options.direction_share(self.batch.n_samples), n_rows)
         weight = task.n_data / task.sigma_noise**2
         weightings = [Weighting(weight, torch.tensor(prior)) for prior in priors]
-        with at_work(task.model, self.seed):
+        with at_weights(task.model, self.seed):
             terms = trial_terms(self.batch, trials, weightings, n_data=task.n_data, seed=self.seed)
         found = {prior: ranked(trials, values) for prior, values in zip(priors, terms, strict=True)}
         return found, time.perf_counter() - start
