@@ -667,19 +667,23 @@ def naive_directional_steps(
     iterations: int,
     *,
     shrinkage: bool,
-    panel: int | None = None,
+    stopping: bool = False,
 ) -> NaiveWalk:
     """Directions of conjugate gradients on a, steps along them on b.
 
     Both sets are given as gradients (n, P) and curvatures (n, P, P) of their samples.
-    `extra_gradient` (P,) and `extra_curvature` (P, P) are those of damping and regularizer. With a panel, the steps of
-    the first panel along which the quadratic of b does not fall beyond its error are left out, and all after it.
+    `extra_gradient` (P,) and `extra_curvature` (P, P) are those of damping and regularizer. With stopping, directions
+    are taken together, twice as many as before after a decrease beyond its error, else one; two without it are the end.
     """
     H_a, g_a = a[1].mean(0) + extra_curvature, a[0].mean(0) + extra_gradient
     H_b, g_b = b[1].mean(0) + extra_curvature, b[0].mean(0) + extra_gradient
-    directions = naive_conjugate_gradients(H_a, -g_a, iterations)[1]
-    walk = NaiveWalk(directions, [], [], [], [], [], torch.zeros_like(g_a))
-    for i, p in enumerate(directions):
+    _, directions, lengths = naive_conjugate_gradients(H_a, -g_a, iterations)
+    walk = NaiveWalk([], [], [], [], [], [], torch.zeros_like(g_a))
+    start, size, misses = 0, 1, 0
+    while start < iterations and misses < 2:
+        taken = range(start, min(start + size, iterations))
+        p = directions[start] if len(taken) == 1 else sum(lengths[i] * directions[i] for i in taken)
+        start = taken.stop
         x = walk.update
         slope = float(p @ (g_b + H_b @ x))
         # what the samples do not have in common
@@ -690,19 +694,16 @@ def naive_directional_steps(
         step = -slope / curvature * (factor if shrinkage else 1.0)
         # the expectation of q(x) - q(x + step p), given that slope² is error² too large on average
         decrease = factor**2 * slope**2 / (2 * curvature) if shrinkage else (slope**2 - 2 * error**2) / (2 * curvature)
+        if stopping:
+            falls = decrease > error**2 / (2**0.5 * curvature)
+            size, misses = (2 * size, 0) if falls else (1, misses + 1)
+            if decrease <= 0:
+                step = decrease = 0.0
+        walk.directions.append(p)
         walk.slopes.append(slope)
         walk.errors.append(error)
         walk.curvatures.append(curvature)
         walk.steps.append(step)
         walk.decreases.append(decrease)
         walk.update = x + step * p
-        if panel is not None and (len(walk.steps) % panel == 0 or i == iterations - 1):
-            first = i - i % panel
-            noise = [walk.errors[j] ** 4 / (2 * walk.curvatures[j] ** 2) for j in range(first, i + 1)]
-            if sum(walk.decreases[first:]) <= sum(noise) ** 0.5:
-                for j in range(first, i + 1):
-                    walk.update = walk.update - walk.steps[j] * directions[j]
-                    walk.steps[j] = walk.decreases[j] = 0.0
-                walk.directions = directions[: i + 1]
-                break
     return walk

@@ -6,13 +6,17 @@ steps so far, $s_i = p_i^\top (g_b + (H_b + \lambda I) x_i)$ the slope at that p
 $c_i = p_i^\top (H_b + \lambda I) p_i$, the step is $-\varphi_i s_i / c_i$. The factor
 $\varphi_i = (1 - e_i^2 / s_i^2)_+$, with $e_i$ the standard error of the slope, shrinks it as far as it is noise.
 
+A derivative of b along every direction of a costs half as much again as conjugate gradients do. With held-out stopping
+b is asked less often where the answer is clear: as long as its quadratic keeps falling beyond its error, the next
+segment of the path of conjugate gradients, along which it is asked for one step, is twice as long as the last. Where
+the quadratic does not, the next segment is a single direction again; two of those in a row end the pass.
+
 References:
     Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325 (directions and magnitudes from different halves);
     James & Stein (1961), Proc. Fourth Berkeley Symp. 1 (shrinkage).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
@@ -22,7 +26,6 @@ from torch import Tensor
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import (
-    ConjugateDirection,
     ConjugateGradientIterations,
     LinearMap,
     Status,
@@ -31,8 +34,10 @@ from debiased_laplace.linalg.conjugate_gradients import (
 from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic, Position
 from debiased_laplace.quadratics.regularizer import Penalty
 
-PANEL = 4
-"""Directions that are judged together: whether the quadratic still falls along them, and their derivatives at once."""
+GROWTH = 2
+"""How many times longer than the one before a segment is, if the quadratic fell along that one beyond its error."""
+PATIENCE = 2
+"""Segments in a row along which the quadratic does not fall beyond its error, that end a pass."""
 
 Stopping = Literal["held_out", "none"]
 StepStatus = Literal["no held-out decrease"] | Status
@@ -46,7 +51,8 @@ class StepOptions:
         shrinkage: shrink every step by how much of its slope is noise.
         max_iterations: of conjugate gradients.
         tolerance: conjugate gradients have converged at this residual, relative to the gradient.
-        stopping: "held_out": once the quadratic of the samples that say the steps falls no more beyond its error.
+        stopping: "held_out": once the quadratic of the samples that say the steps falls no more beyond its error;
+            directions are then taken together in segments. "none": at the cap, one direction at a time.
         preconditioner: of conjugate gradients.
     """
 
@@ -81,7 +87,9 @@ class DirectionalSteps:
     r"""Directions, what the samples that say the steps say along each, and the steps.
 
     Attributes:
-        directions: $p_i$ as columns.
+        directions: as columns: $p_i$, or where several make a segment, the sum of the steps of conjugate gradients
+            along them.
+        iterations: of conjugate gradients in each.
         slopes: $s_i$, where the steps before have led, damping and regularizer included.
         slope_standard_errors: from the spread over the samples.
         curvatures: $c_i$, damping and regularizer included.
@@ -95,6 +103,7 @@ class DirectionalSteps:
     """
 
     directions: Float[Tensor, "P k"]
+    iterations: tuple[int, ...]
     slopes: Float[Tensor, " k"]
     slope_standard_errors: Float[Tensor, " k"]
     curvatures: Float[Tensor, " k"]
@@ -104,6 +113,21 @@ class DirectionalSteps:
     in_sample_decreases: Float[Tensor, " k"]
     update: Float[Tensor, " P"]
     outcome: StepOutcome
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A piece of the path of conjugate gradients.
+
+    Attributes:
+        direction: of the piece; where it is of one iteration, that of conjugate gradients.
+        iterations: in it.
+        decrease: of the quadratic of the directions' own samples.
+    """
+
+    direction: Tensor
+    iterations: int
+    decrease: float
 
 
 @dataclass(frozen=True)
@@ -118,16 +142,16 @@ class _Step:
     decrease: float
 
     @property
-    def noise(self) -> float:
-        r"""How much the decrease is off where the slope is nothing but noise: $e^2 / (\sqrt 2 c)$."""
-        return 0.0 if self.curvature <= 0 else self.slope_error**2 / (2**0.5 * self.curvature)
+    def falls(self) -> bool:
+        r"""Whether by more than the decrease is off where the slope is nothing but noise: $e^2 / (\sqrt 2 c)$."""
+        return self.curvature > 0 and self.decrease > self.slope_error**2 / (2**0.5 * self.curvature)
 
 
 def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, options: StepOptions) -> DirectionalSteps:
     r"""Conjugate gradients on a, their directions kept, and sequential steps along them on b.
 
-    Cost: a product with the curvature of a and a derivative along the direction of b, per direction. Where a is b there
-    is no more to compute than conjugate gradients do, and what comes out without shrinkage is what they give.
+    Cost: a product with the curvature of a per iteration, and a derivative of b per direction. Where a is b there is no
+    more to compute than conjugate gradients do, and what comes out without shrinkage is what they give.
 
     Args:
         a: the samples that give the directions.
@@ -136,14 +160,15 @@ def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, op
         options: shrinkage, stopping, and of conjugate gradients.
 
     Returns:
-        The steps. The directions of a panel along which the quadratic of b did not fall are in it, with steps of 0.
+        The steps. With held-out stopping there is none along a direction where it is not expected to help.
     """
     same = a is b
-    pushes: list[Tensor] = []
+    held_out = not same and options.stopping == "held_out"
+    pushed: Tensor | None = None
 
     def matvec(x: Tensor) -> Tensor:
+        nonlocal pushed
         pushed = a.pushed(x[:, None]) if same else None
-        pushes.extend([] if pushed is None else [pushed])
         return a.product(x, pushed) + penalty.curvature * x
 
     process = ConjugateGradientIterations(
@@ -154,85 +179,76 @@ def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, op
         tolerance=options.tolerance,
     )
     position, update = b.position(), torch.zeros_like(penalty.gradient)
-    panels: list[Tensor] = []
+    segments: list[_Segment] = []
     steps: list[_Step] = []
-    in_sample: list[float] = []
-    stopped = ""
-    for panel in _panels(process):
-        k, directions = len(panel), torch.stack([found.vector for found in panel], dim=1)
-        in_sample += [found.step_length**2 * found.curvature / 2 for found in panel]
-        position.look(directions, torch.cat(pushes[len(steps) : len(steps) + k], dim=-1) if same else None)
-        taken, reached = _walk(position, directions, update, penalty, shrinkage=options.shrinkage)
-        panels.append(directions)
-        if not same and options.stopping == "held_out" and not _falls(taken):
-            steps += [_Step(s.slope, s.slope_error, s.curvature, s.curvature_error, 0.0, 0.0) for s in taken]
-            stopped = f"along directions {len(steps) - k} to {len(steps) - 1} it falls no more than its error"
-            break
-        steps += taken
-        update = reached
-    return _collected(panels, steps, in_sample, update, _outcome(process, steps, stopped, same=same))
+    size, misses = 1, 0
+    while misses < PATIENCE and (segment := _segment(process, size)) is not None:
+        position.look(segment.direction[:, None], pushed)
+        step = _step(position, segment.direction, update, penalty, shrinkage=options.shrinkage)
+        if held_out:
+            size, misses = (GROWTH * size, 0) if step.falls else (1, misses + 1)
+            step = step if step.decrease > 0 else replace(step, length=0.0, decrease=0.0)
+        if step.length != 0:
+            position.move(0, step.length)
+            update = update + step.length * segment.direction
+        segments.append(segment)
+        steps.append(step)
+    return _collected(segments, steps, update, _outcome(process, steps, misses, same=same))
 
 
-def _panels(process: ConjugateGradientIterations) -> Iterator[list[ConjugateDirection]]:
-    """The directions of conjugate gradients, a few at a time."""
-    while panel := list(islice(iter(process.advance, None), PANEL)):
-        yield panel
+def _segment(process: ConjugateGradientIterations, size: int) -> _Segment | None:
+    """The next piece of the path of conjugate gradients, of so many iterations or as many as are left."""
+    found = list(islice(iter(process.advance, None), size))
+    if not found:
+        return None
+    direction = found[0].vector
+    if len(found) > 1:
+        direction = torch.stack([one.step_length * one.vector for one in found]).sum(0)
+    return _Segment(direction, len(found), sum(one.step_length**2 * one.curvature / 2 for one in found))
 
 
-def _walk(
-    position: Position, directions: Tensor, update: Tensor, penalty: Penalty, *, shrinkage: bool
-) -> tuple[list[_Step], Tensor]:
-    """Steps along the directions one after another, and where they lead."""
-    steps = []
-    for i, p in enumerate(directions.unbind(1)):
-        slopes, curvatures = position.along(i)
-        n = len(slopes)
-        slope = float(slopes.mean()) + inner_product(p, penalty.gradient_at(update))
-        curvature = float(curvatures.mean()) + penalty.curvature_along(p)
-        error, curvature_error = ((float(v.std(correction=1)) / n**0.5 if n > 1 else 0.0) for v in (slopes, curvatures))
-        length = decrease = 0.0
-        if curvature > 0:
-            kept = max(1 - error**2 / slope**2, 0.0) if slope != 0 else 0.0
-            length = -(kept if shrinkage else 1.0) * slope / curvature
-            # a step of -φ s / c changes the true quadratic by (φ² s² / 2 - φ s t) / c, t the true slope, and of s t on
-            # average e² is noise
-            decrease = (kept**2 * slope**2 / 2 if shrinkage else slope**2 / 2 - error**2) / curvature
-        steps.append(_Step(slope, error, curvature, curvature_error, length, decrease))
-        if length != 0:
-            position.move(i, length)
-            update = update + length * p
-    return steps, update
+def _step(position: Position, p: Tensor, update: Tensor, penalty: Penalty, *, shrinkage: bool) -> _Step:
+    """Along the direction that is being looked at, from where the update leads."""
+    slopes, curvatures = position.along(0)
+    n = len(slopes)
+    slope = float(slopes.mean()) + inner_product(p, penalty.gradient_at(update))
+    curvature = float(curvatures.mean()) + penalty.curvature_along(p)
+    error, curvature_error = ((float(v.std(correction=1)) / n**0.5 if n > 1 else 0.0) for v in (slopes, curvatures))
+    length = decrease = 0.0
+    if curvature > 0:
+        kept = max(1 - error**2 / slope**2, 0.0) if slope != 0 else 0.0
+        length = -(kept if shrinkage else 1.0) * slope / curvature
+        # a step of -φ s / c changes the true quadratic by (φ² s² / 2 - φ s t) / c, t the true slope, and of s t on
+        # average e² is noise
+        decrease = (kept**2 * slope**2 / 2 if shrinkage else slope**2 / 2 - error**2) / curvature
+    return _Step(slope, error, curvature, curvature_error, length, decrease)
 
 
-def _falls(steps: list[_Step]) -> bool:
-    """Whether the quadratic falls along these directions beyond its error."""
-    return sum(s.decrease for s in steps) > sum(s.noise**2 for s in steps) ** 0.5
-
-
-def _outcome(process: ConjugateGradientIterations, steps: list[_Step], stopped: str, *, same: bool) -> StepOutcome:
+def _outcome(process: ConjugateGradientIterations, steps: list[_Step], misses: int, *, same: bool) -> StepOutcome:
     negative = sum(s.curvature <= 0 for s in steps)
     derivatives = 0 if same else len(steps)
     ended = process.outcome
-    if stopped or ended is None:
-        return StepOutcome("no held-out decrease", stopped, process.products, derivatives, negative)
+    if misses == PATIENCE or ended is None:
+        reason = f"along the last {misses} of {len(steps)} directions it falls no more than its error"
+        return StepOutcome("no held-out decrease", reason, process.products, derivatives, negative)
     return StepOutcome(ended.status, ended.reason, ended.products, derivatives, negative)
 
 
-def _collected(
-    panels: list[Tensor], steps: list[_Step], in_sample: list[float], update: Tensor, outcome: StepOutcome
-) -> DirectionalSteps:
-    def values(name: str) -> Tensor:
-        return update.new_tensor([getattr(s, name) for s in steps], dtype=accumulation_dtype(update))
+def _collected(segments: list[_Segment], steps: list[_Step], update: Tensor, outcome: StepOutcome) -> DirectionalSteps:
+    def values(found: list[float]) -> Tensor:
+        return update.new_tensor(found, dtype=accumulation_dtype(update))
 
+    directions = [one.direction for one in segments]
     return DirectionalSteps(
-        torch.cat(panels, dim=1) if panels else update.new_empty(len(update), 0),
-        values("slope"),
-        values("slope_error"),
-        values("curvature"),
-        values("curvature_error"),
-        values("length"),
-        values("decrease"),
-        update.new_tensor(in_sample, dtype=accumulation_dtype(update)),
+        torch.stack(directions, dim=1) if directions else update.new_empty(len(update), 0),
+        tuple(one.iterations for one in segments),
+        values([s.slope for s in steps]),
+        values([s.slope_error for s in steps]),
+        values([s.curvature for s in steps]),
+        values([s.curvature_error for s in steps]),
+        values([s.length for s in steps]),
+        values([s.decrease for s in steps]),
+        values([one.decrease for one in segments]),
         update,
         outcome,
     )

@@ -110,8 +110,8 @@ class NewtonStep:
 
     @property
     def iterations(self) -> int:
-        """Directions of all passes."""
-        return sum(one.directions.shape[1] for one in self.passes)
+        """Of conjugate gradients, in all passes."""
+        return sum(sum(one.iterations) for one in self.passes)
 
     @property
     def products(self) -> int:
@@ -132,7 +132,7 @@ class NewtonStep:
 
     def __repr__(self) -> str:
         return (
-            f"NewtonStep({len(self.update)} parameters, {self.iterations} directions, "
+            f"NewtonStep({len(self.update)} parameters, {self.iterations} iterations, "
             f"predicted decrease {self.predicted_decrease:.3g}, {self.outcome.status})"
         )
 
@@ -160,8 +160,8 @@ def newton_step(
 
     The batch is split in two. Conjugate gradients on one half give directions; the other half, which they have never
     seen, says how far to go along each, and when to stop. The step minimizes the mean loss's quadratic with
-    $\tfrac12 \lambda \|d\|^2$ added. Cost, in derivatives of one sample: three for each sample that gives a direction
-    (forward and back), one for each that says a step.
+    $\tfrac12 \lambda \|d\|^2$ added. Cost: a forward-mode derivative and a backward pass on one half for every direction,
+    and a forward-mode derivative on the other for every step; with held-out stopping steps are fewer than directions.
 
     Args:
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
@@ -175,8 +175,9 @@ def newton_step(
         regularizer: a prior precision, a pair of precision and mean, or a `Regularizer`; None: none.
         curvature: "ggn", "ef" or "hessian"; a pass ends where the latter is not positive.
         preconditioner: of conjugate gradients: maps a vector r to M r, M close to the inverse of $H + \lambda I$.
-        stopping: "held_out" ends a pass once the other half's quadratic falls no more beyond its error along a few
-            directions, which are left out; "none" goes on to the cap. Of no effect on "same_batch".
+        stopping: "held_out" ends a pass once the other half's quadratic does not fall beyond its error along two
+            directions in a row; as long as it does, steps are along the sum of more and more directions of conjugate
+            gradients. "none" goes on to the cap, a step along each direction. Of no effect on "same_batch".
         tolerance: a pass has converged at this residual, relative to the gradient.
         seed: of the split.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from debiased_laplace import newton_step, quadratic_along
 from debiased_laplace.curvature import derivatives as module
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.newton.directional_steps import PANEL, DirectionalSteps
+from debiased_laplace.newton.directional_steps import DirectionalSteps
 from debiased_laplace.newton.halves import draw_halves
 
 DAMPING = 0.03
@@ -47,7 +47,7 @@ def same_as(found: DirectionalSteps, expected, rtol: float = 1e-7) -> None:
 @pytest.mark.parametrize(("name", "likelihood"), [*((n, "classification") for n in NAMES), ("BatchNorm", "regression")])
 def test_naive_transcription(name: str, likelihood: str, curvature: str, shrinkage: bool) -> None:
     model, X, y = built(name, likelihood)
-    iterations = PANEL + 2
+    iterations = 6
     rows = draw_halves(Batch(X, y), seed=3)
     expected = [
         naive(name, likelihood, curvature, pair, iterations=iterations, shrinkage=shrinkage)
@@ -108,29 +108,40 @@ def test_stopping_by_the_held_out_decrease(shrinkage: bool) -> None:
     H = torch.stack(dense_ggn(model, X, "classification")[0])
     P = g.shape[1]
     extra = DAMPING * torch.eye(P, dtype=g.dtype)
-    stopped = []
-    for seed in range(8):
+    statuses, sizes = [], set()
+    for seed in range(12):
         rows = draw_halves(Batch(X, y), seed)
         a, b = ((g[i], H[i]) for i in rows)
-        expected = naive_directional_steps(a, b, 0 * g[0], extra, 2 * PANEL, shrinkage=shrinkage, panel=PANEL)
-        found = newton_step(
-            model,
-            "classification",
-            (X, y),
-            DAMPING,
-            "held_out",
-            shrinkage=shrinkage,
-            max_iterations=2 * PANEL,
-            seed=seed,
-        )
+        expected = naive_directional_steps(a, b, 0 * g[0], extra, 8, shrinkage=shrinkage, stopping=True)
+        options = {"shrinkage": shrinkage, "max_iterations": 8, "seed": seed}
+        found = newton_step(model, "classification", (X, y), DAMPING, "held_out", **options)
         same_as(found.passes[0], expected, 1e-5)  # rounding grows with the iterations
-        stopped.append(found.outcome.status == "no held-out decrease")
-        if stopped[-1]:
-            last = found.passes[0].step_lengths[-PANEL:]
-            assert float(last.abs().max()) == 0
+        statuses.append(found.outcome.status)
+        sizes |= set(found.passes[0].iterations)
+        assert found.iterations == found.products == sum(found.passes[0].iterations)
+        assert found.outcome.derivatives == len(expected.steps)
+        if statuses[-1] == "no held-out decrease":
+            assert found.passes[0].iterations[-1] == 1
             assert "falls no more" in found.outcome.reason
-    # there are both kinds
-    assert 0 < sum(stopped) < len(stopped)
+    # there are both kinds of end, and segments of several lengths
+    assert set(statuses) == {"no held-out decrease", "iteration limit"}
+    assert {1, 2, 4} <= sizes
+
+
+def test_without_shrinkage_there_is_no_step_where_it_is_expected_to_follow_noise() -> None:
+    model, X, y = population()
+    found = [
+        newton_step(model, "classification", (X, y), DAMPING, shrinkage=False, seed=seed).passes[i]
+        for seed in range(6)
+        for i in (0, 1)
+    ]
+    left_out = 0
+    for one in found:
+        expected = (one.slopes.square() / 2 - one.slope_standard_errors.square()) / one.curvatures
+        assert torch.equal(one.step_lengths == 0, expected <= 0)
+        close(one.predicted_decreases, expected.clamp(min=0))
+        left_out += int((expected <= 0).sum())
+    assert left_out > 0
 
 
 def test_scipy_on_the_full_batch_undamped() -> None:
