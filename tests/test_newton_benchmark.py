@@ -15,7 +15,9 @@ from debiased_laplace.demo.digits import load, train
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-newton, newton_table = (importlib.import_module(name) for name in ("newton", "newton_table"))
+newton, newton_table, newton_tasks = (
+    importlib.import_module(name) for name in ("newton", "newton_table", "newton_tasks")
+)
 TINY = ["--quick", "--checkpoints", "early", "--batch-sizes", "40", "--dampings", "0.02", "--cache"]
 
 
@@ -94,23 +96,60 @@ def test_verdicts_of_known_changes():
         assert all(f"in {kept} of 1 cells" in line for line in lines if text in line)
     assert "| +2 ± 1 ↑ |" in newton_table.table(records)
     assert "| +0.62 ± 2 |" in newton_table.table(records)
+    cells = [newton_table.Cell(checkpoint, n, 0.1) for checkpoint in ("early", "late") for n in range(4)]
+    assert newton_table._listed(cells).startswith(": early, batch 0, damping 0.1; early, batch 1")
+    assert newton_table._listed([*cells, newton_table.Cell("late", 9, 0.1)]) == ": early 4, late 5"
     mean, error = newton_table.mean_and_error(np.array([[1.0], [3.0]]))
     assert (mean.item(), error.item()) == pytest.approx((2.0, 1.0))
 
 
-def test_command_resumes_from_its_cache(tmp_path, capsys):
-    newton.main([*TINY, str(tmp_path)])
+@pytest.mark.parametrize(("task", "folder"), [("digits", "seed-0"), ("30_classes", "30_classes-seed-0")])
+def test_command_resumes_from_its_cache(task, folder, tmp_path, capsys):
+    tiny = ["--tasks", task, *TINY, str(tmp_path)]
+    newton.main(tiny)
     printed = capsys.readouterr().out
     assert "1 cells (checkpoint, batch size, damping), 2 draws each" in printed
-    assert (tmp_path / "newton_table.md").read_text().strip().endswith(printed.strip()[-200:])
-    assert (tmp_path / "figures" / "newton.png").stat().st_size > 10_000
-    lines = (tmp_path / "seed-0" / "newton.jsonl").read_text().splitlines()
+    assert (tmp_path / "newton_table.md").read_text() == f"# Single Newton steps, measured\n\n{printed}"
+    figure = "newton.png" if task == "digits" else f"newton_{task}.png"
+    assert (tmp_path / "figures" / figure).stat().st_size > 10_000
+    path = tmp_path / folder / "newton.jsonl"
+    lines = path.read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == [["early", 40, 0.02, draw] for draw in (0, 1)]
     # one draw whole, and one line cut off
-    (tmp_path / "seed-0" / "newton.jsonl").write_text(f"{lines[0]}\n{lines[1][:50]}")
-    newton.main([*TINY, str(tmp_path)])
+    path.write_text(f"{lines[0]}\n{lines[1][:50]}")
+    newton.main(tiny)
     assert capsys.readouterr().out == printed
-    assert len((tmp_path / "seed-0" / "newton.jsonl").read_text().splitlines()) == 3
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_task_without_whole_cells_is_left_out_of_a_report(tmp_path, capsys):
+    key = ["early", 40, 0.02]
+    steps = record(0, dict.fromkeys(newton_table._METHODS, -1.0))["steps"]
+    for draw in (0, 1):
+        newton.Records(tmp_path / "30_classes-seed-0" / "newton.jsonl", newton.VERSION).append(
+            (*key, draw), steps=steps
+        )
+    newton.main([*TINY, str(tmp_path), "--report-only"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("## 30 classes, label noise\n\n- Measured in 1 of 1 cells")
+    assert "Digits" not in printed
+    with pytest.raises(SystemExit, match="No cell has all of its 2 draws"):
+        newton.main(["--tasks", "digits", *TINY, str(tmp_path), "--report-only"])
+
+
+def test_a_checkpoint_is_trained_once(tmp_path):
+    task = newton_tasks.newton_task("30_classes", 0)
+    X, y = task.train
+    model = newton_tasks.checkpoint(tmp_path, "30_classes", "early", 0)
+    assert not model.training
+    with torch.no_grad():
+        trained, initial = (float(torch.nn.functional.cross_entropy(m(X), y)) for m in (model, task.network()))
+    assert trained < initial - 0.1
+    stored = torch.load(tmp_path / "early-0.pt", weights_only=True)
+    stored["0.bias"] += 1
+    torch.save(stored, tmp_path / "early-0.pt")
+    again = newton_tasks.checkpoint(tmp_path, "30_classes", "early", 0)
+    torch.testing.assert_close(again[0].bias, model[0].bias + 1)
 
 
 def test_one_draw_is_refused(tmp_path, capsys):

@@ -1,71 +1,36 @@
-"""Single Newton steps on the digits CNN, judged by the quadratic and by the loss of all training data.
+"""Single Newton steps, judged by the quadratic and by the loss of all training data.
 
 `python examples/benchmarks/newton.py` measures `same_batch`, `held_out` and `cross_fitted` steps, each with and without
-shrinkage, at an early, a middle and a late checkpoint, and writes a table and a figure. Every measured draw is kept in
-`--cache`, so an interrupted run goes on where it was. `--quick` takes a minute. Whole training runs are not measured.
+shrinkage, at an early, a middle and a late checkpoint of two tasks, and writes a table and a figure of each. Every
+measured draw is kept in `--cache`, so an interrupted run goes on where it was. `--quick` takes a minute. Whole training
+runs are in `newton_runs.py`.
 """
 
 import argparse
-import json
 import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from newton_cache import Records
 from newton_table import POINTS, draw_figure, table, verdicts
+from newton_tasks import CHECKPOINTS, TASKS, checkpoint, newton_task
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from debiased_laplace import quadratic_along
-from debiased_laplace.demo.digits import load, network, train
 from debiased_laplace.newton.directional_steps import DirectionalSteps
 from debiased_laplace.newton.step import newton_step
 
 VERSION = 1
-CHECKPOINTS = {"early": 1, "middle": 20, "late": 450}  # epochs
 BATCH_SIZES = (128, 256, 512, 1024)
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 DRAWS = 6
 QUICK: dict[str, list[Any]] = {"checkpoints": ["early", "middle"], "batch_sizes": [128, 512], "dampings": [1e-3]}
 
 Key = tuple[str, int, float, int]
-
-
-class Cache:
-    """One JSON line for each checkpoint, batch size, damping and draw that was measured."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / "newton.jsonl"
-        self.records: dict[Key, dict[str, Any]] = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the line that an interruption cut off
-            if record["version"] == VERSION:
-                self.records[tuple(record["key"])] = record
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Keep a record."""
-        # a line that was cut off must not swallow this one
-        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-        with self.path.open("a") as file:
-            file.write(("" if whole else "\n") + json.dumps(record) + "\n")
-        self.records[tuple(record["key"])] = record
-
-    def checkpoint(self, name: str, seed: int) -> nn.Module:
-        """The network after so many epochs, trained once."""
-        path = self.folder / f"{name}-{seed}.pt"
-        if path.exists():
-            model = network(seed)
-            model.load_state_dict(torch.load(path))
-        else:
-            model = train(load(seed), seed, torch.device("cpu"), CHECKPOINTS[name])
-            torch.save(model.state_dict(), path)
-        return model.eval()
 
 
 def reached(passes: tuple[DirectionalSteps, ...]) -> Tensor:
@@ -132,13 +97,14 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 draws of a few cells")
     parser.add_argument("--cache", type=Path, default=Path("newton-cache"), help="folder of the measured draws")
-    parser.add_argument("--output", type=Path, help="folder of table and figures/newton.png; default: --cache")
+    parser.add_argument("--output", type=Path, help="folder of the table and of figures/; default: --cache")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: all")
     parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, help="default: all")
     parser.add_argument("--batch-sizes", nargs="+", type=int, help=f"default: {BATCH_SIZES}")
     parser.add_argument("--dampings", nargs="+", type=float, help=f"default: {DAMPINGS}")
     parser.add_argument("--draws", type=int, help=f"batches of each size; default: {DRAWS}")
     parser.add_argument("--report-only", action="store_true", help="measure nothing; report whole cells")
-    parser.add_argument("--seed", type=int, default=0, help="of the data's split and of training")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of training")
     found = parser.parse_args(arguments)
     whole = {"checkpoints": list(CHECKPOINTS), "batch_sizes": list(BATCH_SIZES), "dampings": list(DAMPINGS)}
     for name, default in (QUICK if found.quick else whole).items():
@@ -150,34 +116,46 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what is not in the cache, print and write the table, the verdicts and the figure."""
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*")
-    warnings.filterwarnings("ignore", message="There is a performance drop")
-    o = parsed(arguments)
-    cache = Cache(o.cache / f"seed-{o.seed}")
+def measured(o: argparse.Namespace, task: str) -> list[dict[str, Any]]:
+    """The records of the cells that have all their draws; unless only a report is asked for, those are all cells."""
+    folder = o.cache / (f"seed-{o.seed}" if task == "digits" else f"{task}-seed-{o.seed}")
+    records = Records(folder / "newton.jsonl", VERSION)
     cells = list(product(o.checkpoints, o.batch_sizes, o.dampings))
     # one draw of everything before the next, so that a run that is ended early has as many of each
     keys: list[Key] = [(*cell, draw) for draw, cell in product(range(o.draws), cells)]
-    missing = [key for key in keys if key not in cache.records]
+    missing = [key for key in keys if key not in records.found]
     if o.report_only:
         left_out = {key[:3] for key in missing}
         keys = [key for key in keys if key[:3] not in left_out]
     elif missing:
-        models = {name: cache.checkpoint(name, o.seed) for name in dict.fromkeys(key[0] for key in missing)}
-        data = load(o.seed).train.tensors
-        for key in tqdm(missing, desc="[Newton steps]"):
+        models = {name: checkpoint(folder, task, name, o.seed) for name in dict.fromkeys(key[0] for key in missing)}
+        data = newton_task(task, o.seed).train
+        for key in tqdm(missing, desc=f"[Newton steps, {task}]"):
             name, n, damping, draw = key
-            cache.append({"version": VERSION, "key": key, "steps": measure(models[name], data, n, damping, draw)})
-    if not keys:
-        raise SystemExit(f"No cell has all of its {o.draws} draws in {cache.path}.")
-    records = [cache.records[key] for key in keys]
-    asked = f"- Measured in {len(keys) // o.draws} of {len(cells)} cells that were asked for."
-    text = f"{asked}\n{verdicts(records)}\n\n{table(records)}"
-    print(text)
+            records.append(key, steps=measure(models[name], data, n, damping, draw))
+    return [records.found[key] for key in keys]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is not in the cache, print and write the table with the verdicts, and the figures."""
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*")
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+    o = parsed(arguments)
     (o.output / "figures").mkdir(parents=True, exist_ok=True)
+    n_cells = len(o.checkpoints) * len(o.batch_sizes) * len(o.dampings)
+    sections = []
+    for task in o.tasks:
+        if not (records := measured(o, task)):
+            continue
+        asked = f"- Measured in {len(records) // o.draws} of {n_cells} cells that were asked for."
+        text = f"{asked}\n{verdicts(records)}\n\n{table(records)}"
+        sections.append(f"## {TASKS[task]}\n\n{text}")
+        draw_figure(records, o.output / "figures" / ("newton.png" if task == "digits" else f"newton_{task}.png"))
+    if not sections:
+        raise SystemExit(f"No cell has all of its {o.draws} draws in {o.cache}.")
+    text = "\n\n".join(sections)
+    print(text)
     (o.output / "newton_table.md").write_text(f"# Single Newton steps, measured\n\n{text}\n")
-    draw_figure(records, o.output / "figures" / "newton.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Means over draws of the Newton benchmark, as verdicts, a table and a figure."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
@@ -91,7 +92,7 @@ def verdicts(records: Records) -> str:
                 lines.append(_above(cells, kind, f"full-batch quadratic, {_named(kind)}"))
     biased = Kind("same_batch", False, "none")
     lines.append(_above(cells, biased, "full-batch quadratic, same_batch"))
-    above = [str(cell) for cell, kinds in cells.items() if raised(kinds[biased].quadratic).any()]
+    above = [cell for cell, kinds in cells.items() if raised(kinds[biased].quadratic).any()]
     lines.append(f"same_batch is above somewhere: {'yes' if above else 'no'}{_listed(above)}")
     late = {cell: kinds for cell, kinds in cells.items() if cell.checkpoint == "late"}
     for kind in (default, forced, biased) if late else ():
@@ -108,7 +109,7 @@ def verdicts(records: Records) -> str:
         },
     }
     for text, values in differences.items():
-        lower = [str(cell) for cell, v in values.items() if raised(-v).all()]
+        lower = [cell for cell, v in values.items() if raised(-v).all()]
         higher = sum(bool(raised(v).all()) for v in values.values())
         lines.append(
             f"{text}: the full-batch quadratic is higher in {higher} of {len(cells)} cells, lower in {len(lower)}, "
@@ -127,10 +128,10 @@ def _above(
     text: str,
     of: Callable[[Changes], np.ndarray] = lambda c: c.quadratic,
 ) -> str:
-    above = [str(cell) for cell, kinds in cells.items() if raised(of(kinds[kind])).any()]
+    above = [cell for cell, kinds in cells.items() if raised(of(kinds[kind])).any()]
     kept = len(cells) - len(above)
     return f"{text}: never above the start by more than its standard error in {kept} of {len(cells)} cells" + (
-        f"; above in {'; '.join(above)}" if 0 < len(above) <= 8 else ""
+        f"; above{_listed(above)}" if above else ""
     )
 
 
@@ -141,9 +142,12 @@ def _named(kind: Kind) -> str:
     return f"{kind.method} {shrunk} shrinkage, {'held-out' if kind.stopping == 'held_out' else 'no'} stopping"
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return f": {'; '.join(names)}" if names else ""
+def _listed(cells: list[Cell]) -> str:
+    """Their names, or where they are many, how many there are at each checkpoint."""
+    if len(cells) > 8:
+        n_cells = Counter(cell.checkpoint for cell in cells)
+        return f": {', '.join(f'{checkpoint} {n}' for checkpoint, n in n_cells.items())}"
+    return f": {'; '.join(map(str, cells))}" if cells else ""
 
 
 def table(records: Records) -> str:

@@ -1,0 +1,231 @@
+"""Whole training runs from scratch: debiased Newton steps against SGD and Adam, over gradient-equivalent passes.
+
+`python examples/benchmarks/newton_runs.py` trains two tasks with `DebiasedNewton`, each kind of step with and without
+shrinkage, and with SGD and Adam, whose learning rates are tuned on the training loss at the end, on seeds of their own.
+It writes a table and a figure. Every run is kept in `--cache`, so an interrupted benchmark goes on where it was.
+`--quick` takes a minute. Seconds of CPU are of this process: set OMP_NUM_THREADS=1 where they are to be compared.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator
+from itertools import product
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from newton_cache import Records
+from newton_runs_table import draw_figure, section, what_is_measured
+from newton_tasks import TASKS, NewtonTask, newton_task
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from debiased_laplace import DebiasedNewton
+from debiased_laplace.newton.judging import SCALES
+from debiased_laplace.newton.optimizer import StepReport
+
+VERSION = 1
+STEPS = tuple(product(("same_batch", "held_out", "cross_fitted"), (False, True)))
+RATES = {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+PASSES, BATCH, SEEDS, TUNING_SEEDS = 600, 256, 5, (100, 101)
+QUICK_PASSES, QUICK_SEEDS = 30, 2
+MEASURED_EVERY = 1.03  # passes of SGD and Adam, relative to the last measurement; Newton steps are measured each
+
+# in gradients of one sample, which are a forward and a backward pass. By products of matrices in a layer: forward one;
+# backward two, for its weights and for its inputs; a derivative along a direction two, for the same reason
+FORWARD, BACKWARD, DERIVATIVE = 1 / 3, 2 / 3, 2 / 3
+
+
+class Run(NamedTuple):
+    """What a run is kept by: an optimizer with its options, a seed, and how long it lasts."""
+
+    method: str
+    shrinkage: bool | None
+    rate: float | None
+    seed: int
+    batch: int
+    passes: float
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return self.method + (", shrinkage" if self.shrinkage else "")
+
+
+def newton_gradients(report: StepReport, magnitudes: str, n: int, judging_share: float) -> float:
+    """Gradients of one sample that a step of `DebiasedNewton` on n samples is worth."""
+    judges = judging_share * n
+    one_set = (n - judges) if magnitudes == "same_batch" else (n - judges) / 2
+    starts = 2 if magnitudes == "cross_fitted" else 1  # of conjugate gradients, each from a gradient
+    outcome = report.outcome
+    total = n * FORWARD + one_set * starts * BACKWARD
+    total += one_set * (outcome.products * (DERIVATIVE + BACKWARD) + outcome.derivatives * DERIVATIVE)
+    if report.verdict is not None:
+        total += judges * (DERIVATIVE + (SCALES.index(report.verdict.scale) + 1) * FORWARD)
+    return total
+
+
+def optimizer_of(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """Untouched, with the options of the run."""
+    if run.rate is None:
+        return DebiasedNewton(
+            model.parameters(),
+            model,
+            "classification",
+            magnitudes=run.method,
+            shrinkage=bool(run.shrinkage),
+            seed=run.seed,
+        )
+    if run.method == "SGD":
+        return torch.optim.SGD(model.parameters(), run.rate, momentum=0.9)
+    return torch.optim.Adam(model.parameters(), run.rate)
+
+
+def batches(n: int, run: Run) -> Iterator[Tensor]:
+    """Without end: the samples in another order each time, what is left over of it not used."""
+    generator = torch.Generator().manual_seed(run.seed)
+    while True:
+        order = torch.randperm(n, generator=generator)
+        yield from order[: n // run.batch * run.batch].split(run.batch)
+
+
+def step_on(optimizer: torch.optim.Optimizer, model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    """One step, and how many gradients of one sample it is worth."""
+    n = len(batch[1])
+    if isinstance(optimizer, DebiasedNewton):
+        optimizer.step(lambda: batch)
+        return newton_gradients(optimizer.last_step, optimizer.magnitudes, n, optimizer.judging_share)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    return float(n)
+
+
+@torch.no_grad()
+def losses_of(model: nn.Module, task: NewtonTask) -> dict[str, float]:
+    """Of all training and all test samples."""
+    X, y = task.test
+    outputs = model(X).double()
+    training = float(nn.functional.cross_entropy(model(task.train[0]).double(), task.train[1]))
+    return {
+        "training": training if isfinite(training) else inf,
+        "test": float(nn.functional.cross_entropy(outputs, y)) if isfinite(training) else inf,
+        "accuracy": float((outputs.argmax(1) == y).double().mean()),
+    }
+
+
+def followed(run: Run, task: NewtonTask) -> dict[str, Any]:
+    """Train, and say how the losses went: a value each at the start, after steps, and at the end."""
+    X, y = task.train
+    model = task.network()
+    optimizer = optimizer_of(run, model)
+    points = [{"passes": 0.0, "seconds": 0.0, **losses_of(model, task)}]
+    counts = {"steps": 0, "accepted": 0, "raised": 0}
+    passes = seconds = due = 0.0
+    newton = isinstance(optimizer, DebiasedNewton)
+    for some in batches(len(X), run):
+        started = time.process_time()
+        passes += step_on(optimizer, model, (X[some], y[some])) / len(X)
+        seconds += time.process_time() - started
+        counts["steps"] += 1
+        if newton or passes >= min(due, run.passes):
+            points.append({"passes": passes, "seconds": seconds, **losses_of(model, task)})
+            due = passes * MEASURED_EVERY
+        if newton and optimizer.last_step.accepted:
+            rise = points[-1]["training"] - points[-2]["training"]
+            counts["accepted"] += 1
+            counts["raised"] += rise > optimizer.last_step.verdict.standard_error
+        if passes >= run.passes or points[-1]["training"] == inf:
+            break
+    return {**{name: [point[name] for point in points] for name in points[0]}, **counts}
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_PASSES} passes, {QUICK_SEEDS} seeds")
+    parser.add_argument("--cache", type=Path, default=Path("newton-runs-cache"), help="folder of the runs")
+    parser.add_argument("--output", type=Path, help="folder of the table and of figures/; default: --cache")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--passes", type=float, help=f"over the training data, in gradients; default: {PASSES}")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"samples of a step; default: {BATCH}")
+    parser.add_argument("--seeds", type=int, help=f"data, start and batches of each its own; default: {SEEDS}")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; report methods with all their seeds")
+    found = parser.parse_args(arguments)
+    found.passes = found.passes or (QUICK_PASSES if found.quick else PASSES)
+    found.seeds = found.seeds or (QUICK_SEEDS if found.quick else SEEDS)
+    found.tuning_seeds = TUNING_SEEDS[:1] if found.quick else TUNING_SEEDS
+    found.output = found.output or found.cache
+    if found.seeds < 2:
+        parser.error("--seeds must be at least 2: a mean has a standard error from two seeds on")
+    return found
+
+
+def follow(runs: list[Run], records: Records, task: str) -> None:
+    """Every run that has not been kept yet."""
+    missing = [run for run in runs if run not in records.found]
+    for run in tqdm(missing, desc=f"[Training runs, {task}]") if missing else ():
+        records.append(run, **followed(run, newton_task(task, run.seed)))
+
+
+def best_rate(method: str, o: argparse.Namespace, records: Records) -> float | None:
+    """With the lowest mean training loss at the end, over the tuning seeds; None where a run is missing."""
+
+    def loss(rate: float) -> float:
+        runs = [Run(method, None, rate, seed, o.batch, o.passes) for seed in o.tuning_seeds]
+        return sum(records.found[run]["training"][-1] for run in runs)
+
+    try:
+        return min(RATES[method], key=loss)
+    except KeyError:
+        return None
+
+
+def trained(o: argparse.Namespace, task: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """The runs of each method, a seed after the other, and the learning rates that were chosen."""
+    records = Records(o.cache / f"{task}.jsonl", VERSION)
+    tuning = [
+        Run(method, None, rate, seed, o.batch, o.passes)
+        for seed, method in product(o.tuning_seeds, RATES)
+        for rate in RATES[method]
+    ]
+    if not o.report_only:
+        follow(tuning, records, task)
+    rates = {method: rate for method in RATES if (rate := best_rate(method, o, records)) is not None}
+    kinds = [(*step, None) for step in STEPS] + [(method, None, rate) for method, rate in rates.items()]
+    # one seed of every method before the next, so that a benchmark that is ended early has as many of each
+    runs = [Run(*kind, seed, o.batch, o.passes) for seed in range(o.seeds) for kind in kinds]
+    if not o.report_only:
+        follow(runs, records, task)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run.name, []).extend([records.found[run]] if run in records.found else [])
+    return {name: kept for name, kept in found.items() if len(kept) == o.seeds}, rates
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train what is not in the cache, print and write the table, draw the figure."""
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*")
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+    o = parsed(arguments)
+    (o.output / "figures").mkdir(parents=True, exist_ok=True)
+    results = {task: trained(o, task) for task in o.tasks}
+    results = {task: found for task, found in results.items() if found[0]}
+    if not results:
+        raise SystemExit(f"No method has all of its {o.seeds} seeds in {o.cache}.")
+    text = "\n\n".join(
+        [
+            what_is_measured(o.passes, o.batch, o.seeds, len(o.tuning_seeds), RATES),
+            *(section(TASKS[task], runs, rates, RATES, o.passes) for task, (runs, rates) in results.items()),
+        ]
+    )
+    print(text)
+    (o.output / "newton_runs_table.md").write_text(f"# Whole training runs, measured\n\n{text}\n")
+    figure = {TASKS[task]: runs for task, (runs, _) in results.items()}
+    draw_figure(figure, o.passes, o.output / "figures" / "newton_runs.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Training runs over gradient-equivalent passes, as lines, a table and a figure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+FIRST_ORDER = ("SGD", "Adam")
+DEFAULT = "cross_fitted, shrinkage"
+COLORS = {
+    "same_batch": "tab:red",
+    "held_out": "tab:orange",
+    "cross_fitted": "tab:blue",
+    "SGD": "0.55",
+    "Adam": "black",
+}
+
+Runs = Mapping[str, list[dict[str, Any]]]
+Rates = Mapping[str, tuple[float, ...]]
+
+
+def along(runs: list[dict[str, Any]], name: str, grid: np.ndarray, axis: str = "passes") -> np.ndarray:
+    """What each run has come to by then, (runs, points): the last value that was measured, not the next."""
+    rows = []
+    for run in runs:
+        last = np.searchsorted(run[axis], grid + 1e-9, side="right") - 1
+        rows.append(np.array(run[name], dtype=float)[last])
+    return np.array(rows)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Over runs; a run that has left the numbers makes both infinite."""
+    if not np.isfinite(values).all():
+        return np.inf, np.inf
+    return float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
+
+
+def shown_at(passes: float) -> np.ndarray:
+    """The passes that the table shows."""
+    return np.array([passes / 20, passes / 5, passes])
+
+
+def what_is_measured(passes: float, batch: int, n_seeds: int, n_tuning: int, rates: Rates) -> str:
+    """What the numbers mean."""
+    grids = ", ".join(f"{name} {'/'.join(f'{rate:g}' for rate in grid)}" for name, grid in rates.items())
+    return "\n".join(
+        [
+            f"From scratch, batches of {batch}, until {passes:g} gradient-equivalent passes over the training data are "
+            f"spent. {n_seeds} seeds: data, initial weights and batches of each are its own, and the same for every "
+            "method. Training loss: mean cross entropy of all training data, a fifth of whose labels are wrong. Test "
+            "loss and accuracy: of samples with right labels. Mean ± standard error over seeds.",
+            "",
+            "- **A pass** is a gradient of every training sample once. A gradient is a forward and a backward pass. By "
+            "products of matrices in a layer, forward counts ⅓ of it, backward ⅔ (weights and inputs), a derivative "
+            "along a direction ⅔ (likewise), so that a product with the curvature is a derivative and a backward pass, "
+            "4/3. A Newton step is charged with the outputs of all its samples, a gradient for each start of conjugate "
+            "gradients, its products, its derivatives along directions, and of the judges a derivative and the outputs "
+            "at every share of the step that they tried, whether the step was accepted or not. Losses that are "
+            "measured for this page are not charged.",
+            "- **Seconds** are of CPU, of the steps alone.",
+            f"- **SGD** (momentum 0.9) and **Adam** have a constant learning rate, tuned for the lowest training loss "
+            f"at the end, on {n_tuning} other seed{'s' if n_tuning > 1 else ''}: {grids}. `DebiasedNewton` has its "
+            "defaults and nothing tuned.",
+            "- **Lowest test loss**: of each seed's run, in hindsight. **Accuracy**: at the end, of test samples.",
+            "- **Accepted**: by the judges. **Raised**: accepted, and raised the training loss by more than the "
+            "standard error of the judges' verdict.",
+        ]
+    )
+
+
+def section(title: str, runs: Runs, chosen: Mapping[str, float], rates: Rates, passes: float) -> str:
+    """One task: what was tuned, how the default compares, all numbers."""
+    lines = [f"## {title}", ""]
+    for method, rate in chosen.items():
+        edge = rate in (rates[method][0], rates[method][-1])
+        lines.append(f"- {method}: learning rate {rate:g}, {'at the edge' if edge else 'inside'} of the grid.")
+    if DEFAULT in runs:
+        lines += [
+            f"- {'Training' if name == 'training' else 'Test'} loss after {at:g} passes: {_compared(runs, name, at)}."
+            for name in ("training", "test")
+            for at in shown_at(passes)
+        ]
+    return "\n".join([*lines, "", table(runs, passes)])
+
+
+def _compared(runs: Runs, name: str, at: float) -> str:
+    """The default against each other method, seed by seed."""
+    against: dict[str, list[str]] = {"lower than": [], "higher than": [], "not told apart from": []}
+    for method, others in runs.items():
+        if method == DEFAULT:
+            continue
+        mine, theirs = (along(r, name, np.array([at]))[:, 0] for r in (runs[DEFAULT], others))
+        difference, error = mean_and_error(mine - theirs)
+        word = "not told apart from" if abs(difference) <= 2 * error else None
+        against[word or ("lower than" if difference < 0 else "higher than")].append(f"`{method}`")
+    said = [f"{word} {', '.join(names)}" for word, names in against.items() if names]
+    return f"`{DEFAULT}` is " + "; ".join(said) + " (two standard errors of the paired difference)"
+
+
+def table(runs: Runs, passes: float) -> str:
+    """Every method, in Markdown."""
+    grid = shown_at(passes)
+    heads = [f"{name} loss, {at:g}" for name in ("training", "test") for at in grid]
+    heads += ["lowest test loss", "accuracy", "seconds", "steps", "accepted", "raised"]
+    lines = [f"| passes | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method, found in runs.items():
+        row = [f"`{method}`"]
+        row += [_entry(values) for name in ("training", "test") for values in along(found, name, grid).T]
+        row += [_entry(np.array([min(run["test"]) for run in found]))]
+        row += [_entry(along(found, "accuracy", grid[-1:])[:, 0])]
+        row += [f"{np.mean([run['seconds'][-1] for run in found]):.1f}"]
+        counts = ("steps", "accepted", "raised") if method not in FIRST_ORDER else ("steps",)
+        row += [f"{np.mean([run[count] for run in found]):.1f}" for count in counts] + [""] * (3 - len(counts))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _entry(values: np.ndarray) -> str:
+    """With as many digits as the error says."""
+    mean, error = mean_and_error(values)
+    if not np.isfinite(mean):
+        return "diverged"
+    digits = 3 if error == 0 else max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def draw_figure(tasks: Mapping[str, Runs], passes: float, path: Path) -> None:
+    """Training loss over passes and over seconds, test loss over passes: means over seeds, bands from least to most."""
+    figure = Figure(figsize=(11.5, 3.3 * len(tasks) + 0.7), layout="constrained")
+    axes = figure.subplots(len(tasks), 3, squeeze=False)
+    for row, (title, runs) in zip(axes, tasks.items(), strict=True):
+        for axis, name, over in zip(
+            row, ("training", "training", "test"), ("passes", "seconds", "passes"), strict=True
+        ):
+            _panel(axis, runs, name, over, passes)
+            axis.set_title(f"{title}: {name} loss", fontsize=10)
+            axis.set_xlabel("gradient-equivalent passes" if over == "passes" else "seconds of CPU")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle("Training from scratch: means over seeds, bands from the lowest to the highest seed", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axis: Axes, runs: Runs, name: str, over: str, passes: float) -> None:
+    lasts = {method: passes if over == "passes" else min(r[over][-1] for r in found) for method, found in runs.items()}
+    first = 1.0 if over == "passes" else max(lasts.values()) / 300
+    for method, found in runs.items():
+        kind, _, shrinkage = method.partition(", ")
+        grid = np.geomspace(first, max(lasts[method], first), 200)
+        values = along(found, name, grid, over)
+        values[:, ~np.isfinite(values).all(0)] = np.nan
+        newton = kind not in FIRST_ORDER
+        style = "--" if newton and not shrinkage else "-"
+        axis.plot(grid, values.mean(0), style, color=COLORS[kind], linewidth=1.5, label=method)
+        axis.fill_between(grid, values.min(0), values.max(0), color=COLORS[kind], alpha=0.12, linewidth=0)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis, axis.xaxis):
+        ticks.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
