@@ -175,13 +175,13 @@ def test_report_of_known_runs(tmp_path):
 def test_the_chosen_rate_is_the_best_on_the_tuning_seeds(tmp_path):
     o = runs.parsed([*TINY, str(tmp_path)])
     records = runs.Records(tmp_path / "30_classes.jsonl", runs.VERSION)
-    losses = {0.01: (9.0, 1.0), 0.03: (2.0, 3.0), 0.1: (4.0, 4.0), 0.3: (0.0, np.inf), 1.0: (np.inf, np.inf)}
+    losses = dict(zip(runs.RATES["SGD"], ((9, 1), (2, 3), (4, 4), (0, np.inf), (np.inf, np.inf)), strict=True))
     for rate, found in losses.items():
         for seed, loss in zip(o.tuning_seeds, found, strict=True):
             assert runs.best_rate("SGD", o, records) is None
             records.append(runs.Run("SGD", None, rate, seed, o.batch, o.passes), training=[9.0, loss])
-    assert runs.best_rate("SGD", o, records) == 0.03
-    assert runs.best_rate("SGD", o, runs.Records(records.path, runs.VERSION)) == 0.03
+    assert runs.best_rate("SGD", o, records) == runs.RATES["SGD"][1]
+    assert runs.best_rate("SGD", o, runs.Records(records.path, runs.VERSION)) == runs.RATES["SGD"][1]
     assert not runs.Records(records.path, runs.VERSION + 1).found
 
 

@@ -28,7 +28,7 @@ from debiased_laplace.newton.optimizer import StepReport
 
 VERSION = 1
 STEPS = tuple(product(("same_batch", "held_out", "cross_fitted"), (False, True)))
-RATES = {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+RATES = {"SGD": (0.03, 0.1, 0.3, 1.0, 3.0), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 PASSES, BATCH, SEEDS, TUNING_SEEDS = 600, 256, 5, (100, 101)
 QUICK_PASSES, QUICK_SEEDS = 30, 2
 MEASURED_EVERY = 1.03  # passes of SGD and Adam, relative to the last measurement; Newton steps are measured each
@@ -166,6 +166,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def follow(runs: list[Run], records: Records, task: str) -> None:
     """Every run that has not been kept yet."""
     missing = [run for run in runs if run not in records.found]
+    # what the first step of a process costs beside is no run's
+    for run in {run.method: run for run in missing}.values():
+        followed(run._replace(passes=0.0), newton_task(task, run.seed))
     for run in tqdm(missing, desc=f"[Training runs, {task}]") if missing else ():
         records.append(run, **followed(run, newton_task(task, run.seed)))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
 FIRST_ORDER = ("SGD", "Adam")
 DEFAULT = "cross_fitted, shrinkage"
@@ -159,6 +159,7 @@ def _panel(axis: Axes, runs: Runs, name: str, over: str, passes: float) -> None:
         axis.fill_between(grid, values.min(0), values.max(0), color=COLORS[kind], alpha=0.12, linewidth=0)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    for ticks in (axis.yaxis, axis.xaxis):
-        ticks.set_major_formatter(LogFormatter())
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_minor_formatter("{x:g}")
