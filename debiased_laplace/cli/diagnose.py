@@ -20,8 +20,8 @@ def add_to(commands: Commands) -> None:
         ),
     )
     add_model(parser)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="powers of two from 32 to 512, as data allow")
-    parser.add_argument("--draws", type=int, default=5, help="of every batch (5)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="powers of two from 32 to 256, as data allow")
+    parser.add_argument("--draws", type=int, default=3, help="of every batch (3)")
     parser.add_argument("--n-data", type=int, help="size of the data set that the likelihood stands for")
     parser.add_argument("--curvature", choices=("ggn", "ef"), default="ggn")
     parser.add_argument("--damping", type=float, default=1e-3, help="of conjugate gradients (0.001)")

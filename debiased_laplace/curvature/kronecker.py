@@ -60,6 +60,12 @@ class KroneckerFactors:
         """The same curvature times a number."""
         return KroneckerFactors(self.left * weight, self.right)
 
+    def without(self, part: "KroneckerFactors", share: float) -> "KroneckerFactors":
+        """Those of the other samples, where a share of all have factors of their own; of row matrices only."""
+        left = (self.left - share * part.left) / (1 - share)
+        # the right one of each is over its trace, which the left one has
+        return _trace_preserving(left, _trace(self.left) * self.right - share * _trace(part.left) * part.right)
+
     def basis(self, dtype: torch.dtype) -> BasisBlock:
         """Eigenvectors of both sides, by decreasing eigenvalue."""
         left, right = (None if pairs is None else pairs[1].to(dtype) for pairs in self._eigenpairs)
@@ -196,8 +202,12 @@ def partial_trace_factors(H: Tensor, shapes: list[MatrixShape]) -> list[Kronecke
 
 
 def _trace_preserving(left: Tensor, right: Tensor) -> KroneckerFactors:
-    total = (right.diagonal() if right.ndim == 2 else right).sum()
+    total = _trace(right)
     return KroneckerFactors(left, right / total if bool(total != 0) else right)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return (factor.diagonal() if factor.ndim == 2 else factor).sum()
 
 
 def _decreasing(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -100,6 +101,11 @@ def diagonal(
     It adds curvature along the directions too, $u_i^\top D u_i$; taking that off the magnitudes would keep their values
     and lose as much of the trace.
     """
-    rotated = directions if basis is None else basis.coordinates(directions.T).T.contiguous()
+    rotated = directions if basis is None else _without_traces(basis.coordinates(directions.T).T.contiguous())
     # a Hessian's may be negative: floored once all samples have had their say, not fold by fold
     return LowRankCurvature(residual.to(magnitudes.dtype).clamp_min(0), rotated, magnitudes, basis)
+
+
+def _without_traces(x: Tensor) -> Tensor:
+    """Zeros in place of entries whose products underflow: they add nothing, and take processors ten times as long."""
+    return x.masked_fill(x.abs() < torch.finfo(x.dtype).tiny ** 0.5, 0.0)

@@ -85,7 +85,7 @@ def cross_fitted_moments(
     questions: Sequence[Question],
     *,
     seed: int = 0,
-    basis_of: Callable[[SubBatchCurvature], KroneckerBasis] | None = None,
+    basis_of: Callable[[Fold], KroneckerBasis] | None = None,
 ) -> list[DirectionalMoments]:
     r"""What each fold says along the directions of the others, matched by index and averaged.
 
@@ -99,7 +99,7 @@ def cross_fitted_moments(
         pairs: eigenpairs of the batch's curvature, whose indices the values are matched to.
         questions: what to find out; several cost little more than one.
         seed: of Lanczos' start vectors.
-        basis_of: a basis from some samples, for questions in one.
+        basis_of: a basis from the others of a fold, for questions in one.
 
     Returns:
         The moments, for each question as many as its rank.
@@ -117,7 +117,7 @@ def cross_fitted_moments(
     look: Look | None = None
     found: list[list[DirectionalMoments]] = [[] for _ in questions]
     for fold in each_fold(folds, progress_bar=batch.progress_bar):
-        basis = None if basis_of is None else basis_of(batch.part(fold.others))
+        basis = None if basis_of is None else basis_of(fold)
         # where coordinates come from samples, those of a fold must not be among them
         seen = batch.seen_from(fold.others)
         look = look_at(seen) if look is None or seen is not batch else look

@@ -60,6 +60,19 @@ def basis_from(curvature: SubBatchCurvature, options: EstimatorOptions) -> Krone
     return kronecker_basis(factors_of(curvature, options)[0], curvature.network.like.dtype)
 
 
+def basis_without(
+    batch: SubBatchCurvature, factors: list[KroneckerFactors], fold: Fold, options: EstimatorOptions
+) -> KroneckerBasis:
+    """The Kronecker eigenbasis of all samples but a fold's, given the factors of all."""
+    if not isinstance(batch, RowCurvature) or options.kron_basis != "row_matrices":
+        return basis_from(batch.part(fold.others), options)
+    # sums over samples: those of the fold are fewer to go through than those of the others
+    share = len(fold.held) / batch.n_samples
+    held = factors_of(batch.part(fold.held), options)[0]
+    others = [whole.without(part, share) for whole, part in zip(factors, held, strict=True)]
+    return kronecker_basis(others, batch.network.like.dtype)
+
+
 def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple[list[KroneckerFactors], str]:
     """The factors of every parameter, in order, and who computed them."""
     selection = curvature.network.selection

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from debiased_laplace.curvature.kronecker import KroneckerFactors, kronecker_basis
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import Aspect, DirectionalMoments
 from debiased_laplace.debiasing import complement as outside
 from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import Question, cross_fitted_moments
 from debiased_laplace.debiasing.directions import REQUESTED, find_directions, threshold_of
-from debiased_laplace.debiasing.kronecker import basis_from
+from debiased_laplace.debiasing.kronecker import basis_without, factors_of
 from debiased_laplace.debiasing.magnitudes import (
     Magnitudes,
     cross_fitted,
@@ -26,10 +27,18 @@ from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 @dataclass(frozen=True)
 class LowRankChoice:
-    """In what low-rank estimates from the same samples can differ without much being computed twice."""
+    """In what low-rank estimates from the same samples can differ without much being computed twice.
+
+    Attributes:
+        rank: number of directions; None: all that the samples support.
+        complement: of the directions.
+        in_sample: the biased way, what the direction samples say themselves, whatever other samples there are; of a
+            curvature that draws nothing.
+    """
 
     rank: int | None
     complement: ComplementKind
+    in_sample: bool = False
 
 
 def estimate_low_ranks(
@@ -39,8 +48,8 @@ def estimate_low_ranks(
 
     Args:
         split: curvature of the samples, by what they are used for.
-        options: all but rank and complement, which the choices say.
-        choices: rank and complement of each.
+        options: all but what the choices say.
+        choices: of each.
 
     Returns:
         An estimate for each choice.
@@ -53,19 +62,23 @@ def estimate_low_ranks(
     largest = None if None in ranks else max((rank for rank in ranks if rank is not None), default=None)
     threshold = min(_threshold(options, rank) for rank in ranks)
     # first: a Hessian that does not fit is found out before Lanczos has done its work
-    basis = basis_from(a, options) if in_basis else None
+    factors = factors_of(a, options)[0] if in_basis else None
+    basis = None if factors is None else kronecker_basis(factors, a.network.like.dtype)
     pairs = find_directions(a, rank=largest, solver=options.solver, seed=options.seed, threshold=threshold)
     questions = []
     for choice in choices:
         threshold = _threshold(options, choice.rank)
         k = min(len(pairs.values) if choice.rank is None else choice.rank, supported(pairs.values, threshold))
         questions.append(Question(k, threshold, RESIDUAL_OF[choice.complement], choice.complement == "kron"))
-    others = _others(split, pairs, questions, basis, options)
-    owns = _owns(split, pairs, questions, basis)
+    asked = list(dict.fromkeys(questions))
+    owns = dict(zip(asked, _owns(split, pairs, asked, basis), strict=True))
+    asked = list(dict.fromkeys(q for q, choice in zip(questions, choices, strict=True) if not choice.in_sample))
+    others = dict(zip(asked, _others(split, pairs, asked, factors, basis, options), strict=True))
     estimates = []
-    for choice, question, own, along in zip(choices, questions, owns, others, strict=True):
+    for choice, question in zip(choices, questions, strict=True):
         leading = pairs if question.rank == len(pairs.values) else pairs.leading(question.rank)
-        evidence = Evidence(own, along, basis if question.in_basis else None)
+        along = None if choice.in_sample else others[question]
+        evidence = Evidence(owns[question], along, basis if question.in_basis else None)
         magnitudes = _magnitudes(split, leading, evidence)
         curvature = _with_complement(leading, magnitudes, evidence, choice.complement, split.share)
         source = (a if split.magnitudes is None else split.magnitudes).source
@@ -81,21 +94,23 @@ def _others(
     split: SplitCurvature,
     pairs: Eigenpairs,
     questions: list[Question],
+    factors: list[KroneckerFactors] | None,
     basis: KroneckerBasis | None,
     options: EstimatorOptions,
 ) -> list[DirectionalMoments | None]:
     """What other samples say: those of the magnitudes, or every fold along the directions of the other folds."""
     b = split.magnitudes
+    if not questions:
+        return []
     if b is not None:
         if len(questions) > 1 and isinstance(b, RowCurvature):
             b.keep_rows()
         return list(b.nested_moments(pairs.vectors, [_aspect(q, basis) for q in questions]))
     if split.effective_folds is None:
         return [None] * len(questions)
-    basis_of = None if basis is None else lambda part: basis_from(part, options)
-    found = cross_fitted_moments(
-        split.directions, split.effective_folds, pairs, questions, seed=options.seed, basis_of=basis_of
-    )
+    a = split.directions
+    basis_of = None if factors is None else lambda fold: basis_without(a, factors, fold, options)
+    found = cross_fitted_moments(a, split.effective_folds, pairs, questions, seed=options.seed, basis_of=basis_of)
     return list(found)
 
 

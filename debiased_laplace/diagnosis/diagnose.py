@@ -5,83 +5,25 @@ $f H_a + (1 - f) H_c$ with $f = |a| / N$ and samples c that no batch of the draw
 """
 
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
-from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.data.samples import Samples
-from debiased_laplace.data.source import SampleSource, sample_source
+from debiased_laplace.data.source import sample_source
 from debiased_laplace.diagnosis.diagnosis import Diagnosis
-from debiased_laplace.diagnosis.directions import ChosenDirections, choose_directions
-from debiased_laplace.diagnosis.findings import BatchFindings, stack, weighted
-from debiased_laplace.posterior.factory import DebiasedLaplace
-from debiased_laplace.quadratics.directional_derivatives import derivatives_along, quadratics_of
+from debiased_laplace.diagnosis.draws import STEPS, DrawFindings, look_at
+from debiased_laplace.diagnosis.findings import BatchFindings, stack
+from debiased_laplace.diagnosis.plan import Plan
 from debiased_laplace.quadratics.given import met
 
-SIZES = (32, 64, 128, 256, 512)
+SIZES = (32, 64, 128, 256)
 REFERENCE = 512
-STEPS = (1, 3, 10)
-POSTERIOR_RANK = 100
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """Which samples do what in a draw, and what is done with them.
-
-    Attributes:
-        source: of the samples.
-        network: at the weights.
-        sizes: of batches, increasing.
-        n_reference: samples of the unbiased values.
-        n_data: N.
-        kind: of curvature.
-        damping: of conjugate gradients.
-        seed: of everything drawn.
-    """
-
-    source: SampleSource
-    network: Network
-    sizes: tuple[int, ...]
-    n_reference: int
-    n_data: int
-    kind: Literal["ggn", "ef"]
-    damping: float
-    seed: int
-
-    def order(self, draw: int) -> Int64[Tensor, " n"]:
-        """All positions, in the order of a draw: batches come from its front, reference samples after the largest."""
-        indices = self.source.indices
-        generator = torch.Generator().manual_seed(self.seed + 1000 * draw)
-        return indices[torch.randperm(len(indices), generator=generator)]
-
-    def batch(self, order: Int64[Tensor, " n"], size: int) -> Int64[Tensor, " size"]:
-        """Positions of a batch, increasing."""
-        return order[:size].sort().values
-
-    def reference(self, order: Int64[Tensor, " n"]) -> Int64[Tensor, " m"]:
-        """Positions that no batch of the draw has."""
-        return order[self.sizes[-1] : self.sizes[-1] + self.n_reference].sort().values
-
-    def samples(self, positions: Int64[Tensor, " m"]) -> Samples:
-        """Loaded, and kept: an augmenting loader must not give others the second time."""
-        samples = Samples(self.source, positions, self.network.like.device, self.seed)
-        return samples.keeping(list(samples))
-
-    def curvature(self, positions: Int64[Tensor, " m"]) -> RowCurvature:
-        """Of some samples."""
-        root = (GaussNewton if self.kind == "ggn" else EmpiricalFisher)(self.network.likelihood)
-        return RowCurvature(self.network, self.samples(positions), root, seed=self.seed)
+QUICK = 2e11
+"""Multiplications for the products of all pairs of a batch's rows: its posteriors are a quarter of a minute's work."""
 
 
 def diagnose(
@@ -90,7 +32,7 @@ def diagnose(
     loader: Any,
     *,
     batch_sizes: Sequence[int] | None = None,
-    n_draws: int = 5,
+    n_draws: int = 3,
     n_reference: int = REFERENCE,
     n_data: int | None = None,
     curvature: Literal["ggn", "ef"] = "ggn",
@@ -102,20 +44,23 @@ def diagnose(
     r"""How biased the quadratic of a mini-batch is for a model, for a range of batch sizes, and what debiasing changes.
 
     Directions are chosen by a batch; along them its own curvature and slope stand against unbiased values for all data,
-    from samples that had no part in the choice. No full-batch quantity is computed. Cost: for every draw and size, the
-    eigenvectors of the batch (C rows a sample) and two fits of a posterior.
+    from samples that had no part in the choice. No full-batch quantity is computed. Cost: for every draw, the products
+    of all pairs of the largest batch's rows (C rows a sample) and its eigenvectors, and for every size two posteriors
+    that share their rows; memory for the rows, up to a quarter of what is free.
 
     Args:
         model: trained or not; evaluated in evaluation mode, and left as it was.
         likelihood: "classification", "regression" or "reward_modeling".
         loader: training samples, as `DebiasedLaplace.fit` takes them.
-        batch_sizes: sizes to look at; None: powers of two from 32 to 512, as far as a third of the samples allows.
+        batch_sizes: sizes to look at; None: powers of two from 32 to 256, as far as a third of the samples allows.
         n_draws: draws of every batch; error bars are over draws.
         n_reference: samples behind the unbiased values, disjoint from every batch of the draw.
         n_data: size N of the data set that the likelihood stands for; None: the samples given.
         curvature: "ggn" or "ef".
         damping: added to the batch's curvature for conjugate gradients, at least 0.
-        prior_precision: of the posteriors that are compared; None compares none. Only with the GGN.
+        prior_precision: of the posteriors that are compared; None compares none. Only with the GGN. Where
+            `batch_sizes` is None, only those of batches for which it is quick: up to 128 samples at 100,000 parameters
+            and 10 outputs.
         seed: of the draws.
         progress_bar: show progress.
 
@@ -123,7 +68,7 @@ def diagnose(
         The findings; `print` shows them, `.table()` and `.figure()` go into a report.
 
     Raises:
-        ValueError: if sizes, numbers or the samples do not fit each other.
+        ValueError: if sizes, numbers or the samples do not fit each other, or samples are equal.
 
     References:
         Tatzel et al. (2025), arXiv 2410.14325, §3 and figure 3.
@@ -138,20 +83,15 @@ def diagnose(
             raise ValueError(f"n_data={n_data} is below the {n} samples given, which are part of it.")
         network, _ = met(model, likelihood, next(source.batches(source.indices[: source.batch_size], seed)))
         N, n_reference = n_data or n, min(n_reference, n - sizes[-1])
-        plan = _Plan(source, network, sizes, n_reference, N, curvature, damping, seed)
-        draws = [_one_draw(plan, draw) for draw in tqdm(range(n_draws), disable=not progress_bar, desc="[Diagnosing]")]
-    compared = prior_precision if curvature == "ggn" else None
-    gains = None if compared is None else _gains(model, likelihood, plan, n_draws, compared, progress_bar)
-    findings = tuple(
-        BatchFindings(
-            size,
-            **{name: stack([values[size][name] for values in draws]) for name in draws[0][size]},
-            posterior=None if gains is None else gains[:, i],
-        )
-        for i, size in enumerate(sizes)
-    )
-    P, seconds = network.n_parameters, time.perf_counter() - start
-    return Diagnosis(findings, STEPS, n_draws, n_reference, N, P, curvature, damping, compared, seconds)
+        compares = prior_precision is not None and curvature == "ggn"
+        compared = tuple(s for s in sizes if compares and (batch_sizes is not None or _is_quick(network, s)))
+        plan = Plan(source, network, sizes, n_reference, N, curvature, damping, compared, prior_precision or 0.0, seed)
+        total = n_draws * plan.samples_a_draw
+        with tqdm(total=total, disable=not progress_bar, desc="[Diagnosing]", unit=" samples") as bar:
+            draws = [look_at(plan, draw, bar) for draw in range(n_draws)]
+    findings = tuple(_over_draws(size, draws) for size in sizes)
+    prior, P, seconds = prior_precision if compares else None, network.n_parameters, time.perf_counter() - start
+    return Diagnosis(findings, STEPS, n_draws, n_reference, N, P, curvature, damping, prior, seconds)
 
 
 def _check(curvature: str, damping: float, prior_precision: float | None, n_draws: int, n_reference: int) -> None:
@@ -185,78 +125,18 @@ def _sizes(batch_sizes: Sequence[int] | None, n: int) -> tuple[int, ...]:
     return sizes
 
 
-def _one_draw(plan: _Plan, draw: int) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
-    """Own and unbiased values of every size: one pass over the reference samples for all of them."""
-    order = plan.order(draw)
-    own = {
-        size: choose_directions(
-            plan.curvature(plan.batch(order, size)), plan.kind, damping=plan.damping, steps=STEPS, seed=plan.seed
-        )
-        for size in plan.sizes
-    }
-    columns = [chosen.columns for chosen in own.values()]
-    quadratics = quadratics_of(plan.network, plan.samples(plan.reference(order)), plan.kind)
-    other = derivatives_along(quadratics, torch.cat(columns, dim=1))
-    widths = [part.shape[1] for part in columns]
-    parts = zip(own.items(), other.slopes.split(widths), other.curvatures.split(widths), strict=True)
-    return {
-        size: _beside_each_other(chosen, slopes, curvatures, size / plan.n_data)
-        for (size, chosen), slopes, curvatures in parts
-    }
+def _is_quick(network: Network, size: int) -> bool:
+    """Whether posteriors of a batch are compared unasked: at 100,000 parameters and 10 outputs up to 128 samples."""
+    rows = size * network.n_outputs
+    return min(rows, network.n_parameters) * rows * network.n_parameters <= QUICK
 
 
-def _beside_each_other(
-    chosen: ChosenDirections, slopes: Float[Tensor, " k"], curvatures: Float[Tensor, " k"], share: float
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Own and unbiased values of a batch by what they are of, given those of samples that it has not seen."""
-    widths = [group.shape[1] for group in chosen.groups.values()]
-    found = {}
-    for name, other_slopes, other_curvatures in zip(
-        chosen.groups, slopes.split(widths), curvatures.split(widths), strict=True
-    ):
-        slope = chosen.slopes(name), weighted(chosen.slopes(name), other_slopes, share)
-        if name not in chosen.curvatures:
-            found[name] = slope
-            continue
-        curvature = chosen.curvatures[name], weighted(chosen.curvatures[name], other_curvatures, share)
-        if name == "path":
-            found["decrease"] = -(slope[0] + curvature[0] / 2), -(slope[1] + curvature[1] / 2)
-        else:
-            found[name] = curvature
-    return found
-
-
-def _gains(
-    model: Any, likelihood: str, plan: _Plan, n_draws: int, prior_precision: float, progress_bar: bool
-) -> Float[Tensor, "d sizes"]:
-    """Nats by which the biased posterior is further from the full batch than the debiased one, estimated unbiasedly."""
-    gains = torch.zeros(n_draws, len(plan.sizes), dtype=torch.float64)
-    for draw in tqdm(range(n_draws), disable=not progress_bar, desc="[Comparing posteriors]"):
-        order = plan.order(draw)
-        reference = _loader(plan.source, plan.reference(order))
-        for i, size in enumerate(plan.sizes):
-            given = _loader(plan.source, plan.batch(order, size))
-            values = []
-            for magnitudes in ("same_batch", "cross_fitted"):
-                la = DebiasedLaplace(
-                    model,
-                    likelihood,
-                    magnitudes=magnitudes,
-                    rank=POSTERIOR_RANK,
-                    complement="kron",
-                    prior_precision=prior_precision,
-                    seed=plan.seed,
-                )
-                with warnings.catch_warnings():
-                    # fewer directions than asked for are all there are
-                    warnings.filterwarnings("ignore", message=f"rank={POSTERIOR_RANK} was asked for")
-                    la.fit(given, n_data=plan.n_data)
-                values.append(la.held_out_kl(reference, given))
-            gains[draw, i] = (values[0] - values[1]).value
-    return gains
-
-
-def _loader(source: SampleSource, positions: Int64[Tensor, " m"]) -> DataLoader[Any]:
-    """Over some of the samples, loaded as the user's loader does."""
-    some = Subset(source.dataset, positions.tolist())
-    return DataLoader(some, batch_size=source.batch_size, **source.options)
+def _over_draws(size: int, draws: list[DrawFindings]) -> BatchFindings:
+    """What the draws say of one size."""
+    pairs = [draw.pairs[size] for draw in draws]
+    gains = [draw.gains[size] for draw in draws if size in draw.gains]
+    # memory may have run short in some draws
+    posterior = torch.tensor(gains, dtype=torch.float64) if len(gains) == len(draws) else None
+    return BatchFindings(
+        size, **{name: stack([found[name] for found in pairs]) for name in pairs[0]}, posterior=posterior
+    )

@@ -18,6 +18,9 @@ from debiased_laplace.linalg.eigenpairs import supported
 from debiased_laplace.quadratics.directional_derivatives import quadratics_of
 from debiased_laplace.quadratics.given import Curvature
 
+MOST_ROWS = 5120
+"""Of a batch (samples times outputs), or parameters where these are fewer: all eigenvectors of more take minutes."""
+
 LEADING = 10
 TRAILING = 10
 """Eigenvectors looked at, at most: the first ones, and some spread over the last tenth of the spectrum."""
@@ -90,12 +93,18 @@ def choose_directions(
     return ChosenDirections(groups, g, {"leading": first, "trailing": last, "path": along_path})
 
 
+def sees_whole_spectrum(curvature: RowCurvature) -> bool:
+    """Whether all eigenvectors of a batch are affordable; if not, only leading ones are looked at."""
+    smaller_side = min(curvature.n_rows, curvature.network.n_parameters)
+    return smaller_side <= MOST_ROWS and choose_solver(curvature, None) == "gram"
+
+
 Pairs = tuple[Float[Tensor, "P _k"], Float[Tensor, " _k"]]
 
 
 def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Pairs, Pairs]:
     """Leading and trailing eigenvectors with their eigenvalues."""
-    if choose_solver(curvature, None) == "lanczos":
+    if not sees_whole_spectrum(curvature):
         pairs = lanczos_pairs(curvature, LEADING, SUPPORTED, seed)
         nothing = pairs.vectors[:, :0], pairs.values[:0]
         return (pairs.vectors, pairs.values), nothing

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 OWN, UNBIASED = "#D55E00", "#0072B2"
 FIRST = slice(0, 1)
+NOTHING = "\u2013"
 
 
 def show(ratio: Ratio) -> str:
     """A ratio with two digits, however small."""
     if not isfinite(ratio.value):
-        return "\u2013"
+        return NOTHING
     if ratio.value != 0 and abs(ratio.value) < 0.095:
         return f"{ratio.value:.2g}" + (f" ± {ratio.standard_error:.1g}" if isfinite(ratio.standard_error) else "")
     return str(ratio)
@@ -60,11 +61,13 @@ def summarize(diagnosis: Findings) -> str:
         sentences.append(
             f"From batches of {diagnosis.enough} on, no excess of the first curvature above a tenth can be detected."
         )
-    if smallest.posterior is not None and largest.posterior is not None:
+    gains = [(batch.batch_size, batch.posterior) for batch in diagnosis.batches if batch.posterior is not None]
+    if gains:
+        (first, gain), (last, last_gain) = gains[0], gains[-1]
         sentences.append(
             f"Debiasing brings a posterior of prior precision {diagnosis.prior_precision:g} closer to the full batch "
-            f"by {mean_and_error(smallest.posterior)} nats for batches of {smallest.batch_size}"
-            + (f" and {mean_and_error(largest.posterior)} for {largest.batch_size}." if several else ".")
+            f"by {mean_and_error(gain)} nats for batches of {first}"
+            + (f" and {mean_and_error(last_gain)} for {last}." if last > first else ".")
         )
     return " ".join(sentences)
 
@@ -81,7 +84,7 @@ def tabulate(diagnosis: Findings) -> ReportTable:
         f"decrease promised by {last} CG steps",
         "decrease on all data",
     ]
-    with_posterior = diagnosis.batches[0].posterior is not None
+    with_posterior = any(batch.posterior is not None for batch in diagnosis.batches)
     if with_posterior:
         columns.append("nats gained by debiasing")
     rows = []
@@ -95,7 +98,9 @@ def tabulate(diagnosis: Findings) -> ReportTable:
             mean_and_error(batch.decrease.own[:, -1]),
             mean_and_error(batch.decrease.unbiased[:, -1]),
         ]
-        rows.append(row if batch.posterior is None else [*row, mean_and_error(batch.posterior)])
+        if with_posterior:
+            row.append(NOTHING if batch.posterior is None else mean_and_error(batch.posterior))
+        rows.append(row)
     note = (
         f"Mean over {diagnosis.n_draws} draws ± standard error; values for all data are estimated without bias from "
         f"{diagnosis.n_reference} samples of each draw that no batch has seen. Decreases of the quadratic model of the "
@@ -139,9 +144,10 @@ def picture(diagnosis: Findings) -> "Figure":
     sizes = [b.batch_size for b in diagnosis.batches]
     _draw_ratios(curvature, sizes, [b.leading.ratio(FIRST) for b in diagnosis.batches], OWN, "o", "first")
     _draw_ratios(curvature, sizes, [b.leading.ratio() for b in diagnosis.batches], "#E69F00", "s", "first ten")
-    trailing = [b.trailing.ratio() for b in diagnosis.batches]
-    if all(isfinite(r.value) and r.value > 0 for r in trailing):
-        _draw_ratios(curvature, sizes, trailing, "#009E73", "^", "last tenth")
+    trailing = {b.batch_size: b.trailing.ratio() for b in diagnosis.batches}
+    trailing = {size: r for size, r in trailing.items() if isfinite(r.value) and r.value > 0}
+    if trailing:
+        _draw_ratios(curvature, list(trailing), list(trailing.values()), "#009E73", "^", "last tenth")
         curvature.set_yscale("log")
     curvature.set_ylabel("curvature on the batch / all data")
     curvature.set_title("curvature along eigenvectors", fontsize=9)

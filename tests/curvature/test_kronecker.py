@@ -133,6 +133,19 @@ def test_scaled_factors_are_the_scaled_curvature() -> None:
     assert f.scaled(0.5).diagonal_in(block).tolist() == [1.5, 3, 1.5, 3]
 
 
+@pytest.mark.parametrize("side", [5, 4096], ids=["some sides keep their axes", "every side has a basis"])
+def test_factors_without_some_samples_are_those_of_the_others(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LARGEST_SIDE", side)
+    network, X, y = small_network("MLP")
+    shapes = matrix_shapes(network.selection, layers_only=False)
+    held, others = torch.arange(7), torch.arange(7, len(X))
+    whole, part, expected = (row_matrix_factors(rows_of(network, X, y, some), shapes) for some in (None, held, others))
+    for f, of_held, of_others in zip(whole, part, expected, strict=True):
+        found = f.without(of_held, len(held) / len(X))
+        close(found.left, of_others.left)
+        close(found.right, of_others.right)
+
+
 def test_a_side_that_is_too_long_keeps_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LARGEST_SIDE", 5)
     network, X, y = small_network("MLP")  # 4-7-5-3

@@ -6,6 +6,7 @@ import torch
 from debiased_laplace.curvature.sub_batch import DirectionalMoments
 from debiased_laplace.debiasing.complement import diagonal, isotropic, without_complement
 from debiased_laplace.debiasing.magnitudes import held_out, moments_from_projections, same_batch
+from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 
 
 def problem(P=9, k=4):
@@ -64,6 +65,20 @@ def test_finite_population(n_data, unseen):
     torch.testing.assert_close(found.standard_errors, (1 - f) * b.standard_deviations * (unseen / 6) ** 0.5)
     assert torch.equal(found.in_sample, in_sample)
     assert found.n_floored == 0
+
+
+def test_entries_whose_products_underflow_are_zero_in_a_basis():
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.linalg.qr(torch.randn(3, 3, generator=generator))[0] for _ in range(2))
+    basis = KroneckerBasis((BasisBlock(3, 3, left, right),))
+    coordinates = torch.tensor([[1.0, 1e-30, 1e-10, 0, 1e-40, -1e-25, 0, 0, -1e-3]])
+    axes = KroneckerBasis((BasisBlock(3, 3, None, None),))
+    residual = torch.ones(9)
+    found = diagonal(coordinates.T, torch.ones(1), residual, axes).directions[:, 0]
+    assert found.tolist() == torch.tensor([1.0, 0, 1e-10, 0, 0, 0, 0, 0, -1e-3]).tolist()
+    # nothing else changes
+    U = torch.linalg.qr(torch.randn(9, 2, generator=generator))[0]
+    assert torch.equal(diagonal(U, torch.ones(2), residual, basis).directions, basis.coordinates(U.T).T)
 
 
 def test_negative_values_are_floored_and_counted():

@@ -31,7 +31,7 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.debiasing.cross_fitting import Question, cross_fitted_moments, each_fold, extended, pooled
+from debiased_laplace.debiasing.cross_fitting import Fold, Question, cross_fitted_moments, each_fold, extended, pooled
 from debiased_laplace.debiasing.directions import find_directions
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.kronecker import basis_from, factors_of
@@ -182,8 +182,8 @@ def test_several_questions_at_once_are_answered_like_each_alone() -> None:
         pairs = find_directions(batch, rank=9, solver="gram", seed=0)
         assert pairs.outcome.solver == route
 
-        def basis_of(part: SubBatchCurvature) -> KroneckerBasis:
-            return basis_from(part, options())
+        def basis_of(fold: Fold, batch: SubBatchCurvature = batch) -> KroneckerBasis:
+            return basis_from(batch.part(fold.others), options())
 
         together = cross_fitted_moments(batch, folds, pairs, questions, basis_of=basis_of)
         for question, found in zip(questions, together, strict=True):

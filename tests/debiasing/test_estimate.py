@@ -24,8 +24,9 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.directions import REQUESTED
-from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
+from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
+from debiased_laplace.debiasing.lowrank import LowRankChoice
+from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(2))
@@ -291,3 +292,37 @@ def test_monte_carlo_estimates_are_made_of_three_sets_of_draws(complement: str) 
     else:
         outside = torch.eye(93, dtype=torch.float64) - U @ U.T
         close(found.curvature.diagonal, (outside @ H @ outside).diagonal())
+
+
+# --- the biased estimate beside another one, from the same directions ---
+
+BESIDE = {
+    "cross-fitted, every direction": ("cross_fitted", None, "none"),
+    "cross-fitted, few directions and the trace": ("cross_fitted", 5, "isotropic"),
+    "cross-fitted, a diagonal": ("cross_fitted", 5, "diagonal"),
+    "cross-fitted, a Kronecker basis": ("cross_fitted", 5, "kron"),
+    "held out, a Kronecker basis": ("held_out", 5, "kron"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_an_in_sample_choice_is_the_biased_estimate_and_changes_no_other(case: str) -> None:
+    magnitudes, rank, complement = BESIDE[case]
+    network, X, y = small_network("convolutions and pooling")
+    b = rows_of(network, X, y, B) if magnitudes == "held_out" else None
+    folds = None if b is not None else torch.arange(len(A)) % 3
+
+    def split(*, with_others: bool) -> SplitCurvature:
+        others = (b, folds) if with_others else (None, None)
+        return SplitCurvature(rows_of(network, X, y, A), *others, N_DATA)
+
+    chosen = options(magnitudes=magnitudes, rank=rank, complement=complement)
+    both = [LowRankChoice(rank, complement, in_sample=True), LowRankChoice(rank, complement)]
+    biased, other = estimates_of_ranks(split(with_others=True), chosen, both)
+    alone = estimate(split(with_others=False), options(magnitudes="same_batch", rank=rank, complement=complement))
+    close(dense_precision(biased), dense_precision(alone), 1e-10)
+    close(dense_precision(other), dense_precision(estimate(split(with_others=True), chosen)), 1e-10)
+    assert not torch.equal(biased.magnitudes.values, other.magnitudes.values)
+    # nothing is asked of other samples where nobody wants to know
+    only = estimates_of_ranks(split(with_others=True), chosen, both[:1])[0]
+    assert torch.equal(only.magnitudes.values, biased.magnitudes.values)

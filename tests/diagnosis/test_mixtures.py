@@ -1,0 +1,65 @@
+"""Random mixtures of rows: formulas of a root, and the curvature that they have on average."""
+
+import pytest
+import torch
+from sub_batches import rows_of, small_network
+
+from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.diagnosis.mixtures import MixedGaussNewton
+from debiased_laplace.diagnosis.posteriors import MIXTURES, mixed
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+
+LIKELIHOODS = ["classification", "regression"]
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_columns_transposed_and_product_are_of_the_same_root(likelihood):
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    x = torch.randn(6, 4, 2, generator=generator, dtype=torch.float64)
+    root = MixedGaussNewton(likelihood_named(likelihood), 3)
+    side = root.side(torch.zeros(6), 4, generator)
+    assert root.n_columns(4) == side.shape[2] == 3
+    S = torch.stack([root.columns(o, z, slice(None)) for o, z in zip(outputs, side, strict=True)])
+    expected = root.likelihood.root(outputs, slice(None)) @ side.double() / 3**0.5
+    torch.testing.assert_close(S, expected)
+    torch.testing.assert_close(root.columns(outputs[0], side[0], slice(1, 3)), S[0, :, 1:])
+    torch.testing.assert_close(root.transposed(outputs, side, x), S.mT @ x)
+    torch.testing.assert_close(root.product(outputs, side, x[..., 0]), (S @ S.mT @ x)[..., 0])
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_all_sign_patterns_together_give_the_curvature_itself(likelihood):
+    """The mean over every pattern of signs is exact: mixtures are unbiased, whatever the outputs."""
+    outputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    root = MixedGaussNewton(likelihood_named(likelihood), 1)
+    patterns = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 3)
+    S = torch.cat([root.columns(outputs, z[None, :, None].expand(5, 3, 1), slice(None)) for z in patterns], dim=2)
+    exact = root.likelihood.root(outputs, slice(None))
+    torch.testing.assert_close(S @ S.mT / len(patterns), exact @ exact.mT)
+
+
+def test_traces_of_mixtures_have_the_exact_trace_as_their_mean():
+    network, X, y = small_network("MLP")
+    P = network.n_parameters
+    exact = rows_of(network, X, y)
+    precision = LowRankPlusDiagonal(
+        exact.network.like.new_ones(P) * 2.0, network.like.new_zeros(P, 0), network.like.new_zeros(0)
+    )
+    with differentiable_kernels(network.selection.model):
+        truth = exact.traces(precision).mean()
+        draws = torch.stack([mixed(rows_of(network, X, y, seed=seed)).traces(precision).mean() for seed in range(60)])
+    assert draws.std() > 0.01 * truth
+    assert abs((draws.mean() - truth) / (draws.std() / 60**0.5)) < 3.5
+
+
+def test_few_outputs_need_no_mixing_and_the_seed_decides():
+    network, X, y = small_network("MLP")
+    with differentiable_kernels(network.selection.model):
+        one, same, other = (next(mixed(rows_of(network, X, y, seed=seed)).rows()) for seed in (1, 1, 2))
+        assert one.shape[1] == MIXTURES
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+        few = mixed(rows_of(network, X, y))
+        assert mixed(few) is few
