@@ -23,7 +23,7 @@ from debiased_laplace.quadratics.given import met
 SIZES = (32, 64, 128, 256)
 REFERENCE = 512
 QUICK = 2e11
-"""Multiplications for the products of all pairs of a batch's rows: its posteriors are a quarter of a minute's work."""
+"""Multiplications for the products of all pairs of a batch's rows: more of them make posteriors take minutes."""
 
 
 def diagnose(
