@@ -668,16 +668,23 @@ def naive_directional_steps(
     *,
     shrinkage: bool,
     stopping: bool = False,
+    n_data: int | None = None,
 ) -> NaiveWalk:
     """Directions of conjugate gradients on a, steps along them on b.
 
     Both sets are given as gradients (n, P) and curvatures (n, P, P) of their samples.
     `extra_gradient` (P,) and `extra_curvature` (P, P) are those of damping and regularizer. With stopping, directions
     are taken together, twice as many as before after a decrease beyond its error, else one; two without it are the end.
+    Of N samples, a counts with its share and b stands for the rest, of which it is drawn without replacement.
     """
     H_a, g_a = a[1].mean(0) + extra_curvature, a[0].mean(0) + extra_gradient
     H_b, g_b = b[1].mean(0) + extra_curvature, b[0].mean(0) + extra_gradient
     _, directions, lengths = naive_conjugate_gradients(H_a, -g_a, iterations)
+    f, factor_of_error = 0.0, 1.0
+    if n_data is not None:
+        f = len(a[0]) / n_data
+        factor_of_error = (1 - f) * (1 - len(b[0]) / (n_data - len(a[0]))) ** 0.5
+    g_all, H_all = f * g_a + (1 - f) * g_b, f * H_a + (1 - f) * H_b
     walk = NaiveWalk([], [], [], [], [], [], torch.zeros_like(g_a))
     start, size, misses = 0, 1, 0
     while start < iterations and misses < 2:
@@ -685,11 +692,11 @@ def naive_directional_steps(
         p = directions[start] if len(taken) == 1 else sum(lengths[i] * directions[i] for i in taken)
         start = taken.stop
         x = walk.update
-        slope = float(p @ (g_b + H_b @ x))
+        slope = float(p @ (g_all + H_all @ x))
         # what the samples do not have in common
         of_samples = torch.stack([p @ (g + H @ x) for g, H in zip(*b, strict=True)])
-        error = float(of_samples.std(correction=1)) / len(of_samples) ** 0.5
-        curvature = float(p @ H_b @ p)
+        error = factor_of_error * float(of_samples.std(correction=1)) / len(of_samples) ** 0.5
+        curvature = float(p @ H_all @ p)
         factor = max(0.0, 1 - error**2 / slope**2)
         step = -slope / curvature * (factor if shrinkage else 1.0)
         # the expectation of q(x) - q(x + step p), given that slope² is error² too large on average

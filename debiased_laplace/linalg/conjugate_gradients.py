@@ -67,9 +67,10 @@ class ConjugateGradients:
 
 @dataclass(frozen=True, eq=False)
 class ConjugateDirection:
-    """A direction, and the step that conjugate gradients take along it."""
+    """A direction, A times it, and the step that conjugate gradients take along it."""
 
     vector: Float[Tensor, " P"]
+    product: Float[Tensor, " P"]
     curvature: float
     step_length: float
 
@@ -141,7 +142,7 @@ class ConjugateGradientIterations:
         self.solution, self._residual, self._direction, self._rho = solution, residual, p, rho
         self.residual_norms.append(norm)
         self._iterations += 1
-        return ConjugateDirection(p, curvature, step)
+        return ConjugateDirection(p, q, curvature, step)
 
     def _is_over(self) -> bool:
         norm = self.residual_norms[-1]

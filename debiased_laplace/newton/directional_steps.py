@@ -6,6 +6,10 @@ steps so far, $s_i = p_i^\top (g_b + (H_b + \lambda I) x_i)$ the slope at that p
 $c_i = p_i^\top (H_b + \lambda I) p_i$, the step is $-\varphi_i s_i / c_i$. The factor
 $\varphi_i = (1 - e_i^2 / s_i^2)_+$, with $e_i$ the standard error of the slope, shrinks it as far as it is noise.
 
+Of N samples, a is a share $f = |a| / N$, and b stands for the others only: the slope of all is
+$f p_i^\top (g_a + \dots) + (1 - f) p_i^\top (g_b + \dots)$, likewise the curvature. What a itself says comes with
+conjugate gradients. With N unknown, or infinite, f is 0 and the formulas are those above.
+
 A derivative of b along every direction of a costs half as much again as conjugate gradients do. With held-out stopping
 b is asked less often where the answer is clear: as long as its quadratic keeps falling beyond its error, the next
 segment of the path of conjugate gradients, along which it is asked for one step, is twice as long as the last. Where
@@ -121,11 +125,13 @@ class _Segment:
 
     Attributes:
         direction: of the piece; where it is of one iteration, that of conjugate gradients.
+        product: of the curvature of the directions' own samples with it, damping and regularizer included.
         iterations: in it.
         decrease: of the quadratic of the directions' own samples.
     """
 
     direction: Tensor
+    product: Tensor
     iterations: int
     decrease: float
 
@@ -147,7 +153,32 @@ class _Step:
         return self.curvature > 0 and self.decrease > self.slope_error**2 / (2**0.5 * self.curvature)
 
 
-def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, options: StepOptions) -> DirectionalSteps:
+@dataclass(frozen=True)
+class _Share:
+    """How much the two sets of samples say about all N.
+
+    Attributes:
+        own: weight of the samples that gave the directions.
+        error: factor of the standard error of the others, drawn without replacement.
+    """
+
+    own: float
+    error: float
+
+    @classmethod
+    def of(cls, a: BatchQuadratic, b: BatchQuadratic, n_data: int | None) -> "_Share":
+        """0 and 1 where N is unknown; with a the same as b, only the error is less."""
+        if n_data is None:
+            return cls(0.0, 1.0)
+        if a is b:
+            return cls(0.0, (1 - len(b) / n_data) ** 0.5)
+        own, others = len(a) / n_data, n_data - len(a)
+        return cls(own, (1 - own) * (1 - len(b) / others) ** 0.5)
+
+
+def directional_steps(
+    a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, options: StepOptions, n_data: int | None = None
+) -> DirectionalSteps:
     r"""Conjugate gradients on a, their directions kept, and sequential steps along them on b.
 
     Cost: a product with the curvature of a per iteration, and a derivative of b per direction. Where a is b there is no
@@ -158,11 +189,12 @@ def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, op
         b: the samples that say the steps; at least 2. The same object as a is the biased way.
         penalty: damping and regularizer.
         options: shrinkage, stopping, and of conjugate gradients.
+        n_data: N, of which a and b are parts; None: more than can be counted.
 
     Returns:
         The steps. With held-out stopping there is none along a direction where it is not expected to help.
     """
-    same = a is b
+    same, share = a is b, _Share.of(a, b, n_data)
     held_out = not same and options.stopping == "held_out"
     pushed: Tensor | None = None
 
@@ -179,18 +211,23 @@ def directional_steps(a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, op
         tolerance=options.tolerance,
     )
     position, update = b.position(), torch.zeros_like(penalty.gradient)
+    own_gradient = a.gradient + penalty.gradient
     segments: list[_Segment] = []
     steps: list[_Step] = []
     size, misses = 1, 0
     while misses < PATIENCE and (segment := _segment(process, size)) is not None:
-        position.look(segment.direction[:, None], pushed)
-        step = _step(position, segment.direction, update, penalty, shrinkage=options.shrinkage)
+        p = segment.direction
+        position.look(p[:, None], pushed)
+        along = _looked(position, p, update, penalty)
+        own = inner_product(p, own_gradient), inner_product(p, segment.product)
+        step = _step(along, own, share, shrinkage=options.shrinkage)
         if held_out:
             size, misses = (GROWTH * size, 0) if step.falls else (1, misses + 1)
             step = step if step.decrease > 0 else replace(step, length=0.0, decrease=0.0)
         if step.length != 0:
             position.move(0, step.length)
-            update = update + step.length * segment.direction
+            update = update + step.length * p
+            own_gradient = own_gradient + step.length * segment.product
         segments.append(segment)
         steps.append(step)
     return _collected(segments, steps, update, _outcome(process, steps, misses, same=same))
@@ -201,19 +238,41 @@ def _segment(process: ConjugateGradientIterations, size: int) -> _Segment | None
     found = list(islice(iter(process.advance, None), size))
     if not found:
         return None
-    direction = found[0].vector
+    direction, product = found[0].vector, found[0].product
     if len(found) > 1:
         direction = torch.stack([one.step_length * one.vector for one in found]).sum(0)
-    return _Segment(direction, len(found), sum(one.step_length**2 * one.curvature / 2 for one in found))
+        product = torch.stack([one.step_length * one.product for one in found]).sum(0)
+    decrease = sum(one.step_length**2 * one.curvature / 2 for one in found)
+    return _Segment(direction, product, len(found), decrease)
 
 
-def _step(position: Position, p: Tensor, update: Tensor, penalty: Penalty, *, shrinkage: bool) -> _Step:
+@dataclass(frozen=True)
+class _Looked:
+    """Means over the samples that say the steps, damping and regularizer included, and standard errors."""
+
+    slope: float
+    curvature: float
+    slope_error: float
+    curvature_error: float
+
+
+def _looked(position: Position, p: Tensor, update: Tensor, penalty: Penalty) -> _Looked:
     """Along the direction that is being looked at, from where the update leads."""
     slopes, curvatures = position.along(0)
     n = len(slopes)
-    slope = float(slopes.mean()) + inner_product(p, penalty.gradient_at(update))
-    curvature = float(curvatures.mean()) + penalty.curvature_along(p)
-    error, curvature_error = ((float(v.std(correction=1)) / n**0.5 if n > 1 else 0.0) for v in (slopes, curvatures))
+    errors = (float(v.std(correction=1)) / n**0.5 if n > 1 else 0.0 for v in (slopes, curvatures))
+    return _Looked(
+        float(slopes.mean()) + inner_product(p, penalty.gradient_at(update)),
+        float(curvatures.mean()) + penalty.curvature_along(p),
+        *errors,
+    )
+
+
+def _step(found: _Looked, own: tuple[float, float], share: _Share, *, shrinkage: bool) -> _Step:
+    """What both sets of samples say of all, and the step that follows."""
+    f = share.own
+    slope, curvature = (f * x + (1 - f) * y for x, y in zip(own, (found.slope, found.curvature), strict=True))
+    error, curvature_error = share.error * found.slope_error, share.error * found.curvature_error
     length = decrease = 0.0
     if curvature > 0:
         kept = max(1 - error**2 / slope**2, 0.0) if slope != 0 else 0.0

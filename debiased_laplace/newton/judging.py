@@ -1,17 +1,20 @@
 r"""Whether a step is a good one, by samples that had no part in it.
 
 The judges' losses are compared pairwise, sample by sample, before and after the step, so that what is common to both
-cancels. Their own quadratic along the step says what the step should have done to them. By how much it is wrong is
-about the range in which quadratics can be trusted, and hardly about which samples the judges are; so it, and not
-whether the step was accepted, adapts the damping.
+cancels. Of N training samples, those that made the step count with their share of N, where N is known, and the judges
+stand for the others. The judges' own quadratic along the step says what the step should have done to them. By how much
+it is wrong is about the range in which quadratics can be trusted, and hardly about which samples the judges are; so it,
+and not whether the step was accepted, adapts the damping.
 """
 
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.newton.step import StepTask
 from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic
@@ -22,14 +25,18 @@ SCALES = (1.0, 0.5, 0.25, 0.125)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judges say of a share of a step.
+    r"""What the judges say of a share of a step.
 
     Attributes:
-        accepted: whether their mean loss falls.
+        accepted: whether the training loss falls by more than the standard error.
         scale: the share of the step that was judged last.
-        change: of their mean loss by that share, the regularizer's included; infinite where an output is not finite.
+        change: of the mean training loss by that share, estimated, the regularizer included; infinite where an output
+            is not finite.
         standard_error: of the change.
-        excess: by how much the whole step changes their mean loss more than their own quadratic predicts.
+        excess: by how much the whole step changes the judges' mean loss more than their own quadratic predicts.
+        bend: $\tfrac12 d^\top (H + \lambda I) d$ of the judges, what a quadratic falls by at its minimum along d; the
+            excess is large or small beside it.
+        trials: shares that were tried.
     """
 
     accepted: bool
@@ -37,17 +44,37 @@ class Verdict:
     change: float
     standard_error: float
     excess: float
+    bend: float
+    trials: int
 
 
-def judged(task: StepTask, judges: BatchQuadratic, update: Float[Tensor, " P"]) -> Verdict:
+@dataclass(frozen=True, eq=False)
+class Makers:
+    """The samples that made a step, where they are a known share of all.
+
+    Attributes:
+        samples: in their sets.
+        loss: mean over them, at the weights, without the regularizer.
+    """
+
+    samples: list[Batch]
+    loss: float
+
+
+def judged(
+    task: StepTask, judges: BatchQuadratic, makers: Makers, update: Float[Tensor, " P"], damping: float
+) -> Verdict:
     """The largest share of a step that the judges accept, or the smallest that they refuse.
 
-    Cost: a derivative along the step, and a forward pass for each share that is tried.
+    Cost: a derivative along the step, and a forward pass for each share that is tried; of the makers too, where N is
+    known.
 
     Args:
         task: whose penalty includes no damping.
         judges: samples that the step has not seen, at the weights; at least 2.
+        makers: samples that made it.
         update: not zero.
+        damping: of the step.
 
     Returns:
         The verdict.
@@ -56,26 +83,40 @@ def judged(task: StepTask, judges: BatchQuadratic, update: Float[Tensor, " P"]) 
     exact = accumulation_dtype(update)
     slope = float(judges.slopes(pushed).to(exact).mean())
     curvature = float(judges.curvatures(update[:, None], pushed).to(exact).mean())
+    bend = (curvature + task.penalty.damped(damping).curvature_along(update)) / 2
+    n_makers = sum(len(some) for some in makers.samples)
+    own, factor = _shares(n_makers, len(judges), task.n_data)
     excess = float("inf")
-    for scale in SCALES:
+    for trial, scale in enumerate(SCALES, start=1):
         d = scale * update
-        changes = _losses_at(task, judges, d) - judges.losses.to(exact)
-        if not bool(changes.isfinite().all()):
-            verdict = Verdict(False, scale, float("inf"), float("inf"), excess)
-            continue
+        changes = _losses_at(task, judges.batch, d) - judges.losses.to(exact)
         change = float(changes.mean())
-        error = float(changes.std(correction=1)) / len(changes) ** 0.5
+        if own > 0:
+            after = sum(float(_losses_at(task, some, d).sum()) for some in makers.samples) / n_makers
+            change = own * (after - makers.loss) + (1 - own) * change
+        if not isfinite(change):
+            verdict = Verdict(False, scale, inf, inf, excess, bend, trial)
+            continue
         if scale == 1:
-            excess = change - slope - curvature / 2
+            excess = float(changes.mean()) - slope - curvature / 2
+        error = factor * float(changes.std(correction=1)) / len(changes) ** 0.5
         change += task.penalty.change(d)
-        verdict = Verdict(change < 0, scale, change, error, excess)
+        verdict = Verdict(change < -error, scale, change, error, excess, bend, trial)
         if verdict.accepted:
             break
     return verdict
 
 
-def _losses_at(task: StepTask, judges: BatchQuadratic, d: Tensor) -> Tensor:
-    network, batch = task.network, judges.batch
+def _shares(n_makers: int, n_judges: int, n_data: int | None) -> tuple[float, float]:
+    """The weight of the makers among all N, and the factor of the judges' standard error, drawn from the others."""
+    if n_data is None:
+        return 0.0, 1.0
+    own, others = n_makers / n_data, n_data - n_makers
+    return own, (1 - own) * (1 - n_judges / others) ** 0.5
+
+
+def _losses_at(task: StepTask, batch: Batch, d: Tensor) -> Tensor:
+    network = task.network
     selection = network.selection
     moved = selection.unflatten(selection.flatten(network.parameters) + d)
     with torch.no_grad():

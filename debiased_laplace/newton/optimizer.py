@@ -28,8 +28,8 @@ from debiased_laplace.data.inputs import DEFAULT_KEYS
 from debiased_laplace.linalg.conjugate_gradients import inner_product
 from debiased_laplace.newton.directional_steps import StepOptions, StepOutcome, Stopping
 from debiased_laplace.newton.halves import draw_parts
-from debiased_laplace.newton.judging import Verdict, judged
-from debiased_laplace.newton.step import NewtonStep, StepMagnitudes, StepTask, checked_options, step_on
+from debiased_laplace.newton.judging import Makers, Verdict, judged
+from debiased_laplace.newton.step import StepMagnitudes, StepTask, check_n_data, checked_options, step_on
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
 from debiased_laplace.quadratics.given import Curvature, check_outputs, usable
 from debiased_laplace.quadratics.regularizer import Penalty
@@ -37,7 +37,6 @@ from debiased_laplace.quadratics.regularizer import Penalty
 Closure = Callable[[], Any]
 
 _TRUSTED, _DOUBTED, _WRONG = 2 / 3, 1.5, 4.0  # factors of the damping
-_RELIABLE = 0.25  # share of the promised decrease that the other half has to find
 _LEAST, _MOST = 1e-8, 1e8  # damping
 
 
@@ -95,6 +94,8 @@ class DebiasedNewton(Optimizer):
             directions together lower the loss where no few of them do so beyond their error.
         judging_share: of every batch, for the judges.
         weight_decay: of groups that do not say their own.
+        n_data: size N of the training set whose mean loss is to fall: the samples of a batch then count with their
+            share of it, in the steps and before the judges. None: that share is taken as 0.
         seed: of the division of the batches.
 
     Attributes:
@@ -118,6 +119,7 @@ class DebiasedNewton(Optimizer):
         stopping: Stopping = "none",
         judging_share: float = 0.25,
         weight_decay: float = 0.0,
+        n_data: int | None = None,
         seed: int = 0,
     ):
         self._options = checked_options(
@@ -129,7 +131,8 @@ class DebiasedNewton(Optimizer):
             raise ValueError(f"judging_share must lie between 0 and 1; got {judging_share!r}.")
         self.model, self.likelihood = model, likelihood_named(likelihood)
         self.magnitudes, self.curvature, self.judging_share = magnitudes, curvature, judging_share
-        self.seed = seed
+        self.n_data, self.seed = n_data, seed
+        check_n_data(n_data, 1)
         self.last_step: StepReport | None = None
         self._network: Network | None = None
         super().__init__(params, {"weight_decay": weight_decay})
@@ -177,18 +180,20 @@ class DebiasedNewton(Optimizer):
             second = None
             if self.curvature == "hessian":
                 second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
-            task = StepTask(network, penalty, self.curvature, second)
+            task = StepTask(network, penalty, self.curvature, second, self.n_data)
             damped = replace(task, penalty=penalty.damped(damping))
             step = step_on(damped, sets, self.magnitudes, self._options)
             quadratic = batch_quadratic(network, judges, self.curvature, derivatives=second)
             check_outputs(network, quadratic.outputs, judges)
-            verdict = judged(task, quadratic, step.update) if bool((step.update != 0).any()) else None
+            verdict = None
+            if bool((step.update != 0).any()):
+                verdict = judged(task, quadratic, Makers(sets, step.loss - penalty.value), step.update, damping)
             share = len(judges) / len(batch)
             loss = (1 - share) * (step.loss - penalty.value) + share * float(quadratic.losses.mean()) + penalty.value
         if verdict is not None and verdict.accepted:
             self._move(network.selection, verdict.scale * step.update)
         self.last_step = StepReport(loss, damping, verdict, step.outcome, step.predicted_decrease)
-        damping = adapted(damping, _wrong(step, verdict), step.reliability)
+        damping = adapted(damping, _wrong(verdict))
         self._memory.update(damping=damping, n_steps=self._memory["n_steps"] + 1)
         return loss
 
@@ -196,6 +201,7 @@ class DebiasedNewton(Optimizer):
         """The network at the present weights, and the batch in the parts that make the step and the judges."""
         selection = self._selection()
         batch = usable(given.to(selection.vector().device))
+        check_n_data(self.n_data, len(batch))
         rest = 1 - self.judging_share
         shares = (rest,) if self.magnitudes == "same_batch" else (rest / 2, rest / 2)
         *parts, judging = draw_parts(batch, (*shares, self.judging_share), self.seed + self._memory["n_steps"])
@@ -264,29 +270,29 @@ class DebiasedNewton(Optimizer):
             parameters[name].add_(change)
 
 
-def _wrong(step: NewtonStep, verdict: Verdict | None) -> float:
-    """By how much the quadratic is too low at the step, as a share of the decrease that it predicts."""
+def _wrong(verdict: Verdict | None) -> float:
+    """By how much the quadratic is too low at the step, as a share of what it falls by at its minimum."""
     if verdict is None or verdict.excess <= 0:
         return 0.0
-    return verdict.excess / step.predicted_decrease if step.predicted_decrease > 0 else inf
+    return verdict.excess / verdict.bend if verdict.bend > 0 else inf
 
 
-def adapted(damping: float, wrong: float, reliability: float) -> float:
+def adapted(damping: float, wrong: float) -> float:
     """Levenberg's and Marquardt's rule, by samples that had no part in what they judge.
 
-    More damping where the quadratic is not to be trusted so far. Less only where it is, and where its directions are
-    more than noise.
+    More damping where the quadratic is not to be trusted so far, less where it is.
 
     Args:
         damping: of the step.
-        wrong: by how much the judges' mean loss rises above their quadratic, as a share of the predicted decrease.
-        reliability: share of the decrease promised by the directions' own samples that the other half has found.
+        wrong: by how much the judges' mean loss rises above their quadratic, as a share of what a quadratic of their
+            curvature falls by at its minimum.
 
     Returns:
         The next damping.
     """
-    if wrong > 0.75:
+    factor = 1.0
+    if wrong < 0.25:
+        factor = _TRUSTED
+    elif wrong > 0.75:
         factor = _DOUBTED if wrong < 2 else _WRONG
-    else:
-        factor = _TRUSTED if wrong < 0.25 and reliability > _RELIABLE else 1.0
     return min(max(damping * factor, _LEAST), _MOST)

@@ -154,14 +154,16 @@ def newton_step(
     preconditioner: LinearMap | None = None,
     stopping: Stopping = "held_out",
     tolerance: float = 1e-6,
+    n_data: int | None = None,
     seed: int = 0,
 ) -> NewtonStep:
     r"""A damped Newton step at the model's weights, by conjugate gradients whose steps are debiased.
 
     The batch is split in two. Conjugate gradients on one half give directions; the other half, which they have never
     seen, says how far to go along each, and when to stop. The step minimizes the mean loss's quadratic with
-    $\tfrac12 \lambda \|d\|^2$ added. Cost: a forward-mode derivative and a backward pass on one half for every direction,
-    and a forward-mode derivative on the other for every step; with held-out stopping steps are fewer than directions.
+    $\tfrac12 \lambda \|d\|^2$ added. Cost: a forward-mode derivative and a backward pass on one half for every
+    direction, and a forward-mode derivative on the other for every step; with held-out stopping steps are fewer than
+    directions.
 
     Args:
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
@@ -179,6 +181,9 @@ def newton_step(
             directions in a row; as long as it does, steps are along the sum of more and more directions of conjugate
             gradients. "none" goes on to the cap, a step along each direction. Of no effect on "same_batch".
         tolerance: a pass has converged at this residual, relative to the gradient.
+        n_data: size N of the training set that the batch is drawn from, and to whose mean loss the step is fitted:
+            the directions' own samples then count with their share of N, the others for the rest; also the N of the
+            regularizer. None: the batch's share of N is taken as 0, and for the regularizer N is the batch.
         seed: of the split.
 
     Returns:
@@ -199,11 +204,12 @@ def newton_step(
         network, samples = met(model, likelihood, given)
         sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
-        penalty = penalty_of(regularizer, network.selection.vector(), len(samples))
+        check_n_data(n_data, len(samples))
+        penalty = penalty_of(regularizer, network.selection.vector(), n_data or len(samples))
         second = None
         if curvature == "hessian":
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, samples)
-        task = StepTask(network, penalty.damped(damping), curvature, second)
+        task = StepTask(network, penalty.damped(damping), curvature, second, n_data)
         return step_on(task, [samples.at(indices) for indices in sets], magnitudes, options)
 
 
@@ -216,12 +222,14 @@ class StepTask:
         penalty: damping and regularizer.
         curvature: of which kind.
         derivatives: second ones, where the curvature is the Hessian.
+        n_data: N; None: infinite.
     """
 
     network: Network
     penalty: Penalty
     curvature: Curvature
     derivatives: SecondDerivatives | None
+    n_data: int | None
 
 
 def step_on(task: StepTask, sets: list[Batch], magnitudes: StepMagnitudes, options: StepOptions) -> NewtonStep:
@@ -240,7 +248,7 @@ def step_on(task: StepTask, sets: list[Batch], magnitudes: StepMagnitudes, optio
         "held_out": [(0, 1)],
         "cross_fitted": [(0, 1), (1, 0)],
     }[magnitudes]
-    passes = [directional_steps(quadratics[a], quadratics[b], task.penalty, options) for a, b in pairs]
+    passes = [directional_steps(quadratics[a], quadratics[b], task.penalty, options, task.n_data) for a, b in pairs]
     losses = torch.cat([q.losses for q in quadratics])
     update = sum((one.update for one in passes[1:]), passes[0].update) / len(passes)
     return NewtonStep(update, float(losses.mean(dtype=accumulation_dtype(losses))) + task.penalty.value, tuple(passes))
@@ -270,6 +278,21 @@ def index_sets(samples: Batch, magnitudes: StepMagnitudes, seed: int, *, shrinka
             "because equal samples stay in one half."
         )
     return [a, b]
+
+
+def check_n_data(n_data: int | None, n_samples: int) -> None:
+    """Refuse an N that is none, or smaller than its part.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if n_data is None:
+        return
+    if isinstance(n_data, bool) or not isinstance(n_data, int) or n_data < n_samples:
+        raise ValueError(
+            f"n_data must be a whole number, of at least the {n_samples} samples given, which are part of it; got "
+            f"{n_data!r}."
+        )
 
 
 def checked_options(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import combinations
 
 import jaxtyping
 import numpy as np
@@ -13,11 +14,14 @@ from quadratic_cases import CURVATURES, N, built, close, dense_regularizer, orac
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 
-from debiased_laplace import newton_step, quadratic_along
+from debiased_laplace import Regularizer, newton_step, quadratic_along
 from debiased_laplace.curvature import derivatives as module
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.newton.directional_steps import DirectionalSteps
+from debiased_laplace.newton.directional_steps import DirectionalSteps, StepOptions, directional_steps
 from debiased_laplace.newton.halves import draw_halves
+from debiased_laplace.quadratics.batch_quadratic import batch_quadratic
+from debiased_laplace.quadratics.given import met
+from debiased_laplace.quadratics.regularizer import penalty_of
 
 DAMPING = 0.03
 NAMES = ["MLP", "convolutions and pooling", "BatchNorm", "LayerNorm and raw parameters", "transformer", "GRU"]
@@ -99,6 +103,83 @@ def population(n: int = 60, dtype=torch.float64):
             optimizer.step()
         model.zero_grad()
     return model.to(dtype), X.to(dtype), y
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("extra", [0, 1, 25])
+def test_of_a_known_number_of_samples(curvature: str, extra: int) -> None:
+    """The directions' own samples count with their share, the others for the rest."""
+    model, X, y = built("MLP")
+    rows, n_data = draw_halves(Batch(X, y), seed=3), N + extra
+    prior = Regularizer(0.4, n_data=n_data)
+    weights = flat_parameters(model)
+    precision = 0.4 / n_data
+    _, g, H = oracle("MLP", "classification", curvature)
+    damping = 2.0 if curvature == "hessian" else DAMPING  # positive definite
+    damped = (damping + precision) * torch.eye(len(weights), dtype=g.dtype)
+    options = {"max_iterations": 3, "curvature": curvature, "stopping": "none", "seed": 3}
+    for shrinkage in (True, False):
+        found = newton_step(
+            model, "classification", (X, y), damping, regularizer=0.4, n_data=n_data, shrinkage=shrinkage, **options
+        )
+        for one, (a, b) in zip(found.passes, (rows, rows[::-1]), strict=True):
+            sets = (g[a], H[a]), (g[b], H[b])
+            expected = naive_directional_steps(
+                *sets, precision * weights, damped, 3, shrinkage=shrinkage, n_data=n_data
+            )
+            same_as(one, expected)
+        # n_data is the regularizer's too
+        again = newton_step(
+            model, "classification", (X, y), damping, regularizer=prior, n_data=n_data, shrinkage=shrinkage, **options
+        )
+        assert torch.equal(found.update, again.update)
+    if extra == 0:  # everything is known
+        assert float(found.slope_standard_errors.max()) == 0
+
+
+def test_slopes_of_all_samples_are_unbiased_where_both_halves_have_their_shares() -> None:
+    """For one set of directions, the mean over every set of others is what all samples say."""
+    model, X, y = population(n=9)
+    a, others = [0, 2, 3, 7], [1, 4, 5, 6, 8]
+    network, samples = met(model, "classification", Batch(X, y))
+    penalty = penalty_of(0.4, network.selection.vector(), 9).damped(DAMPING)
+    options = StepOptions(True, 1, 1e-9, "none")
+    own = batch_quadratic(network, samples.at(torch.tensor(a)), "ggn")
+    found = [
+        directional_steps(own, batch_quadratic(network, samples.at(torch.tensor(b)), "ggn"), penalty, options, 9)
+        for b in combinations(others, 3)
+    ]
+    p = found[0].directions[:, 0]
+    g = torch.stack(list(dense_gradients(model, X, y, "classification"))).mean(0) + 0.4 / 9 * flat_parameters(model)
+    H = torch.stack(dense_ggn(model, X, "classification")[0]).mean(0) + (0.4 / 9 + DAMPING) * torch.eye(
+        len(g), dtype=g.dtype
+    )
+    slopes = torch.cat([one.slopes for one in found])
+    assert float(slopes.mean()) == pytest.approx(float(p @ g), rel=1e-9)
+    assert float(torch.cat([one.curvatures for one in found]).mean()) == pytest.approx(float(p @ H @ p), rel=1e-9)
+    # and so is the square of the standard error
+    squares = torch.cat([one.slope_standard_errors for one in found]).square()
+    assert float(squares.mean()) == pytest.approx(float(slopes.var(correction=0)), rel=1e-9)
+    # which the other half alone would miss by far
+    alone = directional_steps(own, batch_quadratic(network, samples.at(torch.tensor(others)), "ggn"), penalty, options)
+    assert abs(float(alone.slopes) - float(p @ g)) > 0.1 * abs(float(p @ g))
+
+
+def test_a_biased_step_of_all_samples_has_no_error_to_shrink_by() -> None:
+    model, X, y = built("MLP")
+    plain = newton_step(model, "classification", (X, y), DAMPING, "same_batch", shrinkage=False)
+    found = newton_step(model, "classification", (X, y), DAMPING, "same_batch", n_data=N)
+    close(found.update, plain.update)
+    part = newton_step(model, "classification", (X, y), DAMPING, "same_batch", n_data=4 * N)
+    unknown = newton_step(model, "classification", (X, y), DAMPING, "same_batch")
+    close(part.slope_standard_errors[:1], unknown.slope_standard_errors[:1] * 0.75**0.5)
+
+
+@pytest.mark.parametrize("n_data", [N - 1, 0, True])
+def test_n_data_that_cannot_be(n_data) -> None:
+    model, X, y = built("MLP")
+    with pytest.raises(ValueError, match=f"at least the {N} samples given"):
+        newton_step(model, "classification", (X, y), n_data=n_data)
 
 
 @pytest.mark.parametrize("shrinkage", [True, False])
