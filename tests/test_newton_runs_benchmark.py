@@ -15,7 +15,9 @@ from debiased_laplace.newton import judging
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-runs, table, tasks = (importlib.import_module(n) for n in ("newton_runs", "newton_runs_table", "newton_tasks"))
+runs, table, tasks, work_of = (
+    importlib.import_module(n) for n in ("newton_runs", "newton_runs_table", "newton_tasks", "newton_work")
+)
 TINY = ["--tasks", "30_classes", "--passes", "0.5", "--batch", "100", "--seeds", "2", "--cache"]
 
 
@@ -46,24 +48,24 @@ def test_a_step_is_charged_with_what_the_package_does(magnitudes, shrinkage, mon
 
     def made(self, *arguments):
         make(self, *arguments)
-        work.append(len(self.outputs) * runs.FORWARD)
+        work.append(len(self.outputs) * work_of.FORWARD)
 
     def pushed(self, X):
-        work.append(len(self.outputs) * X.shape[1] * runs.DERIVATIVE)
+        work.append(len(self.outputs) * X.shape[1] * work_of.DERIVATIVE)
         return push(self, X)
 
     def pulled(self, W):
-        work.append(len(W) * runs.BACKWARD)
+        work.append(len(W) * work_of.BACKWARD)
         return pull(self, W)
 
     def judges_losses(task, judges, d):
-        work.append(len(judges) * runs.FORWARD)
+        work.append(len(judges) * work_of.FORWARD)
         return losses_at(task, judges, d)
 
     task = tiny_task()
     model = task.network()
     run = runs.Run(magnitudes, shrinkage, None, 0, 80, 1.0)
-    optimizer = runs.optimizer_of(run, model)
+    optimizer = runs.optimizer_of(run, model, 90)
     batch = task.train[0][:80], task.train[1][:80]
     runs.step_on(optimizer, model, batch)  # the first one meets the network
     monkeypatch.setattr(LinearizedBatch, "__init__", made)
@@ -82,11 +84,11 @@ def test_first_order_steps_are_charged_their_samples_and_take_the_chosen_rate():
     X, y = task.train
     before = [p.clone() for p in model.parameters()]
     gradients = torch.autograd.grad(nn.functional.cross_entropy(model(X), y), list(model.parameters()))
-    optimizer = runs.optimizer_of(runs.Run("SGD", None, 0.7, 0, 30, 1.0), model)
+    optimizer = runs.optimizer_of(runs.Run("SGD", None, 0.7, 0, 30, 1.0), model, 90)
     assert runs.step_on(optimizer, model, (X, y)) == len(X)
     for p, old, g in zip(model.parameters(), before, gradients, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.7 * g)
-    adam = runs.optimizer_of(runs.Run("Adam", None, 0.02, 0, 30, 1.0), model)
+    adam = runs.optimizer_of(runs.Run("Adam", None, 0.02, 0, 30, 1.0), model, 90)
     assert isinstance(adam, torch.optim.Adam)
     assert adam.param_groups[0]["lr"] == 0.02
 
@@ -109,17 +111,19 @@ def test_a_newton_run_keeps_every_step_and_counts_those_that_raised_the_loss(mon
     assert len(kept["training"]) == kept["steps"] + 1
     changes = np.diff(kept["training"])
     assert kept["accepted"] == (changes != 0).sum() > 0
-    # judges who are sure of everything make a raised step of every accepted one whose loss rose
+    # judges who are sure of everything make a raised step of every accepted one whose loss rose, others of none
+    assert (changes > 0).any()
     newton_step = runs.step_on
+    for error, raised in ((0.0, (changes > 0).sum()), (np.inf, 0)):
 
-    def sure(optimizer, model, batch):
-        work = newton_step(optimizer, model, batch)
-        if optimizer.last_step.accepted:
-            object.__setattr__(optimizer.last_step.verdict, "standard_error", 0.0)
-        return work
+        def with_error(optimizer, model, batch, error=error):
+            work = newton_step(optimizer, model, batch)
+            if optimizer.last_step.accepted:
+                object.__setattr__(optimizer.last_step.verdict, "standard_error", error)
+            return work
 
-    monkeypatch.setattr(runs, "step_on", sure)
-    assert runs.followed(run, task)["raised"] == (changes > 0).sum() > kept["raised"]
+        monkeypatch.setattr(runs, "step_on", with_error)
+        assert runs.followed(run, task)["raised"] == raised
 
 
 def test_a_run_that_diverges_ends_with_an_infinite_loss():

@@ -7,6 +7,7 @@ runs are in `newton_runs.py`.
 """
 
 import argparse
+import time
 import warnings
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from newton_cache import Records
 from newton_table import POINTS, draw_figure, table, verdicts
 from newton_tasks import CHECKPOINTS, TASKS, checkpoint, newton_task
+from newton_work import step_work
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -24,22 +26,33 @@ from debiased_laplace import quadratic_along
 from debiased_laplace.newton.directional_steps import DirectionalSteps
 from debiased_laplace.newton.step import newton_step
 
-VERSION = 1
+VERSION = 2
 BATCH_SIZES = (128, 256, 512, 1024)
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 DRAWS = 6
+KINDS = [
+    (method, shrinkage, stopping)
+    for method, shrinkage in product(("same_batch", "held_out", "cross_fitted"), (False, True))
+    # which has no effect on same_batch
+    for stopping in (("none",) if method == "same_batch" else ("none", "held_out"))
+]
 QUICK: dict[str, list[Any]] = {"checkpoints": ["early", "middle"], "batch_sizes": [128, 512], "dampings": [1e-3]}
 
 Key = tuple[str, int, float, int]
 
 
 def reached(passes: tuple[DirectionalSteps, ...]) -> Tensor:
-    """Where the average of some passes is after each of POINTS iterations, and at its end: (P, points + 1)."""
+    """Where the average of some passes is after each of POINTS iterations, and at its end: (P, points + 1).
+
+    A step along several directions of conjugate gradients together counts once all of its iterations are done.
+    """
     ends = []
     for one in passes:
         path = (one.directions.double() * one.step_lengths).cumsum(1)
         path = torch.cat([torch.zeros_like(one.update, dtype=path.dtype)[:, None], path], dim=1)
-        ends.append(path[:, torch.tensor([*POINTS, path.shape[1]]).clamp_max(path.shape[1] - 1)])
+        done = torch.tensor(one.iterations, dtype=torch.long).cumsum(0)
+        at = torch.searchsorted(done, torch.tensor(POINTS), right=True).tolist()
+        ends.append(path[:, [*at, path.shape[1] - 1]])
     return (sum(ends[1:], ends[0]) / len(ends)).to(passes[0].update.dtype)
 
 
@@ -47,24 +60,35 @@ def measure(model: nn.Module, data: tuple[Tensor, Tensor], n: int, damping: floa
     """All kinds of steps from one batch, what they do to the quadratic of all data and to its loss."""
     X, y = data
     some = torch.randperm(len(X), generator=torch.Generator().manual_seed(draw))[:n]
+    batch = X[some], y[some]
     rows: list[dict[str, Any]] = []
     paths: list[Tensor] = []
-
-    def keep(method: str, passes: tuple[DirectionalSteps, ...], *, shrinkage: bool, stopping: str) -> None:
-        iterations = sum(one.directions.shape[1] for one in passes) / len(passes)
-        rows.append({"method": method, "shrinkage": shrinkage, "stopping": stopping, "iterations": iterations})
-        paths.append(reached(passes))
-
-    for shrinkage in (False, True):
-        options = {"shrinkage": shrinkage, "max_iterations": POINTS[-1], "seed": draw}
-        step = newton_step(model, "classification", (X[some], y[some]), damping, "same_batch", **options)
-        keep("same_batch", step.passes, shrinkage=shrinkage, stopping="none")
-        for stopping in ("none", "held_out"):
-            batch = X[some], y[some]
-            step = newton_step(model, "classification", batch, damping, stopping=stopping, **options)
-            # with the same seed a held-out step is the first pass of a cross-fitted one
-            keep("held_out", step.passes[:1], shrinkage=shrinkage, stopping=stopping)
-            keep("cross_fitted", step.passes, shrinkage=shrinkage, stopping=stopping)
+    for method, shrinkage, stopping in KINDS:
+        started = time.process_time()
+        step = newton_step(
+            model,
+            "classification",
+            batch,
+            damping,
+            method,
+            shrinkage=shrinkage,
+            stopping=stopping,
+            max_iterations=POINTS[-1],
+            n_data=len(X),
+            seed=draw,
+        )
+        seconds = time.process_time() - started
+        rows.append(
+            {
+                "method": method,
+                "shrinkage": shrinkage,
+                "stopping": stopping,
+                "iterations": step.iterations / len(step.passes),
+                "gradients": step_work(step.outcome, method, n),
+                "seconds": seconds,
+            }
+        )
+        paths.append(reached(step.passes))
 
     # paths have many points in common: those before a pass was stopped, and those after
     ends, index = torch.unique(torch.cat(paths, dim=1), dim=1, return_inverse=True)

@@ -19,23 +19,19 @@ import torch
 from newton_cache import Records
 from newton_runs_table import draw_figure, section, what_is_measured
 from newton_tasks import TASKS, NewtonTask, newton_task
+from newton_work import DERIVATIVE, FORWARD, step_work
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from debiased_laplace import DebiasedNewton
-from debiased_laplace.newton.judging import SCALES
 from debiased_laplace.newton.optimizer import StepReport
 
-VERSION = 1
+VERSION = 2
 STEPS = tuple(product(("same_batch", "held_out", "cross_fitted"), (False, True)))
 RATES = {"SGD": (0.03, 0.1, 0.3, 1.0, 3.0), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 PASSES, BATCH, SEEDS, TUNING_SEEDS = 600, 256, 5, (100, 101)
 QUICK_PASSES, QUICK_SEEDS = 30, 2
 MEASURED_EVERY = 1.03  # passes of SGD and Adam, relative to the last measurement; Newton steps are measured each
-
-# in gradients of one sample, which are a forward and a backward pass. By products of matrices in a layer: forward one;
-# backward two, for its weights and for its inputs; a derivative along a direction two, for the same reason
-FORWARD, BACKWARD, DERIVATIVE = 1 / 3, 2 / 3, 2 / 3
 
 
 class Run(NamedTuple):
@@ -55,19 +51,16 @@ class Run(NamedTuple):
 
 
 def newton_gradients(report: StepReport, magnitudes: str, n: int, judging_share: float) -> float:
-    """Gradients of one sample that a step of `DebiasedNewton` on n samples is worth."""
+    """Gradients of one sample that a step of `DebiasedNewton` on n samples is worth, where N is known."""
     judges = judging_share * n
-    one_set = (n - judges) if magnitudes == "same_batch" else (n - judges) / 2
-    starts = 2 if magnitudes == "cross_fitted" else 1  # of conjugate gradients, each from a gradient
-    outcome = report.outcome
-    total = n * FORWARD + one_set * starts * BACKWARD
-    total += one_set * (outcome.products * (DERIVATIVE + BACKWARD) + outcome.derivatives * DERIVATIVE)
+    total = judges * FORWARD + step_work(report.outcome, magnitudes, n - judges)
     if report.verdict is not None:
-        total += judges * (DERIVATIVE + (SCALES.index(report.verdict.scale) + 1) * FORWARD)
+        # every sample of the batch is looked at anew for each share that is tried
+        total += judges * DERIVATIVE + report.verdict.trials * n * FORWARD
     return total
 
 
-def optimizer_of(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(run: Run, model: nn.Module, n_data: int) -> torch.optim.Optimizer:
     """Untouched, with the options of the run."""
     if run.rate is None:
         return DebiasedNewton(
@@ -76,6 +69,7 @@ def optimizer_of(run: Run, model: nn.Module) -> torch.optim.Optimizer:
             "classification",
             magnitudes=run.method,
             shrinkage=bool(run.shrinkage),
+            n_data=n_data,
             seed=run.seed,
         )
     if run.method == "SGD":
@@ -120,7 +114,7 @@ def followed(run: Run, task: NewtonTask) -> dict[str, Any]:
     """Train, and say how the losses went: a value each at the start, after steps, and at the end."""
     X, y = task.train
     model = task.network()
-    optimizer = optimizer_of(run, model)
+    optimizer = optimizer_of(run, model, len(X))
     points = [{"passes": 0.0, "seconds": 0.0, **losses_of(model, task)}]
     counts = {"steps": 0, "accepted": 0, "raised": 0}
     passes = seconds = due = 0.0

@@ -36,11 +36,16 @@ class Kind(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """Relative to the start, one row for each draw, one column for each of POINTS and one for the end."""
+    """Relative to the start, one row for each draw, one column for each of POINTS and one for the end.
+
+    And what a step takes, over draws: iterations of a pass and gradients of one sample, means; seconds, median.
+    """
 
     quadratic: np.ndarray
     loss: np.ndarray
     iterations: float
+    gradients: float
+    seconds: float
 
 
 def changes_of(records: Records) -> dict[Cell, dict[Kind, Changes]]:
@@ -55,7 +60,8 @@ def changes_of(records: Records) -> dict[Cell, dict[Kind, Changes]]:
             kind: Changes(
                 np.array([row["quadratic"] for row in found]),
                 np.array([row["loss"] for row in found]),
-                float(np.mean([row["iterations"] for row in found])),
+                *(float(np.mean([row[name] for row in found])) for name in ("iterations", "gradients")),
+                float(np.median([row["seconds"] for row in found])),  # a first step takes longer
             )
             for kind, found in kinds.items()
         }
@@ -100,6 +106,7 @@ def verdicts(records: Records) -> str:
     for kind in (default, biased):
         text = f"training loss at the end of the step, any checkpoint, {_named(kind)}"
         lines.append(_above(cells, kind, text, lambda c: c.loss[:, -1:]))
+    lines += [_cost(cells, kind, biased) for kind in (default, Kind("held_out", True, "held_out"), forced)]
     differences = {
         "where debiasing loses, at best: same_batch, stopped where its mean is lowest, against the default": {
             cell: k[biased].quadratic[:, [_best(k[biased])]] - k[default].quadratic[:, -1:] for cell, k in cells.items()
@@ -135,6 +142,15 @@ def _above(
     )
 
 
+def _cost(cells: dict[Cell, dict[Kind, Changes]], kind: Kind, of: Kind) -> str:
+    """What a step takes in comparison, over the cells."""
+    texts = []
+    for name in ("gradients", "seconds"):
+        ratios = np.array([getattr(kinds[kind], name) / getattr(kinds[of], name) for kinds in cells.values()])
+        texts.append(f"{np.median(ratios):.2f} of its {name} in the median cell, {ratios.max():.2f} at most")
+    return f"cost of {_named(kind)}, against {_named(of)} on the same samples: {'; '.join(texts)}"
+
+
 def _named(kind: Kind) -> str:
     if kind.method == "same_batch":
         return "same_batch" + (" with shrinkage" if kind.shrinkage else "")
@@ -156,12 +172,15 @@ def table(records: Records) -> str:
     lines = [
         "Change of the full-batch quadratic (without damping) and of the training loss, relative to the start: mean "
         "over draws ± standard error; ↑ where it is above the start by more than that. Stopped: at the end of a step "
-        "with held-out stopping, which `same_batch` has not. The other columns are without stopping.",
+        "with held-out stopping, which `same_batch` has not, and iterations of a pass there. The other columns are "
+        "without stopping. Gradients: what the step takes for every sample of the batch, `same_batch` without "
+        "stopping.",
     ]
     for cell, kinds in changes_of(records).items():
         heads = [f"q, {POINTS[i]}" for i in shown] + [
             "q, stopped",
             "iterations",
+            "gradients",
             f"loss, {POINTS[-1]}",
             "loss, stopped",
         ]
@@ -174,6 +193,7 @@ def table(records: Records) -> str:
                 row = [f"`{method}`{', shrinkage' if shrinkage else ''}"]
                 row += [_entry(free.quadratic[:, i]) for i in shown]
                 row += [_entry(stopped.quadratic[:, -1]), f"{stopped.iterations:.1f}"] if stopped else ["", ""]
+                row.append(f"{(stopped or free).gradients / cell.batch:.1f}")
                 row += [_entry(free.loss[:, -1]), _entry(stopped.loss[:, -1]) if stopped else ""]
                 lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
