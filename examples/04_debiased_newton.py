@@ -1,8 +1,8 @@
 # %% [markdown]
 # A small convolutional network, trained from scratch by debiased Newton steps: no learning rate, no schedule.
 #
-# Claim: no learning rate is needed. Every accepted step has lowered the loss of samples that had no part in it, and the
-# damping is adapted by them; how many steps have raised the training loss all the same is printed.
+# Claim: no learning rate is needed. Every accepted step lowers the training loss by more than its standard error, as
+# samples say that had no part in it, and they adapt the damping; how many steps raise it all the same is printed.
 #
 #     python examples/04_debiased_newton.py [--steps 100] [--batch 256] [--magnitudes cross_fitted] [--seed 0]
 
@@ -44,7 +44,9 @@ def loss_of(inputs, targets):
     return float(nn.functional.cross_entropy(model(inputs), targets))
 
 
-optimizer = DebiasedNewton(model.parameters(), model, "classification", magnitudes=options.magnitudes)
+optimizer = DebiasedNewton(
+    model.parameters(), model, "classification", magnitudes=options.magnitudes, n_data=len(X), seed=options.seed
+)
 losses, accepted, raised = [loss_of(X, y)], 0, 0
 started = time.perf_counter()
 for step in range(options.steps):

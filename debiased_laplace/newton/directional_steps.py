@@ -35,6 +35,7 @@ from debiased_laplace.linalg.conjugate_gradients import (
     Status,
     inner_product,
 )
+from debiased_laplace.newton.finite_population import Share
 from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic, Position
 from debiased_laplace.quadratics.regularizer import Penalty
 
@@ -153,29 +154,6 @@ class _Step:
         return self.curvature > 0 and self.decrease > self.slope_error**2 / (2**0.5 * self.curvature)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """How much the two sets of samples say about all N.
-
-    Attributes:
-        own: weight of the samples that gave the directions.
-        error: factor of the standard error of the others, drawn without replacement.
-    """
-
-    own: float
-    error: float
-
-    @classmethod
-    def of(cls, a: BatchQuadratic, b: BatchQuadratic, n_data: int | None) -> "_Share":
-        """0 and 1 where N is unknown; with a the same as b, only the error is less."""
-        if n_data is None:
-            return cls(0.0, 1.0)
-        if a is b:
-            return cls(0.0, (1 - len(b) / n_data) ** 0.5)
-        own, others = len(a) / n_data, n_data - len(a)
-        return cls(own, (1 - own) * (1 - len(b) / others) ** 0.5)
-
-
 def directional_steps(
     a: BatchQuadratic, b: BatchQuadratic, penalty: Penalty, options: StepOptions, n_data: int | None = None
 ) -> DirectionalSteps:
@@ -194,7 +172,8 @@ def directional_steps(
     Returns:
         The steps. With held-out stopping there is none along a direction where it is not expected to help.
     """
-    same, share = a is b, _Share.of(a, b, n_data)
+    same = a is b
+    share = Share.of(0 if same else len(a), len(b), n_data)
     held_out = not same and options.stopping == "held_out"
     pushed: Tensor | None = None
 
@@ -218,9 +197,9 @@ def directional_steps(
     while misses < PATIENCE and (segment := _segment(process, size)) is not None:
         p = segment.direction
         position.look(p[:, None], pushed)
-        along = _looked(position, p, update, penalty)
+        others = _looked(position, p, update, penalty)
         own = inner_product(p, own_gradient), inner_product(p, segment.product)
-        step = _step(along, own, share, shrinkage=options.shrinkage)
+        step = _step(others, own, share, shrinkage=options.shrinkage)
         if held_out:
             size, misses = (GROWTH * size, 0) if step.falls else (1, misses + 1)
             step = step if step.decrease > 0 else replace(step, length=0.0, decrease=0.0)
@@ -268,11 +247,11 @@ def _looked(position: Position, p: Tensor, update: Tensor, penalty: Penalty) -> 
     )
 
 
-def _step(found: _Looked, own: tuple[float, float], share: _Share, *, shrinkage: bool) -> _Step:
+def _step(others: _Looked, own: tuple[float, float], share: Share, *, shrinkage: bool) -> _Step:
     """What both sets of samples say of all, and the step that follows."""
     f = share.own
-    slope, curvature = (f * x + (1 - f) * y for x, y in zip(own, (found.slope, found.curvature), strict=True))
-    error, curvature_error = share.error * found.slope_error, share.error * found.curvature_error
+    slope, curvature = (f * x + (1 - f) * y for x, y in zip(own, (others.slope, others.curvature), strict=True))
+    error, curvature_error = share.error * others.slope_error, share.error * others.curvature_error
     length = decrease = 0.0
     if curvature > 0:
         kept = max(1 - error**2 / slope**2, 0.0) if slope != 0 else 0.0

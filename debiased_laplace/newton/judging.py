@@ -16,6 +16,7 @@ from torch import Tensor
 
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.newton.finite_population import Share
 from debiased_laplace.newton.step import StepTask
 from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic
 
@@ -85,34 +86,26 @@ def judged(
     curvature = float(judges.curvatures(update[:, None], pushed).to(exact).mean())
     bend = (curvature + task.penalty.damped(damping).curvature_along(update)) / 2
     n_makers = sum(len(some) for some in makers.samples)
-    own, factor = _shares(n_makers, len(judges), task.n_data)
+    share = Share.of(n_makers, len(judges), task.n_data)
     excess = float("inf")
     for trial, scale in enumerate(SCALES, start=1):
         d = scale * update
         changes = _losses_at(task, judges.batch, d) - judges.losses.to(exact)
         change = float(changes.mean())
-        if own > 0:
+        if share.own > 0:
             after = sum(float(_losses_at(task, some, d).sum()) for some in makers.samples) / n_makers
-            change = own * (after - makers.loss) + (1 - own) * change
+            change = share.own * (after - makers.loss) + (1 - share.own) * change
         if not isfinite(change):
             verdict = Verdict(False, scale, inf, inf, excess, bend, trial)
             continue
         if scale == 1:
             excess = float(changes.mean()) - slope - curvature / 2
-        error = factor * float(changes.std(correction=1)) / len(changes) ** 0.5
+        error = share.error * float(changes.std(correction=1)) / len(changes) ** 0.5
         change += task.penalty.change(d)
         verdict = Verdict(change < -error, scale, change, error, excess, bend, trial)
         if verdict.accepted:
             break
     return verdict
-
-
-def _shares(n_makers: int, n_judges: int, n_data: int | None) -> tuple[float, float]:
-    """The weight of the makers among all N, and the factor of the judges' standard error, drawn from the others."""
-    if n_data is None:
-        return 0.0, 1.0
-    own, others = n_makers / n_data, n_data - n_makers
-    return own, (1 - own) * (1 - n_judges / others) ** 0.5
 
 
 def _losses_at(task: StepTask, batch: Batch, d: Tensor) -> Tensor:
