@@ -134,3 +134,86 @@ def test_how_biased_is_a_batch(tmp_path):
     assert done.stdout.startswith("The first curvature of a batch of 24 is ")
     assert "nats gained by debiasing" in done.stdout
     assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_curvature_over_eigenvectors(tmp_path):
+    figure = tmp_path / "figure.png"
+    options = ["--draws", "6", "--epochs", "100", "--batch", "64", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "08_curvature_over_eigenvectors.py", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("batches of 64 of 1200, 6 draws; ")
+    rows = re.findall(
+        r"(.+): first ([\d.e-]+) ± ([\d.e-]+), first ten ([\d.e-]+) ± [\d.e-]+, number \d+ ([\d.e-]+) ± ([\d.e-]+)\n",
+        done.stdout,
+    )
+    found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    assert set(found) == {"a half of 32, as it sees itself", "same_batch", "held_out", "cross_fitted"}
+    for biased in ("a half of 32, as it sees itself", "same_batch"):
+        first, first_error, ten, last, last_error = found[biased]
+        assert first - 1 > 3 * first_error, biased
+        assert ten > 1, biased
+        assert 1 - last > 3 * last_error, biased
+    first, first_error, _, last, last_error = found["held_out"]
+    assert abs(first - 1) < 3.5 * first_error
+    assert abs(last - 1) < 3.5 * last_error
+    # cross-fitting may keep a part of the bias, but no more than a part
+    assert abs(found["cross_fitted"][0] - 1) < found["same_batch"][0] - 1
+    assert abs(found["cross_fitted"][3] - 1) < 1 - found["same_batch"][3]
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_conjugate_gradients(tmp_path):
+    figure = tmp_path / "figure.png"
+    options = ["--draws", "6", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "09_conjugate_gradients.py", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    number = r"([+-]\d+\.\d+) ± (\d+\.\d+)"
+    rows = re.findall(
+        rf"(.+): change of the quadratic {number} after 1, {number} after 5, {number} after 20; above the start",
+        done.stdout,
+    )
+    at_the_end = {row[0]: float(row[5]) for row in rows}
+    error = {row[0]: float(row[6]) for row in rows}
+    assert len(rows) == 6
+    full = float(re.search(r"all data: change of the quadratic .*, (\S+) after 20\n", done.stdout)[1])
+    assert at_the_end["same_batch"] > 3 * error["same_batch"]
+    assert at_the_end["same_batch believes"] < full
+    for kind in ("held_out", "cross_fitted"):
+        shrunk = f"{kind}, shrinkage"
+        assert at_the_end[shrunk] < at_the_end[kind] < 0.2 * at_the_end["same_batch"]
+    assert full < at_the_end["cross_fitted, shrinkage"] < error["cross_fitted, shrinkage"]
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_laplace_against_the_full_batch(tmp_path):
+    figure = tmp_path / "figure.png"
+    options = ["--draws", "2", "--epochs", "100", "--batch", "64", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "10_laplace_against_the_full_batch.py", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"prior precision (\d+), (\w+): KL to the full batch ([\d.]+) ± [\d.]+ nats, total variation ([\d.]+) ± "
+        r"[\d.]+, standard deviation / full batch's ([\d.]+) ± [\d.]+, off by ([\d.]+) ± [\d.]+ %\n",
+        done.stdout,
+    )
+    found = {(prior, kind): tuple(map(float, numbers)) for prior, kind, *numbers in rows}
+    assert len(found) == 9
+    for prior in ("4", "40"):
+        biased, debiased = (found[prior, kind] for kind in ("same_batch", "cross_fitted"))
+        for place in (0, 1, 3):
+            assert debiased[place] < biased[place], (prior, place)
+    assert figure.stat().st_size > 10_000
