@@ -674,8 +674,8 @@ def naive_directional_steps(
 
     Both sets are given as gradients (n, P) and curvatures (n, P, P) of their samples.
     `extra_gradient` (P,) and `extra_curvature` (P, P) are those of damping and regularizer. With stopping, directions
-    are taken together, twice as many as before after a decrease beyond its error, else one; two without it are the end.
-    Of N samples, a counts with its share and b stands for the rest, of which it is drawn without replacement.
+    are taken together: twice as many as before after a slope beyond three standard errors, else one, without a step;
+    two such are the end. Of N samples, a counts with its share and b, drawn without replacement, stands for the rest.
     """
     H_a, g_a = a[1].mean(0) + extra_curvature, a[0].mean(0) + extra_gradient
     H_b, g_b = b[1].mean(0) + extra_curvature, b[0].mean(0) + extra_gradient
@@ -700,11 +700,16 @@ def naive_directional_steps(
         factor = max(0.0, 1 - error**2 / slope**2)
         step = -slope / curvature * (factor if shrinkage else 1.0)
         # the expectation of q(x) - q(x + step p), given that slope² is error² too large on average
-        decrease = factor**2 * slope**2 / (2 * curvature) if shrinkage else (slope**2 - 2 * error**2) / (2 * curvature)
+        if shrinkage:  # Stein's unbiased estimate, for a slope with normal noise
+            g = slope - error**2 / slope
+            derivative = 1 + error**2 / slope**2
+            decrease = (g * slope - error**2 * derivative - g**2 / 2) / curvature if factor > 0 else 0.0
+        else:
+            decrease = (slope**2 - 2 * error**2) / (2 * curvature)
         if stopping:
-            falls = decrease > error**2 / (2**0.5 * curvature)
+            falls = abs(slope) > 3 * error
             size, misses = (2 * size, 0) if falls else (1, misses + 1)
-            if decrease <= 0:
+            if not falls:
                 step = decrease = 0.0
         walk.directions.append(p)
         walk.slopes.append(slope)

@@ -11,9 +11,10 @@ $f p_i^\top (g_a + \dots) + (1 - f) p_i^\top (g_b + \dots)$, likewise the curvat
 conjugate gradients. With N unknown, or infinite, f is 0 and the formulas are those above.
 
 A derivative of b along every direction of a costs half as much again as conjugate gradients do. With held-out stopping
-b is asked less often where the answer is clear: as long as its quadratic keeps falling beyond its error, the next
+b is asked less often where the answer is clear: as long as slopes are beyond three standard errors, the next
 segment of the path of conjugate gradients, along which it is asked for one step, is twice as long as the last. Where
-the quadratic does not, the next segment is a single direction again; two of those in a row end the pass.
+a slope is not, there is no step, since by a step along noise the quadratic rises on average, however short the step;
+the next segment is a single direction again, and two of those in a row end the pass.
 
 References:
     Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325 (directions and magnitudes from different halves);
@@ -41,6 +42,8 @@ from debiased_laplace.quadratics.regularizer import Penalty
 
 GROWTH = 2
 """How many times longer than the one before a segment is, if the quadratic fell along that one beyond its error."""
+SURE = 3.0
+"""How many standard errors a slope has to be beyond, for a step to be taken and the next segment to grow."""
 PATIENCE = 2
 """Segments in a row along which the quadratic does not fall beyond its error, that end a pass."""
 
@@ -56,8 +59,8 @@ class StepOptions:
         shrinkage: shrink every step by how much of its slope is noise.
         max_iterations: of conjugate gradients.
         tolerance: conjugate gradients have converged at this residual, relative to the gradient.
-        stopping: "held_out": once the quadratic of the samples that say the steps falls no more beyond its error;
-            directions are then taken together in segments. "none": at the cap, one direction at a time.
+        stopping: "held_out": once slopes of the samples that say the steps are not beyond three standard errors; there is
+            no step along those, and directions are taken together in segments. "none": at the cap, one by one.
         preconditioner: of conjugate gradients.
     """
 
@@ -150,8 +153,8 @@ class _Step:
 
     @property
     def falls(self) -> bool:
-        r"""Whether by more than the decrease is off where the slope is nothing but noise: $e^2 / (\sqrt 2 c)$."""
-        return self.curvature > 0 and self.decrease > self.slope_error**2 / (2**0.5 * self.curvature)
+        """Whether the quadratic does, beyond what noise alone would be likely to show."""
+        return self.curvature > 0 and abs(self.slope) > SURE * self.slope_error
 
 
 def directional_steps(
@@ -170,7 +173,7 @@ def directional_steps(
         n_data: N, of which a and b are parts; None: more than can be counted.
 
     Returns:
-        The steps. With held-out stopping there is none along a direction where it is not expected to help.
+        The steps. With held-out stopping there is none along a direction where the quadratic does not fall.
     """
     same = a is b
     share = Share.of(0 if same else len(a), len(b), n_data)
@@ -202,7 +205,7 @@ def directional_steps(
         step = _step(others, own, share, shrinkage=options.shrinkage)
         if held_out:
             size, misses = (GROWTH * size, 0) if step.falls else (1, misses + 1)
-            step = step if step.decrease > 0 else replace(step, length=0.0, decrease=0.0)
+            step = step if step.falls else replace(step, length=0.0, decrease=0.0)
         if step.length != 0:
             position.move(0, step.length)
             update = update + step.length * p
@@ -256,9 +259,13 @@ def _step(others: _Looked, own: tuple[float, float], share: Share, *, shrinkage:
     if curvature > 0:
         kept = max(1 - error**2 / slope**2, 0.0) if slope != 0 else 0.0
         length = -(kept if shrinkage else 1.0) * slope / curvature
-        # a step of -φ s / c changes the true quadratic by (φ² s² / 2 - φ s t) / c, t the true slope, and of s t on
-        # average e² is noise
-        decrease = (kept**2 * slope**2 / 2 if shrinkage else slope**2 / 2 - error**2) / curvature
+        # a step of -g(s) / c changes the true quadratic by (g(s)² / 2 - g(s) t) / c, t the true slope; by Stein's lemma
+        # g(s) t is on average g(s) s - e² g'(s)
+        if not shrinkage:
+            decrease = (slope**2 / 2 - error**2) / curvature
+        elif kept > 0:
+            noise = error**2 * (1 + error**2 / slope**2)
+            decrease = (kept * slope**2 - noise - kept**2 * slope**2 / 2) / curvature
     return _Step(slope, error, curvature, curvature_error, length, decrease)
 
 
@@ -267,7 +274,7 @@ def _outcome(process: ConjugateGradientIterations, steps: list[_Step], misses: i
     derivatives = 0 if same else len(steps)
     ended = process.outcome
     if misses == PATIENCE or ended is None:
-        reason = f"along the last {misses} of {len(steps)} directions it falls no more than its error"
+        reason = f"along the last {misses} of {len(steps)} directions it falls no more than by chance"
         return StepOutcome("no held-out decrease", reason, process.products, derivatives, negative)
     return StepOutcome(ended.status, ended.reason, ended.products, derivatives, negative)
 

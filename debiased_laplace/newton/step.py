@@ -177,9 +177,10 @@ def newton_step(
         regularizer: a prior precision, a pair of precision and mean, or a `Regularizer`; None: none.
         curvature: "ggn", "ef" or "hessian"; a pass ends where the latter is not positive.
         preconditioner: of conjugate gradients: maps a vector r to M r, M close to the inverse of $H + \lambda I$.
-        stopping: "held_out" ends a pass once the other half's quadratic does not fall beyond its error along two
-            directions in a row; as long as it does, steps are along the sum of more and more directions of conjugate
-            gradients. "none" goes on to the cap, a step along each direction. Of no effect on "same_batch".
+        stopping: "held_out" takes no step along a direction whose slope is not beyond three standard errors, and ends
+            a pass after two of those in a row; as long as slopes are clear, steps are along the sum of more and more
+            directions of conjugate gradients. "none" goes on to the cap, a step along each direction. Of no effect on
+            "same_batch".
         tolerance: a pass has converged at this residual, relative to the gradient.
         n_data: size N of the training set that the batch is drawn from, and to whose mean loss the step is fitted:
             the directions' own samples then count with their share of N, the others for the rest; also the N of the
