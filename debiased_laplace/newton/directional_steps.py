@@ -59,8 +59,8 @@ class StepOptions:
         shrinkage: shrink every step by how much of its slope is noise.
         max_iterations: of conjugate gradients.
         tolerance: conjugate gradients have converged at this residual, relative to the gradient.
-        stopping: "held_out": once slopes of the samples that say the steps are not beyond three standard errors; there is
-            no step along those, and directions are taken together in segments. "none": at the cap, one by one.
+        stopping: "held_out": once slopes of the samples that say the steps are not beyond three standard errors; along
+            those there is no step, and directions are taken together in segments. "none": at the cap, one by one.
         preconditioner: of conjugate gradients.
     """
 
