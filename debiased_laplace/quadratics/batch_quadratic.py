@@ -20,7 +20,7 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.quadratics.given import Curvature
 
-_WORTH_TRACING = 1e8  # samples times products times parameters: below, tracing a network takes longer than it saves
+_WORTH_TRACING = 4e9  # samples times products times parameters: below, tracing a network takes as long as it saves
 
 
 class BatchQuadratic(ABC):
