@@ -12,7 +12,7 @@ conjugate gradients. With N unknown, or infinite, f is 0 and the formulas are th
 
 A derivative of b along every direction of a costs half as much again as conjugate gradients do. With held-out stopping
 b is asked less often where the answer is clear: as long as slopes are beyond three standard errors, the next
-segment of the path of conjugate gradients, along which it is asked for one step, is twice as long as the last. Where
+segment of the path of conjugate gradients, along which it is asked for one step, is four times as long. Where
 a slope is not, there is no step, since by a step along noise the quadratic rises on average, however short the step;
 the next segment is a single direction again, and two of those in a row end the pass.
 
@@ -40,7 +40,7 @@ from debiased_laplace.newton.finite_population import Share
 from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic, Position
 from debiased_laplace.quadratics.regularizer import Penalty
 
-GROWTH = 2
+GROWTH = 4
 """How many times longer than the one before a segment is, if the quadratic fell along that one beyond its error."""
 SURE = 3.0
 """How many standard errors a slope has to be beyond, for a step to be taken and the next segment to grow."""
