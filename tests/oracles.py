@@ -674,7 +674,7 @@ def naive_directional_steps(
 
     Both sets are given as gradients (n, P) and curvatures (n, P, P) of their samples.
     `extra_gradient` (P,) and `extra_curvature` (P, P) are those of damping and regularizer. With stopping, directions
-    are taken together: four times as many as before after a slope beyond three standard errors, else one, without a step;
+    are taken together: four times as many as before after a slope beyond three standard errors, else one, with no step;
     two such are the end. Of N samples, a counts with its share and b, drawn without replacement, stands for the rest.
     """
     H_a, g_a = a[1].mean(0) + extra_curvature, a[0].mean(0) + extra_gradient

@@ -127,10 +127,14 @@ class Findings:
 
     @cached_property
     def enough(self) -> int | None:
-        """The smallest size of batch from which on the first curvature is not detectably a tenth too large; or None."""
+        """The smallest size of batch from which on the first curvature is not detectably a tenth too large.
+
+        None where it is at every size, or where one draw cannot tell.
+        """
         found = None
         for batch in reversed(self.batches):
-            if not batch.leading.ratio(slice(0, 1)).low < 1 + MATTERS:
+            low = batch.leading.ratio(slice(0, 1)).low
+            if not (isfinite(low) and low < 1 + MATTERS):
                 break
             found = batch.batch_size
         return found

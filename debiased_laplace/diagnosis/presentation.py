@@ -53,7 +53,9 @@ def summarize(diagnosis: Findings) -> str:
         f"{show(real_share(smallest.gradient))} is real"
         + (f", for {largest.batch_size} samples {show(real_share(largest.gradient))}." if several else "."),
     ]
-    if diagnosis.enough is None:
+    if not isfinite(largest.leading.ratio(FIRST).low):
+        sentences.append("From which size on that is a tenth or less takes more than one draw to tell.")
+    elif diagnosis.enough is None:
         sentences.append(
             f"Up to batches of {largest.batch_size}, the first curvature is detectably more than a tenth too large."
         )

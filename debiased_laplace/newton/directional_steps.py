@@ -23,6 +23,7 @@ References:
 
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -201,6 +202,8 @@ def directional_steps(
         p = segment.direction
         position.look(p[:, None], pushed)
         others = _looked(position, p, update, penalty)
+        if not others.finite:
+            break
         own = inner_product(p, own_gradient), inner_product(p, segment.product)
         step = _step(others, own, share, shrinkage=options.shrinkage)
         if held_out:
@@ -212,7 +215,11 @@ def directional_steps(
             own_gradient = own_gradient + step.length * segment.product
         segments.append(segment)
         steps.append(step)
-    return _collected(segments, steps, update, _outcome(process, steps, misses, same=same))
+    else:
+        return _collected(segments, steps, update, _outcome(process, steps, misses, same=same))
+    reason = f"a slope or a curvature along direction {len(steps)} is not finite"
+    broken = replace(_outcome(process, steps, PATIENCE, same=same), status="breakdown", reason=reason)
+    return _collected(segments, steps, update, broken)
 
 
 def _segment(process: ConjugateGradientIterations, size: int) -> _Segment | None:
@@ -236,6 +243,11 @@ class _Looked:
     curvature: float
     slope_error: float
     curvature_error: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is."""
+        return all(map(isfinite, (self.slope, self.curvature, self.slope_error, self.curvature_error)))
 
 
 def _looked(position: Position, p: Tensor, update: Tensor, penalty: Penalty) -> _Looked:
@@ -274,7 +286,7 @@ def _outcome(process: ConjugateGradientIterations, steps: list[_Step], misses: i
     derivatives = 0 if same else len(steps)
     ended = process.outcome
     if misses == PATIENCE or ended is None:
-        reason = f"along the last {misses} of {len(steps)} directions it falls no more than by chance"
+        reason = f"along the last {misses} of {len(steps)} directions it has no slope beyond chance, or no minimum"
         return StepOutcome("no held-out decrease", reason, process.products, derivatives, negative)
     return StepOutcome(ended.status, ended.reason, ended.products, derivatives, negative)
 

@@ -1,10 +1,10 @@
 r"""An optimizer of debiased Newton steps, without a learning rate.
 
 Every batch is divided in three. Two parts make a cross-fitted step; the third, the judges, have no part in it: they
-accept it or a share of it, and adapt the damping by how much of the fall that their quadratic predicts has come true.
+accept it or a share of it, and adapt the damping by how far their loss is above their own quadratic at the step.
 
 References:
-    Martens (2010), Deep learning via Hessian-free optimization, ICML, §4.1 (damping by the ratio of the changes);
+    Martens (2010), Deep learning via Hessian-free optimization, ICML, §4.1 (damping that adapts);
     Tatzel et al. (2025), arXiv 2410.14325 (debiased steps).
 """
 
@@ -193,7 +193,8 @@ class DebiasedNewton(Optimizer):
         if verdict is not None and verdict.accepted:
             self._move(network.selection, verdict.scale * step.update)
         self.last_step = StepReport(loss, damping, verdict, step.outcome, step.predicted_decrease)
-        damping = adapted(damping, _wrong(verdict))
+        if verdict is not None:
+            damping = adapted(damping, _wrong(verdict))
         self._memory.update(damping=damping, n_steps=self._memory["n_steps"] + 1)
         return loss
 
@@ -260,8 +261,22 @@ class DebiasedNewton(Optimizer):
     @property
     def _memory(self) -> dict[str, Any]:
         """What outlives a step, where `state_dict` looks for it."""
-        found: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        found: dict[str, Any] = self.state[next(p for group in self.param_groups for p in group["params"])]
         return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: if it is not that of a `DebiasedNewton`.
+        """
+        if not any({"damping", "n_steps"} <= state.keys() for state in state_dict["state"].values()):
+            raise ValueError("Expected the state of a DebiasedNewton, with damping and n_steps; got another one's.")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a network that has been met holds functions, which cannot be copied; the next step meets it again
+        return {**self.__dict__, "_network": None}
 
     @torch.no_grad()
     def _move(self, selection: ParameterSelection, update: Tensor) -> None:
@@ -270,11 +285,11 @@ class DebiasedNewton(Optimizer):
             parameters[name].add_(change)
 
 
-def _wrong(verdict: Verdict | None) -> float:
-    """By how much the quadratic is too low at the step, as a share of what it falls by at its minimum."""
-    if verdict is None or verdict.excess <= 0:
+def _wrong(verdict: Verdict) -> float:
+    """By how much the quadratic is too low at the step, as a share of what the damped one falls by at its minimum."""
+    if verdict.excess <= 0:
         return 0.0
-    return verdict.excess / verdict.bend if verdict.bend > 0 else inf
+    return verdict.excess / verdict.bend if verdict.bend > 0 and isfinite(verdict.excess) else inf
 
 
 def adapted(damping: float, wrong: float) -> float:

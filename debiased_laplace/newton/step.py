@@ -26,7 +26,7 @@ from debiased_laplace.newton.directional_steps import (
 from debiased_laplace.newton.halves import draw_halves
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
 from debiased_laplace.quadratics.given import Curvature, check_curvature, check_outputs, met
-from debiased_laplace.quadratics.regularizer import Penalty, RegularizerLike, penalty_of
+from debiased_laplace.quadratics.regularizer import Penalty, Regularizer, RegularizerLike, penalty_of
 
 StepMagnitudes = Literal["cross_fitted", "held_out", "same_batch"]
 _MAGNITUDES = ("cross_fitted", "held_out", "same_batch")
@@ -206,6 +206,9 @@ def newton_step(
         sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
         check_n_data(n_data, len(samples))
+        of_prior = regularizer.n_data if isinstance(regularizer, Regularizer) else None
+        if n_data is not None and of_prior not in (None, n_data):
+            raise ValueError(f"Expected one N; got n_data={n_data} and a regularizer with n_data={of_prior}.")
         penalty = penalty_of(regularizer, network.selection.vector(), n_data or len(samples))
         second = None
         if curvature == "hessian":

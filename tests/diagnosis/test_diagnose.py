@@ -140,6 +140,9 @@ def test_one_draw_has_no_error_bars(problem):
     text = str(found(problem, n_draws=1))
     assert "±" not in text.split("Mean over")[0]
     assert "nan" not in text
+    assert found(problem, n_draws=1).enough is None
+    assert "takes more than one draw to tell" in text
+    assert "detect" not in text.split("Mean over")[0]
 
 
 def test_enough_is_the_smallest_size_from_which_on_no_excess_is_seen():

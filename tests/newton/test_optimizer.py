@@ -341,3 +341,33 @@ def test_wrong_use_is_a_value_error() -> None:
     with torch.no_grad():
         model[0].weight[0, 0] = before[0]
     assert math.isfinite(optimizer.step(lambda: (X, y)))
+
+
+def test_without_a_step_there_is_nothing_to_adapt_the_damping_by() -> None:
+    model, X, _ = small("regression")
+    optimizer = DebiasedNewton(model.parameters(), model, "regression", damping=0.3)
+    optimizer.step(lambda: (X, model(X).detach()))
+    assert optimizer.last_step.verdict is None
+    assert optimizer.damping == 0.3
+
+
+def test_a_copy_goes_on_like_the_original() -> None:
+    model, X, y = small()
+    optimizer = DebiasedNewton([{"params": []}, {"params": list(model.parameters())}], model, "classification")
+    optimizer.step(lambda: (X, y))
+    other, copied = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        assert optimizer.step(lambda: (X, y)) == copied.step(lambda: (X, y))
+    assert torch.equal(flat(model), flat(other))
+    assert copied.damping == optimizer.damping
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    model, X, y = small()
+    other = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    nn.functional.cross_entropy(model(X), y).backward()
+    other.step()
+    optimizer = DebiasedNewton(model.parameters(), model, "classification", damping=0.3)
+    with pytest.raises(ValueError, match="damping and n_steps"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.damping == 0.3
