@@ -38,14 +38,15 @@ def look_at(plan: Plan, draw: int, bar: "tqdm[None]") -> DrawFindings:
     Raises:
         RepeatedSamplesError: if samples of the draw are equal.
     """
-    order = plan.order(draw)
+    order, seed = plan.order(draw), plan.seed + 1000 * draw
     positions = plan.batch(order, plan.sizes[-1])
     largest, reference = plan.curvature(positions), plan.curvature(plan.reference(order))
     _refuse_repeats(largest, reference)
     if sees_whole_spectrum(largest):
         # those of the smaller batches are among them
         largest.keep_rows()
-    judges = mixed(reference)
+    # of their own in every draw, for the error bars to have their noise
+    judges = mixed(reference, seed + 1)
     if plan.compared:
         judges.keep_rows()
     own: dict[int, ChosenDirections] = {}
@@ -60,7 +61,7 @@ def look_at(plan: Plan, draw: int, bar: "tqdm[None]") -> DrawFindings:
         bar.set_postfix_str(f"batch of {size}, draw {draw + 1}: posteriors")
         if sees_whole_spectrum(batch):
             gains[size] = gain_of_debiasing(
-                batch, judges, prior_precision=plan.prior_precision, n_data=plan.n_data, seed=plan.seed
+                batch, judges, prior_precision=plan.prior_precision, n_data=plan.n_data, seed=seed
             )
         bar.update(size)
     bar.set_postfix_str(f"samples of no batch, draw {draw + 1}")

@@ -28,12 +28,12 @@ MIXTURES = 2
 """Of the rows of a sample, in place of all of them: samples differ by far more than mixtures of the same one."""
 
 
-def mixed(samples: RowCurvature) -> RowCurvature:
-    """The same curvature on average, with fewer rows where there are many."""
+def mixed(samples: RowCurvature, seed: int) -> RowCurvature:
+    """The same curvature on average, with fewer rows, mixed by the seed, where there are many."""
     if samples.rows_per_sample <= MIXTURES:
         return samples
     root = MixedGaussNewton(samples.network.likelihood, MIXTURES)
-    return RowCurvature(samples.network, samples.samples, root, seed=samples.seed)
+    return RowCurvature(samples.network, samples.samples, root, seed=seed)
 
 
 def gain_of_debiasing(
@@ -58,7 +58,7 @@ def gain_of_debiasing(
     biased, debiased, basis = _posteriors(batch, prior_precision, n_data, seed)
     pair = (biased, debiased)
     share = batch.n_samples / n_data
-    traces = share * _mean_traces(mixed(batch), pair, basis) + (1 - share) * _mean_traces(reference, pair, basis)
+    traces = share * _mean_traces(mixed(batch, seed), pair, basis) + (1 - share) * _mean_traces(reference, pair, basis)
     prior = batch.network.like.new_tensor(prior_precision).expand(batch.network.n_parameters)
     own = [prior_trace(precision, prior) + float(precision.log_det) for precision in pair]
     # temperature and observation noise are 1

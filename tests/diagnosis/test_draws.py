@@ -48,7 +48,7 @@ def test_the_gain_is_the_difference_of_held_out_kls_of_two_fitted_posteriors(mon
         values = []
         for magnitudes in ("same_batch", "cross_fitted"):
             kind = {"magnitudes": magnitudes, "rank": RANK, "complement": "kron", "prior_precision": PRIOR}
-            la = DebiasedLaplace(model, "classification", seed=SEED, **kind)
+            la = DebiasedLaplace(model, "classification", seed=SEED + 1000 * draw, **kind)
             la.fit(batch, n_data=N_DATA)
             values.append(la.held_out_kl(unseen, batch))
         gain = float(diagnosis.batches[i].posterior[draw])

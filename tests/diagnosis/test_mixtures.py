@@ -49,7 +49,7 @@ def test_traces_of_mixtures_have_the_exact_trace_as_their_mean():
     )
     with differentiable_kernels(network.selection.model):
         truth = exact.traces(precision).mean()
-        draws = torch.stack([mixed(rows_of(network, X, y, seed=seed)).traces(precision).mean() for seed in range(60)])
+        draws = torch.stack([mixed(rows_of(network, X, y), seed).traces(precision).mean() for seed in range(60)])
     assert draws.std() > 0.01 * truth
     assert abs((draws.mean() - truth) / (draws.std() / 60**0.5)) < 3.5
 
@@ -57,9 +57,9 @@ def test_traces_of_mixtures_have_the_exact_trace_as_their_mean():
 def test_few_outputs_need_no_mixing_and_the_seed_decides():
     network, X, y = small_network("MLP")
     with differentiable_kernels(network.selection.model):
-        one, same, other = (next(mixed(rows_of(network, X, y, seed=seed)).rows()) for seed in (1, 1, 2))
+        one, same, other = (next(mixed(rows_of(network, X, y), seed).rows()) for seed in (1, 1, 2))
         assert one.shape[1] == MIXTURES
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
-        few = mixed(rows_of(network, X, y))
-        assert mixed(few) is few
+        few = mixed(rows_of(network, X, y), 0)
+        assert mixed(few, 0) is few
