@@ -243,4 +243,6 @@ def _panel(axis: Any, kinds: dict[Kind, Changes]) -> None:
     )
     axis.axhline(0, color="grey", linewidth=0.8, linestyle="--")
     if highest > -5 * lowest:  # a biased step may be off by far more than the others do any good
-        axis.set_yscale("symlog", linthresh=max(-lowest, 1e-5))
+        linear = max(-lowest, 1e-5, 1e-4 * highest)
+        axis.set_yscale("symlog", linthresh=linear)
+        axis.set_ylim(bottom=-3 * linear)
