@@ -10,17 +10,18 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+def finished(name: str, *options: str) -> subprocess.CompletedProcess:
+    """The example in a process of its own, which has to end well."""
+    done = subprocess.run([sys.executable, EXAMPLES / name, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.slow
 def test_same_batch_against_split(tmp_path):
     figure = tmp_path / "figure.svg"
     options = ["--draws", "2", "--epochs", "5", "--batch", "48", "--figure", str(figure)]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "01_same_batch_against_split.py", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("01_same_batch_against_split.py", *options)
     assert "48 of 1200 samples, mean ± standard deviation over 2 draws" in done.stdout
     assert done.stdout.count("KL to the full batch") == 12
     assert "nan" not in done.stdout
@@ -30,10 +31,7 @@ def test_same_batch_against_split(tmp_path):
 @pytest.mark.slow
 def test_kronecker():
     options = ["--draws", "2", "--epochs", "5", "--batch", "32"]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "02_kronecker.py", *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("02_kronecker.py", *options)
     assert "32 of 1200 samples, mean ± standard deviation over 2 draws" in done.stdout
     found = re.findall(
         r"prior precision (\d+), (\w+, \w+, \w+): KL to the full batch (\d+) ± \d+ nats, of an input's logits [\d.]+ ± "
@@ -45,22 +43,13 @@ def test_kronecker():
 
 
 def test_benchmarks_can_be_asked_for_help():
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "benchmarks" / "speed.py", "--help"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("benchmarks/speed.py", "--help")
     assert "gram" in done.stdout
 
 
 def test_regression_to_the_mean(tmp_path):
     figure = tmp_path / "figure.png"
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "05_regression_to_the_mean.py", "--draws", "200", "--figure", str(figure)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("05_regression_to_the_mean.py", "--draws", "200", "--figure", str(figure))
     found = re.findall(r"batch (\d+), ([\w ]+): same batch ([\d.]+) ± ([\d.]+), split ([\d.]+) ± ([\d.]+)", done.stdout)
     assert len(found) == 12
     for batch, place, same, same_error, split, error in found:
@@ -76,13 +65,7 @@ def test_regression_to_the_mean(tmp_path):
 
 
 def test_regression_report(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "03_regression_report.py", "--folder", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("03_regression_report.py", "--folder", str(tmp_path))
     function, noise = map(float, re.search(r"function: ([\d.]+) points, noise: ([\d.]+) points", done.stdout).groups())
     assert 0.05 < function**2 / (function**2 + noise**2) < 0.2
     assert float(re.search(r"MAP 1.00, Laplace ([\d.]+)", done.stdout)[1]) > 1.05
@@ -98,10 +81,7 @@ def test_regression_report(tmp_path):
 def test_quadratic_in_a_plane(tmp_path):
     figure = tmp_path / "figure.png"
     options = ["--draws", "8", "--epochs", "20", "--figure", str(figure)]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "07_quadratic_in_a_plane.py", *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("07_quadratic_in_a_plane.py", *options)
     own, split, full = map(
         float,
         re.search(
@@ -124,13 +104,7 @@ def test_quadratic_in_a_plane(tmp_path):
 def test_how_biased_is_a_batch(tmp_path):
     figure = tmp_path / "figure.png"
     options = ["--draws", "2", "--epochs", "5", "--sizes", "24", "48", "--figure", str(figure)]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "06_how_biased_is_a_batch.py", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("06_how_biased_is_a_batch.py", *options)
     assert done.stdout.startswith("The first curvature of a batch of 24 is ")
     assert "nats gained by debiasing" in done.stdout
     assert figure.stat().st_size > 10_000
@@ -140,13 +114,7 @@ def test_how_biased_is_a_batch(tmp_path):
 def test_curvature_over_eigenvectors(tmp_path):
     figure = tmp_path / "figure.png"
     options = ["--draws", "6", "--epochs", "100", "--batch", "64", "--figure", str(figure)]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "08_curvature_over_eigenvectors.py", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("08_curvature_over_eigenvectors.py", *options)
     assert done.stdout.startswith("batches of 64 of 1200, 6 draws; ")
     rows = re.findall(
         r"(.+): first ([\d.e-]+) ± ([\d.e-]+), first ten ([\d.e-]+) ± [\d.e-]+, number \d+ ([\d.e-]+) ± ([\d.e-]+)\n",
@@ -172,10 +140,7 @@ def test_curvature_over_eigenvectors(tmp_path):
 def test_conjugate_gradients(tmp_path):
     figure = tmp_path / "figure.png"
     options = ["--draws", "6", "--figure", str(figure)]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "09_conjugate_gradients.py", *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("09_conjugate_gradients.py", *options)
     number = r"([+-]\d+\.\d+) ± (\d+\.\d+)"
     rows = re.findall(
         rf"(.+): change of the quadratic {number} after 1, {number} after 5, {number} after 20; above the start",
@@ -198,13 +163,7 @@ def test_conjugate_gradients(tmp_path):
 def test_laplace_against_the_full_batch(tmp_path):
     figure = tmp_path / "figure.png"
     options = ["--draws", "2", "--epochs", "100", "--batch", "64", "--figure", str(figure)]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "10_laplace_against_the_full_batch.py", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("10_laplace_against_the_full_batch.py", *options)
     rows = re.findall(
         r"prior precision (\d+), (\w+): KL to the full batch ([\d.]+) ± [\d.]+ nats, total variation ([\d.]+) ± "
         r"[\d.]+, standard deviation / full batch's ([\d.]+) ± [\d.]+, off by ([\d.]+) ± [\d.]+ %\n",

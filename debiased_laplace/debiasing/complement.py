@@ -107,5 +107,5 @@ def diagonal(
 
 
 def _without_traces(x: Tensor) -> Tensor:
-    """Zeros in place of entries whose products underflow: they add nothing, and take processors ten times as long."""
+    """Zeros in place of entries whose products underflow: they add nothing, and processors are slow with them."""
     return x.masked_fill(x.abs() < torch.finfo(x.dtype).tiny ** 0.5, 0.0)

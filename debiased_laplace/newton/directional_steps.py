@@ -23,7 +23,6 @@ References:
 
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import isfinite
 from typing import Literal
 
 import torch
@@ -33,43 +32,21 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import (
     ConjugateGradientIterations,
-    LinearMap,
     Status,
     inner_product,
 )
 from debiased_laplace.newton.finite_population import Share
-from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic, Position
+from debiased_laplace.newton.options import StepOptions
+from debiased_laplace.newton.single_step import Step, looked, step_along
+from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic
 from debiased_laplace.quadratics.regularizer import Penalty
 
 GROWTH = 4
 """How many times longer than the one before a segment is, if the quadratic fell along that one beyond its error."""
-SURE = 3.0
-"""How many standard errors a slope has to be beyond, for a step to be taken and the next segment to grow."""
 PATIENCE = 2
 """Segments in a row along which the quadratic does not fall beyond its error, that end a pass."""
 
-Stopping = Literal["held_out", "none"]
 StepStatus = Literal["no held-out decrease"] | Status
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """How a step is taken.
-
-    Attributes:
-        shrinkage: shrink every step by how much of its slope is noise.
-        max_iterations: of conjugate gradients.
-        tolerance: conjugate gradients have converged at this residual, relative to the gradient.
-        stopping: "held_out": once slopes of the samples that say the steps are not beyond three standard errors; along
-            those there is no step, and directions are taken together in segments. "none": at the cap, one by one.
-        preconditioner: of conjugate gradients.
-    """
-
-    shrinkage: bool
-    max_iterations: int
-    tolerance: float
-    stopping: Stopping
-    preconditioner: LinearMap | None = None
 
 
 @dataclass(frozen=True)
@@ -130,32 +107,13 @@ class _Segment:
 
     Attributes:
         direction: of the piece; where it is of one iteration, that of conjugate gradients.
-        product: of the curvature of the directions' own samples with it, damping and regularizer included.
         iterations: in it.
         decrease: of the quadratic of the directions' own samples.
     """
 
     direction: Tensor
-    product: Tensor
     iterations: int
     decrease: float
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Along one direction; the fields are those of `DirectionalSteps`."""
-
-    slope: float
-    slope_error: float
-    curvature: float
-    curvature_error: float
-    length: float
-    decrease: float
-
-    @property
-    def falls(self) -> bool:
-        """Whether the quadratic does, beyond what noise alone would be likely to show."""
-        return self.curvature > 0 and abs(self.slope) > SURE * self.slope_error
 
 
 def directional_steps(
@@ -196,34 +154,37 @@ def directional_steps(
     position, update = b.position(), torch.zeros_like(penalty.gradient)
     own_gradient = a.gradient + penalty.gradient
     segments: list[_Segment] = []
-    steps: list[_Step] = []
-    size, misses = 1, 0
-    while misses < PATIENCE and (segment := _segment(process, size)) is not None:
+    steps: list[Step] = []
+    size, misses, broken = 1, 0, ""
+    while not broken and misses < PATIENCE and (found := _segment(process, size)) is not None:
+        segment, product = found
         p = segment.direction
         position.look(p[:, None], pushed)
-        others = _looked(position, p, update, penalty)
+        others = looked(position, p, update, penalty)
         if not others.finite:
-            break
-        own = inner_product(p, own_gradient), inner_product(p, segment.product)
-        step = _step(others, own, share, shrinkage=options.shrinkage)
+            broken = f"a slope or a curvature along direction {len(steps)} is not finite"
+            continue
+        own = inner_product(p, own_gradient), inner_product(p, product)
+        step = step_along(others, own, share, shrinkage=options.shrinkage)
         if held_out:
             size, misses = (GROWTH * size, 0) if step.falls else (1, misses + 1)
             step = step if step.falls else replace(step, length=0.0, decrease=0.0)
         if step.length != 0:
             position.move(0, step.length)
             update = update + step.length * p
-            own_gradient = own_gradient + step.length * segment.product
+            own_gradient = own_gradient + step.length * product
         segments.append(segment)
         steps.append(step)
-    else:
-        return _collected(segments, steps, update, _outcome(process, steps, misses, same=same))
-    reason = f"a slope or a curvature along direction {len(steps)} is not finite"
-    broken = replace(_outcome(process, steps, PATIENCE, same=same), status="breakdown", reason=reason)
-    return _collected(segments, steps, update, broken)
+    status, reason = _end(process, len(steps), misses, broken)
+    derivatives, negative = 0 if same else len(steps), sum(s.curvature <= 0 for s in steps)
+    return _collected(segments, steps, update, StepOutcome(status, reason, process.products, derivatives, negative))
 
 
-def _segment(process: ConjugateGradientIterations, size: int) -> _Segment | None:
-    """The next piece of the path of conjugate gradients, of so many iterations or as many as are left."""
+def _segment(process: ConjugateGradientIterations, size: int) -> tuple[_Segment, Tensor] | None:
+    """The next piece of the path of conjugate gradients, of so many iterations or as many as are left.
+
+    And the damped curvature of the directions' own samples times its direction.
+    """
     found = list(islice(iter(process.advance, None), size))
     if not found:
         return None
@@ -232,66 +193,20 @@ def _segment(process: ConjugateGradientIterations, size: int) -> _Segment | None
         direction = torch.stack([one.step_length * one.vector for one in found]).sum(0)
         product = torch.stack([one.step_length * one.product for one in found]).sum(0)
     decrease = sum(one.step_length**2 * one.curvature / 2 for one in found)
-    return _Segment(direction, product, len(found), decrease)
+    return _Segment(direction, len(found), decrease), product
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """Means over the samples that say the steps, damping and regularizer included, and standard errors."""
-
-    slope: float
-    curvature: float
-    slope_error: float
-    curvature_error: float
-
-    @property
-    def finite(self) -> bool:
-        """Whether all of it is."""
-        return all(map(isfinite, (self.slope, self.curvature, self.slope_error, self.curvature_error)))
+def _end(process: ConjugateGradientIterations, n_steps: int, misses: int, broken: str) -> tuple[StepStatus, str]:
+    """Why there are no more directions."""
+    if broken:
+        return "breakdown", broken
+    if misses == PATIENCE or process.outcome is None:
+        reason = f"along the last {misses} of {n_steps} directions it has no slope beyond chance, or no minimum"
+        return "no held-out decrease", reason
+    return process.outcome.status, process.outcome.reason
 
 
-def _looked(position: Position, p: Tensor, update: Tensor, penalty: Penalty) -> _Looked:
-    """Along the direction that is being looked at, from where the update leads."""
-    slopes, curvatures = position.along(0)
-    n = len(slopes)
-    errors = (float(v.std(correction=1)) / n**0.5 if n > 1 else 0.0 for v in (slopes, curvatures))
-    return _Looked(
-        float(slopes.mean()) + inner_product(p, penalty.gradient_at(update)),
-        float(curvatures.mean()) + penalty.curvature_along(p),
-        *errors,
-    )
-
-
-def _step(others: _Looked, own: tuple[float, float], share: Share, *, shrinkage: bool) -> _Step:
-    """What both sets of samples say of all, and the step that follows."""
-    f = share.own
-    slope, curvature = (f * x + (1 - f) * y for x, y in zip(own, (others.slope, others.curvature), strict=True))
-    error, curvature_error = share.error * others.slope_error, share.error * others.curvature_error
-    length = decrease = 0.0
-    if curvature > 0:
-        kept = max(1 - error**2 / slope**2, 0.0) if slope != 0 else 0.0
-        length = -(kept if shrinkage else 1.0) * slope / curvature
-        # a step of -g(s) / c changes the true quadratic by (g(s)² / 2 - g(s) t) / c, t the true slope; by Stein's lemma
-        # g(s) t is on average g(s) s - e² g'(s)
-        if not shrinkage:
-            decrease = (slope**2 / 2 - error**2) / curvature
-        elif kept > 0:
-            noise = error**2 * (1 + error**2 / slope**2)
-            decrease = (kept * slope**2 - noise - kept**2 * slope**2 / 2) / curvature
-    return _Step(slope, error, curvature, curvature_error, length, decrease)
-
-
-def _outcome(process: ConjugateGradientIterations, steps: list[_Step], misses: int, *, same: bool) -> StepOutcome:
-    negative = sum(s.curvature <= 0 for s in steps)
-    derivatives = 0 if same else len(steps)
-    ended = process.outcome
-    if misses == PATIENCE or ended is None:
-        reason = f"along the last {misses} of {len(steps)} directions it has no slope beyond chance, or no minimum"
-        return StepOutcome("no held-out decrease", reason, process.products, derivatives, negative)
-    return StepOutcome(ended.status, ended.reason, ended.products, derivatives, negative)
-
-
-def _collected(segments: list[_Segment], steps: list[_Step], update: Tensor, outcome: StepOutcome) -> DirectionalSteps:
+def _collected(segments: list[_Segment], steps: list[Step], update: Tensor, outcome: StepOutcome) -> DirectionalSteps:
     def values(found: list[float]) -> Tensor:
         return update.new_tensor(found, dtype=accumulation_dtype(update))
 

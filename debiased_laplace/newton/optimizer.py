@@ -10,7 +10,7 @@ References:
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import torch
@@ -26,18 +26,17 @@ from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS
 from debiased_laplace.linalg.conjugate_gradients import inner_product
-from debiased_laplace.newton.directional_steps import StepOptions, StepOutcome, Stopping
+from debiased_laplace.newton.damping import adapted, wrong_by
+from debiased_laplace.newton.directional_steps import StepOutcome
 from debiased_laplace.newton.halves import draw_parts
 from debiased_laplace.newton.judging import Makers, Verdict, judged
-from debiased_laplace.newton.step import StepMagnitudes, StepTask, check_n_data, checked_options, step_on
+from debiased_laplace.newton.options import StepMagnitudes, StepOptions, Stopping, check_n_data, checked_options
+from debiased_laplace.newton.step import StepTask, step_on
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
 from debiased_laplace.quadratics.given import Curvature, check_outputs, usable
 from debiased_laplace.quadratics.regularizer import Penalty
 
 Closure = Callable[[], Any]
-
-_TRUSTED, _DOUBTED, _WRONG = 2 / 3, 1.5, 4.0  # factors of the damping
-_LEAST, _MOST = 1e-8, 1e8  # damping
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class DebiasedNewton(Optimizer):
             self._move(network.selection, verdict.scale * step.update)
         self.last_step = StepReport(loss, damping, verdict, step.outcome, step.predicted_decrease)
         if verdict is not None:
-            damping = adapted(damping, _wrong(verdict))
+            damping = adapted(damping, wrong_by(verdict))
         self._memory.update(damping=damping, n_steps=self._memory["n_steps"] + 1)
         return loss
 
@@ -283,31 +282,3 @@ class DebiasedNewton(Optimizer):
         parameters = dict(selection.model.named_parameters())
         for name, change in selection.unflatten(update).items():
             parameters[name].add_(change)
-
-
-def _wrong(verdict: Verdict) -> float:
-    """By how much the quadratic is too low at the step, as a share of what the damped one falls by at its minimum."""
-    if verdict.excess <= 0:
-        return 0.0
-    return verdict.excess / verdict.bend if verdict.bend > 0 and isfinite(verdict.excess) else inf
-
-
-def adapted(damping: float, wrong: float) -> float:
-    """Levenberg's and Marquardt's rule, by samples that had no part in what they judge.
-
-    More damping where the quadratic is not to be trusted so far, less where it is.
-
-    Args:
-        damping: of the step.
-        wrong: by how much the judges' mean loss rises above their quadratic, as a share of what a quadratic of their
-            curvature falls by at its minimum.
-
-    Returns:
-        The next damping.
-    """
-    factor = 1.0
-    if wrong < 0.25:
-        factor = _TRUSTED
-    elif wrong > 0.75:
-        factor = _DOUBTED if wrong < 2 else _WRONG
-    return min(max(damping * factor, _LEAST), _MOST)

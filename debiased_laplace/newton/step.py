@@ -1,8 +1,7 @@
 """One damped Newton step whose directions and step lengths are not read off the same samples."""
 
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,19 +16,22 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import LinearMap
 from debiased_laplace.newton.directional_steps import (
     DirectionalSteps,
-    StepOptions,
     StepOutcome,
     StepStatus,
-    Stopping,
     directional_steps,
 )
 from debiased_laplace.newton.halves import draw_halves
+from debiased_laplace.newton.options import (
+    StepMagnitudes,
+    StepOptions,
+    Stopping,
+    check_n_data,
+    checked_options,
+)
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
-from debiased_laplace.quadratics.given import Curvature, check_curvature, check_outputs, met
+from debiased_laplace.quadratics.given import Curvature, check_outputs, met
 from debiased_laplace.quadratics.regularizer import Penalty, Regularizer, RegularizerLike, penalty_of
 
-StepMagnitudes = Literal["cross_fitted", "held_out", "same_batch"]
-_MAGNITUDES = ("cross_fitted", "held_out", "same_batch")
 _BY_SEVERITY: tuple[StepStatus, ...] = (
     "breakdown",
     "negative curvature",
@@ -282,42 +284,3 @@ def index_sets(samples: Batch, magnitudes: StepMagnitudes, seed: int, *, shrinka
             "because equal samples stay in one half."
         )
     return [a, b]
-
-
-def check_n_data(n_data: int | None, n_samples: int) -> None:
-    """Refuse an N that is none, or smaller than its part.
-
-    Raises:
-        ValueError: saying so.
-    """
-    if n_data is None:
-        return
-    if isinstance(n_data, bool) or not isinstance(n_data, int) or n_data < n_samples:
-        raise ValueError(
-            f"n_data must be a whole number, of at least the {n_samples} samples given, which are part of it; got "
-            f"{n_data!r}."
-        )
-
-
-def checked_options(
-    damping: float, magnitudes: StepMagnitudes, curvature: Curvature, options: StepOptions
-) -> StepOptions:
-    """Refuse options that are out of range.
-
-    Raises:
-        ValueError: saying which.
-    """
-    check_curvature(curvature)
-    if magnitudes not in _MAGNITUDES:
-        raise ValueError(f"magnitudes must be one of {list(_MAGNITUDES)}; got {magnitudes!r}.")
-    if options.stopping not in ("held_out", "none"):
-        raise ValueError(f"stopping must be 'held_out' or 'none'; got {options.stopping!r}.")
-    for name, value in (("damping", damping), ("tolerance", options.tolerance)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
-    n = options.max_iterations
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"max_iterations must be a whole number of at least 1; got {n!r}.")
-    if not isinstance(options.shrinkage, bool):
-        raise ValueError(f"shrinkage must be True or False; got {options.shrinkage!r}.")
-    return options

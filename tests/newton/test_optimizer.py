@@ -15,8 +15,8 @@ from torch import nn
 from debiased_laplace import DebiasedNewton, quadratic_along
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.data.batches import Batch
+from debiased_laplace.newton.damping import adapted
 from debiased_laplace.newton.halves import draw_parts
-from debiased_laplace.newton.optimizer import adapted
 
 
 def flat(model: nn.Module) -> torch.Tensor:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from debiased_laplace import Regularizer, newton_step, quadratic_along
 from debiased_laplace.curvature import derivatives as module
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.newton.directional_steps import DirectionalSteps, StepOptions, _Looked, _step, directional_steps
+from debiased_laplace.newton.directional_steps import DirectionalSteps, directional_steps
 from debiased_laplace.newton.finite_population import Share
 from debiased_laplace.newton.halves import draw_halves
+from debiased_laplace.newton.options import StepOptions
+from debiased_laplace.newton.single_step import Looked, step_along
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic
 from debiased_laplace.quadratics.given import met
 from debiased_laplace.quadratics.regularizer import penalty_of
@@ -231,7 +233,7 @@ def test_predicted_decreases_are_unbiased(shrinkage: bool, ratio: float) -> None
     """Of slopes with normal noise around a true one, that is so many standard errors."""
     slopes = ratio + torch.randn(40_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     share, c = Share(0.0, 1.0), 2.5
-    steps = [_step(_Looked(float(s), c, 1.0, 0.0), (0.0, 0.0), share, shrinkage=shrinkage) for s in slopes]
+    steps = [step_along(Looked(float(s), c, 1.0, 0.0), (0.0, 0.0), share, shrinkage=shrinkage) for s in slopes]
     found = torch.tensor([-(one.length * ratio + one.length**2 * c / 2) for one in steps])
     difference = torch.tensor([one.decrease for one in steps]) - found
     error = float(difference.std()) / len(slopes) ** 0.5
