@@ -6,7 +6,7 @@ Nothing here imports the package. The formulas are those of the method, written 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from math import ceil, log, pi
+from math import ceil, exp, log, pi
 
 import torch
 from torch import Tensor, nn
@@ -719,3 +719,27 @@ def naive_directional_steps(
         walk.decreases.append(decrease)
         walk.update = x + step * p
     return walk
+
+
+def naive_mean_field(mean: Tensor, covariance: Tensor, nodes: Tensor) -> Tensor:
+    """Expected softmax (C,) of one input's Gaussian logits: leading classes on nodes (S, T - 1), others by a bound."""
+    order = mean.argsort(descending=True)
+    d, S = mean[order] - mean.max(), covariance[order][:, order]
+    W = S - S[:, :1] - S[:1] + S[0, 0]
+    T = nodes.shape[1] + 1
+    root = torch.linalg.cholesky(W[1:T, 1:T])
+    off_diagonal = [W[i, j] for i in range(1, T) for j in range(1, T) if i != j]
+    residual = [
+        max(float(W[k, k] - max(sum(off_diagonal) / max(len(off_diagonal), 1), 0)), 0) for k in range(T, len(d))
+    ]
+    Z = float(d.exp().sum())
+    weights = []
+    for m, r in zip(d[T:].tolist(), residual, strict=True):
+        bounds = [Z * exp(s * (m - log(Z)) + s**2 * r / 2) for s in torch.linspace(0, 1, 20_001).tolist()]
+        weights.append(log(min(bounds)))
+    total = torch.zeros_like(d)
+    for z in nodes:
+        u = root @ z
+        others = torch.tensor(weights, dtype=torch.float64) + u.mean()
+        total += torch.cat([torch.zeros(1, dtype=torch.float64), d[1:T] + u, others]).softmax(0)
+    return torch.zeros_like(d).scatter(0, order, total / len(nodes))

@@ -1,8 +1,9 @@
 """A network at its trained weights: how its outputs and their derivatives are computed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ RowBlocks = Iterator[Tensor]
 """Rows (n, r, P) of the same n samples, their r rows in one or more blocks."""
 
 TORCH_ROWS = "torch.func rows"
+
+_Columns = Callable[..., Tensor]  # as OutputRoot.columns
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,21 @@ class Network:
     def jacobian_blocks(self, inputs: Inputs, n_outputs: int) -> Iterator[RowBlocks]:
         """Rows of the Jacobian, for each group of samples in blocks of outputs that bound the memory."""
         side = torch.zeros(n_samples_of(inputs))
-        return (blocks for _, blocks in self._grouped(inputs, side, Identity(), n_outputs))
+        return (blocks for _, blocks in self._grouped(inputs, side, Identity().columns, n_outputs))
+
+    def difference_blocks(self, inputs: Inputs, order: Tensor, *, first: int) -> Iterator[RowBlocks]:
+        """Rows of the differences of each input's outputs to one of them.
+
+        Args:
+            inputs: a batch.
+            order: outputs (n, C) of each input; the differences are to the first, in this order.
+            first: rows that the first block holds at least.
+
+        Yields:
+            C - 1 rows of each group of samples, in blocks that bound the memory.
+        """
+        groups = self._grouped(inputs, order, _difference_columns, order.shape[1] - 1, first=first)
+        return (blocks for _, blocks in groups)
 
     def root_rows(self, batch: Batch, root: OutputRoot, side: Tensor) -> Iterator[tuple[int, RowBlocks, str]]:
         r"""Rows $S_n^\top J_n$ of a curvature's root.
@@ -107,23 +124,26 @@ class Network:
         r = root.n_columns(self.n_outputs)
         foreign = self.foreign
         if foreign is None or not foreign.offers_rows(root):
-            for n, blocks in self._grouped(batch.inputs, side, root, r):
+            for n, blocks in self._grouped(batch.inputs, side, root.columns, r):
                 yield n, blocks, TORCH_ROWS
             return
         size = max(1, min(self.rows_per_chunk(self.n_outputs), _MOST_SAMPLES_OF_A_BACKEND))
         for chunk, known in zip(batch.chunks(size), side.split(size), strict=True):
             yield len(chunk), iter([foreign.rows(chunk, root, known)]), foreign.name
 
-    def _grouped(self, inputs: Inputs, side: Tensor, root: OutputRoot, n_rows: int) -> Iterator[tuple[int, RowBlocks]]:
+    def _grouped(
+        self, inputs: Inputs, side: Tensor, columns: _Columns, n_rows: int, *, first: int = 0
+    ) -> Iterator[tuple[int, RowBlocks]]:
         size = self.rows_per_chunk(n_rows)
         # where one sample's rows are too many, its rows come in blocks
         step = n_rows if size else max(1, CHUNK_BYTES // self.bytes_of_a_row)
+        edges = [0, *range(max(step, first), n_rows, step), n_rows]
         for chunk, known in zip(split(inputs, max(size, 1)), side.split(max(size, 1)), strict=True):
-            yield len(known), self._blocks(chunk, known, root, [slice(i, i + step) for i in range(0, n_rows, step)])
+            yield len(known), self._blocks(chunk, known, columns, [slice(*ends) for ends in pairwise(edges)])
 
-    def _blocks(self, inputs: Inputs, side: Tensor, root: OutputRoot, blocks: list[slice]) -> RowBlocks:
+    def _blocks(self, inputs: Inputs, side: Tensor, columns: _Columns, blocks: list[slice]) -> RowBlocks:
         for chosen in blocks:
-            yield self._rows(inputs, side, partial(root.columns, chosen=chosen))[0]
+            yield self._rows(inputs, side, partial(columns, chosen=chosen))[0]
 
     def _rows(
         self, inputs: Inputs, side: Tensor, cotangents: derivatives.Cotangents, *, create_graph: bool = False
@@ -163,3 +183,9 @@ class Network:
     def linearized(self, inputs: Inputs) -> LinearizedBatch:
         """The batch made ready for many derivatives along directions and gradients."""
         return LinearizedBatch(self.selection, self.parameters, inputs, self.capabilities)
+
+
+def _difference_columns(outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:
+    """Cotangents (C, r) of differences of outputs to the first of an order."""
+    classes = torch.arange(outputs.shape[-1], device=outputs.device)[:, None]
+    return (classes == side[1:][chosen]).to(outputs.dtype) - (classes == side[:1]).to(outputs.dtype)

@@ -13,9 +13,10 @@ from debiased_laplace.data.inputs import Inputs, moved, n_samples_of, on_each, s
 from debiased_laplace.posterior.fitted import FittedPosterior
 from debiased_laplace.posterior.hyperparameters import name_of, one_of
 from debiased_laplace.predictive import linearized, links, sampling
+from debiased_laplace.predictive.mean_field import GaussianLogits
 
 PredictiveKind = Literal["glm", "nn"]
-Link = Literal["probit", "mc", "bridge", "bridge_norm"]
+Link = Literal["mean_field", "probit", "mc", "bridge", "bridge_norm"]
 
 
 class PredictiveInterface(FittedPosterior):
@@ -26,7 +27,7 @@ class PredictiveInterface(FittedPosterior):
         x: Tensor | Mapping[str, Tensor],
         pred_type: str = "glm",
         joint: bool = False,
-        link_approx: str = "probit",
+        link_approx: str = "mean_field",
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -39,7 +40,8 @@ class PredictiveInterface(FittedPosterior):
             x: inputs (n, …), or a mapping of tensors as Hugging Face models take them.
             pred_type: "glm" (linearized network) or "nn" (network at drawn weights).
             joint: regression with "glm" only: the covariance of all outputs of the batch together.
-            link_approx: "probit", "mc", "bridge" or "bridge_norm"; "nn" has only "mc".
+            link_approx: "mean_field" (the expected softmax, without sampling), or laplace-torch's "probit", "mc",
+                "bridge" and "bridge_norm"; "nn" has only "mc".
             n_samples: draws of "mc".
             diagonal_output: ignore covariances between outputs.
             generator: of the draws, on the model's device.
@@ -74,7 +76,9 @@ class PredictiveInterface(FittedPosterior):
         joint = joint and regression
         if regression:
             return self._glm_predictive_distribution(inputs, joint=joint, diagonal_output=diagonal_output)
-        alone = link_approx == "probit" or (link_approx == "mc" and diagonal_output)
+        if link_approx == "mean_field" and not diagonal_output:
+            return self._gaussian_logits(inputs).probabilities()
+        alone = link_approx == "probit" or (link_approx in ("mean_field", "mc") and diagonal_output)
         mean, spread = self._glm_predictive_distribution(inputs, diagonal_output=alone)
         return self.link(mean, spread, link_approx, n_samples, generator)
 
@@ -88,12 +92,32 @@ class PredictiveInterface(FittedPosterior):
     ) -> Tensor:
         """Class probabilities (n, C) from a Gaussian over logits: covariances (n, C, C), or variances (n, C) alone."""
         alone = spread.ndim == 2
+        if link_approx == "mean_field":
+            of_spread = GaussianLogits.of_variances if alone else GaussianLogits.of_covariance
+            return of_spread(mean, spread).probabilities()
         if link_approx == "probit":
             return links.probit(mean, spread if alone else spread.diagonal(dim1=-2, dim2=-1))
         if link_approx == "mc":
             draw = links.independent_draws if alone else links.gaussian_draws
             return torch.softmax(draw(mean, spread, n_samples=n_samples, generator=generator), dim=-1).mean(0)
         return links.bridge(mean, spread, normalized=link_approx == "bridge_norm")
+
+    def gaussian_logits(self, x: Tensor | Mapping[str, Tensor]) -> GaussianLogits:
+        """Gaussian over the logits of each input, as the mean-field link takes it.
+
+        It gives class probabilities, the mutual information of label and parameters, and the total variance of the
+        centred logits (`total_variance`); no matrix of classes x classes is formed where these are many.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        return self._gaussian_logits(self._checked(x, "glm", 1, None)[0])
+
+    def _gaussian_logits(self, X: Inputs) -> GaussianLogits:
+        with self._looking(X) as (network, inputs):
+            return linearized.predict_logits(
+                network, self.posterior_precision, inputs, create_graph=self.enable_backprop
+            )
 
     def functional_samples(
         self,

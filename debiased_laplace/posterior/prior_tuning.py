@@ -109,7 +109,7 @@ class PriorTuning(PredictiveInterface):
         log_prior_prec_min: int | float = -4.0,
         log_prior_prec_max: int | float = 4.0,
         grid_size: int = 100,
-        link_approx: str = "probit",
+        link_approx: str = "mean_field",
         n_samples: int = 100,
         verbose: bool = False,
         progress_bar: bool = False,

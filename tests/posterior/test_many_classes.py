@@ -121,7 +121,7 @@ def test_predictions(n_classes):
     variance = (J @ J.T / delta - gain).diagonal()
     f = model(X[:1]).detach()
     expected = torch.softmax(f / (1 + math.pi / 8 * variance).sqrt(), 1)
-    close(la(X[:1]), expected)
+    close(la(X[:1], link_approx="probit"), expected)
     assert not torch.allclose(expected, torch.softmax(f, 1), rtol=0.05)
     mean, found = la._glm_predictive_distribution(X[:1], diagonal_output=True)
     close(mean, f)
@@ -221,7 +221,9 @@ def of_last_layer(structure):
 
 
 CALLS = {
-    "probit": lambda la, x: la(x),
+    "mean field": lambda la, x: la(x),
+    "scores": lambda la, x: la.gaussian_logits(x).probabilities_and_information()[0],
+    "probit": lambda la, x: la(x, link_approx="probit"),
     "drawn networks": lambda la, x: la(x, pred_type="nn", link_approx="mc", n_samples=3),
     "draws of every output on its own": lambda la, x: la(x, link_approx="mc", diagonal_output=True, n_samples=3),
     "functions": lambda la, x: la.functional_samples(x, n_samples=5),

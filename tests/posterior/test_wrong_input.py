@@ -367,8 +367,8 @@ def test_models_that_cannot_be_used(case):
 
 CALLS = {
     "unknown predictive": (lambda la, x: la(x, pred_type="gp"), "'glm', 'nn'.*'gp'"),
-    "unknown link": (lambda la, x: la(x, link_approx="logit"), "'probit', 'mc'.*'logit'"),
-    "networks by probit": (lambda la, x: la(x, pred_type="nn"), "expected link_approx='mc', got 'probit'"),
+    "unknown link": (lambda la, x: la(x, link_approx="logit"), "'mean_field', 'probit', 'mc'.*'logit'"),
+    "networks by probit": (lambda la, x: la(x, pred_type="nn"), "expected link_approx='mc', got 'mean_field'"),
     "NaN inputs": (lambda la, x: la(x * math.nan), "finite inputs"),
     "infinite inputs of functions": (lambda la, x: la.functional_samples(x / 0), "finite inputs"),
     "no inputs": (lambda la, x: la(x[:0]), "at least one sample"),

@@ -1,0 +1,91 @@
+r"""Logits of a last linear layer under a Kronecker posterior, in closed form from features: no Jacobian is formed.
+
+With features $\varphi$ a row of the weight's Jacobian is $e_k \otimes \varphi$. In the basis $Q_G \otimes Q_A$ and with
+the precision's diagonal D, the covariance of all logits is $Q_G\,\mathrm{diag}(w)\,Q_G^\top$, where
+$w_c = \sum_a (Q_A^\top \varphi)_a^2 / D_{ca}$; a bias is a weight whose only feature is 1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from debiased_laplace.curvature.linear_layer import LinearLayer
+from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.inputs import Inputs, first
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerLogits:
+    r"""Means of n inputs' logits, and their covariances $\sum_p Q_p\,\mathrm{diag}(w_p)\,Q_p^\top$.
+
+    Attributes:
+        means: of the logits.
+        terms: Q and w of the weight and of the bias, where there is one; a Q of None is the identity.
+    """
+
+    means: Float[Tensor, "n C"]
+    terms: tuple[tuple[Float[Tensor, "C C"] | None, Float[Tensor, "n C"]], ...]
+
+    @classmethod
+    def of(cls, network: Network, precision: LowRankPlusDiagonal, inputs: Inputs) -> "KroneckerLogits | None":
+        """The logits, if the posterior is a Kronecker one over a last linear layer."""
+        if precision.rank > 0 or precision.basis is None:
+            return None
+        layer = LinearLayer.of(network, first(inputs, 2))
+        if layer is None:
+            return None
+        features, means = layer.features(inputs)
+        diagonal, terms, start = precision.diagonal.expand(precision.n_parameters), [], 0
+        for part, block in zip(layer.parts, precision.basis.blocks, strict=True):
+            inverse = 1 / diagonal[start : start + block.size].reshape(block.rows, block.columns)
+            start += block.size
+            a = features if part == "weight" else torch.ones_like(features[:, :1])
+            a = a if block.right is None else a @ block.right
+            terms.append((block.left, a.square() @ inverse.T))
+        return cls(means, tuple(terms))
+
+    def variances(self) -> Float[Tensor, "n C"]:
+        """Variance of every logit."""
+        return sum(  # type: ignore[return-value]
+            (w if Q is None else w @ Q.square().T for Q, w in self.terms), start=torch.zeros_like(self.means)
+        )
+
+    def differences(self) -> GaussianLogits:
+        """The logits by differences to each input's first class."""
+        means, order = self.means.sort(dim=-1, descending=True, stable=True)
+        C, own, lead = means.shape[1], self.variances().gather(1, order), order[:, 0]
+        to_lead, of_sum = torch.zeros_like(own), torch.zeros_like(own[:, 0])
+        for Q, w in self.terms:
+            if Q is None:
+                # of two different logits the covariance is 0
+                to_lead.scatter_add_(1, lead[:, None], w.gather(1, lead[:, None]))
+                of_sum = of_sum + w.sum(1)
+            else:
+                to_lead = to_lead + (w * Q[lead]) @ Q.T
+                of_sum = of_sum + w @ Q.sum(0).square()
+        variances = own - 2 * to_lead.gather(1, order) + own[:, :1]
+        covariance = torch.cat(list(self._covariances(order[:, :LEADING])))
+        total = (own.sum(1) - of_sum / C).clamp_min(0)
+        return GaussianLogits(order, means - means[:, :1], covariance, variances[:, LEADING:].clamp_min(0), total)
+
+    def _covariances(self, leading: Int64[Tensor, "n T"]) -> Iterator[Float[Tensor, "m D D"]]:
+        """Covariances of the differences of the leading classes to the first one, some inputs at a time."""
+        C, T = self.means.shape[1], leading.shape[1]
+        size = max(1, CHUNK_BYTES // (2 * T * C * self.means.element_size()))
+        for some in range(0, len(leading), size):
+            rows = slice(some, some + size)
+            chosen, total = leading[rows], torch.zeros((), dtype=self.means.dtype, device=self.means.device)
+            for Q, w in self.terms:
+                if Q is None:
+                    own = w[rows].gather(1, chosen)
+                    total = total + torch.diag_embed(own[:, 1:]) + own[:, :1, None]
+                else:
+                    D = Q[chosen[:, 1:]] - Q[chosen[:, :1]]
+                    total = total + (D * w[rows, None, :]) @ D.mT
+            yield total
