@@ -1,6 +1,6 @@
 """From predictions on sets out of distribution to how well they are told from the test set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,10 @@ from debiased_laplace.calibration.predictions.probabilities import read_probabil
 from debiased_laplace.calibration.predictions.regression import RegressionPredictions, read_regression
 from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, measure_uncertainty
 
+COMBINED = (
+    "mutual_information",
+    "logit_variance",
+)  # unsure of the label, or of the function: OOD inputs are one of them
 ROUNDING = 1e-6  # relative; below it scores differ by their precision only
 
 
@@ -36,11 +40,14 @@ class InsideScores:
 
 
 def scores_of_probabilities(uncertainty: Uncertainty) -> dict[str, Float[Tensor, " n"]]:
-    """Scores of classification: one less the largest probability, entropy, and mutual information where it is known."""
-    scores = {"max_probability": 1 - uncertainty.confidence, "entropy": uncertainty.entropy}
-    if uncertainty.mutual_information is not None:
-        scores["mutual_information"] = uncertainty.mutual_information
-    return scores
+    """Scores of classification, the posterior's own where they are known."""
+    scores = {
+        "mutual_information": uncertainty.mutual_information,
+        "logit_variance": uncertainty.logit_variance,
+        "entropy": uncertainty.entropy,
+        "max_probability": 1 - uncertainty.confidence,
+    }
+    return {name: values for name, values in scores.items() if values is not None}
 
 
 def scores_of_regression(predictions: RegressionPredictions) -> dict[str, Float[Tensor, " n"]]:
@@ -102,9 +109,7 @@ def evaluate_detection(
             separations[method] = _separate(test[method], outside, clusters)
             if "mutual_information" in (outside.keys() ^ test[method].scores.keys()):
                 where = "on the test set" if "mutual_information" in outside else f"on {name}"
-                warnings.append(
-                    f"{method}: no posterior samples {where}, so mutual information is left out for {name}."
-                )
+                warnings.append(f"{method}: no posterior samples {where}, so {name} has no mutual information.")
         _check_sizes(name, separations)
         sets[name] = measure_set(separations, request.baseline, confidence_level=request.confidence_level)
     return adjust_sets(sets, confidence_level=request.confidence_level), warnings
@@ -143,12 +148,37 @@ def _read_scores(
 def _separate(
     test: InsideScores, outside: Mapping[str, Float[Tensor, " m"]], clusters: Int[Tensor, " m"] | None
 ) -> dict[str, Separation]:
-    return {
-        score: Separation(ScoredSample(a, test.clusters), ScoredSample(b, clusters))
-        for score, inside in test.scores.items()
-        if score in outside
-        for a, b in [_merge_constant(inside, outside[score])]
+    pairs = {
+        score: _merge_constant(inside, outside[score]) for score, inside in test.scores.items() if score in outside
     }
+    if all(score in pairs for score in COMBINED):
+        pairs = {"conformal": combine_scores([pairs[score] for score in COMBINED]), **pairs}
+    return {
+        score: Separation(ScoredSample(a, test.clusters), ScoredSample(b, clusters)) for score, (a, b) in pairs.items()
+    }
+
+
+def combine_scores(
+    pairs: Sequence[tuple[Float[Tensor, " n"], Float[Tensor, " m"]]],
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
+    """One less the smallest conformal p-value of several scores: large where any of them is unusual for the test set.
+
+    Each test sample is compared with the others, each sample out of distribution with all of them.
+
+    Args:
+        pairs: values of each score on the test set, and out of distribution; larger ones are more unusual.
+
+    References:
+        Bates, Candès, Lei, Romano & Sesia (2023), arXiv 2104.08279 (conformal p-values for outliers).
+    """
+    found = []
+    for inside, outside in pairs:
+        ordered, n = inside.sort().values, len(inside)
+        # (1 + others at least as large) / (1 + others): of a test sample, which counts itself, the others are n - 1
+        at_least = [n - torch.searchsorted(ordered, values) for values in (inside, outside)]
+        found.append((1 - at_least[0] / n, 1 - (1 + at_least[1]) / (1 + n)))
+    insides, outsides = zip(*found, strict=True)
+    return torch.stack(insides).amax(0).double(), torch.stack(outsides).amax(0).double()
 
 
 def _merge_constant(

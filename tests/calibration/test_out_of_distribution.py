@@ -7,7 +7,9 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from debiased_laplace.calibration import calibration_report
+from debiased_laplace.calibration.detection_evaluation import combine_scores
 from debiased_laplace.calibration.metrics.out_of_distribution import HISTOGRAM_BINS
+from debiased_laplace.calibration.predictions.probabilities import PosteriorPredictive
 
 
 @pytest.fixture
@@ -34,8 +36,8 @@ def test_every_set_method_and_score_is_measured(sets) -> None:
     report = calibration_report(predictions, y, **options(ood))
     metrics = report.ood["other"].metrics
     assert {m: list(scores) for m, scores in metrics.items()} == {
-        "map": ["max_probability", "entropy"],
-        "laplace": ["max_probability", "entropy", "mutual_information"],
+        "map": ["entropy", "max_probability"],
+        "laplace": ["mutual_information", "entropy", "max_probability"],
     }
     labels = [0] * 400 + [1] * 150
     means = {"map": (predictions["map"], ood["other"]["map"])}
@@ -50,7 +52,11 @@ def test_every_set_method_and_score_is_measured(sets) -> None:
             assert set(found) == {"auroc", "aupr", "fpr95"}
     assert metrics["laplace"]["mutual_information"]["auroc"].known > 0.9
     compared = {(c.method, c.score): c for c in report.ood["other"].comparisons}
-    assert set(compared) == {("laplace", "max_probability"), ("laplace", "entropy")}
+    assert {score: c.baseline_score for (_, score), c in compared.items()} == {
+        "mutual_information": "entropy",  # which the network alone does not have
+        "entropy": "entropy",
+        "max_probability": "max_probability",
+    }
     better = compared["laplace", "entropy"]
     assert better.verdict == "better"
     expected = metrics["laplace"]["entropy"]["auroc"].known - metrics["map"]["entropy"]["auroc"].known
@@ -265,3 +271,58 @@ def test_json_has_what_the_figures_show(sets) -> None:
     assert {(d["method"], d["score"]) for d in one["detections"]} >= {("laplace", "mutual_information")}
     assert one["detections"][0]["metrics"]["auroc"]["better"] == "higher"
     assert one["comparisons"][0]["verdict"] == "better"
+
+
+def test_the_conformal_score_is_large_where_any_score_is_unusual() -> None:
+    generator = torch.Generator().manual_seed(5)
+    inside = torch.rand(2, 60, generator=generator, dtype=torch.float64)
+    outside = torch.rand(2, 25, generator=generator, dtype=torch.float64) + torch.tensor([[0.0], [0.4]])
+    outside[0, :5] = inside[0, :5]  # ties
+    found = combine_scores(list(zip(inside, outside, strict=True)))
+    expected = []
+    for i in range(60):
+        others = [[s[j] for j in range(60) if j != i] for s in inside]
+        p = [(1 + sum(o >= s[i] for o in of)) / 60 for of, s in zip(others, inside, strict=True)]
+        expected.append(1 - float(min(p)))
+    assert found[0].tolist() == pytest.approx(expected)
+    p = [[(1 + int((a >= value).sum())) / 61 for value in b] for a, b in zip(inside, outside, strict=True)]
+    assert found[1].tolist() == pytest.approx([1 - min(both) for both in zip(*p, strict=True)])
+
+
+def test_a_posterior_has_the_conformal_score(draw_classification) -> None:
+    generator = torch.Generator().manual_seed(6)
+    p, y, _ = draw_classification(300, sharpness=1.0, seed=41)
+    q, _, _ = draw_classification(120, sharpness=1.0, seed=42)
+    scores = {n: torch.rand(2, n, generator=generator, dtype=torch.float64) for n in (300, 120)}
+    inside = PosteriorPredictive(p, scores[300][0], scores[300][1])
+    outside = PosteriorPredictive(q, scores[120][0], scores[120][1] + 0.9)
+    report = calibration_report(
+        {"map": p, "laplace": inside}, y, **options({"far": {"map": q, "laplace": outside}}, baseline="map")
+    )
+    metrics = report.ood["far"].metrics["laplace"]
+    assert list(metrics) == ["conformal", "mutual_information", "logit_variance", "entropy", "max_probability"]
+    both = combine_scores([(scores[300][i], (scores[120][0], scores[120][1] + 0.9)[i]) for i in (0, 1)])
+    area = roc_auc_score([0] * 300 + [1] * 120, torch.cat(both))
+    assert metrics["conformal"]["auroc"].known == pytest.approx(area, abs=1e-12)
+    assert area > 0.85
+    assert abs(metrics["mutual_information"]["auroc"].known - 0.5) < 0.1
+
+
+def test_better_is_no_praise_below_chance(draw_classification) -> None:
+    """Both methods are surer out of distribution than on the test set, one of them less so."""
+    p, y, _ = draw_classification(400, sharpness=1.0, seed=43)
+    q, _, _ = draw_classification(300, sharpness=1.0, seed=44)
+
+    def tempered(rows, power):
+        return (power * rows.log()).softmax(-1)
+
+    ood = {"surer": {"map": tempered(q, 4.0), "other": tempered(q, 1.8)}}
+    report = calibration_report({"map": p, "other": p}, y, **options(ood, baseline="map"))
+    (compared,) = [c for c in report.ood["surer"].comparisons if c.score == "entropy"]
+    assert compared.verdict == "better"
+    assert compared.below_chance
+    (text,) = [line for line in report.to_markdown().splitlines() if "| other | predictive entropy" in line]
+    assert text.endswith("better, below chance |")
+    upright = {"other": {"map": tempered(q, 0.8), "other": tempered(q, 0.3)}}
+    comparisons = calibration_report({"map": p, "other": p}, y, **options(upright, baseline="map")).ood["other"]
+    assert not any(c.below_chance for c in comparisons.comparisons)

@@ -19,13 +19,18 @@ from debiased_laplace.calibration.metrics.detection import (
 from debiased_laplace.calibration.skewness import two_sided_p_value
 
 SCORES: dict[str, str] = {
-    "max_probability": "1 \u2212 maximum probability",
-    "entropy": "predictive entropy",
+    "conformal": "mutual information or logit variance (conformal)",
     "mutual_information": "mutual information",
+    "logit_variance": "logit variance",
+    "entropy": "predictive entropy",
+    "max_probability": "1 \u2212 maximum probability",
     "standard_deviation": "predicted standard deviation",
 }
+"""Scores in the order of a report; a network alone has the last two of classification."""
+STAND_IN = "entropy"  # of a baseline that has not the score of the method it is compared with
 UNITS: dict[str, str] = {"entropy": "nats", "mutual_information": "nats"}
 HISTOGRAM_BINS = 20
+CHANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class DetectionComparison:
-    """A method's AUROC minus the baseline's, with the same score on the same samples; higher is better.
+    """A method's AUROC minus the baseline's on the same samples; higher is better.
 
     Attributes:
         method: the method that is judged.
@@ -77,6 +82,8 @@ class DetectionComparison:
         p_value: two-sided, of no difference, for this comparison alone.
         adjusted_p_value: Holm's adjustment over all such comparisons of the report.
         verdict: from the adjusted p-value and the sign.
+        baseline_score: the baseline's score: the same one, or entropy where the baseline does not have it.
+        below_chance: whether the method's AUROC is below 0.5, so that "better" is no praise.
     """
 
     method: str
@@ -89,6 +96,8 @@ class DetectionComparison:
     p_value: float | None
     adjusted_p_value: float | None
     verdict: Verdict
+    baseline_score: str = ""
+    below_chance: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,12 +151,13 @@ def measure_set(
         for method, scores in separations.items()
         for score, s in scores.items()
     )
+    reference = separations[baseline]
     comparisons = tuple(
-        _compare(s, separations[baseline][score], (method, baseline, score), confidence_level)
+        _compare(s, reference, (method, baseline, score), confidence_level)
         for method, scores in separations.items()
         if method != baseline
         for score, s in scores.items()
-        if score in separations[baseline]
+        if score in reference or STAND_IN in reference
     )
     return OutOfDistributionSet(next(iter(separations[baseline].values())).outside.n, detections, comparisons)
 
@@ -167,19 +177,29 @@ def adjust_sets(
 
 
 def _compare(
-    one: Separation, other: Separation, names: tuple[str, str, str], confidence_level: float
+    one: Separation, reference: Mapping[str, Separation], names: tuple[str, str, str], confidence_level: float
 ) -> DetectionComparison:
-    difference, error = difference_of_aurocs(one, other)
+    score = names[2] if names[2] in reference else STAND_IN
+    difference, error = difference_of_aurocs(one, reference[score])
+    known = (score, float(one.components[0].mean()) < CHANCE)
     nothing: Verdict = "no detectable difference"
     if error is None:
-        return DetectionComparison(*names, difference, None, None, None, None, None, nothing)
+        return DetectionComparison(*names, difference, None, None, None, None, None, nothing, *known)
     freedom = one.degrees_of_freedom
     half = student_quantile(confidence_level, freedom) * error
     p_value = 1.0
     if difference != 0:
         p_value = two_sided_p_value(difference / error, freedom) if error > 0 else 0.0
     return DetectionComparison(
-        *names, difference, max(-1.0, difference - half), min(1.0, difference + half), error, p_value, None, nothing
+        *names,
+        difference,
+        max(-1.0, difference - half),
+        min(1.0, difference + half),
+        error,
+        p_value,
+        None,
+        nothing,
+        *known,
     )
 
 

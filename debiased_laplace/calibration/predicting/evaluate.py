@@ -92,8 +92,10 @@ def evaluate(
         include_map: whether the network of the first Laplace posterior is added, first and under the name "map"; None:
             where no network and no "map" is given, and no other baseline.
         pred_type: of Laplace posteriors: "glm", the linearized network, or "nn", networks at drawn weights.
-        link_approx: of Laplace posteriors in classification: "probit", "mc", "bridge" or "bridge_norm"; None: "probit"
-            for "glm", "mc" for "nn". "mc" is the mean over `predictive_samples`.
+        link_approx: of Laplace posteriors in classification: "mean_field", "probit", "mc", "bridge" or "bridge_norm";
+            None: "mean_field" for "glm", "mc" for "nn". Posteriors of laplace-torch get the same link as those of this
+            package, so that posteriors are compared and not links; a callable, `lambda x: la(x)`, has its own. "mc" is
+            the mean over `predictive_samples`.
         n_samples: draws where Laplace posteriors predict by drawing, at least 2; below 100 the report warns.
         sigma_noise: standard deviation of the observation noise, for networks and sampling callables in regression;
             None: that of the first Laplace posterior. A Laplace posterior uses its own.

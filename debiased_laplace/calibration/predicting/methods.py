@@ -35,7 +35,7 @@ def choose_prediction(
     if pred_type not in get_args(PredictionType):
         raise ValueError(f"pred_type must be 'glm' or 'nn'; got {pred_type!r}.")
     if link_approx is None:
-        link_approx = "mc" if pred_type == "nn" else "probit"
+        link_approx = "mc" if pred_type == "nn" else "mean_field"
     if link_approx not in get_args(LinkApproximation):
         raise ValueError(
             f"link_approx must be one of {', '.join(map(repr, get_args(LinkApproximation)))}; got {link_approx!r}."

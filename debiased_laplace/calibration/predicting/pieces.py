@@ -9,11 +9,12 @@ from torch import Tensor
 
 from debiased_laplace.calibration.predictions.arrays import Task, as_tensor
 from debiased_laplace.calibration.predictions.forms import Gaussian
-from debiased_laplace.calibration.predictions.probabilities import ReducedSamples, read_probabilities
+from debiased_laplace.calibration.predictions.probabilities import PosteriorPredictive, read_probabilities
 from debiased_laplace.calibration.predictions.uncertainty import measure_uncertainty
 
 Piece = dict[str, Tensor]
-"""By name: "probabilities", "mutual_information", "logits"; "mean", "standard_deviation", "function_variance"."""
+"""By name: "probabilities", "mutual_information", "logit_variance", "logits"; "mean", "standard_deviation",
+"function_variance"."""
 
 MOST_JOINT_OUTPUTS = 32
 """Above it, covariances (n, d, d) between outputs are not kept: they would outgrow everything else."""
@@ -95,7 +96,7 @@ def as_prediction(name: str, piece: Mapping[str, Tensor], sigma_noise: Any) -> A
     """
     if "probabilities" in piece:
         if "mutual_information" in piece:
-            return ReducedSamples(piece["probabilities"], piece["mutual_information"])
+            return PosteriorPredictive(piece["probabilities"], piece["mutual_information"], piece.get("logit_variance"))
         return piece["probabilities"]
     mean = piece["mean"]
     if "standard_deviation" in piece:

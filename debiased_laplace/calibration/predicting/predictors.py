@@ -15,9 +15,11 @@ from debiased_laplace.curvature.parameters import takes_keywords
 from debiased_laplace.data.inputs import Inputs, n_samples_of
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.posterior.fitted import FittedPosterior
+from debiased_laplace.posterior.predictions import PredictiveInterface
+from debiased_laplace.predictive.mean_field import GaussianLogits
 
 PredictionType = Literal["glm", "nn"]
-LinkApproximation = Literal["probit", "mc", "bridge", "bridge_norm"]
+LinkApproximation = Literal["mean_field", "probit", "mc", "bridge", "bridge_norm"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class LaplacePredictor:
         return known if known is not None else None if self.model is None else _device_of(self.model)
 
     def predict(self, inputs: Inputs) -> Piece:
-        """Probabilities, with mutual information where they are from samples; or mean and function covariance."""
+        """Probabilities, with mutual information but for laplace-torch's links; or mean and function covariance."""
         o = self.options
         x = inputs if isinstance(inputs, Tensor) else MovableMapping(inputs)
         with untouched(self.model, plain=isinstance(self.la, FittedPosterior)), torch.enable_grad():
@@ -148,6 +150,8 @@ class LaplacePredictor:
                     x, pred_type=o.pred_type, n_samples=o.n_samples, generator=generator
                 ).detach()
                 return reduce_samples(self.name, samples, o.task)
+            if o.task != "regression" and o.link == "mean_field":
+                return _reduce_logits(_gaussian_logits(self.la, x))
             if o.task != "regression":
                 return {"probabilities": self.la(x, pred_type=o.pred_type, link_approx=o.link).detach()}
             mean, variance = (t.detach() for t in self.la(x, pred_type=o.pred_type))
@@ -178,6 +182,23 @@ class MovableMapping(dict[str, Tensor]):
     def to(self, device: torch.device) -> "MovableMapping":
         """The mapping on a device."""
         return MovableMapping({key: value.to(device) for key, value in self.items()})
+
+
+def _gaussian_logits(la: BaseLaplace, x: Any) -> GaussianLogits:
+    """The Gaussian that a posterior of either library has over the logits."""
+    if isinstance(la, PredictiveInterface):
+        return la.gaussian_logits(x)
+    return GaussianLogits.of_covariance(*la._glm_predictive_distribution(x))
+
+
+def _reduce_logits(logits: GaussianLogits) -> Piece:
+    probabilities, information = logits.probabilities_and_information()
+    piece = {
+        "probabilities": probabilities,
+        "mutual_information": information,
+        "logit_variance": logits.total_variance,
+    }
+    return {name: values.detach() for name, values in piece.items()}
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from debiased_laplace.calibration.predictions.arrays import as_tensor
 from debiased_laplace.calibration.predictions.drawing import draw_positions
-from debiased_laplace.calibration.predictions.probabilities import ReducedSamples
+from debiased_laplace.calibration.predictions.probabilities import PosteriorPredictive
 
 Kind = Literal["rows", "pixels", "samples of pixels", "pixels of one class"]
 
@@ -96,7 +96,7 @@ def lay_out(
     if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
         raise ValueError(f"max_samples must be a whole number of at least 1; got {max_samples!r}.")
     y = as_tensor(targets, "Targets")
-    if y.ndim < 2 or any(isinstance(p, ReducedSamples) for p in predictions.values()):
+    if y.ndim < 2 or any(isinstance(p, PosteriorPredictive) for p in predictions.values()):
         return dict(predictions), targets, None
     given = {method: as_tensor(p, f"Predictions of {method!r}") for method, p in predictions.items()}
     kinds = {method: _tell_kind(method, p, y, task) for method, p in given.items()}

@@ -22,7 +22,9 @@ class Probabilities:
     Attributes:
         values: (n, C) or (S, n, C), in the dtype and on the device they came in; finite, nonnegative, and
             every row sums to 1 within 1e-3.
-        mutual_information: of samples that were reduced to their mean before; None where there were none.
+        mutual_information: between label and parameters, of a posterior that was reduced to its mean before; None
+            where it is not known.
+        logit_variance: total variance of the centred logits; None where it is not known.
         temperature: by which the logits of every row are divided, after posterior samples were averaged; None where the
             probabilities stand as they came. Rows are scaled when they are read.
         logits: from which the probabilities came, finite, where they are known; else these are logarithms.
@@ -30,6 +32,7 @@ class Probabilities:
 
     values: Shaped[Tensor, "*S n C"]
     mutual_information: Float[Tensor, " n"] | None = None
+    logit_variance: Float[Tensor, " n"] | None = None
     temperature: Float[Tensor, " n"] | None = None
     logits: Shaped[Tensor, "n C"] | None = None
 
@@ -92,16 +95,18 @@ class Probabilities:
 
 
 @dataclass(frozen=True, eq=False)
-class ReducedSamples:
-    """Samples of the posterior predictive, reduced batch by batch, so that all of (S, n, C) never stand at once.
+class PosteriorPredictive:
+    """Class probabilities of a posterior, with what their mean does not tell; no samples (S, n, C) are held.
 
     Attributes:
-        mean: over the samples.
+        mean: over the posterior.
         mutual_information: between label and parameters, in nats.
+        logit_variance: trace of the covariance of the centred logits; None where it is not known.
     """
 
     mean: Shaped[Tensor, "n C"]
     mutual_information: Float[Tensor, " n"]
+    logit_variance: Float[Tensor, " n"] | None = None
 
 
 def mean_prediction(p: Float[Tensor, "*S rows C"]) -> Float[Tensor, "rows C"]:
@@ -122,15 +127,16 @@ def read_probabilities(method: str, probabilities: Any, *, task: Literal["binary
     Args:
         method: name of the method, for messages.
         probabilities: (n, C) or posterior samples (S, n, C), numpy, torch or nested lists; for a binary task also
-            (n,) = P(class 1); or `ReducedSamples`.
+            (n,) = P(class 1); or `PosteriorPredictive`.
         task: "binary" allows two classes only.
 
     Raises:
         ValueError: for anything that is not a set of distributions over classes.
     """
-    if isinstance(probabilities, ReducedSamples):
+    if isinstance(probabilities, PosteriorPredictive):
         mean = read_probabilities(method, probabilities.mean, task=task)
-        return Probabilities(mean.values, probabilities.mutual_information.detach().to("cpu", torch.float64))
+        scores = (probabilities.mutual_information, probabilities.logit_variance)
+        return Probabilities(mean.values, *(s if s is None else s.detach().to("cpu", torch.float64) for s in scores))
     where = f"Predictions of {method!r}"
     p = as_tensor(probabilities, where)
     if not p.is_floating_point():

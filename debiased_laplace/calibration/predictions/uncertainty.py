@@ -17,13 +17,15 @@ class Uncertainty:
     Attributes:
         confidence: probability of the predicted class, of the mean prediction.
         entropy: of the mean prediction.
-        mutual_information: between the label and the parameters, the entropy of the mean minus the mean entropy of
-            posterior samples; None where there are no samples of the posterior.
+        mutual_information: between the label and the parameters, the entropy of the mean minus the mean entropy over
+            the posterior; None where only the mean is known.
+        logit_variance: trace of the covariance of the centred logits; None where it is not known.
     """
 
     confidence: Float[Tensor, " n"]
     entropy: Float[Tensor, " n"]
     mutual_information: Float[Tensor, " n"] | None
+    logit_variance: Float[Tensor, " n"] | None = None
 
 
 def entropy(p: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows"]:
@@ -47,6 +49,7 @@ def join(portions: Sequence[Uncertainty], probabilities: Probabilities) -> Uncer
         torch.cat([u.confidence for u in portions]),
         torch.cat([u.entropy for u in portions]),
         torch.cat(between) if between else probabilities.mutual_information,
+        probabilities.logit_variance,
     )
 
 

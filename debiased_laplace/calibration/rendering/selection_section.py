@@ -15,7 +15,7 @@ from debiased_laplace.calibration.rendering.selection_tables import (
     tabulate_kept,
 )
 
-DRAWN_SCORES = ("max_probability", "mutual_information", "standard_deviation")  # the JSON file holds the others too
+DRAWN_SCORES = ("conformal", "entropy", "standard_deviation")  # the JSON file holds the others too
 MAX_DRAWN = 12  # panels of all sets together
 
 
@@ -58,7 +58,7 @@ def render_detection(contents: ReportContents, looks: dict[str, Look]) -> str:
     )
     if any(s.comparisons for s in contents.ood.values()):
         tests = sum(len(s.comparisons) for s in contents.ood.values())
-        text += f" Differences to {contents.baseline} are paired by sample, with the same score"
+        text += f" Differences to {contents.baseline} are paired by sample, with the same score, or its entropy"
         text += f"; verdicts after Holm's adjustment for all {tests} of them." if tests > 1 else "."
     parts = [f"<h2>Out of distribution</h2><p>{escape(text)}</p>"]
     n_drawn = sum(d.score in DRAWN_SCORES for s in contents.ood.values() for d in s.detections)

@@ -50,7 +50,8 @@ def _show_comparison(comparison: DetectionComparison | None) -> list[str]:
     if comparison is None:
         return [NOTHING, NOTHING]
     interval = format_interval(comparison.low, comparison.high, DECIMALS).replace(" ", NO_BREAK)
-    return [f"{format_signed(comparison.difference, DECIMALS)} {interval}".rstrip(), comparison.verdict]
+    verdict = comparison.verdict + (", below chance" if comparison.below_chance else "")
+    return [f"{format_signed(comparison.difference, DECIMALS)} {interval}".rstrip(), verdict]
 
 
 def describe_chance(one: OutOfDistributionSet, n: int) -> str:

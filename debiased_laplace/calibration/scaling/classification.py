@@ -173,7 +173,7 @@ def _evaluate_scaled(
     base: ClassificationPredictions, record: ScalingRecord, temperature: Float[Tensor, " n"], settings: Settings
 ) -> Evaluation:
     """The scaled row: the same reduction, its portions divided by temperatures on the way."""
-    source = replace(base.source, mutual_information=None, temperature=temperature)
+    source = replace(base.source, mutual_information=None, logit_variance=None, temperature=temperature)
     scaled = replace(
         reduce_probabilities(source, base.targets, n_bins=settings.n_bins),
         predicted=base.predicted,  # rounding may not move a tie

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import mlp, targets
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,9 +70,20 @@ def test_logits_save_the_temperature_of_a_saturated_network():
     assert not any("logits are lost" in w for w in report.warnings)
 
 
+OF_POSTERIORS = {"conformal", "mutual_information", "logit_variance"}
+
+
 @pytest.mark.parametrize("batches", ["pairs", "inputs alone", "tuples of one"])
-@pytest.mark.parametrize("options", [{}, {"pred_type": "nn", "n_samples": 100}], ids=["probit", "nn"])
-def test_out_of_distribution(batches, options):
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ({}, OF_POSTERIORS),
+        ({"link_approx": "probit"}, set()),
+        ({"pred_type": "nn", "n_samples": 100}, {"mutual_information"}),
+    ],
+    ids=["mean field", "probit", "nn"],
+)
+def test_out_of_distribution(batches, options, scores):
     la, test, X = posterior(), data(1, 60), 8 * data(3, 50).tensors[0]
     given = {
         "pairs": DataLoader(TensorDataset(X, torch.zeros(50)), batch_size=9),
@@ -88,7 +100,17 @@ def test_out_of_distribution(batches, options):
         temperature_scaling="none",
     )
     assert report.ood["far away"].metrics["map"] == by_hand.ood["far away"].metrics["map"]
-    assert ("mutual_information" in report.ood["far away"].metrics["laplace"]) == bool(options)
+    found = report.ood["far away"].metrics["laplace"]
+    assert set(found) == {"entropy", "max_probability"} | scores
+    if not options:
+        logits = [la.gaussian_logits(x) for x in (test.tensors[0], X)]
+        areas = {
+            "logit_variance": [g.total_variance for g in logits],
+            "mutual_information": [g.probabilities_and_information()[1] for g in logits],
+        }
+        for name, values in areas.items():
+            expected = roc_auc_score([0] * 60 + [1] * 50, torch.cat(values))
+            assert found[name]["auroc"].value == pytest.approx(expected, abs=1e-9)
 
 
 class Mapped(nn.Module):

@@ -36,8 +36,8 @@ class WithoutModel(BaseLaplace):
         self.likelihood, self.n_data = "classification", 5
         self._prior_precision, self._sigma_noise, self.temperature = torch.tensor([0.4]), torch.tensor(1.0), 1.3
 
-    def __call__(self, x, pred_type="glm", link_approx="probit"):
-        return x[:, :C].softmax(-1)
+    def _glm_predictive_distribution(self, x):
+        return x[:, :C], torch.zeros(len(x), C, C)
 
     @property
     def prior_precision(self):

@@ -2,7 +2,7 @@
 
 import torch
 
-from debiased_laplace.calibration.predictions.probabilities import ReducedSamples, read_probabilities
+from debiased_laplace.calibration.predictions.probabilities import PosteriorPredictive, read_probabilities
 from debiased_laplace.calibration.predictions.uncertainty import measure_uncertainty
 
 
@@ -10,7 +10,7 @@ def test_reduced_samples_have_the_uncertainty_of_all_samples():
     generator = torch.Generator().manual_seed(3)
     samples = (2 * torch.randn(7, 50, 4, generator=generator, dtype=torch.float64)).softmax(-1)
     whole = measure_uncertainty(read_probabilities("m", samples, task="multiclass"))
-    reduced = ReducedSamples(samples.mean(0), whole.mutual_information)
+    reduced = PosteriorPredictive(samples.mean(0), whole.mutual_information)
     found = measure_uncertainty(read_probabilities("m", reduced, task="multiclass"))
     assert whole.mutual_information.min() > 0.01
     for name in ("confidence", "entropy", "mutual_information"):
