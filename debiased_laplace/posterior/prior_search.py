@@ -30,8 +30,8 @@ class AgainstMap:
 
     @property
     def worse(self) -> bool:
-        """Whether the posterior predicts worse than the plain network."""
-        return self.difference > 0
+        """Whether the posterior predicts detectably worse than the plain network."""
+        return self.difference > 0 and not self.doubtful
 
     @property
     def doubtful(self) -> bool:
@@ -39,10 +39,12 @@ class AgainstMap:
         return not abs(self.difference) >= 2 * self.standard_error
 
     def __str__(self) -> str:
+        verdict = "worse than" if self.worse else "not detectably different from"
+        if self.difference < 0 and not self.doubtful:
+            verdict = "better than"
         return (
-            f"{'worse' if self.worse else 'no worse'} than the plain network (MAP): negative log-likelihood "
-            f"{self.laplace_loss:.4g} against {self.map_loss:.4g}, a paired difference of {self.difference:+.2g} ± "
-            f"{self.standard_error:.1g}"
+            f"{verdict} the plain network (MAP): negative log-likelihood {self.laplace_loss:.4g} against "
+            f"{self.map_loss:.4g}, a paired difference of {self.difference:+.2g} ± {self.standard_error:.1g}"
         )
 
 
@@ -76,7 +78,7 @@ class PriorSearch:
 
     @property
     def worse_than_map(self) -> bool | None:
-        """Whether the best prior still predicts worse than the plain network; None where that is not known."""
+        """Whether the best prior still predicts detectably worse than the plain network; None where that is unknown."""
         return None if self.against_map is None else self.against_map.worse
 
     @property
@@ -110,10 +112,9 @@ class PriorSearch:
                 f"{self._range}: a better one may lie beyond. {way} log_prior_prec_{end} to find out."
             )
         if self.against_map is not None and self.against_map.worse:
-            doubt = ", which is below two standard errors" if self.against_map.doubtful else ""
             found.append(
                 f"Even the best prior precision, {self.chosen:.3g} {self._range}, predicts the validation data "
-                f"{self.against_map}{doubt} ({self.n} samples). It is set all the same. Try a larger "
+                f"{self.against_map} ({self.n} samples). It is set all the same. Try a larger "
                 "log_prior_prec_max, another link_approx or (regression) another sigma_noise; otherwise keep the plain "
                 "network's predictions."
             )

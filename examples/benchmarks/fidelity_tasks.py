@@ -32,6 +32,7 @@ class Recipe:
         network: untrained.
         epochs: of training with Adam, in batches of 64.
         weight_decay: L2 penalty on the mean loss.
+        labelled: from a seed to labelled samples outside the training set; None where no benchmark asks for them.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Recipe:
     network: Callable[[], nn.Module]
     epochs: int
     weight_decay: float
+    labelled: Callable[[int], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,20 +175,30 @@ def mean_ggn(model: nn.Module, X: Tensor, likelihood: str) -> Tensor:
     return total / len(X)
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """1,400 images to train on, 100 test inputs."""
+def all_digits(seed: int) -> tuple[Tensor, Tensor]:
+    """The 1,797 images and their labels in the order of a seed."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    X = torch.tensor(images, dtype=torch.float32)[order].reshape(-1, 1, 8, 8) / 16
-    return X[:1400], torch.tensor(labels)[order][:1400], X[1400:1500]
+    return torch.tensor(images, dtype=torch.float32)[order].reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)[order]
+
+
+def digits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """1,400 images to train on, 100 test inputs."""
+    X, y = all_digits(seed)
+    return X[:1400], y[:1400], X[1400:1500]
+
+
+def all_of_breast_cancer(seed: int) -> tuple[Tensor, Tensor]:
+    """The 569 samples of 30 inputs in the order of a seed, standardized by the first 455."""
+    inputs, labels = load_breast_cancer(return_X_y=True)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    X, y = torch.tensor(inputs)[order], torch.tensor(labels)[order]
+    return ((X - X[:455].mean(0)) / X[:455].std(0)).float(), y
 
 
 def breast_cancer(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """455 standardized samples of 30 inputs to train on, 100 test inputs."""
-    inputs, labels = load_breast_cancer(return_X_y=True)
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-    X, y = torch.tensor(inputs)[order], torch.tensor(labels)[order]
-    X = ((X - X[:455].mean(0)) / X[:455].std(0)).float()
+    X, y = all_of_breast_cancer(seed)
     return X[:455], y[:455], X[455:555]
 
 
@@ -199,15 +211,33 @@ def diabetes(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return X[:350], ((y - y[:350].mean()) / y[:350].std()).float()[:350], X[350:]
 
 
-def many_classes(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of a random network, a fifth of them wrong: 2,000 to train on, 60 test inputs."""
+def noisy_classes(seed: int, n_further: int = 0) -> tuple[Tensor, Tensor]:
+    """Labels of a random network, a fifth of them wrong: 2,060 samples and further ones."""
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(2060, 25, generator=generator)
-    hidden = torch.tanh(X @ torch.randn(25, 64, generator=generator) / 25**0.5)
-    y = (hidden @ torch.randn(64, N_CLASSES, generator=generator)).argmax(1)
-    wrong = torch.rand(len(y), generator=generator) < WRONG_LABELS
-    y[wrong] = torch.randint(0, N_CLASSES, (int(wrong.sum()),), generator=generator)
+    first, second = (torch.randn(*shape, generator=generator) for shape in ((25, 64), (64, N_CLASSES)))
+
+    def labels(inputs: Tensor) -> Tensor:
+        y = (torch.tanh(inputs @ first / 25**0.5) @ second).argmax(1)
+        wrong = torch.rand(len(y), generator=generator) < WRONG_LABELS
+        y[wrong] = torch.randint(0, N_CLASSES, (int(wrong.sum()),), generator=generator)
+        return y
+
+    y = labels(X)
+    further = torch.randn(n_further, 25, generator=generator)
+    return torch.cat([X, further]), torch.cat([y, labels(further)])
+
+
+def many_classes(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """2,000 to train on, 60 test inputs."""
+    X, y = noisy_classes(seed)
     return X[:2000], y[:2000], X[2000:]
+
+
+def rest_of(samples: tuple[Tensor, Tensor], n_train: int) -> tuple[Tensor, Tensor]:
+    """Samples outside the training set, with their labels."""
+    X, y = samples
+    return X[n_train:], y[n_train:]
 
 
 def small_cnn() -> nn.Module:
@@ -228,12 +258,26 @@ def mlp(*widths: int) -> nn.Module:
 
 
 RECIPES = {
-    "digits": Recipe("digits CNN", "classification", digits, small_cnn, 60, 1e-4),
+    "digits": Recipe(
+        "digits CNN", "classification", digits, small_cnn, 60, 1e-4, lambda seed: rest_of(all_digits(seed), 1400)
+    ),
     "breast_cancer": Recipe(
-        "MLP on breast cancer", "classification", breast_cancer, lambda: mlp(30, 24, 16, 2), 100, 2e-3
+        "MLP on breast cancer",
+        "classification",
+        breast_cancer,
+        lambda: mlp(30, 24, 16, 2),
+        100,
+        2e-3,
+        lambda seed: rest_of(all_of_breast_cancer(seed), 455),
     ),
     "diabetes": Recipe("diabetes regression", "regression", diabetes, lambda: mlp(10, 32, 16, 1), 100, 3e-3),
     "30_classes": Recipe(
-        "30 classes, label noise", "classification", many_classes, lambda: mlp(25, 40, N_CLASSES), 150, 2e-4
+        "30 classes, label noise",
+        "classification",
+        many_classes,
+        lambda: mlp(25, 40, N_CLASSES),
+        150,
+        2e-4,
+        lambda seed: rest_of(noisy_classes(seed, 1940), 2060),
     ),
 }

@@ -4,10 +4,11 @@ from functools import cache
 
 import torch
 from models import MODELS, targets
-from oracles import dense_ggn, dense_jacobian, dense_low_rank_posterior
+from oracles import dense_ggn, dense_jacobian, dense_low_rank_posterior, naive_mean_field
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.predictive.mean_field import _nodes
 
 SIGMA = {"classification": 1.0, "regression": 0.7}
 TEMPERATURE = 1.3
@@ -27,6 +28,12 @@ def jacobians(name, n):
     """Jacobians (n, C, P) of the first n samples, one output at a time."""
     model, X = MODELS[name]()
     return torch.stack([dense_jacobian(model, x) for x in X[:n]])
+
+
+def mean_field(f, covariance):
+    """Class probabilities of Gaussian logits by the default link, one input at a time."""
+    nodes = _nodes(f.shape[1] - 1, torch.float64, torch.device("cpu")).T
+    return torch.stack([naive_mean_field(m.double(), S.double(), nodes) for m, S in zip(f, covariance, strict=True)])
 
 
 def loader_of(X, y, batch_size=16, **options):

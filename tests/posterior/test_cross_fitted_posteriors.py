@@ -15,7 +15,7 @@ from oracles import (
     flat_parameters,
     mean_of,
 )
-from posterior_cases import PRIOR, close, hyper_parameters, posterior_of
+from posterior_cases import PRIOR, close, hyper_parameters, mean_field, posterior_of
 from subset_cases import check_basis, jacobians, positions, problem, selected_shapes
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -110,7 +110,8 @@ def test_everything_is_that_of_one_precision_matrix(case: str) -> None:
         close(la(X[:5])[1], variance)
     else:
         shrunk = f / (1 + torch.pi / 8 * variance.diagonal(dim1=1, dim2=2)).sqrt()
-        close(la(X[:5]), torch.softmax(shrunk, -1))
+        close(la(X[:5], link_approx="probit"), torch.softmax(shrunk, -1))
+        close(la(X[:5]), mean_field(f, variance))
     used = la.split.used_indices
     scales = {"sigma_noise": float(la.sigma_noise), "temperature": la.temperature}
     log_likelihood = dense_log_likelihood(la.model, X[used], y[used], likelihood, n_data=40, **scales)
