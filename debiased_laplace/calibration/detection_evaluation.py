@@ -1,6 +1,6 @@
 """From predictions on sets out of distribution to how well they are told from the test set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from debiased_laplace.calibration.metrics.detection import ScoredSample, Separation
-from debiased_laplace.calibration.metrics.out_of_distribution import OutOfDistributionSet, adjust_sets, measure_set
+from debiased_laplace.calibration.metrics.out_of_distribution import (
+    COMBINED,
+    SCORES,
+    OutOfDistributionSet,
+    adjust_sets,
+    combine_scores,
+    measure_set,
+)
 from debiased_laplace.calibration.predictions.arrays import Task
 from debiased_laplace.calibration.predictions.forms import Gaussian, as_form, noise_of_method
 from debiased_laplace.calibration.predictions.pixels import lay_out
@@ -17,10 +24,6 @@ from debiased_laplace.calibration.predictions.probabilities import read_probabil
 from debiased_laplace.calibration.predictions.regression import RegressionPredictions, read_regression
 from debiased_laplace.calibration.predictions.uncertainty import Uncertainty, measure_uncertainty
 
-COMBINED = (
-    "mutual_information",
-    "logit_variance",
-)  # unsure of the label, or of the function: OOD inputs are one of them
 ROUNDING = 1e-6  # relative; below it scores differ by their precision only
 
 
@@ -107,9 +110,9 @@ def evaluate_detection(
             outside, n_columns = _read_scores(where, rows[method], task, noise)
             _check_columns(name, method, n_columns, test[method].n_columns, task)
             separations[method] = _separate(test[method], outside, clusters)
-            if "mutual_information" in (outside.keys() ^ test[method].scores.keys()):
-                where = "on the test set" if "mutual_information" in outside else f"on {name}"
-                warnings.append(f"{method}: no posterior samples {where}, so {name} has no mutual information.")
+            for score in outside.keys() ^ test[method].scores.keys():
+                where = "on the test set" if score in outside else f"on {name}"
+                warnings.append(f"{method}: no {SCORES[score]} {where}, so that {name} is not judged by it.")
         _check_sizes(name, separations)
         sets[name] = measure_set(separations, request.baseline, confidence_level=request.confidence_level)
     return adjust_sets(sets, confidence_level=request.confidence_level), warnings
@@ -156,29 +159,6 @@ def _separate(
     return {
         score: Separation(ScoredSample(a, test.clusters), ScoredSample(b, clusters)) for score, (a, b) in pairs.items()
     }
-
-
-def combine_scores(
-    pairs: Sequence[tuple[Float[Tensor, " n"], Float[Tensor, " m"]]],
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
-    """One less the smallest conformal p-value of several scores: large where any of them is unusual for the test set.
-
-    Each test sample is compared with the others, each sample out of distribution with all of them.
-
-    Args:
-        pairs: values of each score on the test set, and out of distribution; larger ones are more unusual.
-
-    References:
-        Bates, Candès, Lei, Romano & Sesia (2023), arXiv 2104.08279 (conformal p-values for outliers).
-    """
-    found = []
-    for inside, outside in pairs:
-        ordered, n = inside.sort().values, len(inside)
-        # (1 + others at least as large) / (1 + others): of a test sample, which counts itself, the others are n - 1
-        at_least = [n - torch.searchsorted(ordered, values) for values in (inside, outside)]
-        found.append((1 - at_least[0] / n, 1 - (1 + at_least[1]) / (1 + n)))
-    insides, outsides = zip(*found, strict=True)
-    return torch.stack(insides).amax(0).double(), torch.stack(outsides).amax(0).double()
 
 
 def _merge_constant(

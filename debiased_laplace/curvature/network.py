@@ -27,7 +27,7 @@ RowBlocks = Iterator[Tensor]
 
 TORCH_ROWS = "torch.func rows"
 
-_Columns = Callable[..., Tensor]  # as OutputRoot.columns
+_Columns = Callable[[Tensor, Tensor, slice], Tensor]  # as OutputRoot.columns
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ class Network:
         side = torch.zeros(n_samples_of(inputs))
         return (blocks for _, blocks in self._grouped(inputs, side, Identity().columns, n_outputs))
 
-    def difference_blocks(self, inputs: Inputs, order: Tensor, *, first: int) -> Iterator[RowBlocks]:
+    def difference_blocks(self, inputs: Inputs, order: Tensor, *, leading: int) -> Iterator[RowBlocks]:
         """Rows of the differences of each input's outputs to one of them.
 
         Args:
             inputs: a batch.
             order: outputs (n, C) of each input; the differences are to the first, in this order.
-            first: rows that the first block holds at least.
+            leading: rows that the first block holds at least.
 
         Yields:
             C - 1 rows of each group of samples, in blocks that bound the memory.
         """
-        groups = self._grouped(inputs, order, _difference_columns, order.shape[1] - 1, first=first)
+        groups = self._grouped(inputs, order, _difference_columns, order.shape[1] - 1, leading=leading)
         return (blocks for _, blocks in groups)
 
     def root_rows(self, batch: Batch, root: OutputRoot, side: Tensor) -> Iterator[tuple[int, RowBlocks, str]]:
@@ -132,18 +132,18 @@ class Network:
             yield len(chunk), iter([foreign.rows(chunk, root, known)]), foreign.name
 
     def _grouped(
-        self, inputs: Inputs, side: Tensor, columns: _Columns, n_rows: int, *, first: int = 0
+        self, inputs: Inputs, side: Tensor, columns: _Columns, n_rows: int, *, leading: int = 0
     ) -> Iterator[tuple[int, RowBlocks]]:
         size = self.rows_per_chunk(n_rows)
         # where one sample's rows are too many, its rows come in blocks
         step = n_rows if size else max(1, CHUNK_BYTES // self.bytes_of_a_row)
-        edges = [0, *range(max(step, first), n_rows, step), n_rows]
+        edges = [0, *range(max(step, leading), n_rows, step), n_rows]
         for chunk, known in zip(split(inputs, max(size, 1)), side.split(max(size, 1)), strict=True):
             yield len(known), self._blocks(chunk, known, columns, [slice(*ends) for ends in pairwise(edges)])
 
     def _blocks(self, inputs: Inputs, side: Tensor, columns: _Columns, blocks: list[slice]) -> RowBlocks:
         for chosen in blocks:
-            yield self._rows(inputs, side, partial(columns, chosen=chosen))[0]
+            yield self._rows(inputs, side, partial(_chosen_columns, columns, chosen))[0]
 
     def _rows(
         self, inputs: Inputs, side: Tensor, cotangents: derivatives.Cotangents, *, create_graph: bool = False
@@ -183,6 +183,10 @@ class Network:
     def linearized(self, inputs: Inputs) -> LinearizedBatch:
         """The batch made ready for many derivatives along directions and gradients."""
         return LinearizedBatch(self.selection, self.parameters, inputs, self.capabilities)
+
+
+def _chosen_columns(columns: _Columns, chosen: slice, outputs: Tensor, side: Tensor) -> Tensor:
+    return columns(outputs, side, chosen)
 
 
 def _difference_columns(outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:

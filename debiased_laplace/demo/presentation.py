@@ -30,9 +30,9 @@ A convolutional network of 3,254 parameters, trained on {N_TRAIN:,} images of sc
 {N_CURVATURE} training images: same_batch takes directions and magnitudes from all of them, the debiased one directions
 from one half and magnitudes from the other. The full batch uses all training images.
 
-Prior precision {PRIOR_PRECISION:g} for all, the curvature outside the directions as a diagonal, predictions linearized
-with the probit link. The test labels are right. The images out of distribution are the test images with their pixels
-in another order.
+Prior precision {PRIOR_PRECISION:g} for all, the curvature outside the directions as a diagonal, linearized predictions
+with the mean-field link. The test labels are right. The images out of distribution are the test images with their
+pixels in another order.
 """.strip()
 
 

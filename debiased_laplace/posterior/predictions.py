@@ -40,7 +40,7 @@ class PredictiveInterface(FittedPosterior):
             x: inputs (n, …), or a mapping of tensors as Hugging Face models take them.
             pred_type: "glm" (linearized network) or "nn" (network at drawn weights).
             joint: regression with "glm" only: the covariance of all outputs of the batch together.
-            link_approx: "mean_field" (the expected softmax, without sampling), or laplace-torch's "probit", "mc",
+            link_approx: "mean_field" (the expected softmax, deterministic), or laplace-torch's "probit", "mc",
                 "bridge" and "bridge_norm"; "nn" has only "mc".
             n_samples: draws of "mc".
             diagonal_output: ignore covariances between outputs.
@@ -106,11 +106,19 @@ class PredictiveInterface(FittedPosterior):
         """Gaussian over the logits of each input, as the mean-field link takes it.
 
         It gives class probabilities, the mutual information of label and parameters, and the total variance of the
-        centred logits (`total_variance`); no matrix of classes x classes is formed where these are many.
+        centred logits (`total_variance`). Of more than 128 classes no C x C matrix is formed, but with
+        `enable_backprop`.
 
         Raises:
             NotFittedError: before `fit`.
+            ValueError: if outputs are no logits, as in regression.
         """
+        self._check_H_init()
+        if self.likelihood == "regression" or self.n_outputs < 2:
+            raise ValueError(
+                f"Expected a posterior of at least two logits; got the likelihood {self.likelihood!r} and "
+                f"{self.n_outputs} outputs. A regression has la(x), mean and variance."
+            )
         return self._gaussian_logits(self._checked(x, "glm", 1, None)[0])
 
     def _gaussian_logits(self, X: Inputs) -> GaussianLogits:

@@ -1,5 +1,6 @@
 """What a grid search over the prior precision has found, and what there is to be said against it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,11 +40,9 @@ class AgainstMap:
         return not abs(self.difference) >= 2 * self.standard_error
 
     def __str__(self) -> str:
-        verdict = "worse than" if self.worse else "not detectably different from"
-        if self.difference < 0 and not self.doubtful:
-            verdict = "better than"
+        verdict = "worse" if self.worse else "not detectably worse"
         return (
-            f"{verdict} the plain network (MAP): negative log-likelihood {self.laplace_loss:.4g} against "
+            f"{verdict} than the plain network (MAP): negative log-likelihood {self.laplace_loss:.4g} against "
             f"{self.map_loss:.4g}, a paired difference of {self.difference:+.2g} ± {self.standard_error:.1g}"
         )
 
@@ -79,7 +78,8 @@ class PriorSearch:
     @property
     def worse_than_map(self) -> bool | None:
         """Whether the best prior still predicts detectably worse than the plain network; None where that is unknown."""
-        return None if self.against_map is None else self.against_map.worse
+        known = self.against_map is not None and not math.isnan(self.against_map.standard_error)
+        return self.against_map.worse if known else None  # type: ignore[union-attr]
 
     @property
     def at_edge(self) -> Edge | None:

@@ -17,7 +17,9 @@ from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.inputs import Inputs, first
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits
+from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits, sorted_differences
+
+_WORTHWHILE = 33  # outputs: of fewer, their rows cost less than finding out whether the layer is one
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +36,8 @@ class KroneckerLogits:
 
     @classmethod
     def of(cls, network: Network, precision: LowRankPlusDiagonal, inputs: Inputs) -> "KroneckerLogits | None":
-        """The logits, if the posterior is a Kronecker one over a last linear layer."""
-        if precision.rank > 0 or precision.basis is None:
+        """The logits, if the posterior is a Kronecker one over a last linear layer of many outputs."""
+        if network.n_outputs < _WORTHWHILE or precision.rank > 0 or precision.basis is None:
             return None
         layer = LinearLayer.of(network, first(inputs, 2))
         if layer is None:
@@ -58,7 +60,7 @@ class KroneckerLogits:
 
     def differences(self) -> GaussianLogits:
         """The logits by differences to each input's first class."""
-        means, order = self.means.sort(dim=-1, descending=True, stable=True)
+        means, order = sorted_differences(self.means)
         C, own, lead = means.shape[1], self.variances().gather(1, order), order[:, 0]
         to_lead, of_sum = torch.zeros_like(own), torch.zeros_like(own[:, 0])
         for Q, w in self.terms:
@@ -72,7 +74,7 @@ class KroneckerLogits:
         variances = own - 2 * to_lead.gather(1, order) + own[:, :1]
         covariance = torch.cat(list(self._covariances(order[:, :LEADING])))
         total = (own.sum(1) - of_sum / C).clamp_min(0)
-        return GaussianLogits(order, means - means[:, :1], covariance, variances[:, LEADING:].clamp_min(0), total)
+        return GaussianLogits(order, means, covariance, variances[:, LEADING:].clamp_min(0), total)
 
     def _covariances(self, leading: Int64[Tensor, "n T"]) -> Iterator[Float[Tensor, "m D D"]]:
         """Covariances of the differences of the leading classes to the first one, some inputs at a time."""

@@ -8,13 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network, RowBlocks
 from debiased_laplace.data.inputs import Inputs, split
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.predictive.last_layer import KroneckerLogits
-from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits
+from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits, sorted_differences
 
 _BATCH, _DRAWS = 128, 32  # samples and draws pushed forward at once
+_FEWEST_LEADING = 32  # classes whose rows are held at once, however large
 
 
 def predict(
@@ -53,7 +55,7 @@ def predict_variances(
     if create_graph:
         means, covariances = predict(network, precision, inputs, create_graph=True)
         return means, covariances.diagonal(dim1=-2, dim2=-1)
-    if network.n_outputs > LEADING and (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
+    if (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
         return closed.means, closed.variances()
     means = network.outputs(inputs)
     groups = [
@@ -71,28 +73,32 @@ def predict_logits(
     create_graph: bool = False,
 ) -> GaussianLogits:
     """Gaussian over each input's logits, by differences to its first class where the classes are many."""
+    if not create_graph and (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
+        return closed.differences()
     if create_graph or network.n_outputs <= LEADING:
         return GaussianLogits.of_covariance(*predict(network, precision, inputs, create_graph=create_graph))
-    if (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
-        return closed.differences()
-    means, order = network.outputs(inputs).sort(dim=-1, descending=True, stable=True)
+    means, order = sorted_differences(network.outputs(inputs))
+    # rows of the leading classes are needed at once
+    leading = max(_FEWEST_LEADING, min(LEADING, CHUNK_BYTES // network.bytes_of_a_row)) - 1
     parts = [
-        _spread_of_differences(precision, blocks)
-        for blocks in network.difference_blocks(inputs, order, first=LEADING - 1)
+        _spread_of_differences(precision, blocks, leading)
+        for blocks in network.difference_blocks(inputs, order, leading=leading)
     ]
-    return GaussianLogits(order, means - means[:, :1], *map(torch.cat, zip(*parts, strict=True)))
+    return GaussianLogits(order, means, *map(torch.cat, zip(*parts, strict=True)))
 
 
-def _spread_of_differences(precision: LowRankPlusDiagonal, blocks: RowBlocks) -> tuple[Tensor, Tensor, Tensor]:
+def _spread_of_differences(
+    precision: LowRankPlusDiagonal, blocks: RowBlocks, n_leading: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Covariance of the leading differences, variances of the others, and the trace of the centred logits'."""
     first = next(blocks)
-    leading, total = first[:, : LEADING - 1], first.sum(1)
-    covariance, variances = precision.variance(leading), [precision.variances(first[:, LEADING - 1 :])]
+    total = first.sum(1)
+    covariance, variances = precision.variance(first[:, :n_leading]), [precision.variances(first[:, n_leading:])]
     for rows in blocks:
         variances.append(precision.variances(rows))
         total += rows.sum(1)
     others = torch.cat(variances, dim=1)
-    C = LEADING + others.shape[1]
+    C = 1 + n_leading + others.shape[1]
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + others.sum(-1) - precision.variances(total) / C
     return covariance, others, trace.clamp_min(0)
 

@@ -8,7 +8,7 @@ from oracles import dense_ggn, dense_jacobian, dense_low_rank_posterior, naive_m
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.predictive.mean_field import _nodes
+from debiased_laplace.predictive.mean_field import nodes as fixed_nodes
 
 SIGMA = {"classification": 1.0, "regression": 0.7}
 TEMPERATURE = 1.3
@@ -32,7 +32,7 @@ def jacobians(name, n):
 
 def mean_field(f, covariance):
     """Class probabilities of Gaussian logits by the default link, one input at a time."""
-    nodes = _nodes(f.shape[1] - 1, torch.float64, torch.device("cpu")).T
+    nodes = fixed_nodes(f.shape[1] - 1, torch.float64, torch.device("cpu")).T
     return torch.stack([naive_mean_field(m.double(), S.double(), nodes) for m, S in zip(f, covariance, strict=True)])
 
 

@@ -18,7 +18,7 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.posterior import validation
 from debiased_laplace.posterior.prior_search import PriorSearch, against_map
 from debiased_laplace.posterior.validation import negative_log_likelihoods
-from debiased_laplace.predictive.mean_field import _nodes
+from debiased_laplace.predictive.mean_field import nodes as fixed_nodes
 
 GRID = [10.0**e for e in (-2, -1, 0, 1, 2)]
 SEARCH = {"method": "gridsearch", "log_prior_prec_min": -2, "log_prior_prec_max": 2, "grid_size": 5}
@@ -45,7 +45,7 @@ def dense_losses(la, X, y, prior, sigma):
         f = la.model(x[None])[0].detach()
         variance = torch.stack([j @ covariance @ j for j in J[i]])
         if la.likelihood == "classification":
-            nodes = _nodes(len(f) - 1, torch.float64, f.device).T
+            nodes = fixed_nodes(len(f) - 1, torch.float64, f.device).T
             of_laplace.append(-naive_mean_field(f, J[i] @ covariance @ J[i].T, nodes)[y[i]].log())
             of_map.append(f.logsumexp(0) - f[y[i]])
             continue
@@ -145,8 +145,7 @@ def test_harm_within_its_error_is_called_that():
     assert not found.worse
     search = search_of([2.0, 1.0, 3.0], against_map=found)
     assert search.cautions == []
-    assert "not detectably different from the plain network (MAP): negative log-likelihood 0.55" in repr(search)
-    assert "better than the plain network" in str(against_map(plain - 0.2, plain, rounding=1e-9))
+    assert "not detectably worse than the plain network (MAP): negative log-likelihood 0.55" in repr(search)
 
 
 def test_rounding_is_no_harm():

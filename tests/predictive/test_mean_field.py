@@ -33,32 +33,31 @@ def total_variation(p, q):
     return float((p - q).abs().sum(-1).mean() / 2)
 
 
-CASES = {
-    "two classes": (2, {}),
-    "three classes, hardly any variance": (3, {"spread": 0.05}),
-    "ten classes": (10, {}),
-    "ten classes, a wide posterior": (10, {"spread": 8.0}),
-    "ten classes, rank 2": (10, {"rank": 2}),
-    "thirty classes, nothing known": (30, {"logits": 0.1}),
+CASES = {  # and a total variation of about twice what is found
+    "two classes": (2, {}, 0.001),
+    "three classes, hardly any variance": (3, {"spread": 0.05}, 2e-5),
+    "ten classes": (10, {}, 0.007),
+    "ten classes, a wide posterior": (10, {"spread": 8.0}, 0.03),
+    "ten classes, rank 2": (10, {"rank": 2}, 0.007),
+    "thirty classes, nothing known": (30, {"logits": 0.1}, 0.025),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_close_to_the_mean_over_draws(case):
-    C, options = CASES[case]
+    C, options, tolerance = CASES[case]
     mean, covariance = gaussians(C, **options)
     exact = draws(mean, covariance)
     logits = GaussianLogits.of_covariance(mean, covariance)
     p, information = logits.probabilities_and_information()
-    # docs/predictive.md: the wider the posterior, the further the nodes
-    assert total_variation(p, exact.mean(0)) < (0.03 if options.get("spread") == 8 else 0.015)
+    assert total_variation(p, exact.mean(0)) < tolerance
     torch.testing.assert_close(p, logits.probabilities())
     expected = torch.special.entr(exact.mean(0)).sum(-1) - torch.special.entr(exact).sum(-1).mean(0)
-    torch.testing.assert_close(information, expected, rtol=0.05, atol=2e-3)
-    if options.get("spread") != 0.05:
-        # the probit link takes the shared variance for doubt about the label
-        probit = links.probit(mean, covariance.diagonal(dim1=-2, dim2=-1))
-        assert options.get("logits") == 0.1 or total_variation(probit, exact.mean(0)) > 0.05
+    torch.testing.assert_close(information, expected, rtol=0.05, atol=1e-5)
+    # the variance matters, and the probit link takes what all logits share for doubt about the label
+    probit = links.probit(mean, covariance.diagonal(dim1=-2, dim2=-1))
+    for other in (mean.softmax(-1), probit) if options.get("logits") != 0.1 else (mean.softmax(-1),):
+        assert total_variation(other, exact.mean(0)) > 3 * tolerance
 
 
 @pytest.mark.parametrize("variance", [1e-4, 0.3, 5.0, 80.0, 1e4])
@@ -71,11 +70,9 @@ def test_two_classes_are_the_logistic_gaussian_integral_of_their_difference(vari
     for found, m in zip(p, means.tolist(), strict=True):
         expected, _ = quad(lambda z, m=m: norm.pdf(z) * expit(m + s * z), -9, 9, points=[-m / s], limit=500)
         assert float(found) == pytest.approx(expected, abs=2e-3)
-        mackay = 1 / (1 + math.exp(-m / math.sqrt(1 + math.pi / 8 * variance)))
-        assert float(found) == pytest.approx(mackay, abs=0.02)
 
 
-def test_exact_to_second_order_in_the_variance():
+def test_exact_to_first_order_in_the_covariance():
     mean, covariance = gaussians(6)
     s = mean.softmax(-1)
     d = covariance.diagonal(dim1=-2, dim2=-1)
@@ -84,7 +81,7 @@ def test_exact_to_second_order_in_the_variance():
     slope = s * (v - (s * v).sum(-1, keepdim=True)) / 2
     small = 1e-5
     found = (GaussianLogits.of_covariance(mean, small * covariance).probabilities() - s) / small
-    torch.testing.assert_close(found, slope, rtol=1e-2, atol=1e-4 * float(slope.abs().max()))
+    torch.testing.assert_close(found, slope, rtol=1e-3, atol=1e-5 * float(slope.abs().max()))
 
 
 def test_without_variance_it_is_the_softmax():
@@ -102,6 +99,9 @@ def test_what_all_logits_share_has_no_effect():
     torch.testing.assert_close(
         moved.total_variance, GaussianLogits.of_covariance(mean, covariance).total_variance, rtol=1e-6, atol=1e-6
     )
+    # in single precision up to the rounding of what is shared
+    single = GaussianLogits.of_covariance(mean.float(), (covariance + 1e4).float()).probabilities()
+    assert total_variation(single.double(), p) < 1e-3
 
 
 def test_classes_have_no_order():
@@ -112,10 +112,20 @@ def test_classes_have_no_order():
     torch.testing.assert_close(turned, p[:, order], rtol=1e-9, atol=1e-12)
 
 
+def test_classes_of_equal_standing_have_about_equal_probabilities():
+    C = 30
+    p = GaussianLogits.of_covariance(torch.zeros(1, C), 25 * torch.eye(C)[None]).probabilities()
+    assert float((p - 1 / C).abs().sum() / 2) < 0.05
+    # a class that overtakes another one changes places on the nodes: a step of the size of their error
+    mean = torch.tensor([[1.0 + 1e-6, 1.0, 0.3], [1.0 - 1e-6, 1.0, 0.3]], dtype=torch.float64)
+    S = torch.tensor([[4.0, 1.0, 0.5], [1.0, 9.0, -2.0], [0.5, -2.0, 3.0]], dtype=torch.float64).expand(2, 3, 3)
+    before, after = GaussianLogits.of_covariance(mean, S).probabilities()
+    assert total_variation(before, after) < 0.005
+
+
 EXTREMES = {
     "logits of 10,000": (1e4, 1.0),
     "a variance of 1e12": (1.0, 1e12),
-    "an infinite variance": (1.0, math.inf),
     "both": (1e4, 1e12),
     "nothing": (0.0, 0.0),
 }
@@ -126,7 +136,9 @@ EXTREMES = {
 def test_extremes_stay_probabilities(case, dtype):
     logit, variance = EXTREMES[case]
     mean = torch.tensor([[logit, 0.0, -logit, 0.3 * logit]], dtype=dtype).requires_grad_()
-    covariance = torch.full((1, 4, 4), variance) if variance == math.inf else variance * torch.eye(4)[None]
+    covariance = variance * torch.eye(4)[None]
+    if dtype in (torch.float16, torch.bfloat16) and variance < 1e12:
+        covariance = covariance.to(dtype)
     p = GaussianLogits.of_covariance(mean, covariance).probabilities()
     assert p.dtype == dtype
     assert bool((p >= 0).all())
@@ -135,17 +147,31 @@ def test_extremes_stay_probabilities(case, dtype):
     assert bool(mean.grad.isfinite().all())
 
 
-def test_covariances_that_rounding_made_indefinite_are_mended():
+def test_covariances_that_rounding_made_indefinite():
     mean, covariance = gaussians(6, rank=2)
     spoilt = covariance - 1e-5 * torch.eye(6, dtype=torch.float64)
     found = GaussianLogits.of_covariance(mean, spoilt).probabilities()
     torch.testing.assert_close(found, GaussianLogits.of_covariance(mean, covariance).probabilities(), rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match="covariance of the logits has NaN"):
-        GaussianLogits.of_covariance(mean, covariance * math.nan).probabilities()
 
 
-def test_derivatives():
-    mean, covariance = gaussians(4)
+def test_what_is_no_gaussian_is_refused():
+    mean, covariance = gaussians(140)
+    own, last = covariance.clone(), int(mean[0].argmin())
+    own[0, last, last] = math.inf  # of a class that does not lead
+    wrong = {
+        "finite means": (mean * math.inf, covariance),
+        "finite covariance": (mean, covariance * math.nan),
+        "finite variances": (mean, own),
+    }
+    for words, (m, S) in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            GaussianLogits.of_covariance(m, S).probabilities()
+
+
+@pytest.mark.parametrize("C", [4, 5])
+def test_derivatives(C, monkeypatch):
+    monkeypatch.setattr(mean_field, "LEADING", 4)
+    mean, covariance = gaussians(C)
     root = torch.linalg.cholesky(covariance)[:2].requires_grad_()
     mean = mean[:2].requires_grad_()
 
@@ -156,52 +182,63 @@ def test_derivatives():
 
 
 @pytest.mark.parametrize("n_leading", [3, 64])
-def test_independent_logits(n_leading):
+def test_independent_logits(n_leading, monkeypatch):
+    monkeypatch.setattr(mean_field, "LEADING", n_leading)
     mean, covariance = gaussians(7)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    of_variances = GaussianLogits.of_variances(mean, variance, n_leading)
-    dense = GaussianLogits.of_covariance(mean, torch.diag_embed(variance), n_leading)
+    of_variances = GaussianLogits.of_variances(mean, variance)
+    dense = GaussianLogits.of_covariance(mean, torch.diag_embed(variance))
     for name in ("order", "means", "covariance", "variances", "total_variance"):
         torch.testing.assert_close(getattr(of_variances, name), getattr(dense, name))
 
 
-def test_total_variance_is_that_of_centred_logits():
+def test_total_variance_is_that_of_centred_logits(monkeypatch):
+    monkeypatch.setattr(mean_field, "LEADING", 3)
     mean, covariance = gaussians(5)
     H = torch.eye(5, dtype=torch.float64) - 1 / 5
     expected = (H @ covariance @ H).diagonal(dim1=-2, dim2=-1).sum(-1)
-    torch.testing.assert_close(GaussianLogits.of_covariance(mean, covariance, 3).total_variance, expected)
+    torch.testing.assert_close(GaussianLogits.of_covariance(mean, covariance).total_variance, expected)
 
 
 @pytest.mark.parametrize("n_leading", [3, 5, 12])
-def test_remaining_classes_have_average_weights(n_leading):
+def test_remaining_classes_have_one_weight(n_leading, monkeypatch):
+    monkeypatch.setattr(mean_field, "LEADING", n_leading)
     mean, covariance = gaussians(12)
-    found = GaussianLogits.of_covariance(mean, covariance, n_leading)
-    p = found.probabilities()
-    for i in range(N):
-        nodes = mean_field._nodes(min(n_leading, 12) - 1, torch.float64, torch.device("cpu")).T
-        expected = naive_mean_field(mean[i], covariance[i], nodes)
-        torch.testing.assert_close(p[i], expected, rtol=1e-5, atol=1e-6)
-    p, information = found.probabilities_and_information()
-    torch.testing.assert_close(p.sum(-1), torch.ones(N, dtype=torch.float64))
-    assert bool((information > 0.01).all())
-
-
-@pytest.mark.parametrize("spread", [0.5, 1.5])
-def test_two_hundred_classes_of_which_some_lead(spread):
-    generator = torch.Generator().manual_seed(4)
-    mean = 2 * torch.randn(N, 200, generator=generator, dtype=torch.float64)
-    A = spread * torch.randn(N, 200, 200, generator=generator, dtype=torch.float64) / 200**0.5
-    covariance = A @ A.mT
     p = GaussianLogits.of_covariance(mean, covariance).probabilities()
-    exact = draws(mean, covariance, n=20_000).mean(0)
-    # draws: about 0.4 sqrt(200 / 20,000) times the share of a softmax that moves
-    assert total_variation(p, exact) < 0.004 + 0.01 * spread
-    assert total_variation(mean.softmax(-1), exact) > 4 * total_variation(p, exact)
+    fixed = mean_field.nodes(n_leading - 1, torch.float64, torch.device("cpu")).T
+    for i in range(N):
+        expected = naive_mean_field(mean[i], covariance[i], fixed)
+        torch.testing.assert_close(p[i], expected, rtol=1e-5, atol=1e-6)
+
+
+MANY = {  # standard deviation of the means, of each logit alone, and of what five factors give them; total variation
+    "little variance": (2.0, 0.5, 0.0, 0.01),
+    "independent": (2.0, 1.5, 0.0, 0.025),
+    "correlated": (2.0, 0.5, 1.5, 0.06),
+    "equal means": (0.0, 1.0, 0.0, 0.06),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_two_hundred_classes(case):
+    logits, own, factors, tolerance = MANY[case]
+    generator = torch.Generator().manual_seed(4)
+    mean = logits * torch.randn(N, 200, generator=generator, dtype=torch.float64)
+    A = factors * torch.randn(N, 200, 5, generator=generator, dtype=torch.float64) / 5**0.5
+    covariance = A @ A.mT + own**2 * torch.eye(200, dtype=torch.float64)
+    p, information = GaussianLogits.of_covariance(mean, covariance).probabilities_and_information()
+    exact = draws(mean, covariance, n=20_000)
+    assert total_variation(p, exact.mean(0)) < tolerance
+    torch.testing.assert_close(p.sum(-1), torch.ones(N, dtype=torch.float64))
+    expected = torch.special.entr(exact.mean(0)).sum(-1) - torch.special.entr(exact).sum(-1).mean(0)
+    torch.testing.assert_close(information, expected, rtol=0.25, atol=0)
+    # what is left without the information among the remaining classes, or with the softmax of the means
+    assert logits == 0 or total_variation(mean.softmax(-1), exact.mean(0)) > 1.5 * total_variation(p, exact.mean(0))
 
 
 def test_nodes_have_the_moments_of_a_normal_and_touch_no_generator():
     state = torch.random.get_rng_state()
-    z = mean_field._nodes(11, torch.float64, torch.device("cpu"))
+    z = mean_field.nodes(11, torch.float64, torch.device("cpu"))
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.testing.assert_close(z @ z.T / z.shape[1], torch.eye(11, dtype=torch.float64), rtol=0, atol=1e-12)
     third = torch.einsum("is,js,ks->ijk", z, z, z) / z.shape[1]
@@ -218,7 +255,7 @@ def test_inputs_in_portions(monkeypatch):
 
 
 def test_what_inference_mode_made_can_be_differentiated_later():
-    mean_field._nodes.cache_clear()
+    mean_field.nodes.cache_clear()
     mean, covariance = gaussians(6)
     with torch.inference_mode():
         GaussianLogits.of_covariance(mean, covariance).probabilities()

@@ -1,6 +1,6 @@
 """Out-of-distribution detection: how well each score of each method tells a set from the test set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,8 @@ SCORES: dict[str, str] = {
     "standard_deviation": "predicted standard deviation",
 }
 """Scores in the order of a report; a network alone has the last two of classification."""
-STAND_IN = "entropy"  # of a baseline that has not the score of the method it is compared with
+STAND_IN = "entropy"  # used for a baseline that lacks the method's score
+COMBINED = ("mutual_information", "logit_variance")  # uncertain label, uncertain function: OOD inputs show at least one
 UNITS: dict[str, str] = {"entropy": "nats", "mutual_information": "nats"}
 HISTOGRAM_BINS = 20
 CHANCE = 0.5
@@ -83,7 +84,7 @@ class DetectionComparison:
         adjusted_p_value: Holm's adjustment over all such comparisons of the report.
         verdict: from the adjusted p-value and the sign.
         baseline_score: the baseline's score: the same one, or entropy where the baseline does not have it.
-        below_chance: whether the method's AUROC is below 0.5, so that "better" is no praise.
+        below_chance: whether the method's AUROC is below 0.5, so that "better" still means worse than chance.
     """
 
     method: str
@@ -121,6 +122,30 @@ class OutOfDistributionSet:
         for d in self.detections:
             nested.setdefault(d.method, {})[d.score] = dict(d.metrics)
         return nested
+
+
+def combine_scores(
+    pairs: Sequence[tuple[Float[Tensor, " n"], Float[Tensor, " m"]]],
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
+    """One less the smallest conformal p-value of several scores: large where any of them is unusual for the test set.
+
+    Samples of both sets are ranked among those of the test set, equal values counting half. Intervals of what is measured
+    by this score take the ranks as given.
+
+    Args:
+        pairs: values of each score on the test set, and out of distribution; larger ones are more unusual.
+
+    References:
+        Bates, Candès, Lei, Romano & Sesia (2023), arXiv 2104.08279 (conformal p-values for outliers).
+    """
+    found = []
+    for inside, outside in pairs:
+        ordered = inside.sort().values
+        both = torch.cat([inside, outside])
+        below, up_to = (torch.searchsorted(ordered, both, right=right).double() for right in (False, True))
+        found.append((below + up_to) / (2 * len(inside)))
+    largest = torch.stack(found).amax(0)
+    return largest[: len(inside)], largest[len(inside) :]
 
 
 def measure_set(

@@ -15,11 +15,11 @@ from debiased_laplace.curvature.parameters import takes_keywords
 from debiased_laplace.data.inputs import Inputs, n_samples_of
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.posterior.fitted import FittedPosterior
-from debiased_laplace.posterior.predictions import PredictiveInterface
+from debiased_laplace.posterior.predictions import Link, PredictiveInterface
 from debiased_laplace.predictive.mean_field import GaussianLogits
 
 PredictionType = Literal["glm", "nn"]
-LinkApproximation = Literal["mean_field", "probit", "mc", "bridge", "bridge_norm"]
+LinkApproximation = Link
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LaplacePredictor:
         return known if known is not None else None if self.model is None else _device_of(self.model)
 
     def predict(self, inputs: Inputs) -> Piece:
-        """Probabilities, with mutual information but for laplace-torch's links; or mean and function covariance."""
+        """Probabilities, with scores of the posterior unless the link has none; or mean and function covariance."""
         o = self.options
         x = inputs if isinstance(inputs, Tensor) else MovableMapping(inputs)
         with untouched(self.model, plain=isinstance(self.la, FittedPosterior)), torch.enable_grad():

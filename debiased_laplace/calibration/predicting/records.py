@@ -11,7 +11,7 @@ class PredictionRecord:
         kind: "network", "Laplace posterior" or "callable".
         pred_type: "glm" or "nn"; None where the method is no Laplace posterior.
         link: "mean_field", "probit", "mc", "bridge" or "bridge_norm"; None where there is none.
-        n_samples: Monte-Carlo samples behind every prediction; None where it has a closed form.
+        n_samples: Monte-Carlo samples behind every prediction; None where nothing is drawn.
         seconds: wall time of all its predictions of the test set.
         peak_bytes: most GPU memory that was in use at once while it predicted; None without a GPU.
     """

@@ -96,7 +96,7 @@ class Probabilities:
 
 @dataclass(frozen=True, eq=False)
 class PosteriorPredictive:
-    """Class probabilities of a posterior, with what their mean does not tell; no samples (S, n, C) are held.
+    """Posterior mean of the class probabilities, with uncertainty scores that cannot be computed from it.
 
     Attributes:
         mean: over the posterior.
