@@ -290,7 +290,7 @@ def test_the_conformal_score_is_large_where_any_score_is_unusual() -> None:
 
 def test_ties_speak_for_neither_set() -> None:
     coins = torch.tensor([0.0, 1.0]).repeat(100)
-    inside, outside = combine_scores([(coins, coins), (coins.flip(0), coins)])
+    inside, outside = combine_scores([(coins, coins.flip(0)), (coins, coins.flip(0))])
     assert roc_auc_score([0] * 200 + [1] * 200, torch.cat([inside, outside])) == pytest.approx(0.5, abs=0.01)
 
 

@@ -129,8 +129,8 @@ def combine_scores(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
     """One less the smallest conformal p-value of several scores: large where any of them is unusual for the test set.
 
-    Samples of both sets are ranked among those of the test set, equal values counting half. Intervals of what is measured
-    by this score take the ranks as given.
+    Samples of both sets are ranked among those of the test set, equal values counting half. Intervals of what is
+    measured by this score take the ranks as given.
 
     Args:
         pairs: values of each score on the test set, and out of distribution; larger ones are more unusual.
