@@ -1,6 +1,6 @@
 """How close links from Gaussian logits to class probabilities are to the expected softmax, and what they cost.
 
-    python examples/benchmarks/links.py                 # accuracy, many classes, time: a quarter of an hour
+    python examples/benchmarks/links.py                 # accuracy, many classes, limits, cost: half an hour
     python examples/benchmarks/links.py --parts accuracy
 
 The expected softmax is a mean over 131,072 scrambled Sobol' points.
@@ -184,6 +184,29 @@ def many_classes(options: argparse.Namespace) -> None:  # noqa: ARG001
             print(f"{case}: {shown}  other points {floor:.4f}", flush=True)
 
 
+def limits(options: argparse.Namespace) -> None:  # noqa: ARG001
+    """Two classes against the integral; tails; more equal classes than nodes can tell apart."""
+    means, variances = torch.linspace(0, 30, 121), torch.logspace(-4, 4, 41)
+    m, V = (t.double().flatten() for t in torch.meshgrid(means, variances, indexing="ij"))
+    z = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)
+    exact = torch.stack([torch.sigmoid(a + v.sqrt() * z).mean() for a, v in zip(m, V, strict=True)])
+    covariance = V[:, None, None] * torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    found = GaussianLogits.of_covariance(torch.stack([torch.zeros_like(m), m], 1), covariance).probabilities()[:, 1]
+    print(f"two classes: off by {float((found - exact).abs().max()):.4f} at most")
+    mean = torch.tensor([[0.0, 0.0, -100.0]], dtype=torch.float64)
+    covariance = 300 * torch.eye(3, dtype=torch.float64)[None]
+    ours, theirs = (
+        float(p[0, 2])
+        for p in (
+            GaussianLogits.of_covariance(mean, covariance).probabilities(),
+            expected_softmax(mean, covariance, 2**21),
+        )
+    )
+    print(f"three classes, variances of 300, one mean 100 below the others: {ours:.1e} for {theirs:.1e}")
+    p = GaussianLogits.of_variances(torch.zeros(1, 1000), torch.full((1, 1000), 100.0)).probabilities()
+    print(f"1,000 independent logits of equal means, variance 100: {float(p.min()):.1e} to {float(p.max()):.1e}")
+
+
 def seconds_of(calls: dict[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
     """Median CPU seconds of each call, in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -231,7 +254,7 @@ def of_a_thousand_classes() -> Iterator[tuple[str, Any, Tensor]]:
         yield f"1,000 classes, last layer kron, {name}", la, inputs
 
 
-PARTS = {"accuracy": accuracy, "many_classes": many_classes, "cost": cost}
+PARTS = {"accuracy": accuracy, "many_classes": many_classes, "limits": limits, "cost": cost}
 
 
 def main() -> None:

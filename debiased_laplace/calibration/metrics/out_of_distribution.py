@@ -19,7 +19,7 @@ from debiased_laplace.calibration.metrics.detection import (
 from debiased_laplace.calibration.skewness import two_sided_p_value
 
 SCORES: dict[str, str] = {
-    "conformal": "mutual information or logit variance (conformal)",
+    "conformal": "conformal (mutual information, logit variance)",
     "mutual_information": "mutual information",
     "logit_variance": "logit variance",
     "entropy": "predictive entropy",

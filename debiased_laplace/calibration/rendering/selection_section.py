@@ -50,7 +50,8 @@ def render_detection(contents: ReportContents, looks: dict[str, Look]) -> str:
     """Histograms and metrics of every set; empty without any."""
     if not contents.ood:
         return ""
-    scores = list(dict.fromkeys(d.score for s in contents.ood.values() for d in s.detections))
+    found = {d.score for s in contents.ood.values() for d in s.detections}
+    scores = [score for score in SCORES if score in found]
     text = (
         "How well scores of uncertainty tell samples of another origin from those of the test set. Out of "
         "distribution is the positive class, and a larger score speaks for it. Scores: "
