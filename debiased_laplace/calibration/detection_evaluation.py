@@ -110,7 +110,7 @@ def evaluate_detection(
             outside, n_columns = _read_scores(where, rows[method], task, noise)
             _check_columns(name, method, n_columns, test[method].n_columns, task)
             separations[method] = _separate(test[method], outside, clusters)
-            for score in outside.keys() ^ test[method].scores.keys():
+            for score in (s for s in SCORES if (s in outside) != (s in test[method].scores)):
                 where = "on the test set" if score in outside else f"on {name}"
                 warnings.append(f"{method}: no {SCORES[score]} {where}, so that {name} is not judged by it.")
         _check_sizes(name, separations)
