@@ -6,7 +6,7 @@ with warnings.catch_warnings():
     # laplace-torch's own imports still use torch.jit.script, a dozen times
     warnings.filterwarnings("ignore", message="`torch.jit.script")
     from debiased_laplace.calibration import calibration_report
-    from debiased_laplace.calibration.predicting.evaluate import evaluate
+    from debiased_laplace.calibration.evaluate import evaluate
     from debiased_laplace.diagnosis import diagnose
     from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
     from debiased_laplace.newton.optimizer import DebiasedNewton

@@ -1,11 +1,12 @@
 """The command line. Exit codes: 0 done or passed, 1 a threshold failed, 2 bad input, 3 inconclusive under --strict."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from debiased_laplace.cli import check, compare, demo, diagnose, fit, report, schema
+from debiased_laplace.cli import demo, diagnose, fit, gates, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that knows no minus sign must not change the exit code
     parsed = _parser().parse_args(arguments)
     try:
         run: int = parsed.run(parsed)
@@ -36,6 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("debiased-laplace"))
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, fit, report, check, compare, schema, diagnose):
+    for command in (demo, fit, report, gates, diagnose):
         command.add_to(commands)
     return parser

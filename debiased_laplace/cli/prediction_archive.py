@@ -2,8 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,11 @@ METHOD/logits                    beside them, for temperatures where probabiliti
 METHOD/mean with METHOD/std      regression, observation noise included
 METHOD/mean with METHOD/covariance, or METHOD/samples, with METHOD/observation_noise or --noise-included
 ood/SET/METHOD/...               predictions out of distribution, of every method
-groups/NAME                      the group of every sample
 clusters                         samples of one id may depend on each other
 validation/targets               with validation/probs, /logits, or /mean and /std: the baseline on other samples"""
 
 FORMS = ("probs", "mean", "std", "covariance", "samples", "observation_noise", "logits")
-RESERVED = ("ood", "groups", "validation")
-Kind = Literal["classification", "regression"]
+RESERVED = ("ood", "validation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +35,15 @@ class PredictionArchive:
         kind: of the task.
         logits: method to logits.
         ood: set to method to predictions.
-        groups: name to the group of every sample.
         clusters: of the samples, or None.
         validation: predictions and targets, or None.
     """
 
     predictions: Mapping[str, Any]
     targets: Any
-    kind: Kind
+    kind: Literal["classification", "regression"]
     logits: Mapping[str, Any]
     ood: Mapping[str, Mapping[str, Any]]
-    groups: Mapping[str, Any]
     clusters: Any
     validation: tuple[Any, Any] | None
 
@@ -62,7 +57,7 @@ class PredictionArchive:
 
 
 def read_archive(path: Path, *, noise_included: bool = False) -> PredictionArchive:
-    """Predictions from an .npz file; nothing in it is executed (`allow_pickle=False`).
+    """Read predictions from an .npz file; nothing in it is executed (`allow_pickle=False`).
 
     Args:
         path: the file.
@@ -72,30 +67,10 @@ def read_archive(path: Path, *, noise_included: bool = False) -> PredictionArchi
         ValueError: if it is no archive, damaged, pickled, or holds too little or unknown arrays.
         OSError: if there is no such file.
     """
-    arrays = _load(path)
-    if "targets" not in arrays:
-        raise ValueError(_say(path, f"there is no array 'targets'; there are {_list(arrays)}"))
-    with _located(path):
-        groups, ood, validation, methods = _sort(arrays)
-        if not methods:
-            raise ValueError(f"there are no predictions; there are {_list(arrays)}")
-        kinds = {method: _kind(method, forms) for method, forms in methods.items()}
-        if len(set(kinds.values())) > 1:
-            raise ValueError(f"all methods must be of one kind; got {kinds}")
-        kind = next(iter(kinds.values()))
-        return PredictionArchive(
-            predictions={m: _combine(m, forms, noise_included) for m, forms in methods.items()},
-            targets=arrays["targets"],
-            kind=kind,
-            logits={m: forms["logits"] for m, forms in methods.items() if "logits" in forms},
-            ood={
-                name: {m: _combine(f"ood/{name}/{m}", forms, noise_included) for m, forms in of_methods.items()}
-                for name, of_methods in ood.items()
-            },
-            groups=groups,
-            clusters=arrays.get("clusters"),
-            validation=_read_validation(validation, noise_included),
-        )
+    try:
+        return _interpret(_load(path), noise_included)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).rstrip('.')}. An archive of predictions holds\n{LAYOUT}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -108,44 +83,52 @@ def _load(path: Path) -> dict[str, Any]:
                 raise ValueError("it holds a single array")
             return {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        reason = str(error).rstrip(".")
-        if "pickle" in reason.lower():
-            reason = "it holds pickled objects or is no .npz file; only plain arrays of numbers or text are read"
-        raise ValueError(_say(path, f"it cannot be read: {reason}")) from error
+        if "pickle" in str(error).lower():
+            raise ValueError("it holds pickled objects or is no .npz file; only numbers and text are read") from error
+        raise ValueError(f"it cannot be read: {error}") from error
 
 
-def _sort(
-    arrays: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, Any]]], dict[str, Any], dict[str, dict[str, Any]]]:
-    """Groups, sets out of distribution, validation data and methods."""
-    groups: dict[str, Any] = {}
-    ood: dict[str, dict[str, dict[str, Any]]] = {}
-    validation: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]] = {}
+def _interpret(arrays: Mapping[str, Any], noise_included: bool) -> PredictionArchive:
+    if "targets" not in arrays:
+        raise ValueError(f"there is no array 'targets'; there are {_list(arrays)}")
+    owners = _sort(arrays)
+    validation = owners.pop("validation", None)
+    methods = {owner: forms for owner, forms in owners.items() if not owner.startswith("ood/")}
+    if not methods:
+        raise ValueError(f"there are no predictions; there are {_list(arrays)}")
+    kinds = {method: "classification" if "probs" in forms else "regression" for method, forms in methods.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"all methods must be of one kind; got {kinds}")
+    combined = {owner: _combine(owner, forms, noise_included) for owner, forms in owners.items()}
+    ood: dict[str, dict[str, Any]] = {}
+    for owner in owners:
+        if owner not in methods:
+            _, name, method = owner.split("/", 2)
+            ood.setdefault(name, {})[method] = combined[owner]
+    return PredictionArchive(
+        predictions={method: combined[method] for method in methods},
+        targets=arrays["targets"],
+        kind="classification" if "classification" in kinds.values() else "regression",
+        logits={method: forms["logits"] for method, forms in methods.items() if "logits" in forms},
+        ood=ood,
+        clusters=arrays.get("clusters"),
+        validation=None if validation is None else _read_validation(validation, noise_included),
+    )
+
+
+def _sort(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What stands before the last slash, to form, to array."""
+    owners: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
-        head, _, rest = name.partition("/")
-        owner, _, form = name.rpartition("/")
         if name in ("targets", "clusters"):
             continue
-        if head == "groups" and rest:
-            groups[rest] = array
-        elif head == "validation" and rest in (*FORMS, "targets"):
-            validation[rest] = array
-        elif head == "ood" and form in FORMS and owner.count("/") >= 2:
-            _, set_name, method = owner.split("/", 2)
-            ood.setdefault(set_name, {}).setdefault(method, {})[form] = array
-        elif head not in RESERVED and owner and form in FORMS:
-            methods.setdefault(owner, {})[form] = array
-        else:
+        owner, _, form = name.rpartition("/")
+        head, *rest = owner.split("/")
+        is_method = (owner and head not in RESERVED) or (head == "ood" and len(rest) >= 2) or owner == "validation"
+        if not (is_method and form in FORMS) and name != "validation/targets":
             raise ValueError(f"nothing is known of an array {name!r}")
-    return groups, ood, validation, methods
-
-
-def _kind(method: str, forms: Mapping[str, Any]) -> Kind:
-    classification = "probs" in forms
-    if classification == ("mean" in forms or "samples" in forms):
-        raise ValueError(f"{method!r} needs either probs, or mean, or samples; got {_list(forms)}")
-    return "classification" if classification else "regression"
+        owners.setdefault(owner, {})[form] = array
+    return owners
 
 
 def _combine(where: str, forms: Mapping[str, Any], noise_included: bool) -> Any:
@@ -156,42 +139,21 @@ def _combine(where: str, forms: Mapping[str, Any], noise_included: bool) -> Any:
     if given == {"probs"} and noise is None:
         return forms["probs"]
     if given == {"mean", "std"}:
-        pair = (forms["mean"], forms["std"])
-        return pair if noise is None else Gaussian(*pair, observation_noise=noise)
+        return Gaussian(forms["mean"], forms["std"], observation_noise=noise)
     if given == {"mean", "covariance"}:
-        mean, covariance = forms["mean"], forms["covariance"]
-        if noise is None and not noise_included:
-            return mean, covariance
-        return Gaussian(mean, None, covariance, observation_noise=noise, noise_included=noise_included)
+        return Gaussian(forms["mean"], None, forms["covariance"], noise, noise_included)
     if given == {"samples"}:
-        if noise is None and not noise_included:
-            return forms["samples"]
-        return Samples(forms["samples"], observation_noise=noise, noise_included=noise_included)
+        return Samples(forms["samples"], noise, noise_included)
     raise ValueError(f"the arrays {_list(forms)} of {where!r} do not go together")
 
 
-def _read_validation(forms: Mapping[str, Any], noise_included: bool) -> tuple[Any, Any] | None:
-    if not forms:
-        return None
+def _read_validation(forms: Mapping[str, Any], noise_included: bool) -> tuple[Any, Any]:
     if "targets" not in forms:
         raise ValueError(f"validation/ has no targets; it has {_list(forms)}")
     others = {name: array for name, array in forms.items() if name != "targets"}
-    if set(others) == {"logits"}:
-        return others["logits"], forms["targets"]
-    return _combine("validation", others, noise_included), forms["targets"]
+    predictions = others["logits"] if set(others) == {"logits"} else _combine("validation", others, noise_included)
+    return predictions, forms["targets"]
 
 
-@contextmanager
-def _located(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(_say(path, str(error).rstrip("."))) from error
-
-
-def _say(path: Path, what: str) -> str:
-    return f"{path}: {what}. An archive of predictions holds\n{LAYOUT}"
-
-
-def _list(names: Mapping[str, Any]) -> str:
+def _list(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from debiased_laplace.calibration import calibration_report
+from debiased_laplace.calibration.check import CheckResult
 from debiased_laplace.cli.arguments import Commands, seed
-from debiased_laplace.cli.gating import add_thresholds, conclude, given_thresholds
+from debiased_laplace.cli.gates import add_thresholds, conclude, given_thresholds
 from debiased_laplace.cli.prediction_archive import LAYOUT, read_archive
 
 FORMATS = ("html", "json", "md", "csv")
@@ -79,10 +80,9 @@ def _run(parsed: argparse.Namespace) -> int:
         logits=archive.logits or None,
         ood=archive.ood or None,
         clusters=archive.clusters,
-        groups=archive.groups or None,
         thresholds=thresholds,
     )
     paths = report.save(parsed.out, formats=parsed.format)
     print(report)
     print("\n" + "\n".join(f"wrote {path}" for path in paths))
-    return 0 if thresholds is None else conclude(report.checks, parsed)
+    return 0 if thresholds is None else conclude(CheckResult(report.checks), parsed)

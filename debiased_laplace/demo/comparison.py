@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
-from debiased_laplace.calibration.posteriors.summaries import HeldOutDifference, PosteriorSummary
+from debiased_laplace.calibration.contents import HeldOutDifference, PosteriorSummary
 from debiased_laplace.demo.digits import N_TRAIN, Digits
 from debiased_laplace.linalg.low_rank_plus_diagonal import kl_divergence
 from debiased_laplace.posterior.factory import DebiasedLaplace

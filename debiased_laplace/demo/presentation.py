@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from debiased_laplace.calibration import CalibrationReport, Estimate, ReportFigure, ReportTable
-from debiased_laplace.calibration.predicting.evaluate import evaluate
+from debiased_laplace.calibration.evaluate import evaluate
 from debiased_laplace.demo.comparison import (
     PRIOR_PRECISION,
     Distance,

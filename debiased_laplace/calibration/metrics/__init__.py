@@ -1,1 +1,1 @@
-"""From predictions to numbers: every metric with the estimator that suits it, and what the figures show."""
+"""From predictions to estimates, and to what the figures show."""

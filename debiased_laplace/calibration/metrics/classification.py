@@ -1,40 +1,35 @@
-"""Metrics of class probabilities: proper scores, accuracy, calibration errors and their noise."""
+"""From class probabilities of one method to its metrics, curves and per-sample scores."""
 
-from math import copysign, sqrt
+from math import pi, sqrt
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.estimates import (
-    Estimate,
-    count_units,
+from debiased_laplace.calibration.contents import ClassCount, ClassificationCurves, Estimate, MethodResult
+from debiased_laplace.calibration.inputs import Settings
+from debiased_laplace.calibration.intervals import (
+    Units,
     estimate_mean,
     estimate_share,
+    estimate_skewed_mean,
+    wilson_by_cell,
     without_interval,
 )
-from debiased_laplace.calibration.metrics.bin_sensitivity import measure_other_bins
-from debiased_laplace.calibration.metrics.binning import (
+from debiased_laplace.calibration.metrics.binned import (
     BinnedConfidences,
-    expected_error_by_chance,
-    measure_binned_errors,
-    measure_positive_class_error,
+    check_consistency,
+    debiased_error,
+    measure_binned,
+    tabulate_bins,
 )
-from debiased_laplace.calibration.metrics.classwise import measure_classwise
-from debiased_laplace.calibration.metrics.consistency import ConsistencyTest
-from debiased_laplace.calibration.metrics.debiased_error import estimate_debiased_error
-from debiased_laplace.calibration.metrics.kernel_error import estimate_kernel_error
-from debiased_laplace.calibration.predictions.classification import ClassificationPredictions
-from debiased_laplace.calibration.skewness import estimate_skewed_mean
-
-NO_INTERVAL = (
-    "a binned error is biased upwards, and bootstrap intervals around it miss the truth for nearly "
-    "calibrated models; compare it with its noise floor and p-value"
-)
+from debiased_laplace.calibration.metrics.selective import estimate_area, rank_losses, trace_risk
+from debiased_laplace.calibration.probabilities import ClassificationPredictions
 
 
 def negative_log_likelihood(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
     r"""$-\log p(y)$ in nats per sample, finite also for a true class of probability 0."""
-    return -predictions.true_class_probability.clamp_min(predictions.smallest_probability).log()
+    return -predictions.true_class_probability.clamp_min(predictions.source.smallest).log()
 
 
 def brier_score(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
@@ -47,84 +42,73 @@ def brier_score(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
     return (predictions.squared_norm - 2 * predictions.true_class_probability + 1).clamp_min(0.0)
 
 
-def measure_classification(
-    predictions: ClassificationPredictions,
-    bins: BinnedConfidences,
-    consistency: ConsistencyTest,
-    *,
-    confidence_level: float,
-    n_resamples: int,
-    seed: int,
-) -> dict[str, Estimate]:
-    """Every metric of one method.
+def scores_of(predictions: ClassificationPredictions, units: Units, *, n_bins: int) -> dict[str, Float[Tensor, " n"]]:
+    """Per-sample scores by which methods are compared; of `rmsce2_debiased` the influence around its value."""
+    scores = {
+        "nll": negative_log_likelihood(predictions),
+        "brier": brier_score(predictions),
+        "error": 1 - predictions.correct,
+    }
+    bins = BinnedConfidences(predictions.confidence, predictions.correct, n_bins)
+    influence = debiased_error(bins, units)[1]
+    return scores if influence is None else scores | {"rmsce2_debiased": influence}
 
-    Args:
-        predictions: probabilities and labels.
-        bins: their confidences in bins.
-        consistency: what chance would make of these bins.
-        confidence_level: of all intervals.
-        n_resamples: draws behind the consistency test.
-        seed: of the rows that the kernel error looks at.
-    """
-    level, clusters = confidence_level, predictions.clusters
-    gap = predictions.confidence - predictions.correct
-    errors = measure_binned_errors(bins)
+
+def measure_classification(predictions: ClassificationPredictions, units: Units, settings: Settings) -> MethodResult:
+    """Metrics, reliability diagram, classes and risk-coverage curve of one method."""
+    bins = BinnedConfidences(predictions.confidence, predictions.correct, settings.n_bins)
+    test = check_consistency(bins, settings)
+    ranked = rank_losses(1 - predictions.correct, predictions.confidence)
     metrics = {
-        "nll": estimate_skewed_mean(negative_log_likelihood(predictions), confidence_level=level, clusters=clusters),
-        "brier": estimate_skewed_mean(brier_score(predictions), confidence_level=level, clusters=clusters),
-        "accuracy": estimate_share(predictions.correct, confidence_level=level, clusters=clusters),
-        "confidence_gap": estimate_mean(gap, confidence_level=level, clusters=clusters),
-        "ece": _binned(errors["ece"], bins, "expected calibration error"),
-        **_describe_chance(predictions, bins, consistency, n_resamples=n_resamples),
-        "rmsce2_debiased": estimate_debiased_error(bins, confidence_level=level, clusters=clusters),
-        "mce": _binned(errors["mce"], bins, "maximum calibration error"),
-        "ace": _binned(errors["ace"], bins, "average calibration error"),
-        **measure_other_bins(bins.ordered, n_bins=bins.n_bins),
-        **measure_classwise(predictions),
-        "skce": estimate_kernel_error(predictions, confidence_level=level, seed=seed),
+        "nll": estimate_skewed_mean(negative_log_likelihood(predictions), units),
+        "brier": estimate_skewed_mean(brier_score(predictions), units),
+        "accuracy": estimate_share(predictions.correct, units),
+        "confidence_gap": estimate_mean(predictions.confidence - predictions.correct, units),
+        **measure_binned(bins, test, units),
+        **measure_classwise(predictions, units),
+        "aurc": estimate_area([ranked], units, most=1.0),
     }
-    if predictions.positive_probability is not None:
-        positive = measure_positive_class_error(
-            predictions.positive_probability, predictions.targets, n_bins=bins.n_bins
-        )
-        metrics["ece_positive"] = _binned(positive, bins, "expected calibration error of P(class 1)")
-    return metrics
+    curves = ClassificationCurves(tabulate_bins(bins, test, units), tabulate_classes(predictions, units))
+    return MethodResult(metrics, curves, selection=trace_risk([ranked], units, is_share=True))
 
 
-def _describe_chance(
-    predictions: ClassificationPredictions, bins: BinnedConfidences, consistency: ConsistencyTest, *, n_resamples: int
-) -> dict[str, Estimate]:
-    """The noise floor and the p-value of the calibration error; both take samples as independent."""
-    floor_reason, p_reason = "it follows from the confidences alone", "a p-value has no interval"
-    if predictions.clusters is not None:
-        dependence = f"the samples come in {count_units(predictions.n, predictions.clusters)} clusters"
-        floor_reason += f", as if samples were independent; {dependence}, so that the true floor is higher"
-        p_reason += f"; it takes samples as independent, but {dependence}, so that it is too small"
+def measure_each_class(predictions: ClassificationPredictions) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    r"""Each class's calibration error, and the same of right probabilities.
+
+    $\frac1n \sum_b \lvert \sum_{i \in b} (1[y_i = c] - p_{ic}) \rvert$ over bins of equal width of $p_{ic}$, and
+    $\sqrt{2/\pi}\, \frac1n \sum_b \sqrt{\sum_{i \in b} p_{ic} (1 - p_{ic})}$.
+
+    References:
+        Kull et al. (2019), arXiv 1910.12656, section 2 (classwise expected calibration error).
+    """
+    bins, n = predictions.class_bins, predictions.n
+    error = (bins.positives - bins.confidence).abs().sum(dim=1) / n
+    return error, sqrt(2 / pi) * bins.variance.sqrt().sum(dim=1) / n
+
+
+def measure_classwise(predictions: ClassificationPredictions, units: Units) -> dict[str, Estimate]:
+    """Mean over classes of their calibration errors and of their noise floors."""
+    error, floor = (x.mean().item() for x in measure_each_class(predictions))
+    C, n_bins = predictions.class_bins.positives.shape
+    words = f"mean over {C} classes, {n_bins} bins of equal width each"
+    reason = "a binned error is biased upwards; compare it with its noise floor"
+    floor_reason = f"it follows from the probabilities alone{units.caution}"
     return {
-        "ece_noise_floor": without_interval(
-            expected_error_by_chance(bins),
-            bins.n,
-            estimator="closed form, normal sums",
-            reason=floor_reason,
-        ),
-        "ece_p_value": without_interval(
-            consistency.p_value,
-            bins.n,
-            estimator=f"consistency resampling, {n_resamples} draws",
-            reason=p_reason,
+        "classwise_ece": without_interval(error, units.n, estimator=words, reason=reason),
+        "classwise_ece_noise_floor": without_interval(
+            floor, units.n, estimator="closed form, normal sums", reason=floor_reason
         ),
     }
 
 
-def signed_root(squared_error: float) -> float:
-    """A squared error on the scale of the error, its sign kept."""
-    return copysign(sqrt(abs(squared_error)), squared_error)
-
-
-def _binned(value: float, bins: BinnedConfidences, name: str) -> Estimate:
-    return without_interval(
-        value,
-        bins.n,
-        estimator=f"netcal, {name}, {bins.n_bins} bins of equal width",
-        reason=NO_INTERVAL,
+def tabulate_classes(predictions: ClassificationPredictions, units: Units) -> tuple[ClassCount, ...]:
+    """Every class's samples, accuracy and calibration."""
+    targets, C = predictions.targets, predictions.source.n_classes
+    n = torch.bincount(targets, minlength=C).tolist()
+    correct = torch.bincount(targets, weights=predictions.correct, minlength=C).tolist()
+    intervals = wilson_by_cell(predictions.correct, targets, C, units)
+    errors, floors = (x.tolist() for x in measure_each_class(predictions))
+    return tuple(
+        ClassCount(c, n[c], round(correct[c]), interval and interval[0], interval and interval[1], errors[c], floors[c])
+        for c, interval in enumerate(intervals)
     )

@@ -1,247 +1,139 @@
-from collections.abc import Callable
-from math import ceil, log
+"""Risk and coverage: averages over random orders, numerical derivatives, and coverage in simulations."""
+
+from itertools import pairwise, permutations
+from math import exp, inf, sqrt
 
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from scipy.stats import t as student
 from torch import Tensor
 
-from debiased_laplace.calibration.estimates import wilson_interval
-from debiased_laplace.calibration.metrics.risk_coverage import RankedLosses, rank_losses
-from debiased_laplace.calibration.metrics.selective import (
-    MAX_POINTS,
-    count_kept,
-    measure_selection,
-    risk_intervals,
-    trace_selection,
-)
+from debiased_laplace.calibration.intervals import Units, wilson_interval
+from debiased_laplace.calibration.metrics.selective import MOST_POINTS, estimate_area, rank_losses, trace_risk
 
-LEVEL = 0.95
+LEVEL = 0.9
+CASES = [(200, -0.5, 4, None, 1), (200, -2, 5, None, 1), (500, -0.5, 4, 10, 1), (2000, -0.5, 4, None, 10)]
 
 
-def measure(errors: list[int] | Tensor, confidence: list[float] | Tensor, clusters: Tensor | None = None):
-    losses = torch.as_tensor(errors, dtype=torch.float64)
-    ranked = rank_losses(losses, torch.as_tensor(confidence, dtype=torch.float64), clusters=clusters)
-    return measure_selection(ranked, confidence_level=LEVEL)
+def draw(n: int, seed: int, *, values: int | None = None, binary: bool = True) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    confidence, noise = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    losses = (noise < 0.7 * (1 - confidence)).double() if binary else noise.square() * (2 - confidence)
+    return losses, (confidence * values).floor() if values else confidence
 
 
-def values(*args) -> dict[str, float | None]:
-    return {name: estimate.value for name, estimate in measure(*args).items()}
+def measure(losses, confidence, codes: Tensor | None = None, most: float = 1.0):
+    losses, confidence = (torch.as_tensor(x, dtype=torch.float64) for x in (losses, confidence))
+    return estimate_area([rank_losses(losses, confidence)], Units(len(losses), LEVEL, codes), most=most)
 
 
-def harmonic(n: int) -> float:
-    return sum(1 / k for k in range(1, n + 1))
+@pytest.mark.parametrize("values", [1, 2, 4, None])
+@pytest.mark.parametrize("binary", [True, False])
+def test_ties_are_the_mean_over_all_orders(values: int | None, binary: bool) -> None:
+    losses, confidence = draw(7, 6, values=values, binary=binary)
+    orders = [o for o in permutations(range(7)) if all(confidence[i] >= confidence[j] for i, j in pairwise(o))]
+    ranked, k = rank_losses(losses, confidence), torch.arange(1, 8, dtype=torch.float64)
+    risk = torch.stack([losses[list(o)].cumsum(0) / k for o in orders]).mean(0)
+    torch.testing.assert_close(ranked.risk_at(k), risk, rtol=0, atol=1e-14)
+    assert ranked.area == pytest.approx(risk.mean().item(), abs=1e-14)
+    torch.testing.assert_close(ranked.oracle.risk_at(k), losses.sort().values.cumsum(0) / k)
 
 
-def test_perfect_order() -> None:
-    n, wrong = 20, 4
-    m = measure([0] * (n - wrong) + [1] * wrong, [n - i for i in range(n)])
-    area = sum((k - (n - wrong)) / k for k in range(n - wrong + 1, n + 1)) / n
-    assert m["aurc"].value == pytest.approx(area, abs=1e-15)
-    assert m["augrc"].value == pytest.approx(0.5 * (wrong / n) ** 2, abs=1e-15)
-    assert m["e_aurc"].value == 0
-    assert m["e_aurc"].low is None
-    assert "best there is" in (m["e_aurc"].reason or "")
-    assert m["risk_at_80_coverage"].value == 0
-    assert m["coverage_at_5_risk"].value == 16 / 20  # 17 would hold an error of 5.9 %
+def weighted_area(losses: Tensor, confidence: Tensor, weights: Tensor) -> float:
+    total = 0.0  # losses times the mean of -log u over the coverages that a group takes up
+    for value in confidence.unique():
+        group = confidence == value
+        a, b = weights[confidence > value].sum(), weights[confidence >= value].sum()
+        w = ((b - b * b.log()) - (a - torch.xlogy(a, a))) / (b - a)
+        total += ((losses * weights)[group].sum() * w).item()
+    return total
 
 
-def test_constant_confidence_is_the_share_of_errors_everywhere() -> None:
-    m = values([1, 0, 0, 0, 0] * 8, [0.7] * 40)
-    assert m["aurc"] == pytest.approx(0.2, abs=1e-15)
-    assert m["augrc"] == pytest.approx(0.1, abs=1e-15)
-    assert m["risk_at_80_coverage"] == pytest.approx(0.2, abs=1e-15)
-    assert m["coverage_at_5_risk"] == 0
+@pytest.mark.parametrize("values", [4, None], ids=["ties", "no ties"])
+def test_influence_on_the_area_is_the_derivative_towards_a_sample(values: int | None) -> None:
+    losses, confidence = draw(1000, 3, values=values, binary=False)
+    ranked, order, step = rank_losses(losses, confidence), confidence.argsort(descending=True), 1e-6
+    even = torch.full((1000,), 1 / 1000, dtype=torch.float64)
+    for i in range(0, 1000, 97):
+        moved = (1 - step) * even
+        moved[i] += step
+        slope = (weighted_area(losses, confidence, moved) - weighted_area(losses, confidence, even)) / step
+        assert ranked.area_influence[i].item() == pytest.approx(slope, abs=0.005), i  # a sum is an integral up to 1/n
+    if values is None:  # a risk moves by what is kept, around the losses of 1000^(2/3) ranks at the threshold
+        kept = torch.zeros(1000).double().index_fill_(0, order[:300], 1000 / 300)
+        torch.testing.assert_close(ranked.risk_influence(300.0), (losses - losses[order[250:350]].mean()) * kept)
 
 
-@pytest.mark.parametrize("rank", [1, 4, 10])
-def test_one_error(rank: int) -> None:
-    n = 10
-    errors = [int(k == rank) for k in range(1, n + 1)]
-    m = measure(errors, [-float(k) for k in range(n)])
-    assert m["aurc"].known == pytest.approx((harmonic(n) - harmonic(rank - 1)) / n, abs=1e-15)
-    assert m["augrc"].known == pytest.approx((n - rank + 0.5) / n**2, abs=1e-15)
-    assert m["coverage_at_5_risk"].value == (rank - 1) / n
-    for name, estimate in m.items():
-        if estimate.low is not None and estimate.high is not None:
-            assert 0 <= estimate.low <= estimate.known <= estimate.high <= 1, name
+def test_areas_and_their_ends_by_hand() -> None:
+    (losses, confidence), falling = draw(200, 6), list(range(50, 0, -1))
+    e, ranked = measure(losses, confidence), rank_losses(losses, confidence)
+    error = ranked.area_influence.std().item() / sqrt(200)
+    factor = exp(student.ppf(0.95, int(losses.sum().item() / 2)) * error / ranked.area)
+    assert (e.low, e.high, e.standard_error) == pytest.approx((ranked.area / factor, ranked.area * factor, error))
+    for codes, n in ((None, 50.0), (torch.arange(50) // 5, 10.0)):
+        right = measure([0] * 50, falling, codes)
+        assert (right.value, right.low, right.high) == (0, 0, wilson_interval(0.0, n, LEVEL)[1])
+    for e, value, reason in (
+        (measure([1] * 50, falling), 1, "every prediction is wrong"),
+        (measure([0.0] * 50, falling, most=inf), 0, "there is no error"),
+        (measure([1, 0, 0], [0.1, 0.2, 0.3], torch.zeros(3).long()), pytest.approx(1 / 9), "one independent sample"),
+    ):
+        assert (e.value, e.low, e.high, reason in e.reason) == (value, None, None, True)
+    assert measure([1.0] * 50, falling, most=1.01).high == 1.01  # squared errors of 1
 
 
-def test_all_right() -> None:
-    m = measure([0] * 50, list(range(50)))
-    assert {name: e.value for name, e in m.items()} == {
-        "aurc": 0.0,
-        "e_aurc": 0.0,
-        "augrc": 0.0,
-        "coverage_at_5_risk": 1.0,
-        "risk_at_80_coverage": 0.0,
-    }
-    assert m["aurc"].high == wilson_interval(0.0, 50, confidence_level=LEVEL)[1]
-    assert m["augrc"].high == pytest.approx(m["aurc"].high / 2)
-    assert m["risk_at_80_coverage"].high == pytest.approx(wilson_interval(0.0, 40, confidence_level=LEVEL)[1])
-    assert (m["coverage_at_5_risk"].low, m["coverage_at_5_risk"].high) == (0.0, 1.0)  # 50 samples cannot show 5 %
-    assert measure([0] * 200, list(range(200)))["coverage_at_5_risk"].low == 1.0
+@pytest.mark.parametrize("binary", [True, False], ids=["errors", "losses"])
+def test_a_cluster_of_copies_is_one_unit_and_order_is_nothing(binary: bool) -> None:
+    losses, confidence = draw(80, 1, values=12, binary=binary)
+    order, codes = torch.randperm(480, generator=torch.Generator().manual_seed(2)), torch.arange(80).repeat(6)
+    copies, once = [x.repeat(6) for x in (losses, confidence)], measure(losses, confidence, torch.arange(80), inf)
+    cases = ((*copies, codes), (*(x[order] for x in copies), codes[order]), (*copies, None))
+    numbers = [[e.known, e.low, e.high, e.standard_error] for e in (*(measure(*c, inf) for c in cases), once)]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-9)
+    assert numbers[0] == pytest.approx(numbers[3], rel=0.05)  # sums over ranks of 480 and of 80
+    assert numbers[2][3] < 0.5 * numbers[0][3]
+    curves = [trace_risk([rank_losses(x, c)], Units(480, LEVEL, k), is_share=binary) for x, c, k in cases]
+    for a, b, naive in list(zip(*curves, strict=True))[::9]:
+        assert (b.risk, b.low, b.high, b.oracle) == pytest.approx((a.risk, a.low, a.high, a.oracle), abs=1e-9)
+        assert naive.high - naive.low < 0.8 * (a.high - a.low) or a.risk == 0
 
 
-def test_all_wrong() -> None:
-    m = measure([1] * 50, list(range(50)))
-    assert [m[name].value for name in ("aurc", "augrc", "coverage_at_5_risk", "risk_at_80_coverage")] == [1, 0.5, 0, 1]
-    assert m["aurc"].low is None
-    assert "every prediction is wrong" in (m["aurc"].reason or "")
+def test_the_curve_is_thinned_ends_with_all_samples_and_averages_outputs() -> None:
+    losses, confidence = draw(3217, 4)
+    ranked = rank_losses(losses, confidence)
+    points = trace_risk([ranked], Units(3217, LEVEL), is_share=True)
+    ranks = torch.tensor([p.coverage * 3217 for p in points], dtype=torch.float64)
+    assert (len(points), points[-1].coverage) == (MOST_POINTS, 1)
+    assert [p.risk for p in points] == pytest.approx(ranked.risk_at(ranks).tolist(), abs=1e-15)
+    assert [p.oracle for p in points] == pytest.approx(ranked.oracle.risk_at(ranks).tolist(), abs=1e-15)
+    assert all(0 <= p.low <= p.risk <= p.high <= 1 for p in points)
+    expected = wilson_interval(losses.mean().item(), 3216.0, LEVEL)  # a variance has one degree of freedom less
+    assert (points[-1].low, points[-1].high) == pytest.approx(expected, abs=1e-12)
+    (alone,) = trace_risk([rank_losses(losses[:1], confidence[:1])], Units(1, LEVEL), is_share=True)
+    assert (alone.coverage, alone.low, alone.high) == (1, None, None)
+    outputs, units = [rank_losses(*draw(120, seed, binary=False)) for seed in (1, 2, 3)], Units(120, LEVEL)
+    e, last = estimate_area(outputs, units, most=inf), trace_risk(outputs, units, is_share=False)[-1]
+    influence, errors = (torch.stack([getattr(r, k) for r in outputs]).mean(0) for k in ("area_influence", "losses"))
+    assert e.known == pytest.approx(sum(r.area for r in outputs) / 3)
+    assert e.standard_error == pytest.approx(influence.std().item() / sqrt(120))
+    half, mean = units.quantile * errors.std().item() / sqrt(120), errors.mean().item()
+    assert (last.low, last.risk, last.high) == pytest.approx((mean - half, mean, mean + half))
 
 
-@pytest.mark.parametrize("error", [0, 1])
-def test_one_sample_has_no_interval(error: int) -> None:
-    for estimate in measure([error], [0.5]).values():
-        assert estimate.value in (0, 0.5, 1)
-        assert estimate.low is None
-        assert estimate.reason
-    assert all(e.low is None for e in measure([1, 0, 0], [0.1, 0.2, 0.3], torch.zeros(3, dtype=torch.int64)).values())
-
-
-def test_generalized_area_is_what_its_authors_derive() -> None:
-    generator = torch.Generator().manual_seed(0)
-    confidence = (12 * torch.rand(500, generator=generator, dtype=torch.float64)).floor()
-    errors = (torch.rand(500, generator=generator, dtype=torch.float64) < 0.5 - confidence / 30).double()
-    a = 1 - errors.mean().item()
-    auroc = roc_auc_score((1 - errors).numpy(), confidence.numpy())
-    expected = (1 - auroc) * a * (1 - a) + (1 - a) ** 2 / 2
-    assert measure(errors, confidence)["augrc"].known == pytest.approx(expected, abs=1e-14)
-
-
-def naive(errors: Tensor, confidence: Tensor) -> dict[str, float]:
-    """Straight from the definitions, for confidences without ties."""
-    order = confidence.argsort(descending=True)
-    n, lost = len(errors), errors[order].cumsum(0)
-    risk = [lost[k - 1].item() / k for k in range(1, n + 1)]
-    best = [errors.sort().values[:k].mean().item() for k in range(1, n + 1)]
-    return {
-        "aurc": sum(risk) / n,
-        "e_aurc": (sum(risk) - sum(best)) / n,
-        "augrc": sum(
-            (errors[i] * ((confidence[i] > confidence).double().sum() + 0.5)).item() for i in range(n)
-        )
-        / n**2,
-        "coverage_at_5_risk": max([k / n for k in range(1, n + 1) if risk[k - 1] <= 0.05], default=0.0),
-        "risk_at_80_coverage": risk[ceil(0.8 * n) - 1],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("n", [2, 7, 250])
-def test_values_agree_with_the_definitions(n: int) -> None:
-    generator = torch.Generator().manual_seed(n)
-    confidence = torch.rand(n, generator=generator, dtype=torch.float64)
-    errors = (torch.rand(n, generator=generator, dtype=torch.float64) < 0.6 * (1 - confidence)).double()
-    assert values(errors, confidence) == pytest.approx(naive(errors, confidence), abs=1e-13)
-
-
-def test_share_of_samples_is_rounded_up() -> None:
-    assert [count_kept(n, 0.8) for n in (1, 4, 5, 10, 11)] == [1, 4, 4, 8, 9]
-    assert count_kept(1000, 0.95) == 950
-
-
-def test_interval_of_the_risk_of_all_samples_is_wilsons() -> None:
-    generator = torch.Generator().manual_seed(3)
-    confidence = torch.rand(400, generator=generator, dtype=torch.float64)
-    errors = (torch.rand(400, generator=generator, dtype=torch.float64) < 0.2).double()
-    ranked = rank_losses(errors, confidence)
-    low, high = risk_intervals(ranked, torch.tensor([400.0], dtype=torch.float64), confidence_level=LEVEL)
-    expected = wilson_interval(errors.mean().item(), 399, confidence_level=LEVEL)  # a variance has one degree less
-    assert (low.item(), high.item()) == pytest.approx(expected, abs=1e-12)
-
-
-def test_curve_is_thinned_and_ends_with_all_samples() -> None:
-    generator = torch.Generator().manual_seed(4)
-    confidence = torch.rand(3217, generator=generator, dtype=torch.float64)
-    errors = (torch.rand(3217, generator=generator, dtype=torch.float64) < 0.4 * (1 - confidence)).double()
-    ranked = rank_losses(errors, confidence)
-    curves = trace_selection(ranked, confidence_level=LEVEL, loss="share of errors", is_share=True)
-    assert len(curves.points) == MAX_POINTS
-    assert curves.points[-1].coverage == 1
-    assert curves.points[-1].risk == pytest.approx(errors.mean().item(), abs=1e-15)
-    for p in curves.points:
-        k = round(p.coverage * 3217)
-        assert p.risk == pytest.approx(ranked.risk[k - 1].item(), abs=1e-15)
-        assert p.oracle == pytest.approx(ranked.oracle.risk[k - 1].item(), abs=1e-15)
-        assert p.low is not None
-        assert p.high is not None
-        assert p.low <= p.risk <= p.high
-    assert [k.coverage for k in curves.kept] == [0.8, 0.9, 0.95]
-    risk = measure_selection(ranked, confidence_level=LEVEL)["risk_at_80_coverage"]
-    kept = curves.kept[0].accuracy
-    assert (kept.value, kept.low, kept.high) == (1 - risk.known, 1 - (risk.high or 0), 1 - (risk.low or 0))
-    few = trace_selection(rank_losses(errors[:3], confidence[:3]), confidence_level=LEVEL, loss="", is_share=True)
-    assert len(few.points) == 3
-
-
-Draw = Callable[[int, torch.Generator], RankedLosses]
-
-
-def _independent(base: float, slope: float, *, n_values: int | None = None) -> Draw:
-    def draw(n: int, generator: torch.Generator) -> RankedLosses:
-        s = torch.rand(n, generator=generator, dtype=torch.float64)
-        errors = torch.rand(n, generator=generator, dtype=torch.float64) < torch.sigmoid(base - slope * s)
-        return rank_losses(errors.double(), (s * n_values).floor() if n_values else s)
-
-    return draw
-
-
-def _clustered(n: int, generator: torch.Generator) -> RankedLosses:
-    """Twenty samples of a cluster are confident together and wrong together."""
-    clusters = torch.arange(n) // 20
-    shared = torch.randn(2, n // 20, generator=generator, dtype=torch.float64)[:, clusters]
-    s = torch.special.ndtr((shared[0] + torch.randn(n, generator=generator, dtype=torch.float64)) / 2**0.5)
-    errors = torch.rand(n, generator=generator, dtype=torch.float64) < torch.sigmoid(shared[1] - 0.5 - 4 * s)
-    return rank_losses(errors.double(), s, clusters=clusters)
-
-
-CASES: dict[str, tuple[int, Draw, float]] = {
-    "200 samples, 12 % errors": (200, _independent(-0.5, 4), 0.90),
-    "1000 samples, 12 % errors": (1000, _independent(-0.5, 4), 0.90),
-    "1000 samples, 2 % errors": (1000, _independent(-2, 5), 0.90),
-    "200 samples, 2 % errors": (200, _independent(-2, 5), 0.90),
-    "1000 samples, a third wrong": (1000, _independent(1, 4), 0.88),
-    "confidence without use": (500, _independent(-1.4, 0), 0.90),
-    "ten values of confidence": (1000, _independent(-0.5, 4, n_values=10), 0.90),
-    "50 clusters of 20": (1000, _clustered, 0.90),
-}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_intervals_cover(case: str) -> None:
-    n, draw, least = CASES[case]
-    generator = torch.Generator().manual_seed(11)
-    large = draw(1_000_000, generator)
-    fine = (large.risk[1000:] <= 0.05).nonzero()
-    truth = {
-        "aurc": large.area,
-        "e_aurc": large.area - large.oracle.area,
-        "augrc": large.generalized_area,
-        "coverage_at_5_risk": (fine[-1].item() + 1001) / large.n if fine.numel() else 0.0,
-        "risk_at_80_coverage": large.risk_at(torch.tensor([0.8 * large.n], dtype=torch.float64)).item(),
-    }
-    repetitions = 400
-    hits = dict.fromkeys(truth, 0)
-    narrow = dict.fromkeys(truth, 0)
-    for _ in range(repetitions):
-        for name, e in measure_selection(draw(n, generator), confidence_level=LEVEL).items():
-            if e.low is None or e.high is None:
-                hits[name] += 1  # says that it does not know
-                continue
-            hits[name] += e.low <= truth[name] <= e.high
-            half = (e.high - e.low) / 4
-            narrow[name] += abs(truth[name] - e.known) <= half
-    for name in truth:
-        assert hits[name] / repetitions >= least, (name, hits[name] / repetitions)
-    if n * large.risk[-1].item() >= 10:  # with fewer errors the intervals are wide on purpose
-        assert narrow["augrc"] / repetitions < 0.85  # half the width would miss: the test could fail
+def test_intervals_cover(case) -> None:
+    generator, n_sets, hits, narrow = torch.Generator().manual_seed(11), 250, 0, 0
+    n, base, slope, n_values, copies = case  # the second has few errors, the third ties, the last clusters of copies
 
+    def drawn(n: int, copies: int):
+        s, u = torch.rand(2, n // copies, generator=generator, dtype=torch.float64).repeat(1, copies)
+        errors = (u < torch.sigmoid(base - slope * s)).double()
+        return rank_losses(errors, (s * n_values).floor() if n_values else s)
 
-def test_the_area_of_a_random_order_is_the_share_of_errors() -> None:
-    generator = torch.Generator().manual_seed(8)
-    errors = (torch.rand(20_000, generator=generator) < 0.3).double()
-    m = measure(errors, torch.rand(20_000, generator=generator, dtype=torch.float64))
-    r = errors.mean().item()
-    assert m["aurc"].known == pytest.approx(r, abs=4 * (m["aurc"].standard_error or 0))
-    assert m["e_aurc"].known == pytest.approx(m["aurc"].known - (r + (1 - r) * log(1 - r)), abs=1e-3)
+    truth, codes = drawn(400_000, 1).area, torch.arange(n // copies).repeat(copies) if copies > 1 else None
+    for _ in range(n_sets):
+        e = estimate_area([drawn(n, copies)], Units(n, 0.95, codes), most=1.0)
+        hits += e.low <= truth <= e.high
+        narrow += abs(truth - e.known) <= (e.high - e.low) / 4
+    assert hits / n_sets >= 0.91
+    assert narrow / n_sets < 0.85 or base == -2  # half the width would miss: the test could fail

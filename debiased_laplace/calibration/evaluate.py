@@ -1,0 +1,212 @@
+"""`evaluate`: from posteriors and a loader to a report, in one pass."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from laplace.baselaplace import BaseLaplace
+from torch.utils.data import RandomSampler
+
+from debiased_laplace.calibration.build import calibration_report
+from debiased_laplace.calibration.check import ThresholdSource
+from debiased_laplace.calibration.contents import PredictionRecord, ReportFigure, ReportTable, Task
+from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
+from debiased_laplace.calibration.predict import (
+    CollectedPredictions,
+    Method,
+    as_prediction,
+    collect,
+    make_predictors,
+    read_methods,
+)
+from debiased_laplace.calibration.predictors import LaplacePredictor, PredictionOptions, PredictionType, Predictor
+from debiased_laplace.calibration.report import CalibrationReport
+from debiased_laplace.calibration.scaling import TemperatureScaling
+from debiased_laplace.data.inputs import MappingKeys
+from debiased_laplace.posterior.predictions import Link
+
+FEW_DRAWS = 100
+
+
+def evaluate(  # noqa: D417 - further options are those of the report
+    posteriors: Mapping[str, Method] | BaseLaplace,
+    loader: Iterable[Any],
+    *,
+    task: Task,
+    baseline: str | None = None,
+    include_map: bool | None = None,
+    pred_type: PredictionType = "glm",
+    link_approx: Link | None = None,
+    n_samples: int = 100,
+    sigma_noise: Any = None,
+    ood_loaders: Mapping[str, Iterable[Any]] | None = None,
+    validation_loader: Iterable[Any] | None = None,
+    held_out_loader: Iterable[Any] | None = None,
+    fitted_loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+    dict_key_x: str | None = None,
+    dict_key_y: str | None = None,
+    seed: int = 0,
+    progress_bar: bool = False,
+    n_bins: int = 15,
+    confidence_level: float = 0.95,
+    n_resamples: int = 1000,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+    description: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    tables: Sequence[ReportTable] = (),
+    figures: Sequence[ReportFigure] = (),
+    target_unit: str | None = None,
+    temperature_scaling: TemperatureScaling = "auto",
+    clusters: Any = None,
+    max_samples: int = 1_000_000,
+    thresholds: ThresholdSource | None = None,
+) -> CalibrationReport:
+    """Predict a test set with several methods in one pass over its loader, and compare their calibration in a report.
+
+    Every method sees the same inputs, whatever the loader shuffles or augments, and draws the same random numbers; the
+    draws start anew with every batch, so that sampled networks are the same ones for all batches. Models are left as
+    they were: modes, weights, gradients, and the global random state.
+
+    Memory: predictions on the CPU in their own dtype; samples of one batch at a time.
+
+    Args:
+        posteriors: name to method. A Laplace posterior of this package or of laplace-torch; a network, which is the
+            MAP estimate: its outputs are logits, or means; any callable that maps a batch of inputs to probabilities
+            (n, C), to (mean, standard deviation) with the observation noise, or to samples (S, n, C), in regression of
+            the function alone. One posterior alone is called "laplace".
+        loader: the test set, an iterable of batches: (inputs, targets), or mappings of tensors.
+        task: "binary", "multiclass" or "regression".
+        baseline: name of the method that the others are compared with; default: the first.
+        include_map: whether the network of the first Laplace posterior is added, first and under the name "map"; None:
+            where no network and no "map" is given, and no other baseline.
+        pred_type: of Laplace posteriors: "glm", the linearized network, or "nn", networks at drawn weights.
+        link_approx: of Laplace posteriors in classification: "mean_field", "probit", "mc", "bridge" or "bridge_norm";
+            None: "mean_field" for "glm", "mc" for "nn". Posteriors of laplace-torch get the same link as those of this
+            package, so that posteriors are compared and not links; a callable, `lambda x: la(x)`, has its own. "mc" is
+            the mean over `predictive_samples`.
+        n_samples: draws where Laplace posteriors predict by drawing, at least 2; below 100 the report warns.
+        sigma_noise: standard deviation of the observation noise, for networks and sampling callables in regression;
+            None: that of the first Laplace posterior. A Laplace posterior uses its own.
+        ood_loaders: name to a loader of inputs out of distribution; targets are ignored.
+        validation_loader: labelled samples of neither the training nor the test set, for temperature scaling of the
+            baseline.
+        held_out_loader: training samples left out of every fit, by which the posteriors are compared with the full
+            batch (`held_out_kl`).
+        fitted_loader: the samples that were fitted, of all posteriors or by name; those of laplace-torch need it.
+        dict_key_x: of mappings: the tensor whose length is the number of samples; None: as the first posterior.
+        dict_key_y: of mappings: the targets; None: as the first posterior.
+        seed: of everything that is drawn.
+        progress_bar: show progress.
+        n_bins, ..., thresholds: as of `calibration_report`; `clusters` in the order of the loader, and
+            `temperature_scaling` on `validation_loader` where it is given.
+
+    Returns:
+        The report, with a section on the posteriors and on how each method predicted.
+
+    Raises:
+        NotFittedError: if a posterior is not fitted.
+        ValueError: if a method or a batch is not what it should be, or nothing says what the observation noise is, or
+            clusters are given with a loader that shuffles.
+        OverlapError: if a held-out sample was fitted.
+
+    References:
+        Daxberger et al. (2021), arXiv 2106.14806 (predictives); docs/calibration_reports.md.
+    """
+    if clusters is not None and isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError("clusters are in the order of the loader, which shuffles; expected shuffle=False.")
+    if ood_loaders is not None and not isinstance(ood_loaders, Mapping):
+        raise ValueError(f"ood_loaders must map names of sets to loaders; got {type(ood_loaders).__name__}.")
+    options = PredictionOptions(task, pred_type, link_approx, n_samples, seed)
+    methods = read_methods(posteriors, baseline, include_map)
+    first = next(iter(methods)) if baseline is None else baseline
+    predictors = make_predictors(methods, options, first)
+    laplace = {name: m for name, m in methods.items() if isinstance(m, BaseLaplace)}
+    keys, noise = _choose_keys(laplace, dict_key_x, dict_key_y), _find_noise(laplace, sigma_noise)
+
+    def predict(names: Iterable[str], source: Iterable[Any], label: str, labelled: bool = True) -> CollectedPredictions:
+        return collect(
+            {name: predictors[name] for name in names},
+            source,
+            keys,
+            seed=seed,
+            with_targets=labelled,
+            progress=f"[Predicting {label}]" if progress_bar else None,
+        )
+
+    def read(found: CollectedPredictions) -> dict[str, Any]:
+        return {
+            name: as_prediction(name, p, laplace[name].sigma_noise if name in laplace else noise)
+            for name, p in found.predictions.items()
+        }
+
+    found = predict(methods, loader, "the test set")
+    validation = None
+    if validation_loader is not None and first in methods:
+        held = predict([first], validation_loader, "validation data")
+        logits = held.predictions[first].logits
+        validation = (read(held)[first] if logits is None else logits, held.targets)
+    ood = {name: read(predict(methods, source, name, labelled=False)) for name, source in (ood_loaders or {}).items()}
+    summaries = summarize_posteriors(laplace, confidence_level)
+    if held_out_loader is not None:
+        summaries = compare_held_out(laplace, summaries, held_out_loader, fitted_loader, confidence_level, progress_bar)
+    report = calibration_report(
+        read(found),
+        found.targets,
+        task=task,
+        baseline=baseline,
+        n_bins=n_bins,
+        confidence_level=confidence_level,
+        n_resamples=n_resamples,
+        seed=seed,
+        class_names=class_names,
+        title=title,
+        description=description,
+        metadata=metadata,
+        tables=tables,
+        figures=figures,
+        target_unit=target_unit,
+        posteriors=summaries,
+        temperature_scaling=temperature_scaling,
+        validation=validation,
+        logits={name: p.logits for name, p in found.predictions.items() if p.logits is not None},
+        ood=ood or None,
+        clusters=clusters,
+        max_samples=max_samples,
+        thresholds=thresholds,
+    )
+    records = {name: _record(predictors[name], found, options) for name in methods}
+    return replace(report, predicted=records, warnings=(*_warn_of_draws(records), *report.warnings))
+
+
+def _choose_keys(laplace: Mapping[str, BaseLaplace], dict_key_x: str | None, dict_key_y: str | None) -> MappingKeys:
+    """Return where a mapping holds what: as given, or as the first posterior has it."""
+    first, defaults = next(iter(laplace.values()), None), MappingKeys()
+    x = getattr(first, "dict_key_x", None) or defaults.dict_key_x
+    y = getattr(first, "dict_key_y", None) or defaults.dict_key_y
+    return MappingKeys(dict_key_x or x, dict_key_y or y)
+
+
+def _find_noise(laplace: Mapping[str, BaseLaplace], given: Any) -> Any:
+    """Return the observation noise of methods that do not know theirs: as given, or the first posterior's."""
+    if given is not None or not laplace:
+        return given
+    return next(iter(laplace.values())).sigma_noise.detach()
+
+
+def _record(predictor: Predictor, found: CollectedPredictions, options: PredictionOptions) -> PredictionRecord:
+    pred_type = link = None
+    if isinstance(predictor, LaplacePredictor):
+        pred_type, link = options.pred_type, None if options.task == "regression" else options.link
+    n_samples, clock = found.predictions[predictor.name].n_samples, found.clocks[predictor.name]
+    return PredictionRecord(predictor.kind, pred_type, link, n_samples, clock.seconds, clock.peak_bytes)
+
+
+def _warn_of_draws(records: Mapping[str, PredictionRecord]) -> list[str]:
+    few = {name: r.n_samples for name, r in records.items() if r.pred_type and r.n_samples and r.n_samples < FEW_DRAWS}
+    if not few:
+        return []
+    return [
+        f"Only {next(iter(few.values()))} draws behind the predictions of {', '.join(few)}: their negative "
+        f"log-likelihood and calibration error are too large by what the draws add; take {FEW_DRAWS} or more."
+    ]

@@ -1,1 +1,0 @@
-"""Gates: thresholds that a report must keep, judged on confidence bounds."""

@@ -1,1 +1,0 @@
-"""What was fitted: Laplace posteriors as plain numbers for the report."""

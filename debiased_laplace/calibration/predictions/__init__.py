@@ -1,1 +1,0 @@
-"""What was predicted and what came, checked once: the only way into a report."""

@@ -1,1 +1,0 @@
-"""From the contents of a report to pages and files; no number is made here."""

@@ -1,0 +1,233 @@
+"""`evaluate` against `calibration_report` on predictions made by hand."""
+
+import inspect
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fitted_posteriors import MODEL, PRIOR, SIGMA, TEMPERATURE, B, C, N, X, data, debiased, loader, of_laplace_torch
+from laplace import Laplace
+from models import mlp, targets
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiased_laplace import DebiasedLaplace, calibration_report, evaluate
+from debiased_laplace.calibration.probabilities import PosteriorPredictive
+
+
+def drawn(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(inputs, torch.randint(C, (n,), generator=generator))
+
+
+def uniform(x):
+    return torch.full((len(x), C), 1 / C)
+
+
+def by_hand(inputs):
+    """MAP's logits, and predictions of MAP and the posterior."""
+    logits, gaussian = MODEL(inputs).detach(), debiased().gaussian_logits(inputs)
+    predictive = PosteriorPredictive(*gaussian.probabilities_and_information(), gaussian.total_variance)
+    return logits, {"map": logits.softmax(-1), "laplace": predictive}
+
+
+def test_the_report_is_that_of_predictions_by_hand():
+    test, held, far = drawn(1, 120), drawn(2, 90), 8 * drawn(3, 50).tensors[0]
+    report = evaluate(
+        debiased(),
+        DataLoader(test, batch_size=16),
+        task="multiclass",
+        validation_loader=DataLoader(held, batch_size=7),
+        ood_loaders={
+            "far away": DataLoader(TensorDataset(far, torch.zeros(50)), batch_size=9),
+            "inputs alone": far.split(20),
+            "tuples of one": [(x,) for x in far.split(20)],
+        },
+    )
+    logits, predictions = by_hand(test.tensors[0])
+    expected = calibration_report(
+        predictions,
+        test.tensors[1],
+        task="multiclass",
+        validation=(by_hand(held.tensors[0])[0], held.tensors[1]),
+        logits={"map": logits},
+        ood={"far away": by_hand(far)[1]},
+    )
+    assert list(report.methods) == ["map", report.scaling.method, "laplace"]
+    assert report.baseline == "map"
+    for field in ("methods", "comparisons", "scaling", "data"):
+        assert getattr(report, field) == getattr(expected, field), field
+    wanted = expected.ood["far away"].metrics["laplace"]
+    assert {"entropy", "mutual_information"} < set(wanted)
+    for found in report.ood.values():
+        areas = {score: metrics["auroc"].value for score, metrics in found.metrics["laplace"].items()}
+        assert areas == pytest.approx({score: metrics["auroc"].value for score, metrics in wanted.items()}, abs=1e-9)
+
+
+@pytest.mark.parametrize("given", [None, 0.5])
+def test_the_noise_is_added_exactly_once_for_every_kind_of_method(given):
+    """A function variance of zero leaves sigma alone: sigma it has to be, not 0, sqrt(2) sigma or sigma squared."""
+    posteriors = {"laplace": debiased("regression"), "laplace-torch": of_laplace_torch("regression", "all", "diag")}
+    others = {
+        "network": MODEL,
+        "draws": lambda x: MODEL(x).detach().repeat(4, 1, 1),
+        "pair": lambda x: (MODEL(x), torch.full((len(x), C), 0.33)),
+    }
+    report = evaluate(posteriors | others, loader("regression"), task="regression", sigma_noise=given)
+    expected = {"network": given or SIGMA, "draws": given or SIGMA, "pair": 0.33}
+    for name, la in posteriors.items():
+        variance = la(X)[1].diagonal(dim1=-2, dim2=-1).double()
+        expected[name] = (variance + SIGMA**2).sqrt().mean().item()
+        # the noise dominates neither, so that forgetting or doubling it would be seen
+        assert expected[name] > 1.01 * SIGMA
+    assert {n: m["sharpness"].value for n, m in report.metrics.items() if n in expected} == pytest.approx(expected)
+
+
+def test_every_posterior_is_judged_with_its_own_noise():
+    noises = {"one": 0.3, "other": 3.0}
+    posteriors = {name: debiased("regression", sigma_noise=sigma) for name, sigma in noises.items()}
+    report = evaluate(posteriors, loader("regression"), task="regression")
+    for name, la in posteriors.items():
+        variance = la(X)[1].diagonal(dim1=-2, dim2=-1).double() + noises[name] ** 2
+        assert report.metrics[name]["sharpness"].value == pytest.approx(variance.sqrt().mean().item())
+
+
+def test_the_temperature_of_a_saturated_network_comes_from_its_logits():
+    """A confident network whose single-precision probabilities are exactly 0 and 1."""
+    generator, model = torch.Generator().manual_seed(0), nn.Linear(4, C, bias=False)
+    nn.init.normal_(model.weight, std=100, generator=generator)
+    x = torch.randn(300, 4, generator=generator)
+    z = model(x).detach()
+    y = torch.multinomial((z / 20).softmax(-1), 1, generator=generator)[:, 0]
+    report = evaluate({"net": model}, [(x[:150], y[:150])], task="multiclass", validation_loader=[(x[150:], y[150:])])
+    given = [
+        calibration_report({"net": z[:150].softmax(-1)}, y[:150], task="multiclass", validation=(held, y[150:]))
+        for held in (z[150:], z[150:].softmax(-1))
+    ]
+    assert report.scaling == given[0].scaling
+    assert report.scaling.value > 1.1 * given[1].scaling.value
+
+
+def test_records_and_warnings_say_how_each_method_predicted():
+    methods = {"la": debiased(), "samples": lambda x: uniform(x).expand(30, -1, -1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled = evaluate(methods, loader(), task="multiclass", pred_type="nn", n_samples=5)
+    records = sampled.predicted
+    assert {n: (r.kind, r.pred_type, r.link, r.n_samples) for n, r in records.items()} == {
+        "map": ("network", None, None, None),
+        "la": ("Laplace posterior", "nn", "mc", 5),
+        "samples": ("callable", None, None, 30),
+    }
+    assert all(r.seconds > 0 for r in records.values())
+    assert "Only 5 draws behind the predictions of la:" in sampled.warnings[0]
+    report = evaluate(methods, loader(), task="multiclass", n_samples=5)
+    assert (report.predicted["la"].link, report.predicted["la"].n_samples) == ("mean_field", None)
+    assert not any("draws behind" in w for w in report.warnings)
+
+
+def test_posteriors_are_summarized_and_compared():
+    posteriors = {"a": debiased(complement="none"), "b": debiased(complement="none", rank=1)}
+    held_out, fitted = loader(indices=range(B, 36)), loader(indices=range(B))
+    options = {"task": "multiclass", "held_out_loader": held_out, "fitted_loader": fitted, "confidence_level": 0.9}
+    found = evaluate(posteriors, loader(), **options).posteriors
+    assert found["a"].facts["class"] == type(posteriors["a"]).__name__
+    assert found["b"].held_out.reference == "a"
+    half = 1.644854 * found["b"].held_out.standard_error
+    assert found["b"].held_out.high - found["b"].held_out.difference == pytest.approx(half, rel=1e-5)
+
+
+class Mapped(nn.Module):
+    """Takes mappings as laplace-torch's examples do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = mlp()[0], set()
+
+    def forward(self, batch):
+        self.seen |= set(batch)
+        return self.net(batch["question"])
+
+
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+@pytest.mark.parametrize("library", [DebiasedLaplace, Laplace])
+def test_mappings_of_tensors_have_the_keys_of_the_first_posterior_or_those_given(library, pred_type):
+    """laplace-torch's sampling asks a mapping for `.to`, which a plain one lacks."""
+    y, model, keys = targets("classification"), Mapped(), {"dict_key_x": "question", "dict_key_y": "answer"}
+    batches = DataLoader([{"question": X[i], "answer": y[i]} for i in range(N)], batch_size=8)
+    la = library(model, "classification", "last_layer", "full", prior_precision=PRIOR, temperature=TEMPERATURE, **keys)
+    la.fit(batches)
+    model.seen.clear()
+    by_name = nn.Identity()
+    by_name.forward = lambda question: SimpleNamespace(logits=MODEL(question))  # as models of Hugging Face
+    report = evaluate({"net": model, "by name": by_name, "la": la}, batches, task="multiclass", pred_type=pred_type)
+    assert model.seen == {"question"}
+    for name in ("net", "by name"):
+        assert report.metrics[name]["nll"].value == pytest.approx(nn.functional.cross_entropy(MODEL(X), y).item())
+    samples = la.predictive_samples({"question": X}, n_samples=4000).mean(0)
+    assert report.metrics["la"]["nll"].value == pytest.approx(nn.functional.nll_loss(samples.log(), y).item(), abs=0.1)
+    assert evaluate({"net": model}, batches, task="multiclass", **keys).metrics["net"] == report.metrics["net"]
+    with pytest.raises(ValueError, match="dict_key_y='labels'"):
+        evaluate({"net": model}, batches, task="multiclass")
+
+
+def test_clusters_are_in_the_order_of_a_loader_that_does_not_shuffle():
+    ids = torch.arange(N) // 4
+    with pytest.raises(ValueError, match="shuffle=False"):
+        evaluate({"m": MODEL}, DataLoader(data(), shuffle=True), task="multiclass", clusters=ids)
+    nll = [evaluate({"m": MODEL}, loader(), task="multiclass", clusters=c).metrics["m"]["nll"] for c in (ids, None)]
+    assert nll[0].value == pytest.approx(nll[1].value)
+    assert nll[0].standard_error != pytest.approx(nll[1].standard_error, rel=0.01)
+
+
+def test_a_report_of_the_same_loader_and_seed_is_the_same_and_shows_progress(capsys):
+    whole = evaluate(debiased(), loader(batch_size=40), task="multiclass", pred_type="nn", seed=2)
+    parts = evaluate(debiased(), iter(loader()), task="multiclass", pred_type="nn", seed=2, progress_bar=True)
+    assert whole.data == parts.data
+    for name, metrics in whole.metrics.items():
+        assert parts.metrics[name]["nll"].value == pytest.approx(metrics["nll"].value, rel=1e-9)
+    assert "[Predicting the test set]" in capsys.readouterr().err
+
+
+REFUSED = {
+    "no noise": ({"net": MODEL}, {"task": "regression"}, "'net'.*pass sigma_noise"),
+    "nothing": ({}, {}, "at least one; got an empty mapping"),
+    "no method": ({"m": 3.0}, {}, "'m' must be a Laplace posterior"),
+    "logits from a callable": ({"m": lambda x: 3 * x[:, :C]}, {}, "must lie in"),
+    "a MAP that is nowhere": ({"m": uniform}, {"include_map": True}, "none of the posteriors has a network"),
+    "a baseline that is nowhere": ({"m": uniform}, {"baseline": "x"}, "baseline must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    methods, options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        evaluate(methods, loader("regression"), **{"task": "multiclass", **options})
+
+
+def test_evaluate_takes_every_option_of_the_report():
+    """All but what it finds out itself; an option added to `calibration_report` has to be passed on here too."""
+    report = inspect.signature(calibration_report).parameters
+    own = {"predictions", "targets", "posteriors", "observation_noise", "validation", "logits", "ood"}
+    here = inspect.signature(evaluate).parameters
+    assert {name for name in report if name not in here} <= own
+    for name in (set(report) & set(here)) - {"task", "posteriors"}:
+        assert here[name].default == report[name].default, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_equals_cpu_and_tells_its_memory():
+    found = {}
+    for device in ("cpu", "cuda"):
+        la = DebiasedLaplace(mlp()[0].to(device), "classification", prior_precision=PRIOR, temperature=TEMPERATURE)
+        la.fit(loader())
+        found[device] = evaluate(la, loader(), task="multiclass")
+    for method in ("map", "laplace"):
+        ours, theirs = (found[d].metrics[method]["nll"].value for d in ("cuda", "cpu"))
+        assert ours == pytest.approx(theirs, rel=1e-6)
+        assert found["cuda"].predicted[method].peak_bytes > 0
+        assert found["cpu"].predicted[method].peak_bytes is None
