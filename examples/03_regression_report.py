@@ -95,8 +95,8 @@ for method, m in report.metrics.items():
         f"CRPS {m['crps'].value:.1f}, errors are {m['z_scale'].value:.2f} predicted standard deviations, "
         f"90 % intervals hold {m['picp'].value:.1%}"
     )
-added = report.metrics["Laplace"]
-print(f"of which the function: {added['std_epistemic'].value:.1f} points, noise: {added['std_noise'].value:.1f} points")
+function, noise = float(unit * variance.sqrt().mean()), float(unit * sigma_laplace)
+print(f"of Laplace's spread, the function: {function:.1f} points, noise: {noise:.1f} points")
 spread = (variance + sigma_laplace**2).sqrt()
 print(f"widest interval over narrowest: MAP 1.00, Laplace {spread.max() / spread.min():.2f}")
 for c in report.comparisons:

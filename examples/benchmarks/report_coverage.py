@@ -19,24 +19,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.calibration.comparisons import compare_methods
-from debiased_laplace.calibration.estimates import Estimate, estimate_mean, estimate_root_mean, estimate_share
-from debiased_laplace.calibration.metrics.binning import bin_confidences
-from debiased_laplace.calibration.metrics.classification import brier_score, negative_log_likelihood
-from debiased_laplace.calibration.metrics.consistency import check_consistency
-from debiased_laplace.calibration.metrics.debiased_error import estimate_debiased_error, influence_on_debiased_error
-from debiased_laplace.calibration.metrics.regression import negative_log_likelihood as regression_loss
-from debiased_laplace.calibration.metrics.regression import ranked_probability_score
-from debiased_laplace.calibration.predictions.classification import ClassificationPredictions, read_classification
-from debiased_laplace.calibration.predictions.regression import read_regression
-from debiased_laplace.calibration.scaling.cross_fitting import cross_fit_temperature, scaled_negative_log_likelihood
-from debiased_laplace.calibration.scaling.decomposition import ERROR_PER_COST, estimate_temperature, split_loss
-from debiased_laplace.calibration.skewness import estimate_skewed_mean
+from debiased_laplace.calibration.contents import Estimate
+from debiased_laplace.calibration.inputs import Settings
+from debiased_laplace.calibration.intervals import (
+    Units,
+    estimate_mean,
+    estimate_root_mean,
+    estimate_share,
+    estimate_skewed_mean,
+)
+from debiased_laplace.calibration.metrics.binned import BinnedConfidences, check_consistency, estimate_debiased_error
+from debiased_laplace.calibration.metrics.classification import brier_score, negative_log_likelihood, scores_of
+from debiased_laplace.calibration.probabilities import (
+    ClassificationPredictions,
+    Probabilities,
+    reduce_classification,
+)
+from debiased_laplace.calibration.regression import read_regression
+from debiased_laplace.calibration.scaling import ERROR_PER_COST, split_loss
+from debiased_laplace.calibration.temperature import (
+    cross_fit_temperature,
+    estimate_temperature,
+    scaled_negative_log_likelihood,
+)
 
 LEVEL = 0.95
 SIZES = (200, 1000, 5000)
 FAMILIES = {"calibrated": (1.0, 1.5), "x 1.1": (1.1, 1.5), "x 1.6": (1.6, 1.5), "sure, x 1.6": (1.6, 6.0)}
 NOISE = 0.7  # of the logits of the method that a family is compared with
-N_CLASSES, HUGE, PORTION = 10, 2_000_000, 100_000
+N_CLASSES, N_BINS, HUGE, PORTION = 10, 15, 2_000_000, 100_000
 SCALES = {"calibrated": 1.0, "x 1.1": 1.1, "x 1.6": 1.6}  # true errors in predicted standard deviations
 
 
@@ -48,36 +59,22 @@ def draw(n: int, width: float, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def read(logits: Tensor, labels: Tensor) -> ClassificationPredictions:
-    return read_classification("m", logits.softmax(dim=1), labels, task="multiclass")
+    return reduce_classification(Probabilities(logits.softmax(dim=1)), labels, n_bins=N_BINS)
 
 
-def scores_of(p: ClassificationPredictions) -> dict[str, Tensor]:
-    """What a report compares."""
-    bins = bin_confidences(p.confidence, p.correct, n_bins=15)
-    found = {"nll": negative_log_likelihood(p), "brier": brier_score(p), "error": 1 - p.correct}
-    influence = influence_on_debiased_error(bins)
-    return found if influence is None else {**found, "rmsce2_debiased": influence}
-
-
-def estimate(p: ClassificationPredictions) -> dict[str, Estimate]:
-    """The estimates of a report that have intervals, and two that it could have had."""
+def estimate(p: ClassificationPredictions, units: Units) -> dict[str, Estimate]:
+    """The estimates of a report that have intervals, and one that it could have had."""
     loss = negative_log_likelihood(p)
-    fit = cross_fit_temperature(p, seed=0)
-    bins = bin_confidences(p.confidence, p.correct, n_bins=15)
+    fit = cross_fit_temperature(p, units, seed=0)
     return {
-        "nll": estimate_skewed_mean(loss, confidence_level=LEVEL),
-        "nll, normal interval": estimate_mean(loss, confidence_level=LEVEL),
-        "brier": estimate_skewed_mean(brier_score(p), confidence_level=LEVEL),
-        "accuracy": estimate_share(p.correct, confidence_level=LEVEL),
-        "confidence_gap": estimate_mean(p.confidence - p.correct, confidence_level=LEVEL),
-        "rmsce2_debiased": estimate_debiased_error(bins, confidence_level=LEVEL),
-        "temperature_optimal": estimate_temperature(fit.pooled, confidence_level=LEVEL),
-        **split_loss(
-            loss,
-            scaled_negative_log_likelihood(p, fit.temperature),
-            confidence_level=LEVEL,
-            fitting_error=ERROR_PER_COST * fit.pooled.cost,
-        ),
+        "nll": estimate_skewed_mean(loss, units),
+        "nll, normal interval": estimate_mean(loss, units),
+        "brier": estimate_skewed_mean(brier_score(p), units),
+        "accuracy": estimate_share(p.correct, units),
+        "confidence_gap": estimate_mean(p.confidence - p.correct, units),
+        "rmsce2_debiased": estimate_debiased_error(BinnedConfidences(p.confidence, p.correct, N_BINS), units),
+        "temperature_optimal": estimate_temperature(fit.pooled, units),
+        **split_loss(loss, scaled_negative_log_likelihood(p, fit.temperature), units, cost=fit.pooled.cost),
     }
 
 
@@ -93,14 +90,14 @@ def find_truth(factor: float, width: float) -> dict[str, float]:
             confidence, predicted = p.max(dim=1)
             correct = (predicted == labels).double()
             true = p.gather(1, labels[:, None])[:, 0]
-            cell = (confidence * 15).long().clamp(max=14)
+            cell = (confidence * N_BINS).long().clamp(max=N_BINS - 1)
             found = {
                 "nll": -logits.log_softmax(dim=1).gather(1, labels[:, None]).sum(),
                 "brier": (p.square().sum(dim=1) - 2 * true + 1).sum(),
                 "accuracy": correct.sum(),
                 "confidence_gap": (confidence - correct).sum(),
-                "n": torch.bincount(cell, minlength=15).double(),
-                "surplus": torch.bincount(cell, weights=correct - confidence, minlength=15),
+                "n": torch.bincount(cell, minlength=N_BINS).double(),
+                "surplus": torch.bincount(cell, weights=correct - confidence, minlength=N_BINS),
                 "nll_calibration_loss": -best,
                 "nll_refinement_loss": best,
             }
@@ -123,16 +120,17 @@ def find_truth(factor: float, width: float) -> dict[str, float]:
 def cover_classification(n: int, family: str, truth: dict[str, float], repetitions: int) -> dict[str, float]:
     """Share of intervals that contain the truth."""
     factor, width = FAMILIES[family]
+    units = Units(n, LEVEL)
     hits: dict[str, list[bool]] = defaultdict(list)
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(1000 * n + repetition)
         z, labels, noisy = draw(n, width, generator)
         one, other = read(factor * z, labels), read(noisy, labels)
-        for name, e in estimate(one).items():
+        for name, e in estimate(one, units).items():
             if e.low is not None and e.high is not None:
                 hits[name].append(e.low <= truth[name] <= e.high)
-        scores = {"b": scores_of(other), "a": scores_of(one)}
-        for c in compare_methods(scores, ("b",), confidence_level=LEVEL):
+        scores = {name: scores_of(p, units, n_bins=N_BINS) for name, p in (("b", other), ("a", one))}
+        for c in compare_methods(scores, ("b",), units):
             hits[f"difference of {c.metric}"].append(c.low <= truth[f"difference of {c.metric}"] <= c.high)
     return {name: sum(found) / len(found) for name, found in hits.items()}
 
@@ -146,6 +144,7 @@ def cover_regression(n: int, family: str, repetitions: int) -> dict[str, float]:
         "crps": sqrt(2 / pi) * sqrt(1 + s**2) - 1 / sqrt(pi),
         "nll of regression": log(2 * pi) / 2 + mean_log + s**2 / 2,
     }
+    units = Units(n, LEVEL)
     hits: dict[str, list[bool]] = defaultdict(list)
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(2000 * n + repetition)
@@ -153,9 +152,9 @@ def cover_regression(n: int, family: str, repetitions: int) -> dict[str, float]:
         y = s * sigma * torch.randn(n, generator=generator, dtype=torch.float64)
         p = read_regression("m", (torch.zeros_like(y), sigma), y)
         found = {
-            "z_scale": estimate_root_mean(p.z_scores.square()[:, 0], confidence_level=LEVEL),
-            "crps": estimate_skewed_mean(ranked_probability_score(p)[:, 0], confidence_level=LEVEL),
-            "nll of regression": estimate_skewed_mean(regression_loss(p), confidence_level=LEVEL),
+            "z_scale": estimate_root_mean(p.z_scores.square()[:, 0], units),
+            "crps": estimate_skewed_mean(p.ranked_probability_score[:, 0], units),
+            "nll of regression": estimate_skewed_mean(p.negative_log_density, units),
         }
         for name, e in found.items():
             hits[name].append(e.low <= truth[name] <= e.high)
@@ -164,39 +163,37 @@ def cover_regression(n: int, family: str, repetitions: int) -> dict[str, float]:
 
 def judge(n: int, width: float, repetitions: int) -> dict[str, float]:
     """How often a verdict falls, after Holm, where none should, and where one should."""
+    units = Units(n, LEVEL)
     found: dict[str, list[bool]] = defaultdict(list)
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(3000 * n + repetition)
         z, labels, noisy = draw(n, width, generator)
         equal = z + NOISE * torch.randn(z.shape, generator=generator, dtype=z.dtype)
         right = read(z, labels)
-        bins = bin_confidences(right.confidence, right.correct, n_bins=15)
-        consistency = check_consistency(bins, n_resamples=200, confidence_level=LEVEL, seed=repetition)
+        bins = BinnedConfidences(right.confidence, right.correct, N_BINS)
+        consistency = check_consistency(bins, Settings(N_BINS, LEVEL, n_resamples=200, seed=repetition))
         found["consistency test rejects right confidences"].append(consistency.p_value < 1 - LEVEL)
-        verdicts = _verdicts({"a": read(noisy, labels), "b": read(equal, labels)}, ("a",))
+        verdicts = _verdicts({"a": read(noisy, labels), "b": read(equal, labels)}, units)
         found["any verdict between two equally good methods"].append(bool(set(verdicts.values())))
         over = read(1.6 * z, labels)
-        fit = cross_fit_temperature(over, seed=repetition)
+        fit = cross_fit_temperature(over, units, seed=repetition)
         scaled = {"nll": scaled_negative_log_likelihood(over, fit.temperature)}
         scores = {"map": {"nll": negative_log_likelihood(over)}, "scaled": scaled}
         scores["best"] = {"nll": negative_log_likelihood(right)}
-        compared = compare_methods(
-            scores,
-            ("map", "scaled"),
-            confidence_level=LEVEL,
-            fitting_errors={"scaled": ERROR_PER_COST * fit.pooled.cost},
-        )
+        errors = {"scaled": ERROR_PER_COST * fit.pooled.cost}
+        compared = compare_methods(scores, ("map", "scaled"), units, fitting_errors=errors)
         judged = {(c.method, c.baseline): c.verdict for c in compared}
         found["the best temperature called better than the fitted one"].append(judged["best", "scaled"] == "better")
         for factor in (1.1, 1.3, 1.6):
-            verdicts = _verdicts({"a": read(factor * z, labels), "b": right}, ("a",))
+            verdicts = _verdicts({"a": read(factor * z, labels), "b": right}, units)
             found[f"x {factor} called worse in NLL than x 1"].append(verdicts.get("nll") == "better")
     return {name: sum(hits) / len(hits) for name, hits in found.items()}
 
 
-def _verdicts(methods: dict[str, ClassificationPredictions], references: tuple[str, ...]) -> dict[str, str]:
-    scores = {name: scores_of(p) for name, p in methods.items()}
-    found = compare_methods(scores, references, confidence_level=LEVEL)
+def _verdicts(methods: dict[str, ClassificationPredictions], units: Units) -> dict[str, str]:
+    """Metric to verdict on the second method against the first, where there is one."""
+    scores = {name: scores_of(p, units, n_bins=N_BINS) for name, p in methods.items()}
+    found = compare_methods(scores, [next(iter(methods))], units)
     return {c.metric: c.verdict for c in found if c.verdict != "no detectable difference"}
 
 

@@ -1,6 +1,6 @@
 """How long a report of many probabilities takes, and how much memory.
 
-Two methods, everything on: metrics, cross-fitted temperature, comparisons, selective prediction, groups, page and JSON.
+Two methods, everything on: metrics, cross-fitted temperature, comparisons, selective prediction, page and JSON.
 Each size runs in a process of its own, so that its peak memory is its own. Seconds are those of one run on this
 machine, with whatever else it was doing; processor time, summed over threads, says what a quiet machine would need.
 Threads that compete for busy processors wait for each other: then fewer are faster (--threads 1).
@@ -46,8 +46,7 @@ def measure(n: int, n_classes: int) -> dict[str, float]:
     before = peak_memory()
 
     start, processor = time.perf_counter(), time.process_time()
-    groups = {"half": ["first", "second"] * (n // 2) + ["first"] * (n % 2)}
-    report = calibration_report({"map": sharp, "laplace": honest}, labels, task="multiclass", groups=groups)
+    report = calibration_report({"map": sharp, "laplace": honest}, labels, task="multiclass")
     seconds["report"] = time.perf_counter() - start
     start = time.perf_counter()
     page = report.to_html()

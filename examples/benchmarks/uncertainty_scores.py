@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.calibration.metrics.out_of_distribution import COMBINED, combine_scores
+from debiased_laplace.calibration.metrics.detection import combine_scores
+from debiased_laplace.calibration.metrics.out_of_distribution import COMBINED
 
 POSTERIORS = {
     "all weights, 128 samples": ("all", "lowrank", 128),
