@@ -107,8 +107,8 @@ def calibration_report(
 ) -> CalibrationReport:
     """Compare how well several methods know what they do not know.
 
-    Cost: a few passes over the predictions on their own device, then two vectors per method on the CPU (about half a
-    second per method for 10,000 samples).
+    Cost: a few passes over the predictions on their own device, then a few numbers per sample on the CPU
+    (examples/benchmarks/report_scale.py measures time and memory).
 
     Args:
         predictions: method name to its predictions on the same samples in the same order. For classification

@@ -157,9 +157,8 @@ def _compare(method: str, metric: str, results: tuple[MethodResult, MethodResult
     else:
         (below, above), freedom = independent_widths(before, after), None
     toward_zero = below if difference > 0 else above
-    p_value = 1.0 if difference == 0 else 0.0
-    if difference != 0 and toward_zero > 0:  # of the level at which the interval would end at zero
-        p_value = two_sided_p_value(difference / toward_zero * student_quantile(level, freedom), freedom)
+    # 1 minus the level at which the interval would end at zero
+    p_value = two_sided_p_value(difference, toward_zero / student_quantile(level, freedom), freedom)
     return replace(change, low=difference - below, high=difference + above, p_value=p_value)
 
 

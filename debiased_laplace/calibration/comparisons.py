@@ -81,7 +81,7 @@ def compare_shares(difference: Float[Tensor, " n"], level: float) -> tuple[Estim
     low, high = max(-1.0, shrunk - half), min(1.0, shrunk + half)
     words = "proportions, Bonett and Price's interval"
     estimate = Estimate(value, min(low, value), max(high, value), error, n, words)
-    return estimate, two_sided_p_value(shrunk / error, None)
+    return estimate, two_sided_p_value(shrunk, error, None)
 
 
 def _compare(
@@ -92,7 +92,8 @@ def _compare(
         estimate, p_value = compare_shares(difference, units.level)
     elif metric in ("error", "rmsce2_debiased"):  # influences, whose skewness is not that of the statistic
         estimate = estimate_mean(difference, units)
-        p_value = _symmetric_p_value(estimate, units)
+        if estimate.standard_error is not None or estimate.known == 0:
+            p_value = two_sided_p_value(estimate.known, estimate.standard_error or 0.0, units.freedom)
     else:
         estimate = estimate_skewed_mean(difference, units, fitting_error=fitting_error)
         p_value = skewed_p_value(difference, units, fitting_error=fitting_error)
@@ -107,16 +108,6 @@ def _compare(
         verdict="no detectable difference",
         estimator=f"paired {estimate.estimator}",
     )
-
-
-def _symmetric_p_value(difference: Estimate, units: Units) -> float | None:
-    if difference.known == 0:
-        return 1.0
-    if difference.standard_error is None:
-        return None
-    if difference.standard_error == 0:
-        return 0.0
-    return two_sided_p_value(difference.known / difference.standard_error, units.freedom)
 
 
 def sum_scores(scores: Mapping[str, Float[Tensor, " n"]], units: Units) -> dict[str, tuple[float, ...]]:

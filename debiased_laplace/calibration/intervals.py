@@ -117,11 +117,16 @@ def student_quantile(level: float, freedom: int | None) -> float:
     return float(stdtrit(freedom, 0.5 + level / 2))
 
 
-def two_sided_p_value(statistic: float, freedom: int | None) -> float:
-    """p-value of a standard normal statistic, or of Student's where there are degrees of freedom."""
+def two_sided_p_value(difference: float, standard_error: float, freedom: int | None) -> float:
+    """Two-sided p-value of no difference, normal, or Student's where there are degrees of freedom.
+
+    Without any spread it is 1 for no difference, else 0.
+    """
     from scipy.special import ndtr, stdtr
 
-    size = -abs(statistic)
+    if difference == 0 or standard_error == 0:
+        return float(difference == 0)
+    size = -abs(difference / standard_error)
     return min(1.0, 2 * float(ndtr(size) if freedom is None else stdtr(freedom, size)))
 
 
@@ -290,7 +295,7 @@ def skewed_p_value(values: Float[Tensor, " n"], units: Units, *, fitting_error: 
     if moments is None:
         return None
     error, skewness = moments
-    return two_sided_p_value(hall_transform(mean / error, skewness), units.freedom) if error > 0 else 0.0
+    return two_sided_p_value(hall_transform(mean / error, skewness), 1.0, units.freedom) if error > 0 else 0.0
 
 
 def _moments(values: Float[Tensor, " n"], units: Units, fitting_error: float) -> tuple[float, float] | None:

@@ -17,9 +17,10 @@ from debiased_laplace.calibration.contents import (
     PosteriorSummary,
     Scalar,
     SpectrumPoint,
+    Verdict,
 )
 from debiased_laplace.calibration.formatting import format_count, format_seconds
-from debiased_laplace.calibration.intervals import adjust_by_holm, normal_quantile, two_sided_p_value
+from debiased_laplace.calibration.intervals import adjust_by_holm, judge_difference, normal_quantile, two_sided_p_value
 from debiased_laplace.calibration.predictors import preserve_state
 from debiased_laplace.debiasing.held_out_kl import HeldOutKL, KLDifference
 from debiased_laplace.errors import NotFittedError, OverlapError
@@ -39,6 +40,11 @@ FACTS = (
     *("effective parameters", "log marginal likelihood", "time of the fit"),
 )
 """The order in which facts are shown."""
+CLOSENESS: dict[Verdict, KLVerdict] = {
+    "better": "closer",
+    "worse": "further",
+    "no detectable difference": "no detectable difference",
+}
 MAGNITUDES = {
     "held_out": "from other samples (held_out)",
     "cross_fitted": "from other folds (cross_fitted)",
@@ -137,16 +143,12 @@ def _subtract_first(
             differences[name] = difference
         else:
             notes[name].append("No held-out KL: one held-out sample has no spread.")
-    single = [
-        two_sided_p_value(d.value / d.standard_error, None) if d.standard_error else float(d.value == 0)
-        for d in differences.values()
-    ]
+    single = [two_sided_p_value(d.value, d.standard_error, None) for d in differences.values()]
     compared = {}
     for (name, d), p in zip(differences.items(), adjust_by_holm([*single]), strict=True):
         assert p is not None  # for the type checker: every one is a test
         half = normal_quantile(level) * d.standard_error
-        verdict: KLVerdict = "no detectable difference" if p >= 1 - level else "closer" if d.value < 0 else "further"
-        ends = (d.value - half, d.value + half)
+        ends, verdict = (d.value - half, d.value + half), CLOSENESS[judge_difference(d.value, p, level=1 - level)]
         compared[name] = HeldOutDifference(first, d.value, d.standard_error, *ends, p, verdict, d.n)
     return compared
 

@@ -15,6 +15,7 @@ from debiased_laplace.calibration.contents import (
     OutOfDistributionSet,
     ScoreBin,
     Task,
+    Verdict,
 )
 from debiased_laplace.calibration.inputs import Settings
 from debiased_laplace.calibration.intervals import (
@@ -161,11 +162,9 @@ def _compare(s: Separation, reference: Mapping[str, Separation], names: tuple[st
     if error is not None:
         half = student_quantile(s.units.level, s.freedom) * error
         low, high = max(-1.0, difference - half), min(1.0, difference + half)
-        p_value = 1.0 if difference == 0 else 0.0
-        if difference != 0 and error > 0:
-            p_value = two_sided_p_value(difference / error, s.freedom)
+        p_value = two_sided_p_value(difference, error, s.freedom)
     below_chance = s.components[0].mean().item() < CHANCE
-    verdict = judge_difference(0.0, None, level=0.0)
+    verdict: Verdict = "no detectable difference"  # until `_adjust` has seen all p-values
     return DetectionComparison(*names, difference, low, high, error, p_value, None, verdict, score, below_chance)
 
 
