@@ -1,4 +1,4 @@
-"""Calibration reports: how well methods know what they do not know, with honest error bars."""
+"""Calibration reports of several methods on one test set, with confidence intervals and verdicts."""
 
 from debiased_laplace.calibration.build import calibration_report
 from debiased_laplace.calibration.contents import Comparison, Estimate, PosteriorSummary, ReportFigure, ReportTable

@@ -1,4 +1,4 @@
-"""One call from predictions to a report that can be read, stored, checked and compared."""
+"""Calibration reports from predictions and targets."""
 
 import hashlib
 import os
@@ -19,9 +19,6 @@ from debiased_laplace.calibration.contents import (
     ClassificationCurves,
     DataSummary,
     MethodResult,
-    MetricDefinition,
-    OutOfDistributionSet,
-    PosteriorSummary,
     ReportFigure,
     ReportTable,
     Scalar,
@@ -32,16 +29,15 @@ from debiased_laplace.calibration.contents import (
 from debiased_laplace.calibration.findings import summarize
 from debiased_laplace.calibration.inputs import Settings, as_tensor, read_clusters, read_labels
 from debiased_laplace.calibration.intervals import Units
-from debiased_laplace.calibration.metrics import classification, regression
+from debiased_laplace.calibration.metrics import classification, out_of_distribution, regression
 from debiased_laplace.calibration.metrics.definitions import CLASSIFICATION, DETECTION, REGRESSION
-from debiased_laplace.calibration.metrics.out_of_distribution import (
-    evaluate_sets,
-    scores_of_probabilities,
-    scores_of_regression,
-)
 from debiased_laplace.calibration.positions import Positions, as_rows
-from debiased_laplace.calibration.probabilities import read_probabilities, reduce_classification
-from debiased_laplace.calibration.regression import noise_of, read_regression, read_regressions
+from debiased_laplace.calibration.probabilities import (
+    ClassificationPredictions,
+    read_probabilities,
+    reduce_classification,
+)
+from debiased_laplace.calibration.regression import RegressionPredictions, noise_of, read_regression, read_regressions
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import (
     Scaled,
@@ -52,7 +48,7 @@ from debiased_laplace.calibration.scaling import (
 )
 from debiased_laplace.calibration.temperature import attach_logits
 
-Extra = TypeVar("Extra", ReportTable, ReportFigure)
+Member = TypeVar("Member")
 
 FEW_SAMPLES = FEW_CLUSTERS = 30
 FEW_RESAMPLES = 200
@@ -61,20 +57,18 @@ SOFTWARE = ("debiased-laplace", "netcal", "torch", "numpy", "matplotlib")
 
 
 @dataclass(frozen=True)
-class _Evaluation:
-    """Results of all methods on a test set, the scaled baseline after the baseline.
+class _TestSet:
+    """Predictions of all methods on the test set, the scaled baseline, and the functions that measure predictions.
 
-    Attributes:
-        scores: method to per-sample scores, for paired comparisons.
-        test: out-of-distribution scores of the caller's methods on the test set.
-        scaled: what scaling added.
+    `score` returns the per-sample scores of paired comparisons, `detect` those of out-of-distribution detection.
     """
 
-    data: DataSummary
-    methods: dict[str, MethodResult]
-    scores: dict[str, dict[str, Tensor]]
-    test: dict[str, dict[str, Tensor]]
+    read: Mapping[str, Any]
     scaled: Scaled
+    measure: Callable[[Any], MethodResult]
+    score: Callable[[Any], dict[str, Tensor]]
+    detect: Callable[[Any], dict[str, Tensor]]
+    data: DataSummary
     warnings: list[str]
 
 
@@ -105,24 +99,23 @@ def calibration_report(
     max_samples: int = 1_000_000,
     thresholds: ThresholdSource | None = None,
 ) -> CalibrationReport:
-    """Compare how well several methods know what they do not know.
+    """Compare the calibration of several methods on one test set.
 
     Cost: a few passes over the predictions on their own device, then a few numbers per sample on the CPU
     (examples/benchmarks/report_scale.py measures time and memory).
 
     Args:
-        predictions: method name to its predictions on the same samples in the same order. For classification
-            probabilities (n, C), or posterior samples (S, n, C) of them, for a binary task also (n,) = P(class 1); for
-            regression a pair (mean, standard deviation), each (n,) or (n, outputs), the observation noise included; or,
-            with word on that noise, a pair (mean, covariance), samples, `Gaussian` or `Samples`. Numpy arrays, lists,
-            or torch tensors on any device. Predictions with positions (N, C, ...), samples (S, N, C, ...) of them and
-            for a binary task (N, ...) are read position by position.
-        targets: labels (n,) or one-hot rows (n, C), of positions labels (N, ...); for regression as the mean.
+        predictions: method name to its predictions on the same samples in the same order, as NumPy arrays, lists, or
+            torch tensors on any device. Classification: probabilities (n, C), posterior samples (S, n, C) of them, or
+            for a binary task (n,) = P(class 1); with positions (N, C, ...), (S, N, C, ...) or (N, ...). Regression: a
+            pair (mean, standard deviation), each (n,) or (n, outputs), observation noise included; or, with
+            `observation_noise`, a pair (mean, covariance) or samples; or `Gaussian` or `Samples`.
+        targets: labels (n,), one-hot rows (n, C), or labels of positions (N, ...); for regression as the mean.
         task: "binary", "multiclass" or "regression".
         baseline: name of the method that the others are compared with; default: the first.
         n_bins: bins of equal width for the binned calibration errors, at least 2.
         confidence_level: coverage of all intervals; 1 minus it is the level of the verdicts.
-        n_resamples: draws behind the p-values of calibration, at least 2.
+        n_resamples: draws for the p-values of calibration, at least 2.
         seed: of these draws; no global generator is read or changed.
         class_names: one per class, for the table of classes.
         title: heading of the report.
@@ -130,34 +123,30 @@ def calibration_report(
         metadata: notes on the experiment, text or numbers, shown under the settings and stored in the JSON.
         tables: extra sections with tables.
         figures: extra sections with figures.
-        observation_noise: standard deviation of the noise to add to covariances and samples, which lack it: a number,
-            (outputs,) or (n, outputs) for all methods, or a mapping from methods to theirs (regression).
+        observation_noise: standard deviation of the noise to add to covariances and samples (regression): a number,
+            (outputs,) or (n, outputs) for all methods, or a mapping from methods to theirs.
         target_unit: unit of the targets, for labels (regression).
-        posteriors: name to Laplace posterior, this package's or laplace-torch's, or to its `PosteriorSummary`: a
-            section on what was fitted.
-        temperature_scaling: a row for the baseline after temperature scaling (for regression, after multiplying its
-            standard deviations by the scale of its errors), which every other method is compared with too.
-            "cross_fitted": every fifth of the test set is scaled with the number fitted on the other four fifths.
-            "validation": with the number fitted on `validation`. "auto": the latter where it is given, else the former
-            from 100 samples on. "none": no such row.
-        validation: the baseline's predictions on labelled samples outside of the test set, and their targets; for
-            classification probabilities or logits.
+        posteriors: name to Laplace posterior, of this package or laplace-torch, or to its `PosteriorSummary`.
+        temperature_scaling: whether to add the baseline after temperature scaling (regression: after multiplying its
+            standard deviations by the scale of its errors), as a second reference. "cross_fitted": each fifth of the
+            test set is scaled with the number fitted on the others. "validation": with the number fitted on
+            `validation`. "auto": the latter if it is given, else the former from 100 samples on. "none": no such row.
+        validation: the baseline's predictions (or logits) on labelled samples outside of the test set, and their
+            targets.
         logits: method to its logits (n, C), for the temperature of methods whose probabilities are rounded to 0.
         ood: name of a set of samples out of distribution to the predictions there of every method, in the forms of
-            `predictions`: how well they are told from the test set. Posterior samples (S, n, C) on both sets also give
-            mutual information as a score.
+            `predictions`. Posterior samples on both sets also give mutual information as a score.
         clusters: one id of any kind per sample (a patient, a video): samples of one id may depend on each other, and
-            every interval speaks of drawing other ids. Positions are clustered by image without asking.
+            every interval is over drawing other ids. By default the positions of an image are a cluster.
         max_samples: positions to draw at most, the same for every method.
-        thresholds: gates that the report is judged by, as of `CalibrationReport.check`; their outcomes stand on top.
+        thresholds: gates as of `CalibrationReport.check`; the report shows their outcomes on top.
 
     Returns:
         The report; nothing is written before `save`.
 
     Raises:
-        ValueError: for input that is not what it should be: NaN or infinity, negative probabilities, rows that do not
-            sum to 1 within 1e-3, labels out of range, unequal lengths, standard deviations of 0 or less, no samples,
-            fewer than two classes, unknown names.
+        ValueError: if an argument is of the wrong type, shape or range, for example rows of probabilities that do not
+            sum to 1 within 1e-3, or standard deviations of 0 or less.
 
     References:
         Gneiting and Raftery (2007), doi:10.1198/016214506000001437 (proper scores);
@@ -165,9 +154,8 @@ def calibration_report(
         Kumar, Liang, Ma (2019), arXiv 1909.10155 (debiased calibration error).
     """
     _check_options(task, observation_noise, target_unit, logits, title=title, description=description)
-    for name, value in (("class_names", class_names), ("tables", tables), ("figures", figures)):
-        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence | np.ndarray)):
-            raise ValueError(f"{name} must be a sequence; got {type(value).__name__}.")
+    tables, figures = _read_members("tables", tables, ReportTable), _read_members("figures", figures, ReportFigure)
+    names = tuple(check_text(str(c), "class_names") for c in _read_members("class_names", class_names, object))
     for name, mapping in (("metadata", metadata), ("logits", logits), ("posteriors", posteriors)):
         if mapping is not None and not isinstance(mapping, Mapping):
             raise ValueError(f"{name} must be a mapping; got {type(mapping).__name__}.")
@@ -175,56 +163,69 @@ def calibration_report(
     first = _choose_baseline(predictions, baseline)
     request = ScalingRequest(first, temperature_scaling, validation)
     if task == "regression":
-        units = Units(_count_rows(targets), settings.confidence_level, _read_codes(clusters, None))
-        found = _evaluate_regression(predictions, targets, units, settings, request, observation_noise)
+        units = _read_units(targets, clusters, None, settings)
+        read = read_regressions(predictions, targets, observation_noise=observation_noise)
+        test = _prepare_regression(read, request, units, settings, observation_noise)
     else:
         predictions, targets, drawn = as_rows(predictions, targets, task=task, max_samples=max_samples, seed=seed)
-        units = Units(_count_rows(targets), settings.confidence_level, _read_codes(clusters, drawn))
-        given = {m: _pick_logits(m, z, drawn) for m, z in (logits or {}).items()}
-        found = _evaluate_classification(predictions, targets, units, settings, request, (task, given))
-    record = found.scaled.record
-    sets: dict[str, OutOfDistributionSet] = {}
-    warnings_of_sets: list[str] = []
-    if ood is not None:
-        sets, warnings_of_sets = evaluate_sets(
-            ood,
-            found.test,
-            found.data.n_classes or found.data.n_outputs or 0,
-            units,
-            settings,
-            task=task,
-            baseline=first,
-            observation_noise=observation_noise,
-            max_samples=max_samples,
-        )
+        units = _read_units(targets, clusters, drawn, settings)
+        classified = _read_classification(predictions, targets, settings, task)
+        classified = attach_logits(classified, {m: _pick_logits(m, z, drawn) for m, z in (logits or {}).items()})
+        test = _prepare_classification(classified, request, units, settings, task)
+    methods, scores = _measure_rows(test, first, units)
+    if class_names is not None and len(names) != test.data.n_classes:
+        n_classes = test.data.n_classes or "no"
+        raise ValueError(f"class_names must have one name for each of {n_classes} classes; got {len(names)}.")
+    data, record = replace(test.data, class_names=names or None, target_unit=target_unit), test.scaled.record
+    sets, warnings_of_sets = out_of_distribution.evaluate_sets(
+        {} if ood is None else ood,
+        {method: test.detect(p) for method, p in test.read.items()},
+        data.n_classes or data.n_outputs or 0,
+        units,
+        settings,
+        task=task,
+        baseline=first,
+        observation_noise=observation_noise,
+        max_samples=max_samples,
+    )
+    summaries = {}
+    if posteriors:
+        from debiased_laplace.calibration.posteriors import summarize_posteriors  # this imports laplace-torch
+
+        summaries = summarize_posteriors(posteriors, settings.confidence_level)
+    used = {name for result in methods.values() for name in result.metrics} | set(DETECTION if sets else ())
+    definitions = (REGRESSION if task == "regression" else CLASSIFICATION) | DETECTION
+    listed: dict[str, Scalar] = {"task": task, "baseline": first, **vars(settings)}
+    if task == "regression":  # `n_bins` are bins of confidence
+        del listed["n_bins"]
+        listed["interval_level"] = regression.INTERVAL_LEVEL
     report = CalibrationReport(
         task=task,
         title="Calibration report" if title is None else title,
         description=description or "",
         created=_current_time(),
         software=_list_versions(),
-        data=_name_data(found.data, class_names, target_unit),
-        settings=_list_settings(settings, task, first),
+        data=data,
+        settings=listed,
         metadata={str(k): read_scalar(v, f"metadata {k!r}") for k, v in (metadata or {}).items()},
         baseline=first,
-        methods=found.methods,
-        definitions=_choose_definitions(task, found.methods, sets),
+        methods=methods,
+        definitions={name: definition for name, definition in definitions.items() if name in used},
         comparisons=compare_methods(
-            found.scores,
+            scores,
             [first] if record is None else [first, record.method],
             units,
-            fitting_errors={} if record is None else {record.method: found.scaled.fitting_error},
+            fitting_errors={} if record is None else {record.method: test.scaled.fitting_error},
         ),
-        tables=_check_kind("tables", tables, ReportTable),
-        figures=_check_kind("figures", figures, ReportFigure),
+        tables=tables,
+        figures=figures,
         warnings=(
-            *_warn_of_size(units, settings),
-            *_warn_of_classes(found.methods[first], class_names),
-            *found.warnings,
-            *found.scaled.warnings,
+            *_warn_of_little_data(units, settings, data, methods[first]),
+            *test.warnings,
+            *test.scaled.warnings,
             *warnings_of_sets,
         ),
-        posteriors=_summarize_posteriors(posteriors, settings.confidence_level),
+        posteriors=summaries,
         scaling=record,
         ood=sets,
     )
@@ -244,20 +245,22 @@ def _check_options(task: Task, observation_noise: Any, target_unit: Any, logits:
             check_text(text, name)
 
 
-def _check_kind(name: str, given: Sequence[Any] | None, kind: type[Extra]) -> tuple[Extra, ...]:
-    wrong = [x for x in given or () if not isinstance(x, kind)]
-    if wrong:
-        raise ValueError(f"{name} must hold {kind.__name__} objects; got {type(wrong[0]).__name__}.")
-    return tuple(given or ())
+def _read_members(name: str, given: Sequence[Any] | None, kind: type[Member]) -> tuple[Member, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
+        raise ValueError(f"{name} must be a sequence; got {type(given).__name__}.")
+    for member in given:
+        if not isinstance(member, kind):
+            raise ValueError(f"{name} must hold {kind.__name__} objects; got {type(member).__name__}.")
+    return tuple(given)
 
 
 def _choose_baseline(predictions: Mapping[str, Any], baseline: str | None) -> str:
-    """The baseline's name; the names of the methods are checked on the way."""
+    """Return the name of the baseline, after a check of the names of all methods."""
     if not isinstance(predictions, Mapping) or not predictions:
-        raise ValueError(
-            "predictions must map names of methods to their predictions, at least one; got "
-            f"{'an empty mapping' if isinstance(predictions, Mapping) else type(predictions).__name__}."
-        )
+        got = "an empty mapping" if isinstance(predictions, Mapping) else type(predictions).__name__
+        raise ValueError(f"predictions must map names of methods to their predictions, at least one; got {got}.")
     for name in predictions:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ValueError(f"The name of a method must be printable text; got {name!r}.")
@@ -268,22 +271,20 @@ def _choose_baseline(predictions: Mapping[str, Any], baseline: str | None) -> st
     return baseline
 
 
-def _count_rows(targets: Any) -> int:
+def _read_units(targets: Any, clusters: Any, positions: Positions | None, settings: Settings) -> Units:
+    """Return the units of the samples: the given clusters, else the images of positions, else the samples."""
     y = as_tensor(targets, "Targets")
     if y.ndim == 0:
         raise ValueError("Targets must hold one row for each sample; got a single number.")
-    return len(y)
-
-
-def _read_codes(clusters: Any, positions: Positions | None) -> Tensor | None:
-    """Cluster of every sample, or of every position: its image where nothing else is given."""
-    if clusters is None and positions is None:
-        return None
     ids = None if clusters is None else read_clusters(clusters)
     if positions is not None:
         ids = positions.image if ids is None else positions.spread(ids)
-    assert ids is not None  # for the type checker
-    return torch.unique(ids, return_inverse=True)[1]  # an image of which no position was drawn is no cluster
+    if ids is None:
+        return Units(len(y), settings.confidence_level)
+    if ids.numel() != len(y):
+        raise ValueError(f"clusters must hold one id for each of {len(y)} samples; got {ids.numel()}.")
+    codes = torch.unique(ids, return_inverse=True)[1]  # an image of which no position was drawn is no cluster
+    return Units(len(y), settings.confidence_level, codes)
 
 
 def _pick_logits(method: str, logits: Any, positions: Positions | None) -> Any:
@@ -293,16 +294,9 @@ def _pick_logits(method: str, logits: Any, positions: Positions | None) -> Any:
     return positions.pick(z, "positions") if z.ndim > 2 else z
 
 
-def _evaluate_classification(
-    predictions: Mapping[str, Any],
-    targets: Any,
-    units: Units,
-    settings: Settings,
-    request: ScalingRequest,
-    options: tuple[Literal["binary", "multiclass"], Mapping[str, Any]],
-) -> _Evaluation:
-    """Results of classifiers; `options` are the task, and the logits of methods."""
-    task, logits = options
+def _read_classification(
+    predictions: Mapping[str, Any], targets: Any, settings: Settings, task: Literal["binary", "multiclass"]
+) -> dict[str, ClassificationPredictions]:
     read = {}
     for method, p in predictions.items():
         probabilities = read_probabilities(method, p, task=task)
@@ -312,161 +306,96 @@ def _evaluate_classification(
     n_classes = {method: p.source.n_classes for method, p in read.items()}
     if len(set(n_classes.values())) > 1:
         raise ValueError(f"All methods must have the same classes; got {n_classes}.")
-    _check_units(units, next(iter(read.values())).n)
-    read = attach_logits(read, logits)
-    losses = {method: classification.negative_log_likelihood(p) for method, p in read.items()}
-    scaled = scale_classification(read, losses, request, units, settings, task=task)
+    return read
+
+
+def _prepare_classification(
+    read: Mapping[str, ClassificationPredictions],
+    request: ScalingRequest,
+    units: Units,
+    settings: Settings,
+    task: Literal["binary", "multiclass"],
+) -> _TestSet:
     one = read[request.baseline]
-    return _Evaluation(
+    return _TestSet(
+        read,
+        scale_classification(read, request, units, settings, task=task),
+        lambda p: classification.measure_classification(p, units, settings),
+        lambda p: classification.scores_of(p, units, n_bins=settings.n_bins),
+        lambda p: out_of_distribution.scores_of_probabilities(p.uncertainty, p.source),
         DataSummary(one.n, one.source.n_classes, None, _digest(one.targets)),
-        *_evaluate_rows(
-            read,
-            scaled,
-            request.baseline,
-            units,
-            lambda p: classification.measure_classification(p, units, settings),
-            lambda p: classification.scores_of(p, units, n_bins=settings.n_bins),
-        ),
-        {m: scores_of_probabilities(p.uncertainty, p.source) for m, p in read.items()},
-        scaled,
         [
             f"{method}: {p.n_impossible} of {p.n} predictions gave the true class probability 0. Their negative "
-            f"log-likelihood is infinite; it was counted as {losses[method].max().item():.1f} nats each, so the mean "
-            "is a lower bound."
+            f"log-likelihood is infinite; it was counted as {classification.negative_log_likelihood(p).max():.1f} nats "
+            "each, so the mean is a lower bound."
             for method, p in read.items()
             if p.n_impossible
         ],
     )
 
 
-def _evaluate_regression(
-    predictions: Mapping[str, Any],
-    targets: Any,
+def _prepare_regression(
+    read: Mapping[str, RegressionPredictions],
+    request: ScalingRequest,
     units: Units,
     settings: Settings,
-    request: ScalingRequest,
     observation_noise: Any,
-) -> _Evaluation:
-    read = read_regressions(predictions, targets, observation_noise=observation_noise)
+) -> _TestSet:
     first, validation = request.baseline, None
-    one = read[first]
-    _check_units(units, one.n)
     if request.validation is not None:
         prediction, y = request.validation
         noise = noise_of(first, prediction, observation_noise)
         validation = read_regression(f"{first}, validation", prediction, y, observation_noise=noise)
     scaled = scale_regression(read, request, units, settings, validation=validation)
-    methods, scores = _evaluate_rows(
+
+    def measure(p: RegressionPredictions) -> MethodResult:
+        result = regression.measure_regression(p, units, settings)
+        if p is not scaled.row:
+            return result
+        # one factor changes no order, and those of different folds only mix it
+        metrics = {name: e for name, e in result.metrics.items() if name != "aurc"}
+        return replace(result, metrics=metrics, selection=())
+
+    one = read[first]
+    return _TestSet(
         read,
         scaled,
-        first,
-        units,
-        lambda p: regression.measure_regression(p, units, settings),
+        measure,
         regression.scores_of,
-    )
-    if scaled.record is not None:
-        # one factor changes no order, and those of different folds only mix it
-        row = methods[scaled.record.method]
-        metrics = {name: e for name, e in row.metrics.items() if name != "aurc"}
-        methods[scaled.record.method] = replace(row, metrics=metrics, selection=())
-    warnings = []
-    for method, p in read.items():
-        S = p.distribution.n_samples
-        if S is not None and S < FEW_POSTERIOR_SAMPLES:
-            warnings.append(
-                f"{method}: the predictive is known by {S} samples only, so its negative log-likelihood is on average "
-                "larger than that of the predictive which they stand for."
-            )
-    return _Evaluation(
+        out_of_distribution.scores_of_regression,
         DataSummary(one.n, None, one.n_outputs, _digest(one.targets)),
-        methods,
-        scores,
-        {m: scores_of_regression(p) for m, p in read.items()},
-        scaled,
-        warnings,
+        [
+            f"{method}: the predictive is known by {S} samples only, so its negative log-likelihood is on average "
+            "larger than that of the predictive which they stand for."
+            for method, p in read.items()
+            if (S := p.n_samples) is not None and S < FEW_POSTERIOR_SAMPLES
+        ],
     )
 
 
-def _check_units(units: Units, n: int) -> None:
-    if units.codes is not None and units.codes.numel() != n:
-        raise ValueError(f"clusters must hold one id for each of {n} samples; got {units.codes.numel()}.")
-
-
-def _evaluate_rows(
-    read: Mapping[str, Any],
-    scaled: Scaled,
-    baseline: str,
-    units: Units,
-    measure: Callable[[Any], MethodResult],
-    score: Callable[[Any], dict[str, Tensor]],
+def _measure_rows(
+    test: _TestSet, baseline: str, units: Units
 ) -> tuple[dict[str, MethodResult], dict[str, dict[str, Tensor]]]:
-    """Results and per-sample scores of all rows of the report, the scaled one after the baseline."""
-    rows, record = {}, scaled.record
-    for method, p in read.items():
+    """Return the results and the per-sample scores of all rows, the scaled one after the baseline."""
+    rows, record = {}, test.scaled.record
+    for method, p in test.read.items():
         rows[method] = p
         if method == baseline and record is not None:
-            rows[record.method] = scaled.row
-    scores = {name: score(p) for name, p in rows.items()}
-    results = {}
-    for name, p in rows.items():
-        result = measure(p)
-        results[name] = replace(
-            result,
-            metrics={**result.metrics, **scaled.metrics.get(name, {})},
-            description=record.description if record is not None and name == record.method else "",
-            score_sums=sum_scores(scores[name], units),
-        )
+            rows[record.method] = test.scaled.row
+    scores = {name: test.score(p) for name, p in rows.items()}
+    results = {name: replace(test.measure(p), score_sums=sum_scores(scores[name], units)) for name, p in rows.items()}
+    if record is not None:
+        results[record.method] = replace(results[record.method], description=record.description)
     return results, scores
 
 
-def _name_data(data: DataSummary, class_names: Sequence[str] | None, target_unit: str | None) -> DataSummary:
-    if class_names is None:
-        return replace(data, target_unit=target_unit)
-    names = tuple(check_text(str(name), "class_names") for name in class_names)
-    if len(names) != data.n_classes:
-        raise ValueError(
-            f"class_names must have one name for each of {data.n_classes or 'no'} classes; got {len(names)}."
-        )
-    return replace(data, class_names=names)
-
-
-def _choose_definitions(
-    task: Task, methods: Mapping[str, MethodResult], sets: Mapping[str, OutOfDistributionSet]
-) -> dict[str, MetricDefinition]:
-    """The definitions of the metrics that a report has."""
-    used = {name for result in methods.values() for name in result.metrics}
-    used |= set(DETECTION) if sets else set()
-    known = (REGRESSION if task == "regression" else CLASSIFICATION) | DETECTION
-    return {name: definition for name, definition in known.items() if name in used}
-
-
-def _list_settings(settings: Settings, task: str, baseline: str) -> dict[str, Scalar]:
-    listed: dict[str, Scalar] = {"task": task, "baseline": baseline, **vars(settings)}
-    if task == "regression":  # bins of another kind there
-        del listed["n_bins"]
-        listed["interval_level"] = regression.INTERVAL_LEVEL
-    return listed
-
-
-def _summarize_posteriors(posteriors: Mapping[str, Any] | None, level: float) -> dict[str, PosteriorSummary]:
-    """What was fitted; laplace-torch is loaded only where there is something to summarize."""
-    if not posteriors:
-        return {}
-    from debiased_laplace.calibration.posteriors import summarize_posteriors
-
-    return summarize_posteriors(posteriors, confidence_level=level)
-
-
-def _warn_of_size(units: Units, settings: Settings) -> list[str]:
-    """What few samples, clusters or draws mean for the numbers."""
-    warnings = []
+def _warn_of_little_data(units: Units, settings: Settings, data: DataSummary, result: MethodResult) -> list[str]:
+    """Return warnings of few samples, clusters or resamples, and of classes without a sample."""
+    warnings, draws = [], settings.n_resamples
     if units.n < FEW_SAMPLES:
         warnings.append(f"Only {units.n} test samples: normal intervals and verdicts are rough below {FEW_SAMPLES}.")
-    if settings.n_resamples < FEW_RESAMPLES:
-        finest = 1 / (settings.n_resamples + 1)
-        warnings.append(
-            f"Only {settings.n_resamples} resamples: p-values of calibration are no finer than {finest:.2g}."
-        )
+    if draws < FEW_RESAMPLES:
+        warnings.append(f"Only {draws} resamples: p-values of calibration are no finer than {1 / (draws + 1):.2g}.")
     if units.codes is not None:
         warnings.append(
             f"The {units.n} samples come in {units.count} clusters. Intervals and verdicts allow for samples of one "
@@ -475,29 +404,21 @@ def _warn_of_size(units: Units, settings: Settings) -> list[str]:
         )
         if units.count < FEW_CLUSTERS:
             warnings.append(f"Only {units.count} clusters: intervals and verdicts are rough below {FEW_CLUSTERS}.")
+    classes = result.curves.classes if isinstance(result.curves, ClassificationCurves) else ()
+    if absent := [data.name_class(c.label) for c in classes if c.n == 0]:
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        warnings.append(f"No test sample of {len(absent)} of {len(classes)} classes: {', '.join(absent[:10])}{more}.")
     return warnings
 
 
-def _warn_of_classes(result: MethodResult, names: Sequence[str] | None) -> list[str]:
-    """Classes that the test set lacks."""
-    if not isinstance(result.curves, ClassificationCurves):
-        return []
-    absent = [c.label for c in result.curves.classes if c.n == 0]
-    if not absent:
-        return []
-    shown = ", ".join(names[label] if names else str(label) for label in absent[:10])
-    more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-    return [f"No test sample of {len(absent)} of {len(result.curves.classes)} classes: {shown}{more}."]
-
-
 def _digest(targets: Tensor) -> str:
-    """SHA-256 of the targets as little-endian int64 or float64 in C order."""
+    """Return the SHA-256 of the targets as little-endian int64 or float64 in C order."""
     array = targets.cpu().numpy()
     return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
 def _current_time() -> str:
-    """ISO 8601 time in UTC; `SOURCE_DATE_EPOCH`, where set, makes builds reproducible."""
+    """Return the ISO 8601 time in UTC; `SOURCE_DATE_EPOCH`, where set, makes builds reproducible."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch and not (epoch.isascii() and epoch.isdigit()):
         raise ValueError(f"SOURCE_DATE_EPOCH must be a number of seconds; got {epoch!r}.")
@@ -506,7 +427,7 @@ def _current_time() -> str:
 
 
 def _list_versions() -> dict[str, str]:
-    """Versions of Python and of what computes and draws, without importing any of it."""
+    """Return the versions of Python and of what computes and draws, without importing any of it."""
     versions = {"python": platform.python_version()}
     for name in SOFTWARE:
         try:

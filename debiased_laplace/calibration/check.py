@@ -66,22 +66,21 @@ class Threshold(BaseModel):
     judge: Criterion = "bound"
     min_samples: int = Field(default=0, ge=0)
 
-    def limits(self, quantity: Quantity) -> tuple[float | None, float | None]:
-        """Return the smallest and the largest value allowed of a quantity."""
-        low, high = LIMITS[quantity]
-        return getattr(self, low), getattr(self, high)
+    @property
+    def limits(self) -> dict[Quantity, tuple[float | None, float | None]]:
+        """The smallest and the largest value allowed of each quantity that has a limit."""
+        pairs = {quantity: (getattr(self, low), getattr(self, high)) for quantity, (low, high) in LIMITS.items()}
+        return {quantity: pair for quantity, pair in pairs.items() if pair != (None, None)}
 
     @model_validator(mode="after")
     def _check_limits(self) -> "Threshold":
-        given = [quantity for quantity in LIMITS if self.limits(quantity) != (None, None)]
-        if not given:
+        if not self.limits:
             raise ValueError(f"a threshold needs one of {', '.join(sum(LIMITS.values(), ()))}; got none")
-        for quantity in given:
-            minimum, maximum = self.limits(quantity)
+        for quantity, (minimum, maximum) in self.limits.items():
             if minimum is not None and maximum is not None and minimum > maximum:
                 low, high = LIMITS[quantity]
                 raise ValueError(f"{low} must not be above {high}; got {minimum:g} and {maximum:g}")
-        if self.relative_to is not None and given == ["value"]:
+        if self.relative_to is not None and list(self.limits) == ["value"]:
             changes = ", ".join((*LIMITS["change"], *LIMITS["relative change"]))
             raise ValueError(f"relative_to needs one of {changes}; got none")
         return self
@@ -133,14 +132,18 @@ class CheckResult:
             name: of the test suite.
         """
         tags = {"failed": "failure", "inconclusive": "failure" if strict else "skipped", "passed": "system-out"}
-        counts = Counter(tags[outcome.status] for outcome in self.outcomes)
-        totals = {"tests": len(self.outcomes), "failures": counts["failure"], "skipped": counts["skipped"], "errors": 0}
+        found = [tags[outcome.status] for outcome in self.outcomes]
+        totals = {
+            "tests": len(found),
+            "failures": found.count("failure"),
+            "skipped": found.count("skipped"),
+            "errors": 0,
+        }
         suites = ElementTree.Element("testsuites")
         suite = ElementTree.SubElement(suites, "testsuite", {"name": name} | {k: str(v) for k, v in totals.items()})
-        for o in self.outcomes:
+        for o, tag in zip(self.outcomes, found, strict=True):
             case = ElementTree.SubElement(suite, "testcase", {"classname": f"{name}.{o.metric}", "name": o.title})
             kind = {"failure": {"message": o.message, "type": o.status}, "skipped": {"message": o.message}}
-            tag = tags[o.status]
             ElementTree.SubElement(case, tag, kind.get(tag, {})).text = None if tag == "skipped" else o.message
         ElementTree.indent(suites)
         text = _NO_XML.sub("\ufffd", ElementTree.tostring(suites, encoding="unicode"))
@@ -148,12 +151,12 @@ class CheckResult:
 
 
 def read_thresholds(source: ThresholdSource, task: str) -> tuple[Threshold, ...]:
-    """Read thresholds from a TOML file, from what it would hold, or take the default ones.
+    """Read thresholds from a TOML file or from what it would hold, or return the default ones.
 
     Args:
         source: path of a TOML file with tables `[[threshold]]`; or a mapping with "threshold", a sequence of mappings;
             or a sequence of mappings or `Threshold`; or "default".
-        task: of the report, which decides the default ones.
+        task: of the report; regression has no accuracy among the default ones.
 
     Raises:
         ValueError: for unknown keys, wrong values or no threshold; the message names the threshold and what there is.
@@ -162,22 +165,21 @@ def read_thresholds(source: ThresholdSource, task: str) -> tuple[Threshold, ...]
     if isinstance(source, str) and source == DEFAULT:
         return DEFAULT_THRESHOLDS[:1] if task == "regression" else DEFAULT_THRESHOLDS
     where = "thresholds"
-    if isinstance(source, (str, os.PathLike)):
-        where = str(source)
-        try:
-            source = parse_toml(Path(source).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{where} is no TOML: {error}") from error
     try:
+        if isinstance(source, (str, os.PathLike)):
+            where = str(source)
+            source = parse_toml(Path(source).read_text(encoding="utf-8-sig"))
         document = dict(source) if isinstance(source, Mapping) else {"threshold": source}
         return _ThresholdFile.model_validate(document).threshold
     except ValidationError as error:
         first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")  # a typo explains the rest
         raise ValueError(f"{where}{_explain(first)}.") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is no TOML: {error}") from error
 
 
 def check_report(contents: ReportContents, thresholds: Sequence[Threshold]) -> CheckResult:
-    """Judge a report by thresholds, in their order; one without a method has an outcome for every method.
+    """Judge a report by thresholds, in their order; a threshold without a method has an outcome for every method.
 
     Judged on bounds, a limit is kept where the whole confidence interval keeps it, broken where the whole interval
     breaks it, and inconclusive between, without an interval, or with fewer samples than asked for. Since one end of a
@@ -190,8 +192,7 @@ def check_report(contents: ReportContents, thresholds: Sequence[Threshold]) -> C
     outcomes = (
         _judge(contents, threshold, quantity, method, reference)
         for i, threshold in enumerate(thresholds, 1)
-        for quantity in LIMITS
-        if threshold.limits(quantity) != (None, None)
+        for quantity in threshold.limits
         for reference in [None if quantity == "value" else threshold.relative_to or contents.baseline]
         for method in _find_methods(contents, threshold, reference, f"threshold {i}")
     )
@@ -201,9 +202,9 @@ def check_report(contents: ReportContents, thresholds: Sequence[Threshold]) -> C
 def measure_change(contents: ReportContents, metric: str, method: str, reference: str) -> Estimate:
     """Estimate a method's metric minus the reference's.
 
-    The interval is that of the paired difference where the report has one. Else it goes from each end of the one's
-    interval to the other end of the other's: each of its ends is missed with no more probability than both of these
-    together, whatever their dependence, so it is too wide rather than too narrow.
+    The interval is that of the paired difference where the report has one. Otherwise it goes from each end of one
+    interval to the other end of the other: the probability of missing an end is at most that of missing one of these
+    two, whatever their dependence, so the interval is too wide rather than too narrow.
     """
     own, other = contents.methods[method].metrics[metric], contents.methods[reference].metrics[metric]
     n, name = min(own.n, other.n), PAIRED_AS.get(metric, metric)
@@ -211,18 +212,15 @@ def measure_change(contents: ReportContents, metric: str, method: str, reference
         if c.metric == name and {c.method, c.baseline} == {method, reference}:
             sign = (1 if c.method == method else -1) * (1 if name == metric else -1)
             if c.low is None or c.high is None:
-                none = "the paired difference has none"
-                return Estimate(sign * c.difference, None, None, None, n=n, estimator="", reason=none)
+                return Estimate(sign * c.difference, None, None, None, n, "", "the paired difference has none")
             low, high = sorted((sign * c.low, sign * c.high))
-            return Estimate(sign * c.difference + 0.0, low, high, c.standard_error, n=n, estimator="paired difference")
-    if own.value is None or other.value is None:
-        reason = own.reason if own.value is None else other.reason
-        return Estimate(None, None, None, None, n=n, estimator="", reason=reason)
-    value = own.value - other.value
-    if own.low is None or own.high is None or other.low is None or other.high is None:
-        return Estimate(value, None, None, None, n=n, estimator="", reason=own.reason or other.reason)
+            return Estimate(sign * c.difference + 0.0, low, high, None, n, "paired difference")
+    value = None if own.value is None or other.value is None else own.value - other.value
+    if value is None or own.low is None or own.high is None or other.low is None or other.high is None:
+        lacking = min((own, other), key=lambda e: (e.value is not None, e.low is not None))
+        return Estimate(value, None, None, None, n, "", lacking.reason)
     how = "from the intervals of both methods, since the report has no paired difference of it"
-    return Estimate(value, own.low - other.high, own.high - other.low, None, n=n, estimator=how)
+    return Estimate(value, own.low - other.high, own.high - other.low, None, n, how)
 
 
 def measure_relative_change(contents: ReportContents, metric: str, method: str, reference: str) -> Estimate:
@@ -234,11 +232,11 @@ def measure_relative_change(contents: ReportContents, metric: str, method: str, 
     value = change.value / abs(other.value) if other.value else None
     if min(ends) <= 0 <= max(ends):
         reason = f"the interval of {reference} contains 0, so the relative change is undefined"
-        return Estimate(value, None, None, None, n=change.n, estimator="", reason=reason)
+        return Estimate(value, None, None, None, change.n, "", reason)
     if change.low is None or change.high is None:
-        return replace(change, value=value, standard_error=None)
+        return replace(change, value=value)
     low, high = min(change.low / abs(end) for end in ends), max(change.high / abs(end) for end in ends)
-    return Estimate(value, low, high, None, n=change.n, estimator=change.estimator)
+    return replace(change, value=value, low=low, high=high)
 
 
 def _find_methods(contents: ReportContents, threshold: Threshold, reference: str | None, where: str) -> list[str]:
@@ -268,7 +266,7 @@ def _judge(
     else:
         measure = measure_change if quantity == "change" else measure_relative_change
         measured = measure(contents, threshold.metric, method, reference)
-    minimum, maximum = threshold.limits(quantity)
+    minimum, maximum = threshold.limits[quantity]
     status, why = _decide(threshold, measured, minimum, maximum)
     outcome = ThresholdOutcome(
         metric=threshold.metric,
@@ -303,12 +301,10 @@ def _decide(
         return "inconclusive", f"{measured.n} test samples are fewer than the {threshold.min_samples} asked for"
     if measured.value is None:
         return "inconclusive", f"there is no value: {measured.reason}"
-    low = high = measured.value
-    if threshold.judge == "bound":
-        if measured.low is None or measured.high is None:
-            advice = "set judge = 'estimate' to judge the value alone"
-            return "inconclusive", f"there is no interval ({measured.reason}); {advice}"
-        low, high = measured.low, measured.high
+    low, high = (measured.low, measured.high) if threshold.judge == "bound" else (measured.value, measured.value)
+    if low is None or high is None:
+        advice = "set judge = 'estimate' to judge the value alone"
+        return "inconclusive", f"there is no interval ({measured.reason}); {advice}"
     if (maximum is None or high <= maximum) and (minimum is None or low >= minimum):
         return "passed", ""
     if (maximum is not None and low > maximum) or (minimum is not None and high < minimum):
@@ -318,11 +314,12 @@ def _decide(
 
 def _explain(error: Any) -> str:
     """One of pydantic's errors, with the number of the threshold and the key."""
-    place, kind = error["loc"], error["type"]
-    words = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(kind, message_of(error))
+    place, kind, words = error["loc"], error["type"], message_of(error)
+    hint = "" if kind == "value_error" else f"; got {error['input']!r}"
+    if kind in ("extra_forbidden", "missing"):
+        words = "unknown key" if kind == "extra_forbidden" else "missing key"
+        hint = f"; the keys are {', '.join(Threshold.model_fields)}"
     if len(place) == 1:
         return f", {place[0]!r}: {words}; expected at least one table [[threshold]] and no other key"
-    keys = f"; the keys are {', '.join(Threshold.model_fields)}"
-    hint = {"extra_forbidden": keys, "missing": keys, "value_error": ""}.get(kind, f"; got {error['input']!r}")
     where = ", ".join([f", threshold {place[1] + 1}", *map(repr, place[2:])])
     return f"{where}: {words}{hint}"

@@ -1,4 +1,4 @@
-"""Paired differences between methods on the same test samples, and verdicts that allow for their number."""
+"""Paired differences between the methods of one report, with verdicts adjusted for their number."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,16 +31,16 @@ def compare_methods(
     *,
     fitting_errors: Mapping[str, float] | None = None,
 ) -> tuple[Comparison, ...]:
-    """Compare every score of every method with every reference.
+    """Compare every score of every method with every reference, paired by sample.
 
-    Pairing takes out what makes a sample hard for all methods, so that a difference can be clear although the methods'
-    own intervals overlap.
+    Pairing removes the difficulty that a sample has for all methods, so a difference can be detectable although the
+    methods' own intervals overlap.
 
     Args:
         scores: method to metric to per-sample scores; of a statistic that is no mean, the samples' influences on it.
-        references: the baseline, and after it the same baseline after scaling, if there is one. A method is compared
-            with each of them but itself, and the baseline with none.
-        units: of the samples; 1 minus their confidence level is the level of the verdicts.
+        references: the baseline, followed by the scaled baseline if there is one. A method is compared with each of
+            them but itself, and the baseline with none.
+        units: of the samples; the verdicts have level 1 - `units.level`.
         fitting_errors: standard errors of methods' NLL from numbers that were fitted on other folds.
     """
     fitted = fitting_errors or {}
@@ -65,10 +65,9 @@ def compare_methods(
 
 
 def compare_shares(difference: Float[Tensor, " n"], level: float) -> tuple[Estimate, float]:
-    """Difference of two paired proportions, and its p-value, from a difference of -1, 0 or 1 per sample.
+    """Return the difference of two paired proportions and its p-value, from a difference of -1, 0 or 1 per sample.
 
-    One sample is added to either kind of disagreement, so that neither interval nor p-value collapses where the methods
-    disagree on few samples.
+    One sample is added to each kind of disagreement, so that interval and p-value stay valid with few disagreements.
 
     References:
         Bonett and Price (2012), doi:10.3102/1076998611411915.
@@ -79,8 +78,8 @@ def compare_shares(difference: Float[Tensor, " n"], level: float) -> tuple[Estim
     error = sqrt(((more + fewer + 2) / (n + 2) - shrunk**2) / (n + 2))
     half = normal_quantile(level) * error
     low, high = max(-1.0, shrunk - half), min(1.0, shrunk + half)
-    words = "proportions, Bonett and Price's interval"
-    estimate = Estimate(value, min(low, value), max(high, value), error, n, words)
+    estimator = "proportions, Bonett and Price's interval"
+    estimate = Estimate(value, min(low, value), max(high, value), error, n, estimator)
     return estimate, two_sided_p_value(shrunk, error, None)
 
 
@@ -113,8 +112,7 @@ def _compare(
 def sum_scores(scores: Mapping[str, Float[Tensor, " n"]], units: Units) -> dict[str, tuple[float, ...]]:
     """Sum every score over batches of the test set, and under "samples" return the sizes of the batches.
 
-    Unit i is in batch i modulo 64, whatever is predicted: so the sums of two methods or two reports pair as the samples
-    do, at the size of 64 numbers.
+    Unit i is in batch i modulo 64, so the sums of two methods or two reports are paired as the samples are.
 
     Args:
         scores: name to one number per sample.
@@ -125,9 +123,8 @@ def sum_scores(scores: Mapping[str, Float[Tensor, " n"]], units: Units) -> dict[
     n_batches = min(N_BATCHES, units.count)
     batch = (torch.arange(units.n) if units.codes is None else units.codes.cpu()) % n_batches
     named = {COUNTS: torch.ones(units.n), **scores}
-    zeros = torch.zeros(n_batches, dtype=torch.float64)
     return {
-        name: tuple(zeros.index_add(0, batch, score.detach().cpu().to(torch.float64)).tolist())
+        name: tuple(torch.bincount(batch, score.detach().cpu().to(torch.float64), n_batches).tolist())
         for name, score in named.items()
     }
 
@@ -135,13 +132,13 @@ def sum_scores(scores: Mapping[str, Float[Tensor, " n"]], units: Units) -> dict[
 def paired_spread(
     old: Mapping[str, Sequence[float]], new: Mapping[str, Sequence[float]], score: str
 ) -> tuple[float, int] | None:
-    r"""Standard error of the difference of two means over the same samples, and its degrees of freedom.
+    r"""Return the standard error of the difference of two means over the same samples, and its degrees of freedom.
 
     With batches b of n_b samples and sums D_b of the differences, mean $\bar D = \sum_b D_b / n$:
     $\frac{B}{B-1} \frac1{n^2} \sum_b (D_b - n_b \bar D)^2$.
 
     Returns:
-        None where the sums of `sum_scores` are missing, of other batches, or of one batch.
+        Both numbers; None where the sums of `sum_scores` are missing, of other batches, or of one batch.
     """
     sizes = old.get(COUNTS, ())
     if score not in old or score not in new or sizes != new.get(COUNTS) or len(sizes) < 2:

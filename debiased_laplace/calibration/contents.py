@@ -1,4 +1,4 @@
-"""The contents of a report as plain data: what is stored, read back, tabulated and drawn."""
+"""Contents of a report as plain data: stored, read back, tabulated and drawn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ Quantity = Literal["value", "change", "relative change"]
 Scalar = str | int | float
 
 PAIRED_AS = {"accuracy": "error"}
-"""Metrics whose paired differences a report keeps as those of their opposite."""
+"""Metrics whose paired differences are stored as those of their opposite."""
 SCORES: dict[str, str] = {
     "conformal": "conformal (mutual information, logit variance)",
     "mutual_information": "mutual information",
@@ -35,18 +35,10 @@ SCORES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number from a finite test set and its confidence interval.
+    """Estimate from n test samples with its confidence interval, and the method of estimation in words.
 
-    Attributes:
-        value: in the unit of its metric; None where these predictions allow none.
-        low: lower end of the interval; None, as `high`, where no interval with honest coverage exists.
-        standard_error: standard deviation of the estimate over test sets; None where unknown.
-        n: number of test samples behind it.
-        estimator: how value and interval were obtained, in words.
-        reason: why there is no interval or no value; None where there are both.
-
-    Raises:
-        ValueError: if a number is not finite, or if there is not exactly one of interval and reason.
+    `value` is None where it cannot be computed, `low` and `high` where no interval has correct coverage; `reason` then
+    states the cause. `standard_error` is the standard deviation over test sets; None where it is unknown.
     """
 
     value: float | None
@@ -67,11 +59,7 @@ class Estimate:
 
     @property
     def known(self) -> float:
-        """The value, where there must be one.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """The value; a `ValueError` where it is None."""
         if self.value is None:
             raise ValueError(f"There is no value: {self.reason}.")
         return self.value
@@ -79,15 +67,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MetricDefinition:
-    """A metric in words.
+    """Definition of a metric in words, with its label in tables and the section in which it is shown.
 
-    Attributes:
-        label: name in tables.
-        better: the good direction; "zero", "one" and "level" are targets, "none" is no judgement.
-        meaning: one to three sentences.
-        reference: authors (year) and where to find it.
-        section: the table it belongs to.
-        unit: "target" for the unit of the targets, "squared" for its square, empty for plain numbers.
+    `better` is the good direction: "zero", "one" and "level" are targets, "none" is no judgement. `unit` is "target"
+    for the unit of the targets, "squared" for its square, and empty for plain numbers.
     """
 
     label: str
@@ -100,14 +83,10 @@ class MetricDefinition:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method's score minus that of a reference on the same samples; a lower score is better.
+    """Difference of a method's score to that of a reference on the same samples; a lower score is better.
 
-    Attributes:
-        baseline: the reference: the baseline, or the baseline after scaling.
-        low: lower end of this difference's own interval; None with one sample.
-        p_value: two-sided, of no difference, for this comparison alone.
-        adjusted_p_value: Holm's adjustment over all comparisons of the report.
-        verdict: from the adjusted p-value and the sign.
+    `baseline` is the reference: the baseline, or the baseline after scaling. The interval and the two-sided `p_value`
+    are those of this comparison alone; `adjusted_p_value` (Holm) allows for all of them and decides the verdict.
     """
 
     method: str
@@ -125,16 +104,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table of the caller's in a report.
+    """User's table in a report, with a heading and a note below it.
 
-    Attributes:
-        title: heading of its section.
-        columns: one heading per column.
-        rows: one cell per column: text, a finite number (numpy's and torch's scalars too), or None where missing.
-        note: a sentence below the table.
-
-    Raises:
-        ValueError: for a row of another length, or a cell that is neither text nor a finite number.
+    A cell is text, a finite number (also a scalar of NumPy or torch), or None where it is missing.
     """
 
     title: str
@@ -159,16 +131,9 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of the caller's in a report, shown as an image that can neither run nor load anything.
+    """User's SVG figure in a report, with a heading, a text alternative and a note below it.
 
-    Attributes:
-        title: heading of its section.
-        svg: an SVG document.
-        alt: what a reader who cannot see the figure should know.
-        note: a sentence below the figure.
-
-    Raises:
-        ValueError: if the text alternative is empty, or `svg` is no SVG.
+    It is shown as an image, in which nothing runs or is loaded.
     """
 
     title: str
@@ -177,8 +142,8 @@ class ReportFigure:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("title", "svg", "alt", "note"):
-            check_text(getattr(self, name), f"`{name}` of a figure")
+        for name, text in vars(self).items():
+            check_text(text, f"`{name}` of a figure")
         if not self.alt.strip():
             raise ValueError(f"Figure {self.title!r} needs a text alternative `alt`; got none.")
         if "<svg" not in self.svg:
@@ -186,7 +151,7 @@ class ReportFigure:
 
     @classmethod
     def from_matplotlib(cls, title: str, figure: "Figure", *, alt: str, note: str = "") -> "ReportFigure":
-        """A matplotlib figure, whose black text and axes turn light in dark mode."""
+        """Convert a matplotlib figure; its black text and axes turn light in dark mode."""
         from debiased_laplace.calibration.svg import draw_svg
 
         return cls(title, draw_svg(figure), alt, note)
@@ -194,9 +159,10 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class ConfidenceBin:
-    """A bin of a reliability diagram, closed on the left; shares and means are None in an empty one.
+    """Bin [left, right) of a reliability diagram; `confidence`, `accuracy` and their intervals are None if it is empty.
 
-    `low` and `high` are the accuracy's Wilson interval, the consistent ones its quantiles under right confidences.
+    `low` and `high` are the Wilson interval of the accuracy, `consistent_low` and `consistent_high` the quantiles of
+    the accuracy if the confidences are right.
     """
 
     left: float
@@ -210,20 +176,13 @@ class ConfidenceBin:
     consistent_low: float | None = None
     consistent_high: float | None = None
 
-    @property
-    def is_consistent(self) -> bool:
-        """Whether the accuracy lies between the quantiles; true for an empty bin."""
-        if self.accuracy is None or self.consistent_low is None or self.consistent_high is None:
-            return True
-        return self.consistent_low <= self.accuracy <= self.consistent_high
-
 
 @dataclass(frozen=True)
 class ClassCount:
-    """Samples of one class, how many a method recognised, with the Wilson interval of that share.
+    """Samples of one class, and how many of them are predicted right, with the Wilson interval of that share.
 
-    `error` is the expected calibration error of the class's probability over all samples, `noise_floor` the same error
-    under right probabilities.
+    `error` is the expected calibration error of the class's probability over all samples, `noise_floor` its
+    expectation if the probabilities are right.
     """
 
     label: int
@@ -237,7 +196,7 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class ClassificationCurves:
-    """What figures and tables of one classifier show: its reliability diagram and its classes."""
+    """Reliability diagram and classes of one classifier."""
 
     bins: tuple[ConfidenceBin, ...]
     classes: tuple[ClassCount, ...]
@@ -255,7 +214,7 @@ class CoverageLevel:
 
 @dataclass(frozen=True)
 class HistogramBin:
-    """Count of values in [left, right), and the counts that are usual for a right predictive."""
+    """Count of values in [left, right), and the quantiles of the count if the predictive is right."""
 
     left: float
     right: float
@@ -269,7 +228,7 @@ class SpreadBin:
     """Errors of one output in one bin of the predicted standard deviation.
 
     `predicted` is the root of the mean predicted variance, `observed` the root of the mean squared error with its
-    interval; the consistent values are its quantiles under a right predictive.
+    interval, `consistent_low` and `consistent_high` the quantiles of the latter if the predictive is right.
     """
 
     output: int
@@ -284,7 +243,7 @@ class SpreadBin:
 
 @dataclass(frozen=True)
 class RegressionCurves:
-    """What figures of one regression method show, and the form of its predictive in words."""
+    """Curves of one regression method, and the form of its predictive in words."""
 
     coverage: tuple[CoverageLevel, ...]
     pit: tuple[HistogramBin, ...]
@@ -294,9 +253,9 @@ class RegressionCurves:
 
 @dataclass(frozen=True)
 class RiskPoint:
-    """Mean loss of the most confident share of the samples, with its interval at this coverage alone.
+    """Mean loss of the most confident samples, with the interval at this coverage alone.
 
-    `oracle` is the risk of as many samples with the smallest losses.
+    `oracle` is the mean loss of the same number of samples with the smallest losses.
     """
 
     coverage: float
@@ -308,13 +267,10 @@ class RiskPoint:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """Metrics and curves of one method.
+    """Metrics and curves of one method, and the origin of a row that the report itself adds.
 
-    Attributes:
-        description: how the method came about, where the report itself made it.
-        selection: risk against coverage; empty for a scaled regression.
-        score_sums: score to its sums over interleaved batches of the test set, "samples" to their sizes: by these a
-            report of the same test set can be compared in pairs.
+    `selection` is the risk against the coverage; empty for a scaled regression. `score_sums` maps each score to its
+    sums over interleaved batches of the test set, and "samples" to their sizes: reports are paired by them.
     """
 
     metrics: Mapping[str, Estimate]
@@ -326,7 +282,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class ScoreBin:
-    """Samples of the test set and of a set out of distribution with a score in [left, right), the last bin closed."""
+    """Samples in and out of distribution with a score in [left, right); the last bin is closed."""
 
     left: float
     right: float
@@ -336,9 +292,9 @@ class ScoreBin:
 
 @dataclass(frozen=True)
 class Detection:
-    """How one score of one method tells a set from the test set: `auroc`, `aupr`, `fpr95`, and the score's histogram.
+    """Detection of a set by one score of one method: `auroc`, `aupr`, `fpr95`, and the histogram of the score.
 
-    Out of distribution is the positive class; the methods of a set share the histogram's edges.
+    Out of distribution is the positive class. All methods of a set have the same edges of the histogram.
     """
 
     method: str
@@ -349,12 +305,10 @@ class Detection:
 
 @dataclass(frozen=True)
 class DetectionComparison:
-    """A method's AUROC minus the baseline's on the same samples; higher is better.
+    """Difference of a method's AUROC to the baseline's on the same samples, as in `Comparison`; higher is better.
 
-    Attributes:
-        adjusted_p_value: Holm's adjustment over all such comparisons of the report.
-        baseline_score: the baseline's score: the same one, or entropy where the baseline does not have it.
-        below_chance: whether the method's AUROC is below 0.5, so that "better" still means worse than chance.
+    `baseline_score` is the same score, or entropy where the baseline does not have it. `below_chance` tells that the
+    method's AUROC is below 0.5, so that also a better one is worse than chance.
     """
 
     method: str
@@ -373,7 +327,7 @@ class DetectionComparison:
 
 @dataclass(frozen=True)
 class OutOfDistributionSet:
-    """One set out of distribution against the test set: its size, every method and score, paired differences."""
+    """Number of samples of a set out of distribution, its detections, and the differences between methods."""
 
     n: int
     detections: tuple[Detection, ...]
@@ -390,16 +344,11 @@ class OutOfDistributionSet:
 
 @dataclass(frozen=True)
 class ScalingRecord:
-    """How the scaled baseline came about.
+    """Fit of the number that scales the baseline, whose row is named `method`.
 
-    Attributes:
-        method: name of its row.
-        quantity: "temperature" divides logits, "factor" multiplies standard deviations; above 1 the baseline was
-            over-confident.
-        value: fitted on all samples of the fit.
-        per_fold: what each fold was scaled with, fitted on the others; empty where validation data were given.
-        n_fit: samples of the fit.
-        n_at_bound: how many fits ended at a bound instead of an optimum.
+    A "temperature" divides logits, a "factor" multiplies standard deviations. `value` is fitted on all `n_fit` samples,
+    `per_fold` on the samples outside of each fold; it is empty with validation data. `n_at_bound` counts the fits that
+    ended at a bound instead of an optimum.
     """
 
     method: str
@@ -412,12 +361,12 @@ class ScalingRecord:
 
     @property
     def short_name(self) -> str:
-        """The row's name inside a sentence, without a comma."""
+        """Name of the row inside a sentence, without a comma."""
         return f"{'temperature' if self.quantity == 'temperature' else 'variance'}-scaled {self.baseline}"
 
     @property
     def description(self) -> str:
-        """In a few words, for the head of its column."""
+        """Value and kind of the fit, for the head of the row's column."""
         symbol = "T" if self.quantity == "temperature" else "factor"
         if not self.per_fold:
             return f"{symbol} = {self.value:.3g}, fitted on {self.n_fit} validation samples"
@@ -428,14 +377,10 @@ class ScalingRecord:
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """How one method predicted the test set.
+    """Prediction of the test set by one method: options, cost in wall time, and peak GPU memory.
 
-    Attributes:
-        kind: "network", "Laplace posterior" or "callable".
-        pred_type: "glm" or "nn", and `link`: None where the method is no Laplace posterior or has none.
-        n_samples: Monte-Carlo samples behind every prediction; None where nothing is drawn.
-        seconds: wall time of all its predictions of the test set.
-        peak_bytes: most GPU memory that was in use at once while it predicted; None without a GPU.
+    `kind` is "network", "Laplace posterior" or "callable"; `pred_type` ("glm" or "nn") and `link` are None where they
+    do not apply, `n_samples` where nothing is drawn, `peak_bytes` without a GPU.
     """
 
     kind: str
@@ -448,12 +393,9 @@ class PredictionRecord:
 
 @dataclass(frozen=True)
 class DirectionSummary:
-    """Curvature along one direction; all curvatures are means per sample.
+    """Curvature along one direction as a mean per sample: biased on its own samples, and estimated from other ones.
 
-    Attributes:
-        place: 1 for the direction that its own samples find the most curved.
-        in_sample: a single batch's own, biased value.
-        curvature: the estimate of the full batch's, from other samples, with its interval.
+    `place` is the rank by the former, from 1 on; the interval is that of the latter.
     """
 
     place: int
@@ -464,23 +406,23 @@ class DirectionSummary:
 
     @property
     def inflation(self) -> float | None:
-        """How many times too large the single batch's value is; None where the curvature is zero."""
+        """Ratio of the in-sample to the full-batch curvature; None where the latter is zero."""
         return self.in_sample / self.curvature if self.curvature > 0 else None
 
     @property
     def inflation_low(self) -> float | None:
-        """Lower end of the inflation's interval, from the upper end of the curvature's."""
+        """Lower end of the interval of the inflation."""
         return self.in_sample / self.high if self.high else None
 
     @property
     def inflation_high(self) -> float | None:
-        """Upper end; None where the curvature may be zero."""
+        """Upper end of the interval of the inflation; None where the curvature may be zero."""
         return self.in_sample / self.low if self.low else None
 
 
 @dataclass(frozen=True)
 class SpectrumPoint:
-    """The data's part of the posterior precision at one place of its spectrum, in the unit of the prior precision."""
+    """Value at one place of the spectrum of the data's precision, in the unit of the prior precision."""
 
     place: int
     precision: float
@@ -488,9 +430,10 @@ class SpectrumPoint:
 
 @dataclass(frozen=True)
 class HeldOutDifference:
-    """How much further from the full-batch posterior than `reference`, by n held-out samples, in nats.
+    """Difference of two posteriors' KL divergences to the full-batch posterior, from n held-out samples, in nats.
 
-    The standard error is paired, the interval normal, the p-value adjusted over the posteriors of the report (Holm).
+    It is positive where the posterior is further away than `reference`. The standard error is paired, the interval
+    normal, the p-value adjusted over the posteriors of the report (Holm).
     """
 
     reference: str
@@ -505,15 +448,10 @@ class HeldOutDifference:
 
 @dataclass(frozen=True)
 class PosteriorSummary:
-    """What was fitted, as a report shows it.
+    """Summary of a fitted posterior: properties in the order of the page, smallest and largest prior precision.
 
-    Attributes:
-        facts: property to value, in the order in which they are shown ("structure", "prior precision", ...).
-        prior_precision: smallest and largest.
-        directions: a selection; empty where curvatures come from the directions' own samples.
-        spectrum: a selection of the data's precisions, decreasing.
-        held_out: how close it is to the full batch, against the first posterior.
-        notes: why something is missing.
+    `directions` and the decreasing `spectrum` are selections; the former is empty where curvatures come from the
+    directions' own samples. `held_out` compares with the first posterior, `notes` explain what is missing.
     """
 
     facts: Mapping[str, Scalar]
@@ -526,13 +464,10 @@ class PosteriorSummary:
 
 @dataclass(frozen=True)
 class ThresholdOutcome:
-    """One threshold on one quantity of one method, with the limits that the bounds or the estimate had to keep.
+    """Outcome of one threshold on one quantity of one method, also as a sentence.
 
-    Attributes:
-        relative_to: the method that a change is against; None for the metric itself.
-        value: the estimate of the quantity with its interval; None where there is none.
-        n: test samples behind the estimate, of which `min_samples` were asked for.
-        message: the same in a sentence.
+    `relative_to` is the reference of a change. The limits are those of the confidence bound or of the estimate, as
+    `judge` says. At least `min_samples` test samples are required.
     """
 
     metric: str
@@ -552,7 +487,7 @@ class ThresholdOutcome:
 
     @property
     def title(self) -> str:
-        """What was judged, in a few words."""
+        """Method, reference, metric and quantity in a few words."""
         against = f" against {self.relative_to}" if self.relative_to is not None else ""
         kind = "" if self.quantity == "value" else f", {self.quantity}"
         return f"{self.method}{against}: {self.metric}{kind}"
@@ -560,9 +495,9 @@ class ThresholdOutcome:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The test set; `targets_sha256`, of little-endian int64 or float64 in C order, tells two test sets apart.
+    """Size of the test set, and the SHA-256 of its targets as little-endian int64 or float64 in C order.
 
-    Classes belong to classification; outputs and unit of the targets to regression.
+    Classes belong to classification; outputs and the unit of the targets to regression.
     """
 
     n: int
@@ -573,28 +508,16 @@ class DataSummary:
     target_unit: str | None = None
 
     def name_class(self, label: int) -> str:
-        """The class's name, or its number."""
+        """Return the name of a class, or its number."""
         return self.class_names[label] if self.class_names else str(label)
 
 
 @dataclass(frozen=True)
 class ReportContents:
-    """A finished report.
+    """Contents of a finished report; methods are in the user's order, definitions in that of the tables.
 
-    Attributes:
-        summary: the findings in sentences, one for each of `judged`.
-        settings: options of the report as used.
-        metadata: the caller's own notes.
-        baseline: name of the method that the others are compared with.
-        methods: name to result, in the caller's order.
-        definitions: what each metric of the report means, in the order in which they are shown.
-        warnings: what a reader must know before trusting the numbers.
-        posteriors: name to what was fitted.
-        predicted: method to how it predicted, where `evaluate` did.
-        scaling: how the scaled baseline came about; None where the report has no such row.
-        ood: name of a set out of distribution to how well it is told from the test set.
-        checks: outcomes of the thresholds that the report was made with.
-        schema_version: the second number grows with new fields, the first with other changes.
+    `summary` has a sentence for each of `judged`. `predicted` is filled by `evaluate`, `checks` where thresholds were
+    given. The second number of `schema_version` grows with new fields, the first with other changes.
     """
 
     task: Task
@@ -632,37 +555,35 @@ class ReportContents:
 
     @property
     def references(self) -> list[str]:
-        """The baseline, and the baseline after scaling where the report has that row."""
+        """The baseline, and the scaled baseline where the report has that row."""
         return [self.baseline, *([] if self.scaling is None else [self.scaling.method])]
 
     @property
     def judged(self) -> list[str]:
-        """The methods that `summary` speaks of: all but the references, or the baseline if it is alone."""
+        """Methods of `summary`: all but the references, or the baseline alone."""
         return [m for m in self.methods if m not in self.references] or [self.baseline]
 
 
 def read_scalar(value: Any, where: str) -> Scalar:
-    """Return text or a finite number as Python's own type, also from numpy and torch scalars.
-
-    Raises:
-        ValueError: for anything else, naming `where` it stands.
-    """
-    if hasattr(value, "item") and not isinstance(value, str):
+    """Return text or a finite number, also a scalar of NumPy or torch, as a Python object; a bool as "yes" or "no"."""
+    if hasattr(value, "item"):
         try:
             value = value.item()
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"Expected a single value in {where}; got an array.") from error
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if not isinstance(value, (str, int, float)):
+    if isinstance(value, str):
+        return check_text(value, where)
+    if not isinstance(value, (int, float)):
         raise ValueError(f"Expected text or a number in {where}; got {type(value).__name__}.")
     if isinstance(value, float) and not isfinite(value):
         raise ValueError(f"Expected a finite number in {where}; got {value}.")
-    return check_text(value, where) if isinstance(value, str) else value
+    return value
 
 
 def check_text(text: Any, where: str) -> str:
-    """Refuse what is no text, and surrogates, which no file can hold."""
+    """Return text, and refuse anything else and surrogates, which UTF-8 cannot encode."""
     if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
         got = "a surrogate in it" if isinstance(text, str) else type(text).__name__
         raise ValueError(f"Expected text in {where}; got {got}.")

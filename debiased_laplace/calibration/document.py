@@ -1,4 +1,4 @@
-"""A report as a JSON document: written, read back by its types, and described by a JSON Schema."""
+"""JSON documents of reports: writing, reading with checks of all types, and their JSON Schema."""
 
 import json
 import os
@@ -11,8 +11,7 @@ from pydantic_core import from_json as parse_json
 
 from debiased_laplace.calibration.contents import SCHEMA_VERSION, ReportContents
 
-BOM = "\ufeff"
-"""What some editors put before the first character of a file."""
+BOM = "\ufeff"  # some editors put it before the first character of a file
 
 Contents = TypeVar("Contents", bound=ReportContents)
 
@@ -26,16 +25,7 @@ def to_json(contents: ReportContents) -> str:
 
 
 def from_json(cls: type[Contents], source: str | os.PathLike[str]) -> Contents:
-    """Read a report from its JSON.
-
-    Args:
-        cls: `ReportContents` or a subclass without further fields.
-        source: the text, which starts with "{", or the path of a file that holds it.
-
-    Raises:
-        ValueError: if it is no JSON, no report, or of another version; the message says where.
-        OSError: if there is no such file.
-    """
+    """Read a report, as `CalibrationReport.from_json`, into `ReportContents` or a subclass without further fields."""
     text, name = _read_text(source)
     _check_version(text, name)
     try:
@@ -43,7 +33,7 @@ def from_json(cls: type[Contents], source: str | os.PathLike[str]) -> Contents:
     except ValidationError as error:
         deepest = max(error.errors(), key=lambda e: len(e["loc"]))  # inside the member of a union that was meant
         place = ".".join(map(str, deepest["loc"])) or "its top level"
-        raise ValueError(f"{name} is no report: at {place}: {message_of(deepest)}.") from error
+        raise ValueError(f"{name} is not a report: at {place}: {message_of(deepest)}.") from error
     compared = {m for c in contents.comparisons for m in (c.method, c.baseline)}
     detected = {d.method for one in contents.ood.values() for d in one.detections}
     metrics = {metric for result in contents.methods.values() for metric in result.metrics}
@@ -53,7 +43,7 @@ def from_json(cls: type[Contents], source: str | os.PathLike[str]) -> Contents:
         ("setting", {"confidence_level"}, contents.settings),
     ):
         if unknown := sorted(needed - set(known)):
-            raise ValueError(f"{name} is no report: {unknown[0]!r} is no {what} of it; it has {list(known)}.")
+            raise ValueError(f"{name} is not a report: it has no {what} {unknown[0]!r}, only {list(known)}.")
     return contents
 
 
@@ -68,7 +58,7 @@ def message_of(error: Any) -> str:
 
 
 def _read_text(source: str | os.PathLike[str]) -> tuple[bytes, str]:
-    """The text, and its name for messages."""
+    """Return the text, and its name for messages."""
     if isinstance(source, str) and source.removeprefix(BOM).lstrip().startswith(("{", "[")):
         return source.removeprefix(BOM).encode("utf-8", "backslashreplace"), "The JSON text"
     path = Path(source)
@@ -78,14 +68,14 @@ def _read_text(source: str | os.PathLike[str]) -> tuple[bytes, str]:
 
 
 def _check_version(text: bytes, name: str) -> None:
-    """Refuse what is no JSON object, and versions that this package does not read."""
+    """Refuse text that is not a JSON object, and versions that this package does not read."""
     try:
         document = parse_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}.") from error
+        raise ValueError(f"{name} is not JSON: {error}.") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(version, str) or not re.fullmatch("[0-9]{1,4}[.][0-9]{1,4}", version):
-        raise ValueError(f"{name} is no report: at schema_version: expected {SCHEMA_VERSION!r}; got {version!r}.")
+        raise ValueError(f"{name} is not a report: at schema_version: expected {SCHEMA_VERSION!r}; got {version!r}.")
     found, known = ([int(n) for n in v.split(".")] for v in (version, SCHEMA_VERSION))
     if found > known:
         raise ValueError(f"{name} has the newer schema_version {version}; update debiased-laplace to read it.")

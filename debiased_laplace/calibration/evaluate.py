@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from laplace.baselaplace import BaseLaplace
+from torch import nn
 from torch.utils.data import RandomSampler
 
 from debiased_laplace.calibration.build import calibration_report
@@ -12,17 +13,17 @@ from debiased_laplace.calibration.check import ThresholdSource
 from debiased_laplace.calibration.contents import PredictionRecord, ReportFigure, ReportTable, Task
 from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
 from debiased_laplace.calibration.predict import (
-    CollectedPredictions,
+    BatchPrediction,
     Method,
+    PredictionOptions,
+    PredictionType,
     as_prediction,
     collect,
-    make_predictors,
     read_methods,
 )
-from debiased_laplace.calibration.predictors import LaplacePredictor, PredictionOptions, PredictionType, Predictor
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
-from debiased_laplace.data.inputs import MappingKeys
+from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
 from debiased_laplace.posterior.predictions import Link
 
 FEW_DRAWS = 100
@@ -64,11 +65,9 @@ def evaluate(  # noqa: D417 - further options are those of the report
 ) -> CalibrationReport:
     """Predict a test set with several methods in one pass over its loader, and compare their calibration in a report.
 
-    Every method sees the same inputs, whatever the loader shuffles or augments, and draws the same random numbers; the
-    draws start anew with every batch, so that sampled networks are the same ones for all batches. Models are left as
-    they were: modes, weights, gradients, and the global random state.
-
-    Memory: predictions on the CPU in their own dtype; samples of one batch at a time.
+    All methods get the same inputs, whatever the loader shuffles or augments, and the same random numbers, which start
+    anew with every batch, so that sampled networks are the same for all batches. The models and the global random state
+    are left as they were. Memory: predictions on the CPU in their own dtype; samples of one batch at a time.
 
     Args:
         posteriors: name to method. A Laplace posterior of this package or of laplace-torch; a network, which is the
@@ -81,18 +80,15 @@ def evaluate(  # noqa: D417 - further options are those of the report
         include_map: whether the network of the first Laplace posterior is added, first and under the name "map"; None:
             where no network and no "map" is given, and no other baseline.
         pred_type: of Laplace posteriors: "glm", the linearized network, or "nn", networks at drawn weights.
-        link_approx: of Laplace posteriors in classification: "mean_field", "probit", "mc", "bridge" or "bridge_norm";
-            None: "mean_field" for "glm", "mc" for "nn". Posteriors of laplace-torch get the same link as those of this
-            package, so that posteriors are compared and not links; a callable, `lambda x: la(x)`, has its own. "mc" is
-            the mean over `predictive_samples`.
+        link_approx: of Laplace posteriors of either library in classification: "mean_field", "probit", "mc" (the mean
+            over `predictive_samples`), "bridge" or "bridge_norm"; None: "mean_field" for "glm", "mc" for "nn". For
+            another link give a callable, `lambda x: la(x)`.
         n_samples: draws where Laplace posteriors predict by drawing, at least 2; below 100 the report warns.
         sigma_noise: standard deviation of the observation noise, for networks and sampling callables in regression;
             None: that of the first Laplace posterior. A Laplace posterior uses its own.
         ood_loaders: name to a loader of inputs out of distribution; targets are ignored.
-        validation_loader: labelled samples of neither the training nor the test set, for temperature scaling of the
-            baseline.
-        held_out_loader: training samples left out of every fit, by which the posteriors are compared with the full
-            batch (`held_out_kl`).
+        validation_loader: labelled samples outside of training and test set, for temperature scaling of the baseline.
+        held_out_loader: training samples left out of every fit, to compare the posteriors by their `held_out_kl`.
         fitted_loader: the samples that were fitted, of all posteriors or by name; those of laplace-torch need it.
         dict_key_x: of mappings: the tensor whose length is the number of samples; None: as the first posterior.
         dict_key_y: of mappings: the targets; None: as the first posterior.
@@ -106,9 +102,8 @@ def evaluate(  # noqa: D417 - further options are those of the report
 
     Raises:
         NotFittedError: if a posterior is not fitted.
-        ValueError: if a method or a batch is not what it should be, or nothing says what the observation noise is, or
-            clusters are given with a loader that shuffles.
         OverlapError: if a held-out sample was fitted.
+        ValueError: for other wrong methods, batches or options, and for clusters with a loader that shuffles.
 
     References:
         Daxberger et al. (2021), arXiv 2106.14806 (predictives); docs/calibration_reports.md.
@@ -117,42 +112,31 @@ def evaluate(  # noqa: D417 - further options are those of the report
         raise ValueError("clusters are in the order of the loader, which shuffles; expected shuffle=False.")
     if ood_loaders is not None and not isinstance(ood_loaders, Mapping):
         raise ValueError(f"ood_loaders must map names of sets to loaders; got {type(ood_loaders).__name__}.")
-    options = PredictionOptions(task, pred_type, link_approx, n_samples, seed)
     methods = read_methods(posteriors, baseline, include_map)
     first = next(iter(methods)) if baseline is None else baseline
-    predictors = make_predictors(methods, options, first)
     laplace = {name: m for name, m in methods.items() if isinstance(m, BaseLaplace)}
-    keys, noise = _choose_keys(laplace, dict_key_x, dict_key_y), _find_noise(laplace, sigma_noise)
+    known: Any = next(iter(laplace.values()), DEFAULT_KEYS)
+    keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
+    noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
+    options = PredictionOptions(task, pred_type, link_approx, n_samples, seed, first, keys, progress_bar)
 
-    def predict(names: Iterable[str], source: Iterable[Any], label: str, labelled: bool = True) -> CollectedPredictions:
-        return collect(
-            {name: predictors[name] for name in names},
-            source,
-            keys,
-            seed=seed,
-            with_targets=labelled,
-            progress=f"[Predicting {label}]" if progress_bar else None,
-        )
+    def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
+        return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
-    def read(found: CollectedPredictions) -> dict[str, Any]:
-        return {
-            name: as_prediction(name, p, laplace[name].sigma_noise if name in laplace else noise)
-            for name, p in found.predictions.items()
-        }
-
-    found = predict(methods, loader, "the test set")
-    validation = None
+    found, targets = collect(methods, loader, options, "the test set")
+    validation, ood = None, {}
     if validation_loader is not None and first in methods:
-        held = predict([first], validation_loader, "validation data")
-        logits = held.predictions[first].logits
-        validation = (read(held)[first] if logits is None else logits, held.targets)
-    ood = {name: read(predict(methods, source, name, labelled=False)) for name, source in (ood_loaders or {}).items()}
+        held, labels = collect({first: methods[first]}, validation_loader, options, "validation data")
+        logits = held[first].logits
+        validation = (read(held)[first] if logits is None else logits, labels)
+    for name, source in (ood_loaders or {}).items():
+        ood[name] = read(collect(methods, source, options, name, labelled=False)[0])
     summaries = summarize_posteriors(laplace, confidence_level)
     if held_out_loader is not None:
         summaries = compare_held_out(laplace, summaries, held_out_loader, fitted_loader, confidence_level, progress_bar)
     report = calibration_report(
         read(found),
-        found.targets,
+        targets,
         task=task,
         baseline=baseline,
         n_bins=n_bins,
@@ -169,44 +153,26 @@ def evaluate(  # noqa: D417 - further options are those of the report
         posteriors=summaries,
         temperature_scaling=temperature_scaling,
         validation=validation,
-        logits={name: p.logits for name, p in found.predictions.items() if p.logits is not None},
+        logits={name: p.logits for name, p in found.items() if p.logits is not None},
         ood=ood or None,
         clusters=clusters,
         max_samples=max_samples,
         thresholds=thresholds,
     )
-    records = {name: _record(predictors[name], found, options) for name in methods}
-    return replace(report, predicted=records, warnings=(*_warn_of_draws(records), *report.warnings))
+    records = {name: _record(methods[name], p, options) for name, p in found.items()}
+    drawn = [name for name in laplace if found[name].n_samples is not None]
+    if not drawn or n_samples >= FEW_DRAWS:
+        return replace(report, predicted=records)
+    warning = (
+        f"Only {n_samples} draws behind the predictions of {', '.join(drawn)}: their negative log-likelihood and "
+        f"calibration error are too large by what the draws add; take {FEW_DRAWS} or more."
+    )
+    return replace(report, predicted=records, warnings=(warning, *report.warnings))
 
 
-def _choose_keys(laplace: Mapping[str, BaseLaplace], dict_key_x: str | None, dict_key_y: str | None) -> MappingKeys:
-    """Return where a mapping holds what: as given, or as the first posterior has it."""
-    first, defaults = next(iter(laplace.values()), None), MappingKeys()
-    x = getattr(first, "dict_key_x", None) or defaults.dict_key_x
-    y = getattr(first, "dict_key_y", None) or defaults.dict_key_y
-    return MappingKeys(dict_key_x or x, dict_key_y or y)
-
-
-def _find_noise(laplace: Mapping[str, BaseLaplace], given: Any) -> Any:
-    """Return the observation noise of methods that do not know theirs: as given, or the first posterior's."""
-    if given is not None or not laplace:
-        return given
-    return next(iter(laplace.values())).sigma_noise.detach()
-
-
-def _record(predictor: Predictor, found: CollectedPredictions, options: PredictionOptions) -> PredictionRecord:
-    pred_type = link = None
-    if isinstance(predictor, LaplacePredictor):
-        pred_type, link = options.pred_type, None if options.task == "regression" else options.link
-    n_samples, clock = found.predictions[predictor.name].n_samples, found.clocks[predictor.name]
-    return PredictionRecord(predictor.kind, pred_type, link, n_samples, clock.seconds, clock.peak_bytes)
-
-
-def _warn_of_draws(records: Mapping[str, PredictionRecord]) -> list[str]:
-    few = {name: r.n_samples for name, r in records.items() if r.pred_type and r.n_samples and r.n_samples < FEW_DRAWS}
-    if not few:
-        return []
-    return [
-        f"Only {next(iter(few.values()))} draws behind the predictions of {', '.join(few)}: their negative "
-        f"log-likelihood and calibration error are too large by what the draws add; take {FEW_DRAWS} or more."
-    ]
+def _record(method: Method, predicted: BatchPrediction, options: PredictionOptions) -> PredictionRecord:
+    measured = (predicted.n_samples, predicted.seconds, predicted.peak_bytes)
+    if isinstance(method, BaseLaplace):
+        link = None if options.task == "regression" else options.link
+        return PredictionRecord("Laplace posterior", options.pred_type, link, *measured)
+    return PredictionRecord("network" if isinstance(method, nn.Module) else "callable", None, None, *measured)

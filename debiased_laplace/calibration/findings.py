@@ -1,4 +1,4 @@
-"""The findings of a report in sentences, harm before everything else."""
+"""Findings of a report in sentences, those of harm first."""
 
 from collections.abc import Mapping
 
@@ -24,36 +24,15 @@ CAUTION = "CAUTION, worse than "
 
 
 def summarize(contents: ReportContents) -> tuple[str, ...]:
-    """Return one sentence for each of `contents.judged`, those that tell of harm first."""
+    """Return one sentence for each of `contents.judged`, those of harm first."""
     sentences = [_summarize_method(contents, method) for method in contents.judged]
     return tuple(sorted(sentences, key=lambda sentence: not sentence.startswith(CAUTION)))
-
-
-def find_harm(contents: ReportContents, method: str) -> list[str]:
-    """Return the references whose NLL is detectably better than the method's, in words."""
-    return [
-        name_reference(contents, reference)
-        for reference, c in _compare(contents, method, "nll").items()
-        if c.verdict == "worse"
-    ]
 
 
 def name_reference(contents: ReportContents, reference: str) -> str:
     """Return the name of a reference inside a sentence."""
     scaling = contents.scaling
     return reference if scaling is None or reference != scaling.method else scaling.short_name
-
-
-def describe_confidence(metrics: Mapping[str, Estimate]) -> str:
-    """Say whether a method is detectably over-confident or under-confident, and by how much."""
-    if "confidence_gap" in metrics:
-        gap = metrics["confidence_gap"]
-        words, amount = name_confidence("confidence_gap", gap), f" by {_format_alone(abs(gap.known), gap)}"
-    else:
-        scale = metrics["z_scale"]
-        words = name_confidence("z_scale", scale)
-        amount = f" (errors are {_format_alone(scale.known, scale)} predicted standard deviations)"
-    return f"{words}{amount}" if words else "neither over- nor under-confident detectably"
 
 
 def name_confidence(metric: str, estimate: Estimate) -> str:
@@ -66,36 +45,46 @@ def name_confidence(metric: str, estimate: Estimate) -> str:
     return ""
 
 
+def _describe_confidence(metrics: Mapping[str, Estimate]) -> str:
+    """Return whether a method is detectably over-confident or under-confident, and by how much."""
+    metric = next(name for name in CONFIDENCE_TARGETS if name in metrics)
+    estimate = metrics[metric]
+    words, decimals = name_confidence(metric, estimate), choose_common_decimals([estimate])
+    if not words:
+        return "neither over- nor under-confident detectably"
+    if metric == "confidence_gap":
+        return f"{words} by {format_number(abs(estimate.known), decimals)}"
+    return f"{words} (errors are {format_number(estimate.known, decimals)} predicted standard deviations)"
+
+
 def _compare(contents: ReportContents, method: str, metric: str) -> dict[str, Comparison]:
-    """Reference to comparison of one metric."""
+    """Return reference to comparison of one metric."""
     return {c.baseline: c for c in contents.comparisons if (c.method, c.metric) == (method, metric)}
 
 
 def _summarize_method(contents: ReportContents, method: str) -> str:
-    confidence = describe_confidence(contents.methods[method].metrics)
+    confidence = _describe_confidence(contents.methods[method].metrics)
     if method == contents.baseline:
         return _summarize_baseline(contents, confidence)
     relations = _compare(contents, method, "nll")
-    sentence = f"{method} is "
-    previous = None
+    sentence, previous = f"{method} is ", ""
     for reference, c in relations.items():
-        if previous is not None:
+        if previous:
             sentence += " and " if c.verdict == previous else ", but "
-        sentence += _describe_relation(c, name_reference(contents, reference), named=previous is None)
+        words = {"better": "better than", "worse": "worse than"}.get(c.verdict, "not detectably different from")
+        sentence += f"{words} {name_reference(contents, reference)} ({'' if previous else 'NLL '}{_describe_size(c)})"
         previous = c.verdict
-    sentence += "".join(
-        f", though its {SHORT_NAMES[metric]} is worse than that of {contents.baseline} ({_describe_size(c)})"
-        for metric in ALSO_TOLD
-        for reference, c in _compare(contents, method, metric).items()
-        if reference == contents.baseline and c.verdict == "worse" and relations[reference].verdict != "worse"
-    )
-    harm = find_harm(contents, method)
-    warning = f"{CAUTION}{' and '.join(harm)}: " if harm else ""
-    return f"{warning}{sentence}; it is {confidence}."
+    for metric in ALSO_TOLD:
+        other = _compare(contents, method, metric).get(contents.baseline)
+        if other is not None and other.verdict == "worse" and relations[contents.baseline].verdict != "worse":
+            size = _describe_size(other)
+            sentence += f", though its {SHORT_NAMES[metric]} is worse than that of {contents.baseline} ({size})"
+    harm = [name_reference(contents, reference) for reference, c in relations.items() if c.verdict == "worse"]
+    return f"{CAUTION + ' and '.join(harm) + ': ' if harm else ''}{sentence}; it is {confidence}."
 
 
 def _summarize_baseline(contents: ReportContents, confidence: str) -> str:
-    """The baseline alone: its own loss, and how scaling changes it."""
+    """Return the loss of the baseline, and how scaling changes it."""
     nll = contents.methods[contents.baseline].metrics["nll"]
     loss = format_with_interval(nll.value, nll.low, nll.high, choose_decimals([nll.standard_error]))
     sentence = f"{contents.baseline}: NLL {loss}; {confidence}"
@@ -107,18 +96,8 @@ def _summarize_baseline(contents: ReportContents, confidence: str) -> str:
     return f"{sentence}."
 
 
-def _describe_relation(comparison: Comparison, reference: str, *, named: bool) -> str:
-    words = {
-        "better": "better than",
-        "worse": "worse than",
-        "no detectable difference": "not detectably different from",
-    }
-    name = f"{SHORT_NAMES[comparison.metric]} " if named else ""
-    return f"{words[comparison.verdict]} {reference} ({name}{_describe_size(comparison)})"
-
-
 def _describe_size(comparison: Comparison) -> str:
-    """The difference with its interval, unsigned where its direction is known."""
+    """Return the difference with its interval, unsigned where its direction is known."""
     decimals = choose_decimals([comparison.standard_error])
     low, high = comparison.low, comparison.high
     if comparison.verdict == "no detectable difference":
@@ -129,7 +108,3 @@ def _describe_size(comparison: Comparison) -> str:
         low, high = (None, None) if low is None or high is None else (-high, -low)
     size = format_number(abs(comparison.difference), decimals)
     return f"{size} {direction} {format_interval(low, high, decimals)}".rstrip()
-
-
-def _format_alone(value: float, estimate: Estimate) -> str:
-    return format_number(value, choose_common_decimals([estimate]))

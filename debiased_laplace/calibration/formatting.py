@@ -1,4 +1,4 @@
-"""Numbers for people: as many digits as their interval supports."""
+"""Numbers as text, with as many digits as their intervals support."""
 
 from collections.abc import Iterable
 from math import floor, log10
@@ -12,15 +12,13 @@ MAX_DECIMALS = 5
 
 
 def choose_decimals(half_widths: Iterable[float | None]) -> int | None:
-    """Choose the decimals that show two digits of the smallest positive half-width; None without any."""
+    """Return the decimals that show two digits of the smallest positive half-width; None without any."""
     positive = [w for w in half_widths if w]
-    if not positive:
-        return None
-    return min(MAX_DECIMALS, max(0, 1 - floor(log10(min(positive)))))
+    return min(MAX_DECIMALS, max(0, 1 - floor(log10(min(positive))))) if positive else None
 
 
 def choose_common_decimals(estimates: Iterable[Estimate | None]) -> int | None:
-    """Choose the decimals of one metric of several methods, so that their columns compare."""
+    """Return the decimals that all methods' estimates of one metric share."""
     return choose_decimals(half_width(e.low, e.high) for e in estimates if e is not None)
 
 
@@ -29,24 +27,23 @@ def half_width(low: float | None, high: float | None) -> float | None:
     return None if low is None or high is None else (high - low) / 2
 
 
-def format_number(value: float | None, decimals: int | None = None) -> str:
-    """Format with fixed decimals where these show the value well, else with about three digits; a dash for None."""
+def format_number(value: float | None, decimals: int | None = None, *, signed: bool = False) -> str:
+    """Format with fixed decimals where these show the value well, else with about three digits; a dash for None.
+
+    Args:
+        value: the number.
+        decimals: as `choose_decimals` returns them.
+        signed: put a plus sign before numbers above zero.
+    """
     if value is None:
         return NOTHING
     size = abs(value)
     if decimals is None or size >= 1e7 or 0 < size < 0.5 * 10.0**-MAX_DECIMALS:
-        text = f"{value:.3f}" if 0.01 <= size < 10 else f"{value:.3g}" if size < 1e3 else f"{value:.5g}"
+        text = f"{size:.3f}" if 0.01 <= size < 10 else f"{size:.3g}" if size < 1e3 else f"{size:.5g}"
     else:
-        text = f"{value:.{decimals}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", MINUS)
-
-
-def format_signed(value: float | None, decimals: int | None = None) -> str:
-    """Format as `format_number`, with a plus sign above zero."""
-    text = format_number(value, decimals)
-    return f"+{text}" if not text.startswith((MINUS, NOTHING)) and float(text.replace(MINUS, "-")) != 0 else text
+        text = f"{size:.{decimals}f}"
+    sign = "" if float(text) == 0 else MINUS if value < 0 else "+" if signed else ""
+    return sign + text.replace("-", MINUS)
 
 
 def format_interval(low: float | None, high: float | None, decimals: int | None = None) -> str:
@@ -57,21 +54,22 @@ def format_interval(low: float | None, high: float | None, decimals: int | None 
 
 
 def format_with_interval(
-    value: float | None, low: float | None, high: float | None, decimals: int | None, *, signed: bool = False
+    value: float | None, low: float | None, high: float | None, decimals: int | None = None, *, signed: bool = False
 ) -> str:
-    """Format as `value [low, high]`, or the value alone where there is no interval."""
-    show = format_signed if signed else format_number
-    return f"{show(value, decimals)} {format_interval(low, high, decimals)}".rstrip()
+    """Format as `value [low, high]`, or the value alone where there is no interval.
+
+    Without `decimals` both have those that the interval supports.
+    """
+    if decimals is None:
+        decimals = choose_decimals([half_width(low, high)])
+    return f"{format_number(value, decimals, signed=signed)} {format_interval(low, high, decimals)}".rstrip()
 
 
-def format_p_value(p: float) -> str:
-    """Format as `p = ...` with the digits that matter."""
+def format_p_value(p: float | None) -> str:
+    """Format as `p = ...` with the digits that matter; a dash for None."""
+    if p is None:
+        return NOTHING
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-
-
-def format_bare_p_value(p: float) -> str:
-    """Format as `format_p_value`, without the name."""
-    return format_p_value(p).removeprefix("p ").removeprefix("= ")
 
 
 def format_level(level: str | int | float) -> str:
@@ -80,8 +78,9 @@ def format_level(level: str | int | float) -> str:
 
 
 def format_count(n: int, what: str = "") -> str:
-    """Format a number with its thousands apart, and what it counts in the singular or plural."""
-    return f"{n:,} {what}{'s' * (n != 1)}".replace(",", "\u202f") if what else f"{n:,}".replace(",", "\u202f")
+    """Format a count with its thousands apart, followed by the noun for what it counts, singular or plural."""
+    noun = f" {what}{'s' * (n != 1)}" if what else ""
+    return f"{n:,}".replace(",", "\u202f") + noun
 
 
 def format_seconds(seconds: float) -> str:

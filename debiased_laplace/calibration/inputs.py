@@ -42,7 +42,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_whole_number(name: str, value: Any, lowest: int, highest: int = 2**63 - 1) -> int:
-    """Return a whole number as an int, and refuse anything else or outside of a range."""
+    """Return a whole number of a range as an int, and refuse anything else."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not lowest <= value <= highest:
         most = f" and at most {highest}" if highest < 2**63 - 1 else ""
         raise ValueError(f"{name} must be a whole number of at least {lowest}{most}; got {value!r}.")
@@ -63,7 +63,7 @@ def as_tensor(values: Any, where: str) -> Tensor:
 
 
 def _as_array(values: Any) -> np.ndarray:
-    """`values` in a layout that torch takes: a copy only of read-only or strided arrays."""
+    """Return an array in a layout that torch takes; only read-only and strided arrays are copied."""
     if isinstance(values, Sequence) and any(isinstance(v, Tensor) for v in values):
         values = [v.detach().cpu().numpy() if isinstance(v, Tensor) else v for v in values]
     array = np.require(values, requirements=["C_CONTIGUOUS", "WRITEABLE"])
@@ -71,11 +71,11 @@ def _as_array(values: Any) -> np.ndarray:
         if not all(isinstance(v, Real) for v in array.flat):
             raise TypeError("not all of its entries are numbers")
         array = array.astype(np.float64)
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def first_bad(mask: Tensor, first_row: int = 0) -> str:
-    """How many entries of a mask are set, and where the first one is, rows counted from `first_row` on."""
+    """Describe how many entries of a mask are set, and where the first is; rows are counted from `first_row` on."""
     first = mask.nonzero()[0].tolist()
     place = f"row {first_row + first[0]}" + (f", column {first[1]}" if len(first) > 1 else "")
     return f"{int(mask.sum())} of {mask.numel()} are not, the first in {place}"

@@ -17,7 +17,7 @@ Layout = Literal["rows", "positions", "samples of positions", "positions of one 
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """Positions of N images: the image (rising) and place, row by row, of each; `shape` is that of targets (N, ...)."""
+    """Positions of N images: the image (rising) and place, row by row, of each; targets have the shape (N, ...)."""
 
     shape: tuple[int, ...]
     image: Int[Tensor, " m"]
@@ -25,13 +25,20 @@ class Positions:
 
     @classmethod
     def draw(cls, shape: tuple[int, ...], *, max_samples: int, seed: int) -> "Positions":
-        """All positions of images (N, ...), or `max_samples` of them, each equally likely."""
-        drawn = _draw_positions(prod(shape), max_samples, seed=seed)
-        per_image = prod(shape[1:])
-        return cls(tuple(shape), drawn // per_image, drawn % per_image)
+        """Draw `max_samples` positions of images (N, ...), each equally likely, or take all if there are no more."""
+        total, per_image = prod(shape), prod(shape[1:])
+        if total <= 4 * max_samples:
+            drawn = draw_rows(total, max_samples, seed=seed)
+        else:  # without a list of all positions
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.empty(0, dtype=torch.int64)
+            while drawn.numel() < max_samples:  # a random part of distinct draws is a random set
+                drawn = torch.cat([drawn, torch.randint(total, (max_samples,), generator=generator)]).unique()
+            drawn = drawn[torch.randperm(drawn.numel(), generator=generator)[:max_samples]].sort().values
+        return cls(shape, drawn // per_image, drawn % per_image)
 
     def pick(self, values: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "..."]:
-        """The drawn positions of (N, C, ...), (S, N, C, ...) or (N, ...) as (m, C), (S, m, C) or (m,)."""
+        """Return the drawn positions of (N, C, ...), (S, N, C, ...) or (N, ...) as (m, C), (S, m, C) or (m,)."""
         image, place = self.image.to(values.device), self.place.to(values.device)
         if layout == "positions of one class":
             return values.flatten(1)[image, place]
@@ -46,8 +53,7 @@ class Positions:
         if ids.numel() == n_positions:
             return ids[self.image * (n_positions // n_images) + self.place]
         raise ValueError(
-            f"clusters must hold one id for each of {n_images} images, or for each of {n_positions} pixels; got "
-            f"{ids.numel()}."
+            f"clusters must hold an id for each of {n_images} images or {n_positions} pixels; got {len(ids)}."
         )
 
 
@@ -65,21 +71,21 @@ def as_rows(
     y = as_tensor(targets, "Targets")
     if y.ndim < 2 or any(isinstance(p, PosteriorPredictive) for p in predictions.values()):
         return dict(predictions), targets, None
-    given = {method: as_tensor(p, f"Predictions of {method!r}") for method, p in predictions.items()}
-    layouts = {method: _tell_layout(method, p, y, task) for method, p in given.items()}
+    rows = {method: as_tensor(p, f"Predictions of {method!r}") for method, p in predictions.items()}
+    layouts = {method: _tell_layout(method, p, y, task) for method, p in rows.items()}
     if all(layout == "rows" for layout in layouts.values()):
-        return dict(given), y, None
+        return rows, y, None
     if "rows" in layouts.values():
         raise ValueError(f"All methods must have positions, or none; got {layouts} for targets {tuple(y.shape)}.")
     if y.numel() == 0:
         raise ValueError(f"At least one pixel is needed; got targets of shape {tuple(y.shape)}.")
     positions = Positions.draw(tuple(y.shape), max_samples=max_samples, seed=seed)
-    rows = {method: positions.pick(p, layouts[method]) for method, p in given.items()}
+    rows = {method: positions.pick(p, layouts[method]) for method, p in rows.items()}
     return rows, positions.pick(y, "positions of one class"), positions
 
 
 def _tell_layout(method: str, p: Tensor, y: Tensor, task: str) -> Layout:
-    """What the axes of `p` are, by the shape of labels (N, ...) or one-hot rows (n, C)."""
+    """Return what the axes of `p` are, by the shape of labels (N, ...) or one-hot rows (n, C)."""
     shape, labels = tuple(p.shape), tuple(y.shape)
     one_hot = y.ndim == 2 and shape in (labels, (*shape[:-2], *labels)) and p.ndim in (2, 3)
     if task == "binary" and shape == labels and (shape[-1:] != (2,) or y.ndim > 2):
@@ -99,23 +105,11 @@ def _tell_layout(method: str, p: Tensor, y: Tensor, task: str) -> Layout:
 
 
 def _tell_apart(method: str, p: Tensor) -> Layout:
-    """Both (N, C, L) and samples (S, n, C) fit one-hot-shaped targets: the classes are the axis that sums to 1."""
-    first = p[0].to(torch.float64)
-    along = [bool(((first.sum(dim=d) - 1).abs() < 1e-3).all()) for d in (0, 1)]
+    """Tell (N, C, L) from samples (S, n, C) with one-hot targets by the axis that sums to 1, that of the classes."""
+    along = [bool(((p[0].double().sum(dim=d) - 1).abs() < 1e-3).all()) for d in (0, 1)]
     if along[0] == along[1]:
         raise ValueError(
             f"Predictions of {method!r} of shape {tuple(p.shape)} may be samples (S, n, C) with one-hot targets or "
             "positions (N, C, L): give the targets of samples as labels (n,)."
         )
     return "positions" if along[0] else "rows"
-
-
-def _draw_positions(total: int, most: int, *, seed: int) -> Int[Tensor, " drawn"]:
-    """`draw_rows` out of very many, without a list of all of them."""
-    if total <= 4 * most:
-        return draw_rows(total, most, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(0, dtype=torch.int64)
-    while drawn.numel() < most:  # a random part of distinct draws is a random set
-        drawn = torch.cat([drawn, torch.randint(total, (most,), generator=generator)]).unique()
-    return drawn[torch.randperm(drawn.numel(), generator=generator)[:most]].sort().values

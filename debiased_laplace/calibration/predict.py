@@ -1,140 +1,201 @@
 """Predictions of several methods in one pass over a loader, with the same inputs and the same random numbers."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Shaped
 from laplace.baselaplace import BaseLaplace
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from debiased_laplace.calibration.contents import Task
 from debiased_laplace.calibration.distributions import Gaussian
-from debiased_laplace.calibration.predictors import (
-    BatchPrediction,
-    CallablePredictor,
-    LaplacePredictor,
-    NetworkPredictor,
-    PredictionOptions,
-    Predictor,
-)
-from debiased_laplace.calibration.probabilities import PosteriorPredictive
-from debiased_laplace.data.batches import as_batch
-from debiased_laplace.data.inputs import Inputs, MappingKeys, n_samples_of, on_each, tensors_of
+from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
+from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
+from debiased_laplace.curvature.parameters import takes_keywords
+from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
 from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.errors import NotFittedError
+from debiased_laplace.posterior.fitted import FittedPosterior
+from debiased_laplace.posterior.hyperparameters import name_of
+from debiased_laplace.posterior.laplace_torch import preserve_state
+from debiased_laplace.posterior.predictions import Link, PredictiveInterface
+from debiased_laplace.predictive.mean_field import GaussianLogits
 
 Method = Any
 """A Laplace posterior (`BaseLaplace`), a network (`nn.Module`), or a callable from inputs to predictions."""
+PredictionType = Literal["glm", "nn"]
 MAP = "map"
+MOST_JOINT_OUTPUTS = 32  # covariances (n, d, d) between more outputs would outgrow everything else
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """Options of the predictions, as of `evaluate`; a link of None becomes its default.
+
+    `baseline` names the method whose logits are kept where it is a network, since probabilities may be rounded to 0.
+    """
+
+    task: Task
+    pred_type: PredictionType = "glm"
+    link: Link | None = None
+    n_samples: int = 100
+    seed: int = 0
+    baseline: str | None = None
+    keys: MappingKeys = DEFAULT_KEYS
+    progress_bar: bool = False
+
+    def __post_init__(self) -> None:
+        if self.link is None:
+            object.__setattr__(self, "link", "mc" if self.pred_type == "nn" else "mean_field")
+        choices = {"task": (self.task, Task), "pred_type": (self.pred_type, PredictionType)}
+        for name, (value, kind) in (choices | {"link_approx": (self.link, Link)}).items():
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}; got {value!r}.")
+        if self.pred_type == "nn" and self.link != "mc":
+            raise ValueError(f"pred_type='nn' averages drawn networks: expected link_approx='mc', got {self.link!r}.")
+        check_whole_number("n_samples", self.n_samples, 2)
+        check_whole_number("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, eq=False)
-class CollectedPredictions:
-    """Predictions of several methods by name for the samples of a loader, on the CPU; no targets if not asked for."""
+class BatchPrediction:
+    """Predictions for the n samples of a batch, or of all batches; None where a method has none.
 
-    predictions: Mapping[str, BatchPrediction]
-    targets: Tensor | None
-    clocks: Mapping[str, "Clock"]
+    Attributes:
+        probabilities: (n, C), as the logits.
+        mutual_information: between label and parameters, (n,), in nats.
+        logit_variance: trace of the covariance of the centred logits, (n,).
+        mean: (n,) or (n, d), as the standard deviation.
+        standard_deviation: of the targets, observation noise included.
+        function_variance: without the noise, as the mean, or covariances (n, d, d).
+        n_samples: posterior samples behind each prediction.
+        seconds: wall time of the predictions.
+        peak_bytes: peak of GPU memory during the predictions.
+    """
+
+    probabilities: Tensor | None = None
+    mutual_information: Tensor | None = None
+    logit_variance: Tensor | None = None
+    logits: Tensor | None = None
+    mean: Tensor | None = None
+    standard_deviation: Tensor | None = None
+    function_variance: Tensor | None = None
+    n_samples: int | None = None
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are present, by field."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def compact(self) -> "BatchPrediction":
+        """Return a copy on the CPU in its own dtype, without graph or covariances between too many outputs."""
+        kept = self.tensors()
+        covariance = kept.get("function_variance")
+        if covariance is not None and covariance.ndim == 3 and not 1 < covariance.shape[-1] <= MOST_JOINT_OUTPUTS:
+            kept["function_variance"] = covariance.diagonal(dim1=-2, dim2=-1)
+        changes: dict[str, Any] = {name: values.detach().to("cpu", copy=True) for name, values in kept.items()}
+        return replace(self, **changes)
 
 
 def read_methods(methods: Any, baseline: str | None, include_map: bool | None) -> dict[str, Method]:
-    """Return methods by name in the caller's order, after the network of the first posterior where MAP is missing.
+    """Return methods by name in the caller's order, after the network of the first posterior if MAP is to be added.
 
     With `include_map` None it is added where no network is given, and no baseline but MAP.
     """
     if isinstance(methods, BaseLaplace):
         methods = {"laplace": methods}
     if not isinstance(methods, Mapping) or not methods:
-        got = "an empty mapping" if isinstance(methods, Mapping) else type(methods).__name__
-        raise ValueError(f"posteriors must map names to methods, at least one; got {got}.")
-    for name, method in methods.items():
-        if not isinstance(method, BaseLaplace | nn.Module) and not callable(method):
-            raise ValueError(
-                f"{name!r} must be a Laplace posterior, a network, or a callable that maps inputs to predictions; got "
-                f"{type(method).__name__}."
-            )
-    found: dict[str, Method] = dict(methods)
-    if include_map is None:
-        given = any(isinstance(m, nn.Module) or str(name).lower() == MAP for name, m in found.items())
-        wanted = not given and baseline in (None, MAP)
-    else:
-        wanted = include_map
-    if not wanted:
-        return found
-    models = [m.model for m in found.values() if isinstance(m, BaseLaplace) and hasattr(m, "model")]
-    networks = [model for model in models if isinstance(model, nn.Module)]
-    if networks and MAP not in found:
-        return {MAP: networks[0], **found}
+        raise ValueError(f"posteriors must map at least one name to a method; got {methods!r:.60}.")
+    wrong = {
+        name: type(m).__name__ for name, m in methods.items() if not isinstance(m, BaseLaplace) and not callable(m)
+    }
+    if wrong:
+        raise ValueError(
+            f"Expected Laplace posteriors, networks, or callables from inputs to predictions; got {wrong}."
+        )
+    given = any(isinstance(m, nn.Module) or str(name).lower() == MAP for name, m in methods.items())
+    wanted = not given and baseline in (None, MAP) if include_map is None else include_map
+    networks = [net for m in methods.values() if isinstance(m, BaseLaplace) and (net := network_of(m)) is not None]
+    if wanted and networks and MAP not in methods:
+        return {MAP: networks[0], **methods}
     if include_map:
-        why = f"{MAP!r} is there already" if MAP in found else "none of the posteriors has a network"
+        why = f"{MAP!r} is there already" if MAP in methods else "none of the posteriors has a network"
         raise ValueError(f"include_map=True adds the network of the first Laplace posterior as {MAP!r}; {why}.")
-    return found
+    return dict(methods)
 
 
-def make_predictors(methods: Mapping[str, Method], options: PredictionOptions, baseline: str) -> dict[str, Predictor]:
-    """Return a predictor of each method; that of the baseline keeps its logits, if it is a network."""
-    predictors: dict[str, Predictor] = {}
-    for name, method in methods.items():
-        if isinstance(method, BaseLaplace):
-            predictors[name] = LaplacePredictor(name, method, options)
-        elif isinstance(method, nn.Module):
-            predictors[name] = NetworkPredictor(name, method, options.task, keeps_logits=name == baseline)
-        else:
-            predictors[name] = CallablePredictor(name, method, options.task)
-    return predictors
+def network_of(method: Method) -> nn.Module | None:
+    """Return the network of a method; None for callables, and for posteriors that have none."""
+    model = getattr(method, "model", None) if isinstance(method, BaseLaplace) else method
+    return model if isinstance(model, nn.Module) else None
 
 
 def collect(
-    predictors: Mapping[str, Predictor],
+    methods: Mapping[str, Method],
     loader: Iterable[Any],
-    keys: MappingKeys,
+    options: PredictionOptions,
+    title: str,
     *,
-    seed: int,
-    with_targets: bool = True,
-    progress: str | None = None,
-) -> CollectedPredictions:
+    labelled: bool = True,
+) -> tuple[dict[str, BatchPrediction], Tensor | None]:
     """Predict with every method, batch by batch, in one pass.
 
     The global generators are seeded for the pass, and anew for each method and batch, so that what one method draws
-    changes neither the loader's augmentation nor another method's draws; afterwards they are as they were. Without
-    targets batches may be inputs alone. `progress` is the title of a progress bar.
+    changes neither the loader's augmentation nor another method's draws; afterwards they are as they were.
+
+    Returns:
+        Predictions by method, and the targets if `labelled`, on the CPU. Else batches may be inputs alone.
     """
-    kept: dict[str, list[BatchPrediction]] = {name: [] for name in predictors}
-    clocks = {name: Clock(p.device) for name, p in predictors.items()}
+    for name, method in methods.items():
+        if isinstance(method, BaseLaplace):
+            _check_posterior(name, method, options.task)
+    kept: dict[str, list[BatchPrediction]] = {name: [] for name in methods}
     targets = []
-    with torch.inference_mode(False), undisturbed_randomness(seed):
-        n_batches = len(loader) if isinstance(loader, Sized) else None
-        for loaded in tqdm(loader, total=n_batches, desc=progress, disable=progress is None):
-            inputs, y = _read_batch(loaded, keys, with_targets=with_targets)
-            if n_samples_of(inputs) == 0:
+    with torch.inference_mode(False), undisturbed_randomness(options.seed):
+        for loaded in tqdm(loader, desc=f"[Predicting {title}]", disable=not options.progress_bar):
+            batch = _read_batch(loaded, options.keys, labelled=labelled)
+            if len(batch) == 0:
                 continue
-            _check_finite(inputs)
-            if y is not None:
-                targets.append(y.detach().to("cpu", copy=True))
-            for name, predictor in predictors.items():
-                with undisturbed_randomness(seed), clocks[name]:
-                    predicted = predictor.predict(_own_copy(inputs, predictor.device))
-                kept[name].append(predicted.compact())
-    if not all(kept.values()):
+            batch.check_finite()
+            targets.append(batch.targets.detach().to("cpu", copy=True))
+            for name, method in methods.items():
+                with undisturbed_randomness(options.seed):
+                    kept[name].append(predict_batch(name, method, batch.inputs, options))
+    if not targets:
         raise ValueError(f"The loader yields no samples to predict; got {type(loader).__name__}.")
-    return CollectedPredictions(
-        # each method's batches are released before the next one's are joined
-        {name: join_batches(name, kept.pop(name)) for name in predictors},
-        torch.cat(targets) if with_targets else None,
-        clocks,
-    )
+    # each method's batches are released before the next one's are joined
+    joined = {name: _join_batches(name, kept.pop(name)) for name in methods}
+    return joined, torch.cat(targets) if labelled else None
 
 
-def join_batches(name: str, batches: Sequence[BatchPrediction]) -> BatchPrediction:
-    """Concatenate the predictions of one method for several batches, which must be of the same form."""
-    forms = {tuple(batch.tensors()) for batch in batches}
-    if len(forms) > 1:
-        shown = " and ".join(sorted(", ".join(form) for form in forms))
-        raise ValueError(f"{name!r}: expected predictions of the same form for every batch; got {shown}.")
-    draws = [batch.n_samples for batch in batches if batch.n_samples is not None]
-    joined: dict[str, Any] = {key: torch.cat([getattr(batch, key) for batch in batches]) for key in next(iter(forms))}
-    return BatchPrediction(**joined, n_samples=min(draws, default=None))
+def predict_batch(name: str, method: Method, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
+    """Predict a batch with one method on the device of its network, and measure time and GPU memory.
+
+    The method gets a copy of the inputs, so that it may write into them.
+    """
+    device = _device_of(method)
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    x = on_each(inputs, lambda t: t.to(device or t.device, copy=True))
+    if isinstance(method, BaseLaplace):
+        found = _predict_with_posterior(name, method, x, options)
+    elif isinstance(method, nn.Module):
+        found = _predict_with_network(name, method, x, options)
+    else:
+        found = _predict_with_callable(name, method, x, options.task)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        found = replace(found, peak_bytes=torch.cuda.max_memory_allocated(device))
+    return replace(found, seconds=time.perf_counter() - started).compact()
 
 
 def as_prediction(
@@ -150,64 +211,141 @@ def as_prediction(
     if predicted.standard_deviation is not None:
         return mean, predicted.standard_deviation
     if sigma_noise is None:
-        raise ValueError(
-            f"{name!r} has no observation noise; pass sigma_noise, the standard deviation of the targets around the "
-            "function."
-        )
-    if variance is None:
-        return mean, torch.as_tensor(sigma_noise, dtype=mean.dtype, device=mean.device).expand_as(mean).clone()
-    if variance.ndim == 3:
+        raise ValueError(f"{name!r} has no observation noise; pass sigma_noise, its standard deviation.")
+    if variance is not None and variance.ndim == 3:
         return Gaussian(mean, covariance=variance, observation_noise=sigma_noise)
     # rounding leaves tiny negative variances where the function is certain
-    return Gaussian(mean, standard_deviation=variance.clamp_min(0).sqrt(), observation_noise=sigma_noise)
+    deviation = torch.zeros_like(mean) if variance is None else variance.clamp_min(0).sqrt()
+    return Gaussian(mean, standard_deviation=deviation, observation_noise=sigma_noise)
 
 
-class Clock:
-    """Sum of the wall times of the blocks that it is entered for, and their peak of GPU memory where they use one."""
-
-    def __init__(self, device: torch.device | None):
-        self.device = device if device is not None and device.type == "cuda" else None
-        self.seconds = 0.0
-        self.peak_bytes: int | None = None
-
-    def __enter__(self) -> None:
-        if self.device is not None:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self.device is not None:
-            torch.cuda.synchronize(self.device)
-            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated(self.device))
-        self.seconds += time.perf_counter() - self.started
+def _check_posterior(name: str, la: BaseLaplace, task: Task) -> None:
+    likelihood = name_of(la.likelihood)
+    if likelihood == "reward_modeling":
+        how = "give a callable that returns the probabilities of the preferences, la(pairs, fitting=True)"
+        raise ValueError(f"{name!r} is a reward model, whose rewards have no targets to compare with: {how}.")
+    if (likelihood == "regression") != (task == "regression"):
+        raise ValueError(f"{name!r} has the likelihood {likelihood!r}; got task={task!r}.")
+    # laplace-torch's diagonal and full posteriors predict from the prior alone before they are fitted
+    if not getattr(la, "n_data", True):
+        raise NotFittedError(f"{name!r} is not fitted; call fit() first.")
+    if isinstance(la, FittedPosterior):
+        # it would predict with the weights that were fitted, and MAP beside it with the present ones
+        la.check_weights()
 
 
-def _read_batch(loaded: Any, keys: MappingKeys, *, with_targets: bool) -> tuple[Inputs, Tensor | None]:
-    """Return inputs and targets of a batch, or inputs alone where targets are not asked for."""
-    if with_targets:
-        batch = as_batch(loaded, keys)
-        return batch.inputs, batch.targets
-    if isinstance(loaded, tuple | list) and len(loaded) in (1, 2):
-        loaded = loaded[0]
-    if isinstance(loaded, Mapping):
-        return keys.inputs(loaded), None
-    if isinstance(loaded, Tensor) and loaded.ndim > 0:
-        return loaded, None
+def _read_batch(loaded: Any, keys: MappingKeys, *, labelled: bool) -> Batch:
+    """Return a loader's item as a batch; targets that are not asked for are zeros."""
+    if labelled:
+        return as_batch(loaded, keys)
+    inputs = loaded[0] if isinstance(loaded, tuple | list) and len(loaded) in (1, 2) else loaded
+    if isinstance(inputs, Mapping):
+        inputs = keys.inputs(inputs)
+    elif not isinstance(inputs, Tensor) or inputs.ndim == 0:
+        raise ValueError(f"Expected inputs as tensors or mappings of tensors; got {type(loaded).__name__}.")
+    return Batch(inputs, torch.zeros(n_samples_of(inputs)))
+
+
+def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
+    """Predict probabilities, with mutual information where the link knows it, or moments of the function."""
+    is_regression = options.task == "regression"
+    x = inputs if isinstance(inputs, Tensor) else _MovableMapping(inputs)
+    with preserve_state(network_of(la), plain=isinstance(la, FittedPosterior)), torch.enable_grad():
+        if options.pred_type == "nn" or (options.link == "mc" and not is_regression):
+            generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
+            samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator)
+            return _reduce_samples(name, samples.detach(), options.task)
+        if is_regression:
+            mean, variance = la(x, pred_type=options.pred_type)
+            return BatchPrediction(mean=mean, function_variance=variance)
+        if options.link != "mean_field":
+            return BatchPrediction(la(x, pred_type=options.pred_type, link_approx=options.link))
+        if isinstance(la, PredictiveInterface):
+            logits = la.gaussian_logits(x)
+        else:
+            logits = GaussianLogits.of_covariance(*la._glm_predictive_distribution(x))
+        return BatchPrediction(*logits.probabilities_and_information(), logits.total_variance)
+
+
+def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
+    """Predict the softmax of the logits of a network (MAP), or its outputs as means."""
+    with preserve_state(model), torch.no_grad():
+        returned = model(**inputs) if isinstance(inputs, dict) and takes_keywords(model, inputs) else model(inputs)
+    outputs, n = getattr(returned, "logits", returned), n_samples_of(inputs)
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != n:
+        got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs, or an output with logits; got {got}.")
+    if options.task == "regression":
+        return BatchPrediction(mean=outputs)
+    if options.task == "binary" and (outputs.ndim == 1 or outputs.shape[1:] == (1,)):
+        z = outputs.reshape(-1)
+        outputs = torch.stack([torch.zeros_like(z), z], dim=1)
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        raise ValueError(f"{name!r}: expected logits (n, C) of at least 2 classes; got {tuple(outputs.shape)}.")
+    if bool((outputs >= 0).all()) and bool(((outputs.double().sum(1) - 1).abs() < 1e-4).all()):
+        raise ValueError(
+            f"The outputs of the network {name!r} are probabilities; expected logits. Give a callable, "
+            "`lambda x: model(x)`, to use the probabilities as they are."
+        )
+    logits = outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()
+    kept = logits if name == options.baseline and logits.ndim == 2 else None
+    return BatchPrediction(probabilities=logits.softmax(1), logits=kept)
+
+
+def _predict_with_callable(name: str, function: Callable[[Any], Any], inputs: Inputs, task: Task) -> BatchPrediction:
+    """Predict probabilities (n, C), samples (S, n, C), in regression (mean, standard deviation) or function samples."""
+    output, n, where = function(inputs), n_samples_of(inputs), f"Predictions of {name!r}"
+    if task == "regression" and isinstance(output, tuple | list) and len(output) == 2:
+        mean, deviation = (as_tensor(part, where) for part in output)
+        if len(mean) == len(deviation) == n:
+            return BatchPrediction(mean=mean, standard_deviation=deviation)
+        raise ValueError(f"{name!r}: expected {n} means and standard deviations; got {len(mean)} and {len(deviation)}.")
+    values = as_tensor(output, where)
+    sampled = values.ndim == 3 or (task == "regression" and values.ndim == 2)
+    if sampled and values.shape[1] == n:
+        return _reduce_samples(name, values, task)
+    if not sampled and task != "regression" and values.ndim > 0 and len(values) == n:
+        return BatchPrediction(values)
+    form = "(mean, standard deviation)" if task == "regression" else "probabilities (n, C)"
     raise ValueError(
-        "Expected batches of inputs: tensors or mappings of tensors, with or without targets; got "
-        f"{type(loaded).__name__}."
+        f"{name!r}: expected {form} or samples (S, n, ...) for n = {n} inputs; got shape {tuple(values.shape)}."
     )
 
 
-def _check_finite(inputs: Inputs) -> None:
-    for name, values in tensors_of(inputs).items():
-        bad = ~values.isfinite()
-        n_bad = int((bad.flatten(1).any(1) if bad.ndim > 1 else bad).sum())
-        if n_bad:
-            raise ValueError(f"Expected finite {name}; {n_bad} of {len(bad)} samples of a batch have NaN or infinity.")
+def _reduce_samples(name: str, samples: Shaped[Tensor, "S n ..."], task: Task) -> BatchPrediction:
+    """Reduce posterior samples, (S, n, C) or of a function (S, n) or (S, n, d), to their mean and their spread."""
+    if task != "regression":
+        information = uncertainty_scores(read_probabilities(name, samples, task=task))["mutual_information"]
+        return BatchPrediction(samples.mean(0), information, n_samples=len(samples))
+    if len(samples) < 2:
+        raise ValueError(f"{name!r}: a variance over draws needs at least 2 samples; got {len(samples)}.")
+    return BatchPrediction(mean=samples.mean(0), function_variance=samples.var(0), n_samples=len(samples))
 
 
-def _own_copy(inputs: Inputs, device: torch.device | None) -> Inputs:
-    """Copy inputs, so that a method may write into them without the next one seeing it."""
-    return on_each(inputs, lambda t: t.to(device or t.device, copy=True))
+def _join_batches(name: str, batches: Sequence[BatchPrediction]) -> BatchPrediction:
+    """Concatenate the predictions of one method for several batches, which must be of the same form."""
+    forms = {tuple(batch.tensors()) for batch in batches}
+    if len(forms) > 1:
+        shown = " and ".join(sorted(", ".join(form) for form in forms))
+        raise ValueError(f"{name!r}: expected predictions of the same form for every batch; got {shown}.")
+    joined: dict[str, Any] = {key: torch.cat([getattr(batch, key) for batch in batches]) for key in next(iter(forms))}
+    return BatchPrediction(
+        **joined,
+        n_samples=min((b.n_samples for b in batches if b.n_samples is not None), default=None),
+        seconds=sum(b.seconds for b in batches),
+        peak_bytes=max((b.peak_bytes for b in batches if b.peak_bytes is not None), default=None),
+    )
+
+
+class _MovableMapping(dict[str, Tensor]):
+    """A mapping of tensors with the one method that laplace-torch asks of it."""
+
+    def to(self, device: torch.device) -> "_MovableMapping":
+        """Move the mapping to a device."""
+        return _MovableMapping({key: value.to(device) for key, value in self.items()})
+
+
+def _device_of(method: Method) -> torch.device | None:
+    model = network_of(method)
+    tensors = () if model is None else (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else None

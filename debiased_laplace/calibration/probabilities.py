@@ -1,4 +1,4 @@
-"""Class probabilities, checked, and reduced in portions: 100,000 samples of 1,000 classes never stand twice."""
+"""Class probabilities, checked, and reduced in portions: 100,000 samples of 1,000 classes are never copied whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class PosteriorPredictive:
     Attributes:
         mean: over the posterior.
         mutual_information: between label and parameters, in nats.
-        logit_variance: trace of the covariance of the centred logits; None where it is not known.
+        logit_variance: trace of the covariance of the centred logits; None if unknown.
     """
 
     mean: Shaped[Tensor, "n C"]
@@ -37,12 +37,11 @@ class Probabilities:
     """Distributions over C classes of n samples, or of S posterior samples of each.
 
     Attributes:
-        values: (n, C) or (S, n, C), in the dtype and on the device they came in; every row sums to 1 within 1e-3.
-        mutual_information: of a posterior that was reduced to its mean before; None where it is not known.
-        logit_variance: total variance of the centred logits; None where it is not known.
-        temperature: by which the logits of every row are divided, after posterior samples were averaged; None where the
-            probabilities stand as they came.
-        logits: from which the probabilities came, where they are known; else these are logarithms.
+        values: in the dtype and on the device of the input; every row sums to 1 within 1e-3.
+        mutual_information: of a `PosteriorPredictive`.
+        logit_variance: of a `PosteriorPredictive`.
+        temperature: divisor of the logits of every row, applied after averaging over posterior samples.
+        logits: of the probabilities; None: their logarithms.
     """
 
     values: Shaped[Tensor, "*S n C"]
@@ -63,26 +62,24 @@ class Probabilities:
 
     @property
     def smallest(self) -> float:
-        """Floor of a probability inside a logarithm: the smallest normal number of their dtype."""
-        # half precision keeps subnormals below its own tiny; float32's floor is below all of them
-        dtype = self.values.dtype
-        return torch.finfo(dtype if dtype in (torch.float32, torch.float64) else torch.float32).tiny
+        """Floor of a probability inside a logarithm: the smallest normal number of the dtype, at least float32."""
+        return torch.finfo(torch.float64 if self.values.dtype == torch.float64 else torch.float32).tiny
 
     def portions(self) -> Iterator[slice]:
-        """Slices of rows that fit in memory at once."""
+        """Return slices of rows that fit in memory at once."""
         return portions_of(self.n, self.values.numel() // max(1, self.n))
 
     def read(self, rows: slice) -> Float[Tensor, "*S rows C"]:
-        """Rows in float64 that sum to 1 exactly."""
+        """Return rows in float64 that sum to 1 exactly."""
         if self.temperature is None:
             return _normalize(self.values[..., rows, :])
         temperature = self.temperature.to(self.values.device)[rows]
         return (self.take_logits(rows) / temperature[:, None]).softmax(dim=1)
 
     def take_logits(self, rows: Int[Tensor, " m"] | slice) -> Float[Tensor, "m C"]:
-        """Logits of chosen rows before any temperature, in float64, the largest of each row being 0.
+        """Return logits of some rows before scaling, in float64, shifted so that the largest of each row is 0.
 
-        A probability of 0 counts as the smallest one.
+        Probabilities below `smallest` count as `smallest`.
         """
         rows = rows if isinstance(rows, slice) else rows.to(self.values.device)
         if self.logits is not None:
@@ -94,9 +91,12 @@ class Probabilities:
 
 @dataclass(frozen=True, eq=False)
 class ClassBins:
-    """Each class's probability over bins of equal width, closed on the left, the last on both sides.
+    """Sums over bins of equal width of each class's probability p, closed on the left, the last on both sides.
 
-    `positives` counts a bin's samples of the class, `confidence` sums its probabilities p, `variance` p (1 - p).
+    Attributes:
+        positives: number of samples of the class.
+        confidence: sum of p.
+        variance: sum of p (1 - p).
     """
 
     positives: Float[Tensor, "C bins"]
@@ -109,21 +109,17 @@ class ClassificationPredictions:
     """Class probabilities of one method on a labelled test set; vectors are float64 on the CPU.
 
     Attributes:
-        predicted: most probable class, and `confidence`, its probability.
+        predicted: most probable class.
         squared_norm: sum of the squared probabilities.
-        entropy: of the mean prediction, in nats.
-        mutual_information: between label and parameters; None where only the mean is known.
-        class_bins: every class's probability in bins.
-        source: the probabilities as they came.
+        uncertainty: as of `uncertainty_scores`.
+        source: the probabilities as given.
     """
 
     targets: Int[Tensor, " n"]
     predicted: Int[Tensor, " n"]
-    confidence: Float[Tensor, " n"]
     true_class_probability: Float[Tensor, " n"]
     squared_norm: Float[Tensor, " n"]
-    entropy: Float[Tensor, " n"]
-    mutual_information: Float[Tensor, " n"] | None
+    uncertainty: dict[str, Float[Tensor, " n"]]
     class_bins: ClassBins
     source: Probabilities
 
@@ -133,11 +129,9 @@ class ClassificationPredictions:
         return self.targets.numel()
 
     @property
-    def uncertainty(self) -> dict[str, Float[Tensor, " n"]]:
-        """What `uncertainty_scores` returns."""
-        scores = {"confidence": self.confidence, "entropy": self.entropy}
-        information = self.mutual_information
-        return scores if information is None else scores | {"mutual_information": information}
+    def confidence(self) -> Float[Tensor, " n"]:
+        """Probability of the predicted class."""
+        return self.uncertainty["confidence"]
 
     @cached_property
     def correct(self) -> Float[Tensor, " n"]:
@@ -146,29 +140,30 @@ class ClassificationPredictions:
 
     @property
     def n_impossible(self) -> int:
-        """Samples whose true class was given probability 0, or less than a float can say."""
+        """Number of samples whose true class has a probability that counts as 0."""
         return int((self.true_class_probability < self.source.smallest).sum())
 
 
 def mean_prediction(p: Float[Tensor, "*S rows C"]) -> Float[Tensor, "rows C"]:
-    """Average over posterior samples, where there are any."""
+    """Average over posterior samples, if there are any."""
     return p.mean(dim=0) if p.ndim == 3 else p
 
 
 def portions_of(n: int, numbers_per_row: int) -> Iterator[slice]:
-    """Slices of n rows that fit in memory at once."""
+    """Return slices of n rows that fit in memory at once."""
     size = max(1, NUMBERS_AT_ONCE // max(1, numbers_per_row))
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))
 
 
 def inner_edges(n_bins: int) -> Float[Tensor, " edges"]:
-    """Edges between bins of equal width on [0, 1], netcal's: torch.linspace differs in the last digit."""
+    """Return the edges between bins of equal width on [0, 1]."""
+    # netcal's: torch.linspace differs in the last digit
     return torch.from_numpy(np.linspace(0.0, 1.0, n_bins + 1)[1:-1].copy())
 
 
 def draw_rows(n: int, most: int, *, seed: int) -> Int[Tensor, " rows"]:
-    """All rows, or `most` of them in rising order, each equally likely."""
+    """Draw `most` of n rows without replacement, in rising order; return all where there are no more."""
     if n <= most:
         return torch.arange(n)
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
@@ -181,46 +176,47 @@ def reduce_classification(
 
     Cost: one pass over the probabilities on their own device, in float64 and in portions of 8 MB.
     """
-    labels = labels.to(probabilities.values.device)
-    bins = _ClassBinSums(probabilities.n_classes, n_bins, labels.device)
-    parts: dict[str, list[Tensor]] = {}
+    device = probabilities.values.device
+    labels, edges, portions = labels.to(device), inner_edges(n_bins).to(device), []
+    bins = torch.zeros(3, probabilities.n_classes, n_bins, dtype=torch.float64, device=device)
     for rows in probabilities.portions():
         p, true = probabilities.read(rows), labels[rows]
         mean = mean_prediction(p)
-        squares = mean.square()
-        bins.add(mean, squares, true)
-        portion = _scores(p) | {
+        bins += _sum_over_bins(mean, true, edges)
+        portion = _score(p) | {
             "predicted": mean.argmax(dim=1),
             "true_class_probability": mean.gather(1, true[:, None])[:, 0],
-            "squared_norm": squares.sum(dim=1),
+            "squared_norm": mean.square().sum(dim=1),
         }
-        for name, values in portion.items():
-            parts.setdefault(name, []).append(values)
-    vectors = {name: torch.cat(values).cpu() for name, values in parts.items()}
-    information = vectors.pop("mutual_information", probabilities.mutual_information)
+        portions.append(portion)
+    vectors = _join(portions, probabilities)
     return ClassificationPredictions(
-        targets=labels.cpu(),
-        mutual_information=information,
-        class_bins=bins.finish(),
+        labels.cpu(),
+        predicted=vectors.pop("predicted"),
+        true_class_probability=vectors.pop("true_class_probability"),
+        squared_norm=vectors.pop("squared_norm"),
+        uncertainty=vectors,
+        class_bins=ClassBins(*bins.cpu()),
         source=probabilities,
-        **vectors,
     )
 
 
 def uncertainty_scores(probabilities: Probabilities) -> dict[str, Float[Tensor, " n"]]:
-    """Confidence, entropy and, where it is known, mutual information of every sample, on the CPU.
+    """Return confidence, entropy and, if known, mutual information of every sample, on the CPU.
 
     References:
         Houlsby, Huszár, Ghahramani, Lengyel (2011), arXiv 1112.5745 (mutual information).
     """
-    portions = [_scores(probabilities.read(rows)) for rows in probabilities.portions()]
-    scores = {name: torch.cat([portion[name] for portion in portions]).cpu() for name in portions[0]}
-    if probabilities.mutual_information is not None:
-        scores["mutual_information"] = probabilities.mutual_information
-    return scores
+    return _join([_score(probabilities.read(rows)) for rows in probabilities.portions()], probabilities)
 
 
-def _scores(p: Float[Tensor, "*S rows C"]) -> dict[str, Float[Tensor, " rows"]]:
+def _join(portions: list[dict[str, Tensor]], probabilities: Probabilities) -> dict[str, Tensor]:
+    vectors = {name: torch.cat([portion[name] for portion in portions]).cpu() for name in portions[0]}
+    known = probabilities.mutual_information
+    return vectors if known is None else vectors | {"mutual_information": known}
+
+
+def _score(p: Float[Tensor, "*S rows C"]) -> dict[str, Float[Tensor, " rows"]]:
     mean = mean_prediction(p)
     entropy = torch.special.entr(mean).sum(dim=-1)
     scores = {"confidence": mean.max(dim=1).values, "entropy": entropy}
@@ -230,39 +226,22 @@ def _scores(p: Float[Tensor, "*S rows C"]) -> dict[str, Float[Tensor, " rows"]]:
     return scores
 
 
-class _ClassBinSums:
-    """Sums of `ClassBins` over portions of rows.
-
-    A row sums to 1, so that fewer than `n_bins` of its probabilities lie beyond the first bin. Only these are sorted
-    into bins; the first bin is the rest of each class's total. At 1,000 classes that spares most of the work.
-    """
-
-    def __init__(self, n_classes: int, n_bins: int, device: torch.device) -> None:
-        self.shape = (n_classes, n_bins)
-        self.sums = torch.zeros(4, n_classes * n_bins, dtype=torch.float64, device=device)
-        self.totals = torch.zeros(2, n_classes, dtype=torch.float64, device=device)
-        self.edges = inner_edges(n_bins).to(device)
-        self.n = 0
-
-    def add(self, p: Float[Tensor, "rows C"], squares: Float[Tensor, "rows C"], labels: Int[Tensor, " rows"]) -> None:
-        n_classes, n_bins = self.shape
-        self.n += len(p)
-        self.totals += torch.stack([p.sum(dim=0), squares.sum(dim=0)])
-        place = (p >= self.edges[0]).flatten().nonzero()[:, 0]
-        high = p.flatten()[place]
-        cell = (place % n_classes) * n_bins + torch.bucketize(high, self.edges, right=True)
-        self.sums[:3].index_add_(1, cell, torch.stack([high, high.square(), torch.ones_like(high)]))
-        true = p.gather(1, labels[:, None])[:, 0]
-        cell = labels * n_bins + torch.bucketize(true, self.edges, right=True)
-        self.sums[3].index_add_(0, cell, torch.ones_like(true))
-
-    def finish(self) -> ClassBins:
-        confidence, squares, counts, positives = self.sums.cpu().view(4, *self.shape)
-        occupied = self.n > counts[:, 1:].sum(dim=1)
-        for sums, total in zip((confidence, squares), self.totals.cpu(), strict=True):
-            rest = (total - sums[:, 1:].sum(dim=1)).clamp_min(0.0)
-            sums[:, 0] = torch.where(occupied, rest, torch.zeros_like(rest))  # an empty bin has no rounding
-        return ClassBins(positives, confidence, (confidence - squares).clamp_min(0.0))
+def _sum_over_bins(
+    p: Float[Tensor, "rows C"], labels: Int[Tensor, " rows"], edges: Float[Tensor, " edges"]
+) -> Float[Tensor, "3 C bins"]:
+    """Return the sums of `ClassBins` over some rows."""
+    C, n_bins = p.shape[1], len(edges) + 1
+    # fewer than n_bins probabilities of a row lie beyond the first bin, and only these are sorted into bins
+    place = (p >= edges[0]).flatten().nonzero()[:, 0]
+    others, first = p.flatten()[place], p.flatten().index_fill(0, place, 0.0).view_as(p)
+    cell = place % C * n_bins + torch.bucketize(others, edges, right=True)
+    true = labels * n_bins + torch.bucketize(p.gather(1, labels[:, None])[:, 0], edges, right=True)
+    sums = [torch.bincount(true, minlength=C * n_bins).to(p.dtype)]
+    sums += [torch.bincount(cell, weights=x, minlength=C * n_bins) for x in (others, others * (1 - others))]
+    bins = torch.stack(sums).view(3, C, n_bins)
+    bins[1, :, 0] = first.sum(dim=0)
+    bins[2, :, 0] = bins[1, :, 0] - first.square().sum(dim=0)
+    return bins
 
 
 def read_probabilities(method: str, probabilities: Any, *, task: Literal["binary", "multiclass"]) -> Probabilities:
@@ -293,17 +272,16 @@ def _normalize(values: Shaped[Tensor, "*S rows C"]) -> Float[Tensor, "*S rows C"
     p = values.to(torch.float64).clamp_min(0.0)
     sums = p.sum(dim=-1, keepdim=True)
     # rows that sum to 1 up to rounding stay as they are: a last digit can move a value across a bin's edge
-    return p.div_(torch.where((sums - 1).abs() <= ROUNDING, torch.ones_like(sums), sums))
+    return p.div_(torch.where((sums - 1).abs() <= ROUNDING, 1.0, sums))
 
 
 def _check_rows(p: Tensor, where: str) -> None:
-    """Refuse rows that are no distributions. A row is looked at closely only where a quick look finds something."""
+    """Check that rows are distributions."""
     for rows in portions_of(p.shape[0], p.shape[1]):
         low, high = torch.aminmax(p[rows])  # NaN if anything is
+        if not bool((low >= 0) & (high <= 1)):
+            _check_range(p[rows], where, rows.start)
         sums = p[rows].sum(dim=1, dtype=torch.float64)
-        if bool((low >= 0) & (high <= 1) & ((sums - 1).abs() <= ROW_SUM_TOLERANCE).all()):
-            continue
-        _check_range(p[rows], where, rows.start)
         worst = int((sums - 1).abs().argmax())
         if abs(sums[worst].item() - 1) > ROW_SUM_TOLERANCE:
             raise ValueError(
@@ -313,7 +291,7 @@ def _check_rows(p: Tensor, where: str) -> None:
 
 
 def _check_range(p: Tensor, where: str, first_row: int) -> None:
-    """Refuse numbers that are no probabilities."""
+    """Check that numbers are probabilities."""
     p = p.to(torch.float64)
     if not bool(p.isfinite().all()):
         raise ValueError(f"{where}: probabilities must be finite; {first_bad(~p.isfinite(), first_row)}.")

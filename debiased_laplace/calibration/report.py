@@ -1,7 +1,7 @@
-"""A finished report: rendered, saved, read back and checked."""
+"""Finished reports: rendering, saving, reading back and checking."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,10 +17,10 @@ Format = Literal["html", "json", "md", "csv"]
 
 
 class CalibrationReport(ReportContents):
-    """Calibration of several methods on one test set, with error bars and verdicts.
+    """Calibration of several methods on one test set, with confidence intervals and verdicts.
 
-    `metrics[method][name]` is an `Estimate`; `comparisons` holds the paired differences to the baseline, `warnings`
-    what a reader must know before trusting a number.
+    `metrics[method][name]` is an `Estimate`, `comparisons` holds the paired differences to the baseline, `warnings` the
+    limits of the numbers.
     """
 
     def __str__(self) -> str:
@@ -34,10 +34,10 @@ class CalibrationReport(ReportContents):
         """Read a stored report; it renders to the same bytes, without the predictions.
 
         Args:
-            source: what `to_json` returned, or the path of a file with it.
+            source: text that `to_json` returned, or the path of a file with it.
 
         Raises:
-            ValueError: if it is no JSON, no report, or of another version; the message says where.
+            ValueError: if the text is not JSON, not a report, or of another version; the message says where.
             OSError: if there is no such file.
         """
         return from_json(cls, source)
@@ -48,23 +48,20 @@ class CalibrationReport(ReportContents):
 
     def to_html(self) -> str:
         """Return the report as one page without scripts or external files."""
-        from debiased_laplace.calibration.html.page import render_html  # matplotlib, which only a page costs
+        from debiased_laplace.calibration.html.page import render_html  # imports matplotlib, which only a page needs
 
         return render_html(self)
 
     def to_markdown(self) -> str:
-        """Return findings, gates, metrics and comparisons in Markdown that a pull request can show."""
+        """Return findings, gates, metrics and comparisons as Markdown for a pull request."""
         return to_markdown(self)
 
     def to_frame(self, table: Table = "metrics") -> "DataFrame":
-        """Return one number with its interval a row.
+        """Return one number with its interval per row.
 
         Args:
-            table: "metrics": a row per method and metric; "comparisons": a row per paired difference; "ood": a row per
-                set out of distribution, method, score and metric.
-
-        Raises:
-            ValueError: for another table.
+            table: "metrics" (per method and metric), "comparisons" (per paired difference), or "ood" (per set out of
+                distribution, method, score and metric).
         """
         return to_frame(self, table)
 
@@ -73,15 +70,15 @@ class CalibrationReport(ReportContents):
         return str(self.to_frame(table).to_csv(index=False, lineterminator="\n"))
 
     def check(self, thresholds: ThresholdSource = DEFAULT) -> CheckResult:
-        """Judge the report by thresholds, on the confidence bound unless they say otherwise.
+        """Compare metrics with thresholds, by their confidence bounds unless a threshold says otherwise.
 
         Args:
-            thresholds: path of a TOML file, or the mapping it would hold: `{"threshold": [{"metric": "nll", "method":
-                "laplace", "max": 0.35}]}`; or "default": no method may have a larger negative log-likelihood than the
-                baseline, nor lose more than half a point of accuracy.
+            thresholds: path of a TOML file, or the mapping that it would hold: `{"threshold": [{"metric": "nll",
+                "method": "laplace", "max": 0.35}]}`; or "default": no method may have a larger negative log-likelihood
+                than the baseline, nor lose more than half a point of accuracy.
 
         Raises:
-            ValueError: for unknown keys, metrics or methods; the message names those that there are.
+            ValueError: for unknown keys, metrics or methods; the message lists the known ones.
             OSError: if there is no such file.
         """
         return check_report(self, read_thresholds(thresholds, self.task))
@@ -89,32 +86,24 @@ class CalibrationReport(ReportContents):
     def save(
         self, folder: str | os.PathLike[str], *, formats: Sequence[Format] = ("html", "json", "md")
     ) -> tuple[Path, ...]:
-        """Write report.html, report.json, report.md and the tables in CSV into a folder, which is made if missing.
+        """Write the report into a folder, which is created if it is missing, and return the paths of the files.
 
         Args:
-            folder: where to write; present files of these names are replaced.
-            formats: which of "html", "json", "md" and "csv". The last is report.csv, report_comparisons.csv and, with
-                sets out of distribution, report_ood.csv.
-
-        Returns:
-            The paths, in the order of `formats`.
-
-        Raises:
-            ValueError: for no format or an unknown one.
+            folder: files of the same names in it are replaced.
+            formats: any of "html", "json", "md" and "csv": report.html, report.json, ...; "csv" also writes
+                report_comparisons.csv and, with sets out of distribution, report_ood.csv.
         """
         chosen = () if isinstance(formats, str) else tuple(formats)
         if not chosen or any(f not in get_args(Format) for f in chosen):
             known = ", ".join(map(repr, get_args(Format)))
             raise ValueError(f"formats must be a sequence out of {known}; got {formats!r}.")
-        write = {"html": self.to_html, "json": self.to_json, "md": self.to_markdown, "csv": self.to_csv}
-        files: dict[str, Callable[[], str]] = {f"report.{name}": write[name] for name in chosen}
+        render = {"html": self.to_html, "json": self.to_json, "md": self.to_markdown, "csv": self.to_csv}
+        texts = {f"report.{name}": render[name]() for name in chosen}  # all of them before a present file is replaced
         if "csv" in chosen:
-            files["report_comparisons.csv"] = lambda: self.to_csv("comparisons")
+            texts["report_comparisons.csv"] = self.to_csv("comparisons")
             if self.ood:
-                files["report_ood.csv"] = lambda: self.to_csv("ood")
+                texts["report_ood.csv"] = self.to_csv("ood")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, render in files.items():
-            paths.append(Path(folder) / name)
-            paths[-1].write_bytes(render().encode())  # rendered before a present file is opened
-        return tuple(paths)
+        for name, text in texts.items():
+            (Path(folder) / name).write_bytes(text.encode())
+        return tuple(Path(folder) / name for name in texts)

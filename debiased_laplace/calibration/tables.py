@@ -1,10 +1,10 @@
-"""The numbers of a report as data frames, as Markdown and as plain text."""
+"""Numbers of a report as data frames, as Markdown and as plain text."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jinja2
 import pandas as pd
@@ -13,13 +13,13 @@ from debiased_laplace.calibration.contents import (
     SCORES,
     Comparison,
     Estimate,
-    MetricDefinition,
     OutOfDistributionSet,
     ReportContents,
     RiskPoint,
     Scalar,
     Section,
     Status,
+    Task,
     ThresholdOutcome,
 )
 from debiased_laplace.calibration.findings import SHORT_NAMES, name_reference
@@ -28,14 +28,12 @@ from debiased_laplace.calibration.formatting import (
     NOTHING,
     choose_common_decimals,
     choose_decimals,
-    format_bare_p_value,
     format_count,
     format_level,
     format_number,
     format_p_value,
     format_seconds,
     format_with_interval,
-    half_width,
     shorten,
 )
 
@@ -131,31 +129,22 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> pd.Data
     return pd.DataFrame([list(row) for row in rows], columns=list(columns), dtype=object)
 
 
-class MetricRow(NamedTuple):
-    """A metric, its estimates by every method, and the decimals that they share."""
-
-    name: str
-    definition: MetricDefinition
-    estimates: list[Estimate | None]
-    decimals: int | None
-
-
-def list_metrics(contents: ReportContents, *sections: Section) -> list[MetricRow]:
-    """Return the metrics of some sections that a method has."""
-    rows = []
+def list_metrics(contents: ReportContents, *sections: Section) -> dict[str, int | None]:
+    """Return the metrics of some sections that a method has, each with the decimals that its estimates share."""
+    found = {}
     for name, definition in contents.definitions.items():
         estimates = [result.metrics.get(name) for result in contents.methods.values()]
         if definition.section in sections and any(estimates):
-            rows.append(MetricRow(name, definition, estimates, choose_common_decimals(estimates)))
-    return rows
+            found[name] = choose_common_decimals(estimates)
+    return found
 
 
 def tabulate_metrics(contents: ReportContents, *sections: Section) -> pd.DataFrame:
     """Return metrics of some sections as rows and methods as columns, each estimate with its interval."""
-    rows = [
-        [row.definition.label, *(show_metric(row.name, e, row.decimals) for e in row.estimates)]
-        for row in list_metrics(contents, *sections)
-    ]
+    rows = []
+    for name, decimals in list_metrics(contents, *sections).items():
+        cells = [show_metric(name, result.metrics.get(name), decimals) for result in contents.methods.values()]
+        rows.append([contents.definitions[name].label, *cells])
     return make_table(["metric", *contents.methods], rows)
 
 
@@ -164,8 +153,8 @@ def tabulate_comparisons(contents: ReportContents) -> pd.DataFrame:
     rows = []
     for c in contents.comparisons:
         change = format_with_interval(c.difference, c.low, c.high, choose_decimals([c.standard_error]), signed=True)
-        p = NOTHING if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
-        rows.append([c.method, c.baseline, SHORT_NAMES.get(c.metric, c.metric), change, p, c.verdict])
+        name, p = SHORT_NAMES.get(c.metric, c.metric), format_p_value(c.adjusted_p_value)
+        rows.append([c.method, c.baseline, name, change, p, c.verdict])
     return make_table(["method", "compared with", "score", "difference", "Holm-adjusted p", "verdict"], rows)
 
 
@@ -173,7 +162,7 @@ def tabulate_gates(outcomes: Sequence[ThresholdOutcome]) -> pd.DataFrame:
     """Return one row for each threshold."""
     rows = []
     for o in outcomes:
-        found = format_with_interval(o.value, o.low, o.high, choose_decimals([half_width(o.low, o.high)]))
+        found = format_with_interval(o.value, o.low, o.high)
         limits = (("\u2265", o.minimum), ("\u2264", o.maximum))
         allowed = ", ".join(f"{sign} {x:g}".replace("-", "\u2212") for sign, x in limits if x is not None)
         rows.append([f"{SIGNS[o.status]} {o.status}", o.title, found, allowed, o.judge, o.n])
@@ -181,26 +170,19 @@ def tabulate_gates(outcomes: Sequence[ThresholdOutcome]) -> pd.DataFrame:
 
 
 def summarize_gates(outcomes: Sequence[ThresholdOutcome]) -> str:
-    """Say how many gates passed, failed and could not be decided."""
+    """Return how many gates passed, failed and could not be decided, in words."""
     counts = Counter(outcome.status for outcome in outcomes)
     return "gates: " + ", ".join(f"{counts[status]} {status}" for status in SIGNS if counts[status])
 
 
 def tabulate_kept(contents: ReportContents) -> pd.DataFrame:
     """Return the accuracy, or the mean squared error, of the most certain samples at some coverages."""
-    is_regression, columns = contents.task == "regression", [f"at {100 * c:g}{NO_BREAK}% coverage" for c in KEPT]
     rows = []
     for method, result in contents.methods.items():
-        if not result.selection:
-            continue
-        nearest = [min(result.selection, key=lambda p: abs(p.coverage - c)) for c in KEPT]
-        cells = [
-            _show_kept(p, is_regression) if abs(p.coverage - c) <= FAR else NOTHING
-            for p, c in zip(nearest, KEPT, strict=True)
-        ]
-        area = result.metrics.get("aurc")
-        rows.append([method, *cells, show_metric("aurc", area, choose_common_decimals([area]))])
-    return make_table(["method", *columns, "AURC"], rows)
+        if points := result.selection:
+            area = show_metric("aurc", result.metrics.get("aurc"))
+            rows.append([method, *(_show_kept(points, coverage, contents.task) for coverage in KEPT), area])
+    return make_table(["method", *(f"at {100 * c:g}{NO_BREAK}% coverage" for c in KEPT), "AURC"], rows)
 
 
 def tabulate_detection(one: OutOfDistributionSet, baseline: str) -> pd.DataFrame:
@@ -208,13 +190,10 @@ def tabulate_detection(one: OutOfDistributionSet, baseline: str) -> pd.DataFrame
     compared = {(c.method, c.score): c for c in one.comparisons}
     names, rows = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}, []
     for d in one.detections:
-        row = [
-            d.method,
-            SCORES.get(d.score, d.score),
-            *(show_metric(metric, d.metrics[metric], RATES) for metric in names),
-        ]
+        shown = (show_metric(metric, d.metrics[metric], RATES) for metric in names)
+        row = [d.method, SCORES.get(d.score, d.score), *shown]
         if c := compared.get((d.method, d.score)):
-            change = _keep_together(format_with_interval(c.difference, c.low, c.high, RATES, signed=True))
+            change = _show_unbroken(c.difference, c.low, c.high, RATES, signed=True)
             row += [change, c.verdict + (", below chance" if c.below_chance else "")]
         elif compared:
             row += [NOTHING, NOTHING]
@@ -252,10 +231,10 @@ def tabulate_predictions(contents: ReportContents) -> pd.DataFrame:
     return make_table(["method", "kind", "predictive", "draws", "time", "GPU memory, peak"], rows)
 
 
-def _list_further(contents: ReportContents) -> dict[str, pd.DataFrame]:
-    """Title to table of what Markdown shows behind a fold, without empty ones."""
+def _list_further(contents: ReportContents) -> list[tuple[str, pd.DataFrame, str]]:
+    """The tables that Markdown shows behind a fold, each with its title and a note."""
     kept = "Mean squared error" if contents.task == "regression" else "Accuracy"
-    tables = {
+    own = {
         "Further metrics": tabulate_metrics(contents, "detail"),
         f"{kept} of the samples that are kept": tabulate_kept(contents),
         **{f"Out of distribution: {n}": tabulate_detection(s, contents.baseline) for n, s in contents.ood.items()},
@@ -263,30 +242,37 @@ def _list_further(contents: ReportContents) -> dict[str, pd.DataFrame]:
         "Distance to the full batch": tabulate_held_out(contents),
         "How the methods predicted": tabulate_predictions(contents),
     }
-    return {title: table for title, table in tables.items() if len(table)}
+    given = [(t.title, make_table(t.columns, t.rows), t.note) for t in contents.tables]
+    return [*((title, table, "") for title, table in own.items() if len(table)), *given]
 
 
-def show_metric(name: str, estimate: Estimate | None, decimals: int | None) -> str:
+def show_metric(name: str, estimate: Estimate | None, decimals: int | None = None) -> str:
     """Format a metric with its interval; a p-value without."""
     if estimate is None or estimate.value is None:
         return NOTHING
     if name.endswith("_p_value"):
-        return format_bare_p_value(estimate.value)
+        return format_p_value(estimate.value).removeprefix("p ").removeprefix("= ")
     signed = name == "confidence_gap"
-    return _keep_together(format_with_interval(estimate.value, estimate.low, estimate.high, decimals, signed=signed))
+    return _show_unbroken(estimate.value, estimate.low, estimate.high, decimals, signed=signed)
 
 
-def _show_kept(p: RiskPoint, is_regression: bool) -> str:
-    if is_regression:
-        return _keep_together(format_with_interval(p.risk, p.low, p.high, choose_decimals([half_width(p.low, p.high)])))
+def _show_kept(points: Sequence[RiskPoint], coverage: float, task: Task) -> str:
+    """The squared error, or the accuracy, at the point nearest to a coverage."""
+    p = min(points, key=lambda p: abs(p.coverage - coverage))
+    if abs(p.coverage - coverage) > FAR:
+        return NOTHING
+    if task == "regression":
+        return _show_unbroken(p.risk, p.low, p.high)
     low, high = (None, None) if p.low is None or p.high is None else (1 - p.high, 1 - p.low)
-    return _keep_together(format_with_interval(1 - p.risk, low, high, RATES))
+    return _show_unbroken(1 - p.risk, low, high, RATES)
 
 
 def _show_fact(fact: Scalar | None) -> str:
     return format_count(fact) if isinstance(fact, int) else format_cell(fact)
 
 
-def _keep_together(text: str) -> str:
-    """Do not break a line inside an interval."""
-    return text.replace(", ", f",{NO_BREAK}")
+def _show_unbroken(
+    value: float | None, low: float | None, high: float | None, decimals: int | None = None, *, signed: bool = False
+) -> str:
+    """Format as `format_with_interval`, on one line."""
+    return format_with_interval(value, low, high, decimals, signed=signed).replace(", ", f",{NO_BREAK}")

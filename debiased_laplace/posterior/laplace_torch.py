@@ -5,7 +5,7 @@ from their `functional_variance`, which for a full posterior can be that of hype
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor, nn
 
+from debiased_laplace.curvature.contexts import evaluating
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -30,6 +31,7 @@ from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
 from debiased_laplace.posterior.hyperparameters import integer, name_of, one_positive
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SEED = 0  # of random loaders; a debiased posterior of the default seed loads the same
 
 
@@ -105,6 +107,35 @@ def plain_model(model: nn.Module) -> Iterator[None]:
         if isinstance(model, FeatureExtractor):
             model._features.clear()
             model._features.update(features)
+
+
+@contextmanager
+def preserve_state(model: nn.Module | None, plain: bool = True) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards restore modes, attributes, hooks, parameters and gradients.
+
+    laplace-torch's sampling writes every draw into the parameters and leaves views of its mean there, or, after an
+    exception, the last draw; its backends may clear gradients, and extend modules with hooks. With `plain` the model is
+    a `plain_model`.
+    """
+    if model is None:
+        yield
+        return
+    # by identity: a parameter holds other memory while a draw is written into it, and gets its own back
+    before = [(p, p.data, p.grad) for p in model.parameters()]
+    hooks = [(getattr(m, name), dict(getattr(m, name))) for m in model.modules() for name in _HOOKS]
+    try:
+        with evaluating(model), plain_model(model) if plain else nullcontext():
+            for p, _, _ in before:
+                p.grad = None
+            yield
+    finally:
+        for p, data, grad in before:
+            if p.data_ptr() != data.data_ptr():
+                p.data = data
+            p.grad = grad
+        for present, kept in hooks:
+            present.clear()
+            present.update(kept)
 
 
 def _full_batch(la: ParametricLaplace, n_data: int | None, temperature: int | float | None) -> tuple[int, float]:

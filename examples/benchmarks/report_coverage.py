@@ -36,12 +36,7 @@ from debiased_laplace.calibration.probabilities import (
     reduce_classification,
 )
 from debiased_laplace.calibration.regression import read_regression
-from debiased_laplace.calibration.scaling import ERROR_PER_COST, split_loss
-from debiased_laplace.calibration.temperature import (
-    cross_fit_temperature,
-    estimate_temperature,
-    scaled_negative_log_likelihood,
-)
+from debiased_laplace.calibration.scaling import ScalingRequest, scale_classification
 
 LEVEL = 0.95
 SIZES = (200, 1000, 5000)
@@ -65,7 +60,6 @@ def read(logits: Tensor, labels: Tensor) -> ClassificationPredictions:
 def estimate(p: ClassificationPredictions, units: Units) -> dict[str, Estimate]:
     """The estimates of a report that have intervals, and one that it could have had."""
     loss = negative_log_likelihood(p)
-    fit = cross_fit_temperature(p, units, seed=0)
     return {
         "nll": estimate_skewed_mean(loss, units),
         "nll, normal interval": estimate_mean(loss, units),
@@ -73,8 +67,6 @@ def estimate(p: ClassificationPredictions, units: Units) -> dict[str, Estimate]:
         "accuracy": estimate_share(p.correct, units),
         "confidence_gap": estimate_mean(p.confidence - p.correct, units),
         "rmsce2_debiased": estimate_debiased_error(BinnedConfidences(p.confidence, p.correct, N_BINS), units),
-        "temperature_optimal": estimate_temperature(fit.pooled, units),
-        **split_loss(loss, scaled_negative_log_likelihood(p, fit.temperature), units, cost=fit.pooled.cost),
     }
 
 
@@ -84,7 +76,6 @@ def find_truth(factor: float, width: float) -> dict[str, float]:
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     for _ in range(HUGE // PORTION):
         z, labels, noisy = draw(PORTION, width, generator)
-        best = -z.log_softmax(dim=1).gather(1, labels[:, None]).sum()
         for name, logits in (("a", factor * z), ("b", noisy)):
             p = logits.softmax(dim=1)
             confidence, predicted = p.max(dim=1)
@@ -98,8 +89,6 @@ def find_truth(factor: float, width: float) -> dict[str, float]:
                 "confidence_gap": (confidence - correct).sum(),
                 "n": torch.bincount(cell, minlength=N_BINS).double(),
                 "surplus": torch.bincount(cell, weights=correct - confidence, minlength=N_BINS),
-                "nll_calibration_loss": -best,
-                "nll_refinement_loss": best,
             }
             for key, value in found.items():
                 sums[name + key] = sums[name + key] + value
@@ -110,8 +99,7 @@ def find_truth(factor: float, width: float) -> dict[str, float]:
         ).item()
         whole[f"{name}error"] = 1 - whole[f"{name}accuracy"]
     truth = {k[1:]: v for k, v in whole.items() if k[0] == "a"}
-    truth["nll_calibration_loss"] += truth["nll"]
-    truth |= {"temperature_optimal": factor, "nll, normal interval": truth["nll"]}
+    truth["nll, normal interval"] = truth["nll"]
     for metric in ("nll", "brier", "error", "rmsce2_debiased"):
         truth[f"difference of {metric}"] = whole[f"a{metric}"] - whole[f"b{metric}"]
     return truth
@@ -171,16 +159,16 @@ def judge(n: int, width: float, repetitions: int) -> dict[str, float]:
         equal = z + NOISE * torch.randn(z.shape, generator=generator, dtype=z.dtype)
         right = read(z, labels)
         bins = BinnedConfidences(right.confidence, right.correct, N_BINS)
-        consistency = check_consistency(bins, Settings(N_BINS, LEVEL, n_resamples=200, seed=repetition))
-        found["consistency test rejects right confidences"].append(consistency.p_value < 1 - LEVEL)
+        p_value, _ = check_consistency(bins, Settings(N_BINS, LEVEL, n_resamples=200, seed=repetition))
+        found["consistency test rejects right confidences"].append(p_value < 1 - LEVEL)
         verdicts = _verdicts({"a": read(noisy, labels), "b": read(equal, labels)}, units)
         found["any verdict between two equally good methods"].append(bool(set(verdicts.values())))
         over = read(1.6 * z, labels)
-        fit = cross_fit_temperature(over, units, seed=repetition)
-        scaled = {"nll": scaled_negative_log_likelihood(over, fit.temperature)}
-        scores = {"map": {"nll": negative_log_likelihood(over)}, "scaled": scaled}
-        scores["best"] = {"nll": negative_log_likelihood(right)}
-        errors = {"scaled": ERROR_PER_COST * fit.pooled.cost}
+        request, settings = ScalingRequest("map", "cross_fitted"), Settings(seed=repetition)
+        scaled = scale_classification({"map": over}, request, units, settings, task="multiclass")
+        rows = {"map": over, "scaled": scaled.row, "best": right}
+        scores = {name: {"nll": negative_log_likelihood(p)} for name, p in rows.items()}
+        errors = {"scaled": scaled.fitting_error}
         compared = compare_methods(scores, ("map", "scaled"), units, fitting_errors=errors)
         judged = {(c.method, c.baseline): c.verdict for c in compared}
         found["the best temperature called better than the fitted one"].append(judged["best", "scaled"] == "better")

@@ -51,15 +51,14 @@ def draw_regression() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return _draw_regression
 
 
-def _everything_a_caller_can_give() -> dict[str, Any]:
-    return {
-        "description": 'two\n\nparagraphs with , and "',
-        "metadata": {"rank": 3, "λ": 0.5, "three": 3.0, "a/b ~ «»": 'a <b> "c" \u2028'},
-        "tables": [ReportTable("Cost", ["method", "seconds"], [["map", 1], ["b", None]], note="wall time")],
-        "figures": [ReportFigure("Figure", SVG, "an x", note="n")],
-        "thresholds": "default",
-        "n_resamples": 60,
-    }
+EVERYTHING: dict[str, Any] = {
+    "description": 'two\n\nparagraphs with , and "',
+    "metadata": {"rank": 3, "λ": 0.5, "three": 3.0, "a/b ~ «»": 'a <b> "c" \u2028'},
+    "tables": [ReportTable("Cost", ["method", "seconds"], [["map", 1], ["b", None]], note="wall time")],
+    "figures": [ReportFigure("Figure", SVG, "an x", note="n")],
+    "thresholds": "default",
+    "n_resamples": 60,
+}
 
 
 @pytest.fixture(scope="session")
@@ -67,39 +66,21 @@ def classification_report() -> CalibrationReport:
     """Four classes, an over-confident `map` and a calibrated `b`, a set out of distribution, all optional parts."""
     p, y, truth = _draw(240, sharpness=2.0, seed=31, n_classes=4)
     away = {"noise": {"map": _draw(50, sharpness=2.0, seed=32, n_classes=4)[0], "b": truth[:50].flip(1)}}
-    return calibration_report(
-        {"map": p, "b": truth},
-        y,
-        task="multiclass",
-        class_names=list("wxyz"),
-        ood=away,
-        **_everything_a_caller_can_give(),
-    )
+    options = {"task": "multiclass", "class_names": list("wxyz"), "ood": away, **EVERYTHING}
+    return calibration_report({"map": p, "b": truth}, y, **options)
 
 
 @pytest.fixture(scope="session")
 def regression_report() -> CalibrationReport:
     """Two outputs in mm, a right `map` and a `b` that is too wide, all optional parts."""
     mean, sigma, y = _draw_regression(240, scale=1.0, seed=33, n_outputs=2)
-    return calibration_report(
-        {"map": (mean, sigma), "b": (mean, 2 * sigma)},
-        y,
-        task="regression",
-        target_unit="mm",
-        **_everything_a_caller_can_give(),
-    )
+    methods = {"map": (mean, sigma), "b": (mean, 2 * sigma)}
+    return calibration_report(methods, y, task="regression", target_unit="mm", **EVERYTHING)
 
 
 @pytest.fixture(scope="session")
 def make_contents() -> Callable[..., ReportContents]:
-    """A report whose numbers are written by hand.
-
-    Args:
-        metrics: method to metric to estimate.
-        better: metric to its good direction; "lower" where nothing is said.
-        sums: method to score sums.
-        changes: other fields.
-    """
+    """A report whose numbers are written by hand, with the good directions of metrics other than "lower"."""
 
     def make(
         metrics: Mapping[str, Mapping[str, Estimate]],
@@ -107,26 +88,21 @@ def make_contents() -> Callable[..., ReportContents]:
         sums: Mapping[str, Mapping[str, tuple[float, ...]]] | None = None,
         **changes: Any,
     ) -> ReportContents:
-        curves = ClassificationCurves((), ())
-        names = dict.fromkeys(name for own in metrics.values() for name in own)
-        given = {
-            "task": "multiclass",
-            "title": "Title",
-            "description": "",
-            "created": "2026-01-01T00:00:00+00:00",
+        names, curves = [name for own in metrics.values() for name in own], ClassificationCurves((), ())
+        given: dict[str, Any] = dict.fromkeys(("comparisons", "tables", "figures", "warnings"), ())
+        given |= {"task": "multiclass", "title": "Title", "description": "", "created": "2026-01-01T00:00:00+00:00"}
+        given |= {
             "software": {},
-            "data": DataSummary(600, 4, None, "digest"),
-            "settings": {"confidence_level": 0.95},
             "metadata": {},
+            "settings": {"confidence_level": 0.95},
             "baseline": next(iter(metrics)),
-            "methods": {m: MethodResult(own, curves, score_sums=(sums or {}).get(m, {})) for m, own in metrics.items()},
-            "definitions": {name: MetricDefinition(name, (better or {}).get(name, "lower"), "") for name in names},
-            "comparisons": (),
-            "tables": (),
-            "figures": (),
-            "warnings": (),
         }
-        return ReportContents(**{**given, **changes})
+        given["data"] = DataSummary(600, 4, None, "digest")
+        given["methods"] = {
+            m: MethodResult(own, curves, score_sums=(sums or {}).get(m, {})) for m, own in metrics.items()
+        }
+        given["definitions"] = {name: MetricDefinition(name, (better or {}).get(name, "lower"), "") for name in names}
+        return ReportContents(**(given | changes))
 
     return make
 
@@ -134,12 +110,9 @@ def make_contents() -> Callable[..., ReportContents]:
 @pytest.fixture(scope="session")
 def hostile_report() -> CalibrationReport:
     """Every text that a caller can give is all the hostile ones together."""
-    g = torch.Generator().manual_seed(21)
-    z = 2 * torch.randn(300, 3, generator=g, dtype=torch.float64)
-    y = torch.multinomial(z.softmax(1), 1, generator=g)[:, 0]
-    given = {"map": (3 * z).softmax(1), TEXT: z.softmax(1)}
+    p, y, truth = _draw(300, sharpness=3.0, seed=21, n_classes=3)
     report = calibration_report(
-        given,
+        {"map": p, TEXT: truth},
         y,
         task="multiclass",
         class_names=[TEXT] * 3,
@@ -148,7 +121,7 @@ def hostile_report() -> CalibrationReport:
         metadata={TEXT: TEXT, "rank": 8, "a very long name without any space " + "x" * 80: 0.1},
         tables=[ReportTable(TEXT, [TEXT, *"abcdefgh"], [[TEXT, *[123456.789] * 7, None]], note=TEXT)],
         figures=[ReportFigure(TEXT, SVG, TEXT, note=TEXT), ReportFigure("bad", BAD_SVG, "bad")],
-        ood={TEXT: {name: (0.2 * z[:90]).softmax(1) for name in given}},
+        ood={TEXT: dict.fromkeys(("map", TEXT), truth[:90].pow(0.2).softmax(1))},
         posteriors={TEXT: SUMMARY},
         thresholds=[{"metric": "nll", "max": 0.1}, {"metric": "brier", "max": 2}, {"metric": "ece", "max": 0.5}],
         n_resamples=50,

@@ -24,22 +24,23 @@ def loader(likelihood="classification", indices=range(N), batch_size=8):
     return DataLoader(Subset(data(likelihood), indices), batch_size=batch_size)
 
 
-def _complete(likelihood, subset, options):
+def _make(library, likelihood, subset, structure, options):
     noise = {"sigma_noise": SIGMA} if likelihood == "regression" else {}
     indices = {"subnetwork_indices": torch.arange(10, 50)} if subset == "subnetwork" else {}
-    return {"prior_precision": PRIOR, "temperature": TEMPERATURE, **noise, **indices, **options}
+    options = {"prior_precision": PRIOR, "temperature": TEMPERATURE, **noise, **indices, **options}
+    return library(MODEL, likelihood, subset, structure, **options)
 
 
 @cache
 def debiased(likelihood="classification", subset="all", structure="lowrank", n=B, **options):
-    la = DebiasedLaplace(MODEL, likelihood, subset, structure, **_complete(likelihood, subset, options))
+    la = _make(DebiasedLaplace, likelihood, subset, structure, options)
     la.fit(loader(likelihood, range(n)), n_data=N)
     return la
 
 
 @cache
 def of_laplace_torch(likelihood="classification", subset="all", structure="kron", **options):
-    la = Laplace(MODEL, likelihood, subset, structure, **_complete(likelihood, subset, options))
+    la = _make(Laplace, likelihood, subset, structure, options)
     la.fit(loader(likelihood))
     return la
 

@@ -29,14 +29,15 @@ def data(draw_classification):
 def test_options_are_shown_stored_and_saved(data, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     figure, table = room.ReportFigure("C", "<svg/>", "an x"), room.ReportTable("t", ["x"], [[np.float32(0.5)], [None]])
-    options = {"tables": [table], "figures": [figure], "title": "T", "description": "d", "n_bins": 7, "seed": 3}
-    options |= {"thresholds": {"threshold": [{"metric": "nll", "method": "laplace", "max": 9.0}]}}
-    options |= {"posteriors": {"la": room.PosteriorSummary({}, (0.5, 2.0))}, "metadata": {"rank": np.int64(4)}}
-    found = report(*data, confidence_level=0.8, class_names=list("abcdefghij"), **options)
+    numbers, texts = {"n_bins": 7, "seed": 3, "confidence_level": 0.8}, {"title": "T", "description": "d"}
+    options = {"tables": [table], "figures": [figure], "metadata": {"rank": np.int64(4)}, **numbers, **texts}
+    options["thresholds"] = {"threshold": [{"metric": "nll", "method": "laplace", "max": 9.0}]}
+    options["posteriors"] = {"la": room.PosteriorSummary({}, (0.5, 2.0))}
+    found = report(*data, class_names=list("abcdefghij"), **options)
     stored = json.loads(found.to_json(), parse_constant=pytest.fail)
-    assert [stored[k] for k in ("title", "description", "created")] == ["T", "d", "2023-11-14T22:13:20+00:00"]
-    settings = {"task": "multiclass", "baseline": "map", "confidence_level": 0.8, "n_resamples": 200}
-    assert (stored["settings"], stored["metadata"]) == ({**settings, "n_bins": 7, "seed": 3}, {"rank": 4})
+    settings = {"task": "multiclass", "baseline": "map", "n_resamples": 200, **numbers}
+    expected = {**texts, "created": "2023-11-14T22:13:20+00:00", "settings": settings, "metadata": {"rank": 4}}
+    assert {name: stored[name] for name in expected} == expected
     assert set(stored["software"]) == {"python", "debiased-laplace", "netcal", "torch", "numpy", "matplotlib"}
     assert (found.data.n, found.data.n_classes, found.data.name_class(9)) == (300, 10, "j")
     assert (found.checks[0].status, found.posteriors["la"].prior_precision) == ("passed", (0.5, 2.0))
@@ -59,7 +60,8 @@ def test_equal_inputs_give_equal_bytes_and_stay_as_they_were(data, monkeypatch) 
     arrays = {m: p.numpy() for m, p in predictions.items()}, y.numpy()
     renderers = (CalibrationReport.to_json, CalibrationReport.to_html, CalibrationReport.to_markdown)
     for forms in (lists, arrays, (copies, torch.nn.functional.one_hot(y, 10))):
-        assert [f(report(*forms)) for f in renderers] == [f(one) for f in renderers]
+        again = report(*forms)
+        assert [f(again) for f in renderers] == [f(one) for f in renderers]
     single = report({m: p.float() for m, p in predictions.items()}, y).metrics["map"]["nll"].known
     assert single == pytest.approx(one.metrics["map"]["nll"].known, abs=1e-6)
     changed = report(predictions, torch.where(torch.arange(300) == 0, (y + 1) % 10, y), seed=1)
@@ -97,8 +99,8 @@ def test_clusters_reach_every_number_of_a_regression(draw_regression) -> None:
         assert (b.low, b.value, b.high, b.standard_error) == pytest.approx((a.low, a.value, a.high, a.standard_error))
     for a, b in zip(*([c for c in r.comparisons if c.method == "la"][:2] for r in found), strict=True):
         assert (b.low, b.high, b.verdict) == (pytest.approx(a.low), pytest.approx(a.high), "better")
-    assert any("600 samples come in 200 clusters" in w for w in found[1].warnings)
     settings = found[1].settings
+    assert "600 samples come in 200 clusters" in str(found[1].warnings)
     assert (found[1].data.target_unit, settings["interval_level"], "n_bins" in settings) == ("mm", 0.9, False)
 
 
@@ -109,12 +111,13 @@ def test_images_are_clusters_unless_others_are_given(draw_classification) -> Non
     for clusters, codes in ((None, image), (list(range(15)) * 2, image % 15)):
         options = {"logits": {"net": images.log()}, "clusters": clusters, "ood": {"far": {"net": far_images}}}
         found = report({"net": images}, y.reshape(30, 4, 5), **options)
-        rows = report({"net": p}, y, clusters=codes, logits={"net": p.log()}).metrics["net"]
+        rows = report({"net": p}, y, clusters=codes, logits={"net": p.log()})
         scores = (torch.special.entr(x).sum(dim=1) for x in (p, far))
         area = estimate_auroc(Separation(*scores, Units(600, 0.95, codes), Units(180, 0.95, image[:180])))
         pairs = [(area, found.ood["far"].metrics["net"]["entropy"]["auroc"])]
-        names = ("nll", "accuracy", "aurc", "temperature_optimal", "rmsce2_debiased")
-        for a, b in pairs + [(rows[name], found.metrics["net"][name]) for name in names]:
+        for name in ("nll", "accuracy", "aurc", "rmsce2_debiased"):
+            pairs += [(rows.metrics[m][name], found.metrics[m][name]) for m in rows.methods]
+        for a, b in pairs:
             assert (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high), rel=1e-6)
     part = report({"net": images}, y.reshape(30, 4, 5), max_samples=100, ood={"far": {"net": far_images}})
     assert (part.data.n, part.ood["far"].n) == (100, 100)
@@ -151,13 +154,11 @@ WRONG = {
     "other number of classes": wrong("same classes.*'b': 3", {"a": P, "b": T}),
     "other number of samples": wrong("'b' have 3 rows", {"a": P, "b": [*P, [0.5, 0.5]]}),
     "too few class names": wrong("2 classes; got 1", class_names=["x"]),
-    "no position": wrong("max_samples", max_samples=0),
     "too few clusters": wrong("each of 2 samples; got 1", clusters=[1]),
     "noise of classes": wrong("belong to task='regression'", observation_noise=0.5),
     "logits of a regression": wrong("logits belong", F, task="regression", logits={"a": P}),
     "NaN in metadata": wrong("finite number in metadata 'x'", metadata={"x": float("nan")}),
     "an infinite end": (lambda: Estimate(0.5, -np.inf, 1.0, 0.1, 5, ""), "Expected finite numbers"),
-    "half an interval": (lambda: Estimate(0.5, 0.0, None, 0.1, 5, ""), "Expected an interval, or a reason"),
     "validation without data": wrong("needs validation=", temperature_scaling="validation"),
     "data that are not used": wrong("not use it", temperature_scaling="none", validation=(Q, Y)),
     "other classes of validation": wrong("2 classes.*got 3", validation=(T, Y)),
@@ -167,7 +168,7 @@ WRONG = {
     "logits of nobody": wrong("mpa", logits={"mpa": Z}),
     "infinite logits": wrong("finite", logits={"a": Z / 0}),
     "the row's name is taken": wrong("rename it", {"a": P, "a, temperature-scaled": P}),
-    "a set lacks a method": wrong("'a', 'b'; got 'a'", AB, ood={"far": {"a": Q}}),
+    "a set lacks a method": wrong(r"'a', 'b'\]; got \['a'\]", AB, ood={"far": {"a": Q}}),
     "a set of other classes": wrong("must have the 2 classes of the .* got 3", ood={"far": {"a": T}}),
     "a set of other outputs": wrong("the 1 outputs of the .* got 2", F, task="regression", ood={"far": {"a": (P, P)}}),
     "a set with NaN": wrong("'a on the set far': probabilities must be", ood={"far": {"a": Q / 0 * 0}}),

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from hostile_texts import TEXT
 
 from debiased_laplace.calibration.check import (
     DEFAULT_THRESHOLDS,
@@ -101,18 +102,21 @@ def test_keys_are_all_documented() -> None:
     assert [key for key in Threshold.model_fields if f"`{key}`" not in page] == []
 
 
+def by_hand(value: float | None, low: float | None = None, high: float | None = None, reason: str | None = None):
+    return Estimate(value, low, high, None, 50, "by hand", reason)
+
+
 @pytest.fixture(scope="module")
 def report(make_contents):
     """NLL of `map` 0.40 [0.36, 0.44], of `b` 0.30 [0.27, 0.33], their paired difference -0.10 [-0.12, -0.08]."""
-    numbers = {"map": (0.40, 0.36, 0.44), "b": (0.30, 0.27, 0.33), "c": (0.50, 0.45, 0.55)}
     metrics = {
         name: {
-            "nll": Estimate(value, low, high, (high - low) / 4, n=50, estimator="by hand"),
-            "accuracy": Estimate(0.8, 0.75, 0.85, 0.025, n=50, estimator="by hand"),
-            "ece": Estimate(0.1, None, None, None, n=50, estimator="by hand", reason="none has honest coverage"),
-            "mce": Estimate(None, None, None, None, n=50, estimator="by hand", reason="nobody knows"),
+            "nll": by_hand(*numbers),
+            "accuracy": by_hand(0.8, 0.75, 0.85),
+            "ece": by_hand(0.1, reason="none has honest coverage"),
+            "mce": by_hand(None, reason="nobody knows"),
         }
-        for name, (value, low, high) in numbers.items()
+        for name, numbers in {"map": (0.40, 0.36, 0.44), "b": (0.30, 0.27, 0.33), "c": (0.50, 0.45, 0.55)}.items()
     }
     rest = {"standard_error": 0.01, "p_value": 0.0, "adjusted_p_value": 0.0, "verdict": "better"}
     comparisons = (
@@ -165,9 +169,7 @@ def test_outcomes(report, case: str) -> None:
     threshold, status = CASES[case]
     result = check(report, NLL | threshold)
     (outcome,) = result.outcomes
-    assert outcome.status == status, outcome.message
-    assert result.status == status
-    assert result.passed == (status == "passed")
+    assert outcome.status == result.status == status, outcome.message
     assert outcome.message.startswith(outcome.title)
     assert status.capitalize() in outcome.message
 
@@ -197,10 +199,7 @@ def test_changes_have_the_ends_that_the_doc_says(report) -> None:
 
 
 def test_a_share_of_nothing_is_inconclusive(make_contents) -> None:
-    metrics = {"map": (0.01, -0.01, 0.03), "b": (0.2, 0.1, 0.3)}
-    report = make_contents(
-        {m: {"nll": Estimate(*numbers, 0.01, n=50, estimator="by hand")} for m, numbers in metrics.items()}
-    )
+    report = make_contents({"map": {"nll": by_hand(0.01, -0.01, 0.03)}, "b": {"nll": by_hand(0.2, 0.1, 0.3)}})
     (outcome,) = check(report, NLL | {"method": "b", "max_relative_change": 0.0}).outcomes
     assert outcome.status == "inconclusive"
     assert "the interval of map contains 0, so the relative change is undefined" in outcome.message
@@ -211,19 +210,18 @@ def test_without_a_method_every_one_is_judged_but_the_one_compared_with(report) 
     assert [(o.method, o.status) for o in values] == [("map", "passed"), ("b", "passed"), ("c", "inconclusive")]
     changes = check(report, NLL | {"relative_to": "b", "max_change": 0.0}).outcomes
     assert [(o.method, o.relative_to) for o in changes] == [("map", "b"), ("c", "b")]
+    both = check(report, NLL | {"method": "b", "max": 0.35, "max_change": 0.0}).outcomes
+    assert [(o.quantity, o.status) for o in both] == [("value", "passed"), ("change", "passed")]
 
 
 def test_the_row_that_the_report_made_is_no_candidate(make_contents) -> None:
-    same = {"nll": Estimate(0.4, 0.3, 0.5, 0.05, n=50, estimator="by hand")}
+    same = {"nll": by_hand(0.4, 0.3, 0.5)}
     scaling = ScalingRecord("map, scaled", "map", "temperature", 1.1, (), 50)
     report = make_contents({"map": same, "map, scaled": same, "b": same}, scaling=scaling)
     assert [o.method for o in check(report, NLL | {"max_change": 1.0}).outcomes] == ["b"]
     assert check(report, NLL | {"method": "map, scaled", "max": 10}).passed
-
-
-def test_one_threshold_may_have_limits_of_several_quantities(report) -> None:
-    outcomes = check(report, NLL | {"method": "b", "max": 0.35, "max_change": 0.0}).outcomes
-    assert [(o.quantity, o.status) for o in outcomes] == [("value", "passed"), ("change", "passed")]
+    with pytest.raises(ValueError, match="no method beside 'map'"):
+        check(make_contents({"map": same}), NLL | {"max_change": 1.0})
 
 
 UNKNOWN = {
@@ -241,34 +239,21 @@ def test_unknown_names_are_errors_that_name_what_there_is(report, case: str) -> 
         check(report, NLL | {"max": 1}, threshold)
 
 
-def test_changes_need_something_to_compare(make_contents) -> None:
-    alone = make_contents({"map": {"nll": Estimate(0.4, 0.3, 0.5, 0.05, n=50, estimator="by hand")}})
-    with pytest.raises(ValueError, match="no method beside 'map'"):
-        check(alone, NLL | {"max_change": 1.0})
-
-
 def outcome(status: str, method: str = "b") -> ThresholdOutcome:
     numbers = {"value": 0.3, "low": 0.2, "high": 0.4, "minimum": None, "maximum": 0.35}
     rest = {"judge": "bound", "n": 50, "min_samples": 0, "message": f"it {status}"}
     return ThresholdOutcome("nll", method, "value", None, status, **numbers, **rest)
 
 
-STATUSES = {
-    ("passed",): "passed",
-    ("passed", "inconclusive"): "inconclusive",
-    ("inconclusive", "failed", "passed"): "failed",
-    (): "passed",
-}
-
-
-@pytest.mark.parametrize("statuses", STATUSES)
-def test_the_worst_outcome_is_the_result(statuses) -> None:
-    result = CheckResult(tuple(map(outcome, statuses)))
-    assert result.status == STATUSES[statuses]
-    assert result.passed == (result.status == "passed")
-
-
-def test_a_result_says_what_it_is() -> None:
+def test_the_worst_outcome_is_the_result() -> None:
+    for statuses, worst in (
+        (("passed",), "passed"),
+        (("passed", "inconclusive"), "inconclusive"),
+        (("inconclusive", "failed", "passed"), "failed"),
+        ((), "passed"),
+    ):
+        result = CheckResult(tuple(map(outcome, statuses)))
+        assert (result.status, result.passed) == (worst, worst == "passed")
     result = CheckResult((outcome("passed"), outcome("failed"), outcome("passed")))
     assert repr(result) == "CheckResult(failed: 2 passed, 1 failed)"
     assert str(result).splitlines()[1] == "failed       it failed"
@@ -276,18 +261,19 @@ def test_a_result_says_what_it_is() -> None:
 
 @pytest.mark.parametrize(("strict", "failures", "skipped"), [(False, 1, 1), (True, 2, 0)])
 def test_junit(strict: bool, failures: int, skipped: int) -> None:
-    hostile = 'a<b> & "c" ]]> \x01\ud800\uffff'
+    hostile = f"{TEXT} \x01\ud800\uffff"
     result = CheckResult((outcome("passed"), outcome("failed", hostile), outcome("inconclusive")))
     text = result.to_junit(strict=strict, name=f"gate {hostile}")
     assert text.startswith('<?xml version="1.0" encoding="UTF-8"?>\n')
     (suite,) = ElementTree.fromstring(text.encode())
-    assert suite.get("name") == 'gate a<b> & "c" ]]> \ufffd\ufffd\ufffd'
+    assert suite.get("name") == f"gate {TEXT} \ufffd\ufffd\ufffd"
     counts = {key: int(suite.get(key)) for key in ("tests", "failures", "skipped", "errors")}
     assert counts == {"tests": 3, "failures": failures, "skipped": skipped, "errors": 0}
     assert [len(suite.findall(f".//{tag}")) for tag in ("failure", "skipped")] == [failures, skipped]
     cases = list(suite)
+    assert all(case.get("classname").startswith(f"gate {TEXT}") for case in cases)
     assert cases[0].find("system-out").text == "it passed"
-    assert cases[1].get("name") == 'a<b> & "c" ]]> \ufffd\ufffd\ufffd: nll'
+    assert cases[1].get("name") == f"{TEXT} \ufffd\ufffd\ufffd: nll"
     assert cases[1].find("failure").get("message") == "it failed"
 
 

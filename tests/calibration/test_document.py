@@ -12,6 +12,7 @@ from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.document import from_json, json_schema, to_json
 
 RENDERINGS = ("to_json", "to_html", "to_markdown", "to_csv", "__str__")
+BOM = "\ufeff"
 
 
 @pytest.fixture(params=["classification", "regression"])
@@ -21,7 +22,9 @@ def report(request) -> CalibrationReport:
 
 def test_a_stored_report_comes_back_and_renders_to_the_same_bytes(report, tmp_path: Path) -> None:
     (path,) = report.save(tmp_path, formats=("json",))
-    for source in (report.to_json(), path, str(path)):
+    marked = tmp_path / "marked.json"
+    marked.write_text(BOM + report.to_json(), encoding="utf-8")
+    for source in (path, str(path), marked, BOM + report.to_json(), report.to_json()):
         again = CalibrationReport.from_json(source)
         assert type(again) is CalibrationReport
         assert again == report
@@ -42,84 +45,80 @@ def same_types(one: Any, other: Any) -> int:
 
 
 def test_documents_follow_their_schema_and_broken_ones_do_not(report) -> None:
-    schema = json_schema()
+    schema, document = json_schema(), json.loads(report.to_json())
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    document = json.loads(report.to_json())
     validator.validate(document)
     assert not validator.is_valid(document | {"colour": "red"})
     assert not validator.is_valid(document | {"warnings": [1]})
 
 
-def test_numbers_that_are_not_finite_are_never_written(make_contents) -> None:
-    with pytest.raises(ValueError, match="inf"):
-        to_json(make_contents({"map": {}}, metadata={"x": float("inf")}))
-
-
-def test_fields_with_a_default_may_be_missing(classification_report) -> None:
+def test_fields_with_a_default_may_be_missing_and_infinite_numbers_are_not_written(
+    classification_report, make_contents
+) -> None:
     document = json.loads(classification_report.to_json())
     for name in ("checks", "posteriors", "predicted", "summary", "ood"):
         del document[name]
     read = from_json(ReportContents, json.dumps(document))
     assert (read.checks, read.summary, read.ood) == ((), (), {})
     assert read.methods == classification_report.methods
+    with pytest.raises(ValueError, match="inf"):
+        to_json(make_contents({"map": {}}, metadata={"x": float("inf")}))
 
 
 REMOVE = object()
-NLL = "methods/map/metrics/nll"
+
+
+def put(path: str, value: Any):
+    """Return the edit of a text that sets or removes one place of the document."""
+
+    def edit(text: str) -> str:
+        place = document = json.loads(text)
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        for key in parents:
+            place = place[key]
+        if value is REMOVE:
+            del place[last]
+        else:
+            place[last] = value
+        return json.dumps(document)
+
+    return edit
+
+
+NLL, AT_NLL = "methods/map/metrics/nll", "at methods.map.metrics.nll"
 BROKEN = {
-    "a newer version": ("schema_version", "2.1", "newer schema_version 2.1; update debiased-laplace"),
-    "a much newer version": ("schema_version", "10.0", "newer schema_version 10.0; update"),
-    "an older version": ("schema_version", "1.0", "older schema_version 1.0; make the report again"),
-    "no version": ("schema_version", REMOVE, "at schema_version: expected '2.0'; got None"),
-    "a version that is none": ("schema_version", 2.0, "at schema_version: .*got 2.0"),
-    "no methods": ("methods", REMOVE, "at methods: Field required"),
-    "another task": ("task", "ranking", "at task: Input should be 'binary'"),
-    "text for a value": (f"{NLL}/value", "low", "at methods.map.metrics.nll.value: Input should be a valid number"),
-    "true for a value": (f"{NLL}/value", True, "at methods.map.metrics.nll.value: Input should be a valid number"),
-    "half a sample": (f"{NLL}/n", 1.5, "at methods.map.metrics.nll.n: Input should be a valid integer"),
-    "half an interval": (f"{NLL}/low", None, "at methods.map.metrics.nll: Expected an interval"),
-    "a whole number beyond floats": (f"{NLL}/value", 10**400, "at methods.map.metrics.nll.value: "),
-    "a place inside a union": ("methods/map/curves/bins/0/n", "x", r"at methods.map.curves.\w+.bins.0.n: .*integer"),
-    "a baseline that is missing": ("baseline", "x", "'x' is no method of it"),
-    "a comparison with nobody": ("comparisons/0/baseline", "x", "'x' is no method of it"),
-    "a metric that nobody explains": ("definitions/nll", REMOVE, "'nll' is no metric with a definition of it"),
-    "intervals of unknown coverage": ("settings/confidence_level", REMOVE, "'confidence_level' is no setting of it"),
-    "an interval from right to left": (f"{NLL}/low", 1e9, "at methods.map.metrics.nll: Expected low <= high"),
-    "an unknown field": ("data/colour", "red", "at data.colour: "),
-    "an array in a cell": ("tables/0/rows/0/0", [1], "at tables.0"),
-    "a table with ragged rows": ("tables/0/rows", [[1]], "at tables.0: .*2 columns, but row 0 has 1"),
+    "a newer version": (put("schema_version", "2.1"), "newer schema_version 2.1; update debiased-laplace"),
+    "a much newer version": (put("schema_version", "10.0"), "newer schema_version 10.0; update"),
+    "an older version": (put("schema_version", "1.0"), "older schema_version 1.0; make the report again"),
+    "no version": (put("schema_version", REMOVE), "at schema_version: expected '2.0'; got None"),
+    "a version that is none": (put("schema_version", 2.0), "at schema_version: .*got 2.0"),
+    "no methods": (put("methods", REMOVE), "at methods: Field required"),
+    "another task": (put("task", "ranking"), "at task: Input should be 'binary'"),
+    "true for a value": (put(f"{NLL}/value", True), f"{AT_NLL}.value: Input should be a valid number"),
+    "half a sample": (put(f"{NLL}/n", 1.5), f"{AT_NLL}.n: Input should be a valid integer"),
+    "half an interval": (put(f"{NLL}/low", None), f"{AT_NLL}: Expected an interval"),
+    "an interval from right to left": (put(f"{NLL}/low", 1e9), f"{AT_NLL}: Expected low <= high"),
+    "a whole number beyond floats": (put(f"{NLL}/value", 10**400), f"{AT_NLL}.value: "),
+    "a place inside a union": (put("methods/map/curves/bins/0/n", "x"), r"map.curves.\w+.bins.0.n: .*integer"),
+    "a baseline that is missing": (put("baseline", "x"), "it has no method 'x'"),
+    "a comparison with nobody": (put("comparisons/0/baseline", "x"), "it has no method 'x'"),
+    "a metric that nobody explains": (put("definitions/nll", REMOVE), "it has no metric with a definition 'nll'"),
+    "intervals of unknown coverage": (put("settings/confidence_level", REMOVE), "no setting 'confidence_level'"),
+    "an unknown field": (put("data/colour", "red"), "at data.colour: "),
+    "an array in a cell": (put("tables/0/rows/0/0", [1]), "at tables.0"),
+    "a table with ragged rows": (put("tables/0/rows", [[1]]), "at tables.0: .*2 columns, but row 0 has 1"),
+    "cut off": (lambda text: text[:-20], "is not JSON: EOF"),
+    "NaN": (lambda text: text.replace('"map"', "NaN", 1), "is not JSON"),
+    "Infinity": (lambda text: text.replace('"map"', "-Infinity", 1), "is not JSON"),
+    "nested without end": (lambda text: '{"a":' * 200_000, "is not JSON: recursion"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_documents_are_refused_with_the_place(classification_report, case: str) -> None:
-    path, value, message = BROKEN[case]
-    document: Any = json.loads(classification_report.to_json())
-    *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-    place = document
-    for key in parents:
-        place = place[key]
-    if value is REMOVE:
-        del place[last]
-    else:
-        place[last] = value
+    edit, message = BROKEN[case]
     with pytest.raises(ValueError, match=f"^The JSON text .*{message}"):
-        CalibrationReport.from_json(json.dumps(document))
-
-
-NO_JSON = {
-    "cut off": (lambda t: t[:-20], "is no JSON: EOF"),
-    "NaN": (lambda t: t.replace('"map"', "NaN", 1), "is no JSON"),
-    "Infinity": (lambda t: t.replace('"map"', "-Infinity", 1), "is no JSON"),
-    "nested without end": (lambda t: '{"a":' * 200_000, "is no JSON: recursion"),
-}
-
-
-@pytest.mark.parametrize("case", NO_JSON)
-def test_what_is_no_json_is_refused(classification_report, case: str) -> None:
-    edit, message = NO_JSON[case]
-    with pytest.raises(ValueError, match=message):
         CalibrationReport.from_json(edit(classification_report.to_json()))
 
 
@@ -128,14 +127,7 @@ def test_files_that_are_no_reports(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=f"there is no file '{source}'"):
             CalibrationReport.from_json(source)
     path = tmp_path / "report.json"
-    for data, message in ((b"\x89PNG\xff", "is no JSON"), (b"[]", "is no report: at schema_version")):
+    for data, message in ((b"\x89PNG\xff", "is not JSON"), (b"[]", "is not a report: at schema_version")):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"report.json {message}"):
             CalibrationReport.from_json(path)
-
-
-def test_a_byte_order_mark_does_not_hide_a_report(classification_report, tmp_path: Path) -> None:
-    text = "\ufeff" + classification_report.to_json()
-    (tmp_path / "report.json").write_text(text, encoding="utf-8")
-    for source in (text, tmp_path / "report.json"):
-        assert CalibrationReport.from_json(source).to_json() == classification_report.to_json()

@@ -14,7 +14,7 @@ from hostile_texts import HOSTILE, SVG, TEXT
 from matplotlib.figure import Figure
 
 from debiased_laplace.calibration import CalibrationReport, ReportFigure, ReportTable, Samples, calibration_report
-from debiased_laplace.calibration.formatting import format_number, format_signed
+from debiased_laplace.calibration.formatting import format_number
 from debiased_laplace.calibration.svg import draw_svg
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -89,12 +89,9 @@ def test_page_is_well_formed_self_contained_and_accessible(pages, name: str) -> 
     assert page.open == []  # every element was closed in order
     assert all(ALLOWED.fullmatch(tag) for tag, _ in page.elements)
     assert len(page.attributes("style")) == 1
-    assert [a for a in page.attributes("meta") if "http-equiv" in a] == [
-        {
-            "http-equiv": "Content-Security-Policy",
-            "content": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-        }
-    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    equivalents = [a for a in page.attributes("meta") if "http-equiv" in a]
+    assert equivalents == [{"http-equiv": "Content-Security-Policy", "content": policy}]
     for tag, attributes in page.elements:
         assert not [k for k in attributes if k.startswith("on")]
         loads = [v for k, v in attributes.items() if k in ("src", "srcset", "data", "xlink:href", "href", "action")]
@@ -229,27 +226,29 @@ def test_figures_follow_the_colours_of_the_page(pages) -> None:
     assert "#000000" not in svg
 
 
-def test_what_is_no_figure_or_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="text alternative"):
-        ReportFigure("title", SVG, alt=" ")
-    with pytest.raises(ValueError, match="<svg>"):
-        ReportFigure("title", "<div></div>", alt="words")
-    with pytest.raises(ValueError, match="1 columns, but row 0 has 2 cells"):
-        ReportTable("t", ["a"], [[1, 2]])
-    with pytest.raises(ValueError, match="row 0 of table 't'"):
-        ReportTable("t", ["a"], [[float("nan")]])
-    with pytest.raises(ValueError, match="got list"):
-        ReportTable("t", ["a"], [[[1]]])
-    with pytest.raises(ValueError, match="Expected a sequence of cells in table 't'; row 0 is 'x'"):
-        ReportTable("t", ["a"], ["x"])
-    with pytest.raises(ValueError, match="Expected text in the title of a table; got a surrogate"):
-        ReportTable("\ud800", ["a"], [])
+REFUSED = {
+    "a figure without alternative": (lambda: ReportFigure("title", SVG, alt=" "), "text alternative"),
+    "a figure without svg": (lambda: ReportFigure("title", "<div></div>", alt="words"), "<svg>"),
+    "a row too long": (lambda: ReportTable("t", ["a"], [[1, 2]]), "1 columns, but row 0 has 2 cells"),
+    "a cell without number": (lambda: ReportTable("t", ["a"], [[float("nan")]]), "row 0 of table 't'"),
+    "a list in a cell": (lambda: ReportTable("t", ["a"], [[[1]]]), "got list"),
+    "text for a row": (lambda: ReportTable("t", ["a"], ["x"]), "a sequence of cells in table 't'; row 0 is 'x'"),
+    "a surrogate": (lambda: ReportTable("\ud800", ["a"], []), "Expected text in the title of a table; got a surrogate"),
+}
 
 
-def test_numbers_with_an_exponent_keep_their_sign() -> None:
-    assert format_signed(1.87e-6) == "+1.87e\u221206"
-    assert format_signed(-1.87e-6) == "\u22121.87e\u221206"
-    assert format_signed(0.0) == "0"
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_figure_or_table_is_refused(case: str) -> None:
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.87e-6, "+1.87e\u221206"), (-1.87e-6, "\u22121.87e\u221206"), (0.0, "0")]
+)
+def test_numbers_with_an_exponent_keep_their_sign(value: float, text: str) -> None:
+    assert format_number(value, signed=True) == text
 
 
 WRAPPER = """<!DOCTYPE html><body><iframe id="page" src="{name}" style="width:360px;height:700px;border:0"></iframe>
@@ -261,25 +260,21 @@ WRAPPER = """<!DOCTYPE html><body><iframe id="page" src="{name}" style="width:36
   document.body.setAttribute("data-found", [d.documentElement.scrollWidth, d.body.scrollWidth, wide,
     box ? box.scrollWidth > box.clientWidth : "none", d.querySelectorAll("svg").length].join(" "));
 }};</script></body>"""
-QUIET = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--hide-scrollbars",
-]
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+QUIET += ["--disable-sync", "--no-first-run", "--hide-scrollbars"]
 
 
-def browse(folder: Path, name: str) -> tuple[list[str], str]:
+def open_browser(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [CHROMIUM, *QUIET, f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def browse(page: Path) -> tuple[list[str], str]:
     """Measure a page in a frame of 360 pixels, and return what the browser logged."""
-    (folder / "wrapper.html").write_text(WRAPPER.format(name=name), encoding="utf-8")
-    own = ["--allow-file-access-from-files", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000"]
-    kept = ["--window-size=800,800", "--dump-dom", f"--user-data-dir={folder / 'profile'}"]
-    command = [CHROMIUM, *QUIET, *own, *kept, f"file://{folder / 'wrapper.html'}"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    wrapper = page.with_name("wrapper.html")
+    wrapper.write_text(WRAPPER.format(name=page.name), encoding="utf-8")
+    log = ["--allow-file-access-from-files", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000"]
+    run = open_browser(wrapper, *log, "--window-size=800,800", "--dump-dom")
     return re.search(r'data-found="([^"]*)"', run.stdout)[1].split(), run.stderr
 
 
@@ -288,27 +283,21 @@ def browse(folder: Path, name: str) -> tuple[list[str], str]:
 def test_browser_shows_the_page_on_a_phone_without_sideways_scrolling(pages, tmp_path: Path) -> None:
     for name, source in pages.items():
         (tmp_path / "report.html").write_text(source, encoding="utf-8")
-        (width, body, wide, _, pictures), log = browse(tmp_path, "report.html")
+        (width, body, wide, _, pictures), log = browse(tmp_path / "report.html")
         assert (width, body, wide) == ("360", "360", "0"), name
         assert int(pictures) >= 2
         assert "CONSOLE" not in log
     (tmp_path / "bad.html").write_text("<main><p style='width:500px'>x</p></main><script>nothing()</script>")
-    (width, _, wide, _, _), log = browse(tmp_path, "bad.html")
+    (width, _, wide, _, _), log = browse(tmp_path / "bad.html")
     assert int(width) > 360  # the measurement sees a page that is too wide, and an error of its script
     assert wide == "1"
     assert "CONSOLE" in log
 
 
 def photograph(page: Path) -> list[str]:
-    """Take a picture of a page, and say which addresses of a network it asked for: the browser's own errands apart."""
+    """Take a picture of a page, and return the addresses that it requested, without the browser's own requests."""
     log = page.with_suffix(".net.json")
-    kept = [
-        "--window-size=1100,2400",
-        f"--screenshot={page.with_suffix('.png')}",
-        f"--log-net-log={log}",
-        f"--user-data-dir={page.parent / 'own'}",
-    ]
-    subprocess.run([CHROMIUM, *QUIET, *kept, page.as_uri()], capture_output=True, timeout=120, check=True)
+    open_browser(page, "--window-size=1100,2400", f"--screenshot={page.with_suffix('.png')}", f"--log-net-log={log}")
     started = re.findall(
         r'"initiator":"([^"]*)"[^{}]*(?:\{[^{}]*\})?[^{}]*"url":"(http[^"]*)"', log.read_text(errors="replace")
     )

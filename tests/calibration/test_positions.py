@@ -49,7 +49,7 @@ def test_rows_are_the_drawn_positions(shape: tuple[int, ...], max_samples: int, 
     assert torch.equal(read(of_one_class, y, "binary", max_samples=max_samples)[0], of_one_class.flatten()[flat])
     assert torch.equal(positions.spread(torch.arange(y.numel())), flat)  # ids of pixels, and of images
     assert torch.equal(positions.spread(torch.arange(shape[0]) + 3), positions.image + 3)
-    with pytest.raises(ValueError, match=rf"{shape[0]} images, or for each of {y.numel()} pixels; got 1"):
+    with pytest.raises(ValueError, match=rf"{shape[0]} images or {y.numel()} pixels; got 1"):
         positions.spread(torch.arange(1))
 
 

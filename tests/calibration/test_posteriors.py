@@ -14,25 +14,16 @@ from fitted_posteriors import (
     N,
     P,
     WithoutModel,
-    X,
     debiased,
     loader,
     of_laplace_torch,
 )
 from laplace.curvature import CurvlinopsEF
-from oracles import dense_ggn, mean_of
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.calibration.contents import PosteriorSummary
 from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posterior, summarize_posteriors
 from debiased_laplace.errors import NotFittedError, OverlapError
-
-ORDER = [
-    *("class", "weights", "structure", "curvature", "computed by", "parameters", "data set, N"),
-    *("samples for the curvature", "directions", "curvature along them", "curvature outside them", "metric"),
-    *("prior precision", "observation noise", "temperature"),
-    *("effective parameters", "log marginal likelihood", "time of the fit"),
-]
 
 
 def effective_parameters(precision):
@@ -48,6 +39,7 @@ def test_facts_and_directions_of_a_debiased_posterior(structure, likelihood):
     s = summarize_posterior("la", la, 0.9)
     expected = {
         "class": type(la).__name__,
+        "weights": "all weights",
         "structure": structure,
         "curvature": "GGN",
         "computed by": la.curvature_source,
@@ -56,15 +48,16 @@ def test_facts_and_directions_of_a_debiased_posterior(structure, likelihood):
         "samples for the curvature": B,
         "directions": la.rank,
         "curvature along them": "from other folds (cross_fitted)",
+        "curvature outside them": s.facts.get("curvature outside them"),  # see below
         "prior precision": PRIOR,
         "observation noise": SIGMA if likelihood == "regression" else None,
         "temperature": TEMPERATURE,
         "effective parameters": pytest.approx(effective_parameters(la.posterior_precision.to_dense()), rel=1e-6),
         "log marginal likelihood": pytest.approx(la.log_marginal_likelihood().item()),
+        "time of the fit": s.facts["time of the fit"],
     }
-    assert {label: s.facts.get(label) for label in expected} == expected
+    assert list(s.facts.items()) == [(label, value) for label, value in expected.items() if value is not None]
     assert 0 < float(s.facts["time of the fit"].removesuffix(" s")) < 60
-    assert list(s.facts) == sorted(s.facts, key=ORDER.index)
     assert s.prior_precision == (PRIOR, PRIOR)
     weight = N / (TEMPERATURE * (SIGMA**2 if likelihood == "regression" else 1))
     values = [p.precision for p in s.spectrum]
@@ -80,7 +73,7 @@ def test_facts_and_directions_of_a_debiased_posterior(structure, likelihood):
     assert s.directions[0].inflation > 1
 
 
-def test_the_split_says_which_samples_are_for_what():
+def test_samples_and_curvature_outside_the_directions():
     s = summarize_posterior("la", debiased(magnitudes="held_out", complement="none"))
     assert s.facts["samples for the curvature"] == f"{B // 2} for directions, {B // 2} for magnitudes"
     assert s.facts["curvature outside them"] == "none"
@@ -88,21 +81,18 @@ def test_the_split_says_which_samples_are_for_what():
     assert s.facts["samples for the curvature"] == B
     assert s.directions == ()  # a batch shows no inflation of its own
 
-
-@pytest.mark.parametrize("complement", ["isotropic", "diagonal", "kron"])
-def test_the_share_outside_the_directions_is_the_rest_of_the_trace(complement):
-    la = debiased(complement=complement, rank=3)
-    trace = (torch.trace(la.posterior_precision.to_dense()) - P * PRIOR) * TEMPERATURE / N
-    share = 100 * (1 - la.directional_curvatures.sum() / trace).item()
-    assert share > 5
-    shown = summarize_posterior("la", la).facts["curvature outside them"]
-    assert shown == f"{complement}, {share:.2g} % of the trace"
+    for complement in ("isotropic", "diagonal", "kron"):
+        la = debiased(complement=complement, rank=3)
+        trace = (torch.trace(la.posterior_precision.to_dense()) - P * PRIOR) * TEMPERATURE / N
+        share = 100 * (1 - la.directional_curvatures.sum() / trace).item()
+        assert share > 5
+        shown = summarize_posterior("la", la).facts["curvature outside them"]
+        assert shown == f"{complement}, {share:.2g} % of the trace"
 
 
 def test_kronecker_magnitudes_have_no_intervals_and_say_so():
     s = summarize_posterior("la", debiased(structure="kron", kron_magnitudes="kronecker"))
-    assert s.directions
-    assert all(d.low is None and d.high is None for d in s.directions)
+    assert {(d.low, d.high) for d in s.directions} == {(None, None)}
     assert any("No intervals" in note for note in s.notes)
 
 
@@ -112,11 +102,8 @@ def test_facts_of_laplace_torchs_posteriors(case):
     la = of_laplace_torch("regression", subset, structure)
     s, dense = summarize_posterior("la", la), la.posterior_precision
     dense = dense.to_matrix() if structure == "kron" else torch.diag(dense) if dense.ndim == 1 else dense
-    facts = dict(s.facts)
-    assert facts.pop("effective parameters") == pytest.approx(effective_parameters(dense), rel=1e-4)
-    assert facts.pop("log marginal likelihood") == pytest.approx(la.log_marginal_likelihood().item())
     # what is not known is left out
-    assert facts == {
+    assert s.facts == {
         "class": type(la).__name__,
         "weights": "all weights" if subset == "all" else "last layer '4'",
         "structure": structure,
@@ -126,24 +113,18 @@ def test_facts_of_laplace_torchs_posteriors(case):
         "prior precision": pytest.approx(PRIOR),
         "observation noise": pytest.approx(SIGMA),
         "temperature": TEMPERATURE,
+        "effective parameters": pytest.approx(effective_parameters(dense), rel=1e-4),
+        "log marginal likelihood": pytest.approx(la.log_marginal_likelihood().item()),
     }
-    top = torch.linalg.eigvalsh(dense)[-1].item() - PRIOR
-    assert s.spectrum[0].precision == pytest.approx(top, rel=1e-5)
+    values = (torch.linalg.eigvalsh(dense) - PRIOR).flip(0).tolist()
+    assert [p.precision for p in s.spectrum[:15]] == pytest.approx(values[:15], rel=1e-3)
     assert s.directions == ()
-
-
-def test_the_full_spectrum_is_that_of_the_full_batch():
-    H = mean_of(dense_ggn(MODEL, X, "regression")[0], torch.arange(N)).detach()
-    expected = N / (SIGMA**2 * TEMPERATURE) * torch.linalg.eigvalsh(H).flip(0)
-    for point in summarize_posterior("la", of_laplace_torch("regression", "all", "full")).spectrum[:20]:
-        assert point.precision == pytest.approx(expected[point.place - 1].item(), rel=1e-4)
 
 
 def test_a_prior_of_several_numbers_and_another_curvature():
     prior = torch.linspace(0.3, 4.0, 6, dtype=torch.float64)
-    s = summarize_posterior(
-        "la", of_laplace_torch("classification", "all", "diag", prior_precision=prior, backend=CurvlinopsEF)
-    )
+    la = of_laplace_torch("classification", "all", "diag", prior_precision=prior, backend=CurvlinopsEF)
+    s = summarize_posterior("la", la)
     assert s.prior_precision == pytest.approx((0.3, 4.0))
     assert (s.facts["prior precision"], s.facts["curvature"]) == ("0.3 to 4", "EF")
 
@@ -151,7 +132,7 @@ def test_a_prior_of_several_numbers_and_another_curvature():
 def test_a_posterior_without_a_network_is_described_as_far_as_it_is_known():
     s = summarize_posterior("la", WithoutModel())
     assert s.facts == {"class": "WithoutModel", "data set, N": N, "prior precision": PRIOR, "temperature": TEMPERATURE}
-    assert any("it has none" in note for note in s.notes)
+    assert [note.split(":")[0] for note in s.notes] == ["No log marginal likelihood", "No posterior precision"]
 
 
 def test_summaries_are_taken_as_they_are_and_the_rest_is_refused():
@@ -175,9 +156,9 @@ def compared(posteriors, held_out=HELD_OUT, fitted=FITTED):
 def test_differences_are_paired_against_the_first():
     a, b = debiased(complement="none"), debiased(complement="none", rank=10)
     found = compared({"a": a, "again": a, "b": b})
-    h = found["again"].held_out
-    assert (h.difference, h.p_value, h.verdict) == (0.0, 1.0, "no detectable difference")
-    expected, h = b.held_out_kl(HELD_OUT, FITTED) - a.held_out_kl(HELD_OUT, FITTED), found["b"].held_out
+    again, h = found["again"].held_out, found["b"].held_out
+    assert (again.difference, again.p_value, again.verdict) == (0.0, 1.0, "no detectable difference")
+    expected = b.held_out_kl(HELD_OUT, FITTED) - a.held_out_kl(HELD_OUT, FITTED)
     assert (found["a"].held_out, found["a"].notes) == (None, ())
     assert (h.reference, h.n) == ("a", len(HELD_OUT_INDICES))
     assert (h.difference, h.standard_error) == pytest.approx((expected.value, expected.standard_error))
@@ -198,14 +179,11 @@ def test_a_posterior_of_all_data_beside_one_of_a_batch():
     assert h.difference > 0
 
 
-def test_what_cannot_be_compared_says_why():
+def test_what_cannot_be_compared_says_why_and_overlap_is_refused():
     other = debiased(prior_precision=7.0)
     found = compared({"a": debiased(), "other": other, "theirs": of_laplace_torch()}, fitted=None)
-    for name, words in {"a": "exact share", "other": "Not comparable with a", "theirs": "fitted_loader"}.items():
+    for name, words in {"a": "exact share", "other": "No comparison with a", "theirs": "fitted_loader"}.items():
         assert found[name].held_out is None
         assert words in " ".join(found[name].notes)
-
-
-def test_overlap_is_refused():
     with pytest.raises(OverlapError):
         compared({"a": debiased()}, held_out=loader())

@@ -3,7 +3,6 @@
 import inspect
 import warnings
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,37 +13,35 @@ from laplace.curvature import BackPackGGN
 from models import batch_norm_net, mlp, targets
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.calibration.predict import collect, make_predictors, read_methods
-from debiased_laplace.calibration.predictors import PredictionOptions
-from debiased_laplace.data.inputs import DEFAULT_KEYS
+from debiased_laplace.calibration.predict import BatchPrediction, PredictionOptions, collect, read_methods
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.predictive.mean_field import GaussianLogits
 
 
 def collected(methods, batches, task="multiclass", **options):
-    options = PredictionOptions(task, **options)
-    return collect(make_predictors(methods, options, next(iter(methods))), batches, DEFAULT_KEYS, seed=options.seed)
+    return collect(methods, batches, PredictionOptions(task, baseline=next(iter(methods)), **options), "a set")
 
 
 def predict(method, batches, task="multiclass", **options):
-    return collected({"m": method}, batches, task, **options).predictions["m"]
-
-
-def shuffled(likelihood="classification", inputs=X, batch_size=7):
-    return DataLoader(TensorDataset(inputs, targets(likelihood)), batch_size=batch_size, shuffle=True)
+    return collected({"m": method}, batches, task, **options)[0]["m"]
 
 
 def uniform(x):
     return torch.full((len(x), C), 1 / C)
 
 
-def augmented():
-    """Batches with noise from the global generator, which can be loaded once."""
-    for x, y in shuffled():
-        yield x + torch.randn_like(x), y
+class Augmented(IterableDataset):
+    """Samples with noise from the global generator; their number is not known."""
+
+    def __iter__(self):
+        order = torch.randperm(N).tolist()
+        return ((X[i] + torch.randn(4), targets("classification")[i]) for i in order)
+
+
+AUGMENTED = DataLoader(Augmented(), batch_size=7)
 
 
 class Recorder:
@@ -62,36 +59,32 @@ class Recorder:
 
 def test_every_method_gets_the_same_augmented_inputs_in_one_pass_whatever_the_others_draw():
     methods, alone, other_seed = {f"m{n}": Recorder(n) for n in (50, 0, 7)}, Recorder(0), Recorder(0)
-    collected(methods, augmented(), seed=5)
-    predict(alone, augmented(), seed=5)
-    predict(other_seed, augmented(), seed=6)
-    for recorder in methods.values():
-        assert torch.equal(recorder.inputs, alone.inputs)
+    collected(methods, AUGMENTED, seed=5)
+    predict(alone, AUGMENTED, seed=5)
+    predict(other_seed, AUGMENTED, seed=6)
+    assert all(torch.equal(recorder.inputs, alone.inputs) for recorder in methods.values())
     assert len(alone.inputs) == N
-    assert not torch.isin(alone.inputs, X).any()  # they were augmented at all
-    assert not torch.isin(alone.inputs, other_seed.inputs).any()
+    assert not torch.isin(alone.inputs, torch.cat([X, other_seed.inputs])).any()  # they were augmented at all
 
 
 @pytest.mark.parametrize("options", [{"link": "mc"}, {"pred_type": "nn"}], ids=["glm", "nn"])
 def test_a_method_twice_predicts_the_same_twice(options):
-    def dropout(x):
-        """Draw from the global generator, as users' Monte-Carlo dropout does."""
-        weights = nn.functional.dropout(torch.ones(20, 1, C, dtype=x.dtype), 0.4)
-        return (x[:, :C] * weights).softmax(-1)
+    def dropout(x):  # draws from the global generator
+        return (x[:, :C] * nn.functional.dropout(torch.ones(20, 1, C, dtype=x.dtype), 0.4)).softmax(-1)
 
-    methods = {"one": debiased(), "dropout": dropout, "two": debiased(), "dropout again": dropout}
-    found = collected(methods, augmented(), **options).predictions
-    for first, second in (("one", "two"), ("dropout", "dropout again")):
-        assert torch.equal(found[first].probabilities, found[second].probabilities)
+    found = collected({"1": debiased(), "2": dropout, "1 again": debiased(), "2 again": dropout}, AUGMENTED, **options)[
+        0
+    ]
+    for name in "12":
+        assert torch.equal(found[name].probabilities, found[f"{name} again"].probabilities)
 
 
-def test_samples_of_one_batch_at_a_time_and_nothing_but_means_afterwards():
+def test_nothing_but_means_is_kept_of_the_samples_of_a_batch():
     alive, most = [], []
 
     def method(x):
         most.append(sum(ref() is not None for ref in alive))
-        samples = torch.rand(50, len(x), C, dtype=torch.float64)
-        samples /= samples.sum(-1, keepdim=True)
+        samples = torch.rand(50, len(x), C, dtype=torch.float64).softmax(-1)
         alive.append(weakref.ref(samples))
         return samples
 
@@ -100,24 +93,17 @@ def test_samples_of_one_batch_at_a_time_and_nothing_but_means_afterwards():
     assert all(ref() is None for ref in alive)
     assert sum(t.numel() for t in found.tensors().values()) == N * C + N
     assert found.n_samples == 50
+    many = X[:, :1].expand(-1, 33).clone()  # outputs, too many for their covariances
+    assert torch.equal(BatchPrediction(function_variance=torch.diag_embed(many)).compact().function_variance, many)
 
 
 def test_predictions_and_targets_outlive_the_loaders_memory():
-    def batches():
-        x, y = torch.empty(20, 4), torch.empty(20, dtype=torch.long)
-        for rows in (slice(0, 20), slice(20, 40)):
-            yield x.copy_(X[rows]), y.copy_(targets("classification")[rows])
-
-    found = collected({"m": lambda x: x[:, :C].softmax(-1)}, batches())
-    assert_close(found.predictions["m"].probabilities, X.float()[:, :C].softmax(-1))
-    assert torch.equal(found.targets, targets("classification"))
-
-
-def test_covariances_between_many_outputs_are_not_kept():
-    many = X[:, :1].expand(-1, 33).clone()
-    predictor = make_predictors({"m": mlp(33)[0]}, PredictionOptions("regression"), "m")["m"]
-    whole = replace(predictor.predict(X), function_variance=torch.diag_embed(many))
-    assert torch.equal(whole.compact().function_variance, many)
+    x, y = torch.empty(20, 4), torch.empty(20, dtype=torch.long)
+    labels = targets("classification")
+    batches = ((x.copy_(X[i : i + 20]), y.copy_(labels[i : i + 20])) for i in (0, 20))
+    found, kept = collected({"m": lambda x: x[:, :C].softmax(-1)}, batches)
+    assert_close(found["m"].probabilities, X.float()[:, :C].softmax(-1))
+    assert torch.equal(kept, labels)
 
 
 POSTERIORS = {
@@ -136,9 +122,7 @@ def test_numbers_are_those_of_the_posterior_itself(case, likelihood):
     la = make(likelihood, *options)
     found = predict(la, loader(likelihood, batch_size=13), TASKS[likelihood])
     if likelihood == "regression":
-        mean, variance = (t.detach() for t in la(X))
-        assert_close(found.mean, mean)
-        assert_close(found.function_variance, variance)
+        assert_close((found.mean, found.function_variance), tuple(t.detach() for t in la(X)))
         return
     # the same link for both libraries: with `la(x)` links would be compared, and not posteriors
     mean, covariance = la._glm_predictive_distribution(X)
@@ -169,11 +153,10 @@ def test_draws_are_the_predictive_samples_of_the_posterior(likelihood, make, pre
     samples = la.predictive_samples(X, pred_type, n_samples=30, generator=generator).detach()
     if likelihood == "classification":
         entropies = [torch.special.entr(p).sum(-1) for p in (samples.mean(0), samples)]
-        assert_close(found.probabilities, samples.mean(0))
-        assert_close(found.mutual_information, entropies[0] - entropies[1].mean(0))
+        expected = samples.mean(0), entropies[0] - entropies[1].mean(0)
+        assert_close((found.probabilities, found.mutual_information), expected)
     elif pred_type == "nn":
-        assert_close(found.mean, samples.mean(0))
-        assert_close(found.function_variance, samples.var(0))
+        assert_close((found.mean, found.function_variance), (samples.mean(0), samples.var(0)))
     assert found.n_samples == (None if (likelihood, pred_type) == ("regression", "glm") else 30)
 
 
@@ -185,18 +168,14 @@ def test_networks_and_callables_give_what_the_network_gives():
         "half": lambda x: MODEL(x).softmax(-1).half(),
         "samples": lambda x: MODEL(x).softmax(-1).expand(150, -1, -1),
     }
-    found = collected(methods, loader(batch_size=13)).predictions
+    found = collected(methods, loader(batch_size=13))[0]
     assert_close(found["network"].logits, logits)
     for name, tolerance in (("network", 1e-12), ("numpy", 1e-12), ("samples", 1e-12), ("half", 1e-3)):
         assert_close(found[name].probabilities.double(), logits.softmax(-1), rtol=tolerance, atol=tolerance)
     assert (found["samples"].n_samples, found["numpy"].n_samples) == (150, None)
-
-
-def test_a_binary_network_with_one_logit():
-    model, x = mlp(1)
-    p = model(x)[:, 0].sigmoid().detach()
-    found = predict(model, [(x, torch.arange(N) % 2)], "binary")
-    assert_close(found.probabilities, torch.stack([1 - p, p], dim=1))
+    one_logit, x = mlp(1)
+    p = one_logit(x).sigmoid().detach()
+    assert_close(predict(one_logit, [(x, torch.arange(N) % 2)], "binary").probabilities, torch.cat([1 - p, p], dim=1))
 
 
 def test_no_graph_is_kept_and_inference_mode_changes_nothing():
@@ -209,16 +188,14 @@ def test_no_graph_is_kept_and_inference_mode_changes_nothing():
 
 def snapshot(*models):
     """All that a user could notice of models, and of the global generators but Python's, which shape checks use."""
-    seen = [
-        (
-            [(m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],
-            [(p.data_ptr(), p.tolist()) for p in model.parameters()],
-            [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()],
-            [b.tolist() for b in model.buffers()],
-        )
-        for model in models
-    ]
-    return seen, torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    seen = [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+    for model in models:
+        for m in model.modules():
+            seen.append((m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._backward_hooks)))
+        seen += [(p.data_ptr(), p.tolist()) for p in model.parameters()]
+        seen += [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()]
+        seen += [b.tolist() for b in model.buffers()]
+    return seen
 
 
 def in_training(model):
@@ -234,18 +211,21 @@ def in_training(model):
 @pytest.mark.parametrize("pred_type", ["glm", "nn"])
 def test_models_predict_in_evaluation_mode_and_are_as_they_were(likelihood, pred_type):
     model, x = batch_norm_net()
-    ours = DebiasedLaplace(model, likelihood, prior_precision=0.4)
-    theirs = Laplace(model, likelihood, "all", "diag", prior_precision=0.4)
-    last = Laplace(model, likelihood, "last_layer", "kron", prior_precision=0.4)
-    for la in (ours, theirs, last):
-        la.fit(shuffled(likelihood, x))
+    posteriors = {
+        "ours": DebiasedLaplace(model, likelihood, prior_precision=0.4),
+        "theirs": Laplace(model, likelihood, "all", "diag", prior_precision=0.4),
+        "last": Laplace(model, likelihood, "last_layer", "kron", prior_precision=0.4),
+    }
+    batches = DataLoader(TensorDataset(x, targets(likelihood)), batch_size=10)
+    for la in posteriors.values():
+        la.fit(batches)
     expected = model.eval()(x).detach()
     in_training(model)
-    before = snapshot(model, last.model)
-    batches = DataLoader(TensorDataset(x, targets(likelihood)), batch_size=10)
-    methods = {"map": model, "ours": ours, "theirs": theirs, "last": last}
-    found = collected(methods, batches, TASKS[likelihood], pred_type=pred_type, n_samples=4).predictions["map"]
-    assert snapshot(model, last.model) == before
+    before = snapshot(model, posteriors["last"].model)
+    found = collected({"map": model, **posteriors}, batches, TASKS[likelihood], pred_type=pred_type, n_samples=4)[0][
+        "map"
+    ]
+    assert snapshot(model, posteriors["last"].model) == before
     assert_close(found.logits if likelihood == "classification" else found.mean, expected)
 
 
@@ -253,7 +233,7 @@ def test_models_predict_in_evaluation_mode_and_are_as_they_were(likelihood, pred
 def test_models_are_as_they_were_after_an_exception_between_two_draws(fails_at, monkeypatch):
     model, calls, gelu = mlp()[0], [], nn.GELU.forward
     la = Laplace(model, "classification", "all", "diag", prior_precision=0.4)
-    la.fit(shuffled())
+    la.fit(loader())
     before = snapshot(in_training(model))
 
     def fragile(self, x):
@@ -262,16 +242,14 @@ def test_models_are_as_they_were_after_an_exception_between_two_draws(fails_at, 
 
     monkeypatch.setattr(nn.GELU, "forward", fragile)
     with pytest.raises(TypeError):
-        predict(la, shuffled(), pred_type="nn", n_samples=5)
+        predict(la, loader(), pred_type="nn", n_samples=5)
     assert snapshot(model) == before
     assert len(calls) == fails_at
 
 
 def test_a_posterior_by_backpack_beside_ones_by_torch_func():
     """Its hooks would stop torch.func, whichever comes first."""
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     theirs = Laplace(model, "classification", "all", "kron", prior_precision=0.4, backend=BackPackGGN)
     ours = DebiasedLaplace(model, "classification", prior_precision=0.4)
     with warnings.catch_warnings():
@@ -279,7 +257,7 @@ def test_a_posterior_by_backpack_beside_ones_by_torch_func():
         theirs.fit(loader())
         ours.fit(loader())
         alone = predict(ours, loader())
-        found = collected({"theirs": theirs, "ours": ours, "theirs again": theirs}, loader()).predictions
+        found = collected({"theirs": theirs, "ours": ours, "theirs again": theirs}, loader())[0]
     assert torch.equal(found["ours"].probabilities, alone.probabilities)
     assert torch.equal(found["theirs"].probabilities, found["theirs again"].probabilities)
 
@@ -328,20 +306,21 @@ REFUSED = {
     "no tensor": (lambda x: "yes", {}, "expected an array"),
     "samples of some batches": (changing, {"batches": loader(batch_size=13)}, "same form for every batch"),
     "one sample of a function": (lambda x: x[None], REGRESSION, "at least 2 samples"),
-    "a pair of other lengths": (lambda x: (x, x[1:]), REGRESSION, "mean and standard deviation of 8"),
+    "a pair of other lengths": (
+        lambda x: (x, x[1:]),
+        REGRESSION,
+        "expected 8 means and standard deviations; got 8 and 7",
+    ),
     "another likelihood": (debiased("regression"), {}, "likelihood 'regression'; got task='multiclass'"),
     "a reward model": (DebiasedLaplace(MODEL, "reward_modeling"), {}, "reward model.*fitting=True"),
-    "not fitted": (DebiasedLaplace(MODEL, "classification"), {}, "not fitted"),
-    "not fitted, laplace-torch's": (Laplace(MODEL, "classification", "all", "diag"), {}, "not fitted"),
+    "not fitted": (Laplace(MODEL, "classification", "all", "diag"), {}, "not fitted"),
     "weights that changed since the fit": (retrained(), {}, "changed since the fit"),
     "one draw": (uniform, {"n_samples": 1}, "n_samples must be"),
     "a negative seed": (uniform, {"seed": -1}, "seed must be"),
     "a link of drawn networks": (uniform, {"pred_type": "nn", "link": "probit"}, "expected link_approx='mc'"),
-    "no batches": (uniform, {"batches": []}, "yields no samples"),
     "empty batches": (uniform, {"batches": [(torch.zeros(0, 4), torch.zeros(0))]}, "yields no samples"),
     "inputs alone": (uniform, {"batches": [X]}, "Expected batches of two tensors"),
     "NaN": (uniform, {"batches": [(X / 0, torch.zeros(N))]}, "40 of 40 samples"),
-    "unequal lengths": (uniform, {"batches": [(X, torch.zeros(3))]}, "40 inputs but 3 targets"),
 }
 
 

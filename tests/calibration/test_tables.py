@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-from xml.etree import ElementTree
 
 import pytest
 from hostile_texts import HOSTILE, TEXT
@@ -37,15 +36,11 @@ def test_metrics_are_one_number_a_row_with_all_digits(hostile_report) -> None:
 
 def test_frames_hold_what_the_csv_holds(hostile_report) -> None:
     for table in ("metrics", "comparisons", "ood"):
-        frame = hostile_report.to_frame(table)
-        rows = read(hostile_report.to_csv(table))
+        frame, rows = hostile_report.to_frame(table), read(hostile_report.to_csv(table))
         assert len(frame) == len(rows) > 5
         assert list(frame.columns) == list(rows[0])
-    frame = hostile_report.to_frame()
-    nll = frame[(frame.method == "map") & (frame.metric == "nll")].iloc[0]
-    assert nll.value == hostile_report.metrics["map"]["nll"].value
-    assert TEXT in set(frame.method)
-    with pytest.raises(Exception, match="metrics"):
+    assert TEXT in set(hostile_report.to_frame().method)
+    with pytest.raises(Exception, match="metrics"):  # beartype comes first where it checks
         hostile_report.to_frame("curves")
 
 
@@ -102,13 +97,5 @@ def test_text_for_a_terminal_has_findings_metrics_and_warnings(classification_re
     accuracy = next(line for line in lines if line.strip().startswith("Accuracy"))
     assert accuracy.count("[") == len(classification_report.methods)
     assert f"{classification_report.metrics['map']['accuracy'].value:.3f}" in accuracy
-    assert [line.removeprefix("Warning: ") for line in lines if line.startswith("Warning: ")] == list(
-        classification_report.warnings
-    )
-
-
-def test_junit_holds_hostile_texts(hostile_report) -> None:
-    text = hostile_report.check([{"metric": "nll", "max": 0.1}, {"metric": "ece", "max": 0.5}]).to_junit(name=TEXT)
-    cases = ElementTree.fromstring(text).findall(".//testcase")
-    assert {case.get("name") for case in cases} == {f"{m}: {k}" for m in ("map", TEXT) for k in ("nll", "ece")}
-    assert all(case.get("classname").startswith(TEXT) for case in cases)
+    warned = [line.removeprefix("Warning: ") for line in lines if line.startswith("Warning: ")]
+    assert warned == list(classification_report.warnings)

@@ -51,7 +51,7 @@ RUNS = {
     "inconclusive, strict": ((*CHECK, "inconclusive.toml", "--strict"), 3, "inconclusive."),
     "unknown metric": ((*CHECK, "typo.toml"), 2, "no metric 'nlll'"),
     "no thresholds file": ((*CHECK, "nowhere.toml"), 2, "nowhere.toml"),
-    "no report": (("check", "preds.npz", "--defaults"), 2, "preds.npz is no JSON"),
+    "no report": (("check", "preds.npz", "--defaults"), 2, "preds.npz is not JSON"),
     "report with a gate": ((*REPORT, "o", "--format", "md", "--fail-on", "failed.toml"), 1, "failed."),
     "strict without a gate": ((*REPORT, "o", "--strict"), 2, "about thresholds; got none"),
     "no file": (("report", "nowhere.npz", "--out", "o"), 2, "nowhere.npz"),
@@ -61,7 +61,7 @@ RUNS = {
     "worse": (("compare", "preds/report.json", "worse/report.json", "--fail-on-worse"), 1, "**Detectably"),
     "worse, as information": (("compare", "preds/report.json", "worse/report.json"), 0, "compared in pairs"),
     "the same": (("compare", "preds/report.json", "preds/report.json", "--fail-on-worse"), 0, "**No detectable"),
-    "cut off": (("compare", "preds/report.json", "cut.json"), 2, "cut.json is no JSON"),
+    "cut off": (("compare", "preds/report.json", "cut.json"), 2, "cut.json is not JSON"),
 }
 
 

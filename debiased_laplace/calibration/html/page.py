@@ -14,7 +14,6 @@ from markupsafe import Markup, escape
 from debiased_laplace.calibration import formatting, tables
 from debiased_laplace.calibration.contents import (
     PAIRED_AS,
-    SCORES,
     Better,
     ClassCount,
     ClassificationCurves,
@@ -24,13 +23,9 @@ from debiased_laplace.calibration.contents import (
     Section,
 )
 from debiased_laplace.calibration.findings import CAUTION, CONFIDENCE_TARGETS, name_confidence, name_reference
-from debiased_laplace.calibration.formatting import (
-    NO_BREAK,
-    NOTHING,
-    format_interval,
-    format_number,
-)
+from debiased_laplace.calibration.formatting import NO_BREAK, NOTHING, format_interval, format_number
 from debiased_laplace.calibration.html import figures, posterior_figures
+from debiased_laplace.calibration.svg import inline_svg
 from debiased_laplace.calibration.tables import make_table
 
 DIRECTIONS: dict[Better, str] = {
@@ -48,7 +43,7 @@ RESOLVERS = {"doi:": "https://doi.org/", "arXiv:": "https://arxiv.org/abs/"}
 
 
 class Cell(NamedTuple):
-    """An estimate of one method: value, interval, remarks, and (verdict, words) of its comparisons."""
+    """An estimate of one method: value, interval, remarks, and the verdicts of its comparisons with their words."""
 
     value: str
     interval: str = ""
@@ -60,12 +55,8 @@ def render_html(contents: ReportContents) -> str:
     """Return the whole page."""
     environment = tables.make_environment(autoescape=True)
     environment.filters |= {"cite": link_references, "encode": encode_figure}
-    environment.globals |= {
-        "figures": figures,
-        "posterior_figures": posterior_figures,
-        "tables": tables,
-        "formatting": formatting,
-    }
+    modules = {"figures": figures, "posterior_figures": posterior_figures, "tables": tables, "formatting": formatting}
+    environment.globals |= {**modules, "inline_svg": inline_svg}
     style = (files(__package__) / "style.css").read_text(encoding="utf-8")
     with matplotlib.style.context("default"):  # whatever the caller draws with
         return environment.get_template("page.html.j2").render(
@@ -73,7 +64,6 @@ def render_html(contents: ReportContents) -> str:
             style=Markup(style),
             level=formatting.format_level(contents.settings["confidence_level"]).replace(" ", NO_BREAK),
             caution=CAUTION,
-            scores=list_scores(contents),
             headline=list_rows(contents, "headline"),
             detail=list_rows(contents, "detail"),
             classes=tabulate_classes(contents),
@@ -86,8 +76,9 @@ def render_html(contents: ReportContents) -> str:
 def list_rows(contents: ReportContents, section: Section) -> list[tuple[str, str, list[Cell]]]:
     """Return the label, a remark and the cells of each metric of one section."""
     rows = []
-    for name, definition, _, decimals in tables.list_metrics(contents, section):
+    for name, decimals in tables.list_metrics(contents, section).items():
         if not name.endswith(SHOWN_BESIDE):
+            definition = contents.definitions[name]
             aside = ", in ".join(filter(None, (DIRECTIONS[definition.better], show_unit(contents, definition))))
             cells = [make_cell(contents, method, name, decimals) for method in contents.methods]
             rows.append((definition.label, aside, cells))
@@ -95,7 +86,7 @@ def list_rows(contents: ReportContents, section: Section) -> list[tuple[str, str
 
 
 def make_cell(contents: ReportContents, method: str, name: str, decimals: int | None) -> Cell:
-    """Return one metric of one method with what a reader should see beside it."""
+    """Return one metric of one method with its interval, remarks and verdicts."""
     metrics = contents.methods[method].metrics
     estimate = metrics.get(name)
     if estimate is None or estimate.value is None:
@@ -109,9 +100,9 @@ def make_cell(contents: ReportContents, method: str, name: str, decimals: int | 
         asides.append(f"signed root: {format_number(copysign(sqrt(abs(estimate.value)), estimate.value), 3)}")
     if name in CONFIDENCE_TARGETS:
         asides.append(name_confidence(name, estimate) or "neither detectably")
-    show = formatting.format_signed if name == "confidence_gap" else format_number
+    value = format_number(estimate.value, decimals, signed=name == "confidence_gap")
     interval = format_interval(estimate.low, estimate.high, decimals)
-    return Cell(show(estimate.value, decimals), interval, tuple(asides), list_changes(contents, method, name))
+    return Cell(value, interval, tuple(asides), list_changes(contents, method, name))
 
 
 def list_changes(contents: ReportContents, method: str, name: str) -> tuple[tuple[str, str], ...]:
@@ -124,15 +115,9 @@ def list_changes(contents: ReportContents, method: str, name: str) -> tuple[tupl
 
 
 def show_unit(contents: ReportContents, definition: MetricDefinition) -> str:
-    """Return the unit of a metric, where that of the targets is known."""
+    """Return the unit of a metric; empty where that of the targets is unknown."""
     unit = contents.data.target_unit
     return "" if not unit or not definition.unit else f"({unit})²" if definition.unit == "squared" else unit
-
-
-def list_scores(contents: ReportContents) -> str:
-    """Return the scores of out-of-distribution detection in words."""
-    found = {d.score for one in contents.ood.values() for d in one.detections}
-    return ", ".join(words for score, words in SCORES.items() if score in found)
 
 
 def tabulate_classes(contents: ReportContents) -> pd.DataFrame:
@@ -162,15 +147,14 @@ def list_settings(contents: ReportContents) -> dict[str, str]:
 
 def link_references(reference: str) -> Markup:
     """Return a reference with its identifiers as links; nothing is loaded unless the reader follows one."""
-    parts, end = Markup(""), 0
     link = Markup('<a href="{}" rel="noreferrer">{}</a>')
-    for match in REFERENCE.finditer(reference):
-        address = RESOLVERS[match[1]] + quote(match[2], safe="/.:()-")
-        parts += escape(reference[end : match.start()]) + link.format(address, match[0])
-        end = match.end()
-    return parts + escape(reference[end:])
+    texts = REFERENCE.split(reference)  # text, kind, identifier, text, ...
+    parts = [escape(texts[0])]
+    for kind, found, text in zip(texts[1::3], texts[2::3], texts[3::3], strict=True):
+        parts += [link.format(RESOLVERS[kind] + quote(found, safe="/.:()-"), kind + found), escape(text)]
+    return Markup().join(parts)
 
 
 def encode_figure(figure: ReportFigure) -> str:
-    """Return a figure of the caller's as the address of an image, inside of which nothing runs or loads."""
+    """Return a figure of the caller's as the address of an image, in which nothing can run or load."""
     return "data:image/svg+xml;base64," + base64.b64encode(figure.svg.encode()).decode()

@@ -1,19 +1,16 @@
-"""What all figures of the page share: size, axes, colours, and how a figure becomes a panel."""
+"""Panels of the page, and what their figures share: size, axes, colours and markers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.formatting import shorten
-from debiased_laplace.calibration.svg import draw_svg, inline_svg
-from debiased_laplace.calibration.tables import make_table
 
 # Okabe and Ito's palette without its black and its yellow, which vanish on one of the two pages
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -37,7 +34,6 @@ HEADINGS = {
     "consistent_high": "to",
     "n_in_distribution": "test set",
     "n_out_of_distribution": "out of distribution",
-    "mean": "predicted mean",
     "baseline": "compared with",
     "p_value": "p",
     "adjusted_p_value": "p, Holm",
@@ -49,10 +45,11 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A heading with a remark below it, a figure as an element of the page, and the same numbers as a table."""
+    """A figure with its heading, its text alternative, the same numbers as a table, and a remark below the heading."""
 
     caption: str
-    svg: Markup
+    figure: Figure
+    alt: str
     table: pd.DataFrame
     aside: str = ""
 
@@ -70,25 +67,35 @@ def assign_looks(contents: ReportContents) -> dict[str, Look]:
     return {name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
 
 
-def start_figure(height: float) -> tuple[Figure, Axes]:
-    """Return a figure of the common width, and axes above a margin for their labels."""
-    figure = Figure(figsize=(WIDTH, height))
-    return figure, add_axes(figure, bottom=0.42, top=height - 0.1)
+def list_looks(contents: ReportContents, names: Iterable[str]) -> list[tuple[str, Look]]:
+    """Return some methods or posteriors with their looks."""
+    looks = assign_looks(contents)
+    return [(name, looks[name]) for name in names]
 
 
-def add_axes(figure: Figure, *, bottom: float, top: float) -> Axes:
-    """Add plain axes between two heights of the figure, given in inches from below."""
+def start_figure(height: float, x: str, y: str = "", *, n_keys: int = 0) -> tuple[Figure, Axes]:
+    """Return a figure of the common width and its axes.
+
+    Args:
+        height: in inches, without the key.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        n_keys: lines of the key above the axes.
+    """
+    figure = Figure(figsize=(WIDTH, height + n_keys * KEY_HEIGHT))
+    return figure, add_axes(figure, 0.42, height - (0.15 if n_keys else 0.1), x, y)
+
+
+def add_axes(figure: Figure, bottom: float, top: float, x: str, y: str) -> Axes:
+    """Add labelled axes between two heights of a figure, given in inches from below."""
     height = figure.get_figheight()
     axes = figure.add_axes((0.165, bottom / height, 0.79, (top - bottom) / height))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=FONT_SIZE)
-    return axes
-
-
-def label_axes(axes: Axes, x: str, y: str = "") -> None:
-    """Name the axes; names and units of the user's hold no mathematics."""
+    # names and units of the user's hold no mathematics
     axes.set_xlabel(x, fontsize=FONT_SIZE, parse_math=False)
     axes.set_ylabel(y, fontsize=FONT_SIZE, parse_math=False)
+    return axes
 
 
 def add_key(axes: Axes, lines: Mapping[str, Artist]) -> None:
@@ -102,27 +109,19 @@ def add_key(axes: Axes, lines: Mapping[str, Artist]) -> None:
         text.set_text(shorten(name, KEY_LENGTH))
 
 
-def with_unit(what: str, unit: str | None) -> str:
-    """Return the label of an axis."""
-    return f"{what} ({unit})" if unit else what
+def draw_markers(axes: Axes, x: pd.Series, y: pd.Series, look: Look, *, is_hollow: pd.Series, size: float) -> None:
+    """Draw the markers of a method, those of `is_hollow` as outlines."""
+    for face, shown in ((look.color, ~is_hollow), ("none", is_hollow)):
+        style: dict[str, Any] = {"linestyle": "none", "markersize": size, "markerfacecolor": face, "clip_on": False}
+        axes.plot(x[shown], y[shown], **look._asdict(), **style)
+
+
+def read_columns(rows: Sequence[Any]) -> pd.DataFrame:
+    """Return the numeric fields of bins or points as columns, NaN where a number is missing."""
+    return pd.DataFrame(list(rows)).astype(float)
 
 
 def tabulate(rows: Sequence[Any], *, without: Sequence[str] = ()) -> pd.DataFrame:
-    """Return a table with one row per object of a dataclass, and its fields as columns."""
-    names = [f.name for f in fields(rows[0])] if rows else []
-    kept = [j for j, name in enumerate(names) if name not in without]
-    columns = [HEADINGS.get(names[j], names[j].replace("_", " ")) for j in kept]
-    return make_table(columns, ([astuple(row)[j] for j in kept] for row in rows))
-
-
-def finish(figure: Figure, name: str, caption: str, alt: str, table: pd.DataFrame, aside: str = "") -> Panel:
-    """Return the figure as a panel; `name` is the prefix of its ids."""
-    return Panel(caption, Markup(inline_svg(draw_svg(figure), name=name, alt=alt)), table, aside)
-
-
-def draw_each(
-    contents: ReportContents, names: Iterable[str], kind: str, draw: Callable[[str, Look, str], Panel]
-) -> list[Panel]:
-    """Draw one panel for each method or posterior, given its name, its look and the prefix of its ids."""
-    looks = assign_looks(contents)
-    return [draw(name, looks[name], f"{kind}-{i}") for i, name in enumerate(names)]
+    """Return a table for readers with one row per object of a dataclass, and its fields as columns."""
+    table = pd.DataFrame(list(rows), dtype=object).drop(columns=list(without))
+    return table.rename(columns=lambda name: HEADINGS.get(name, name.replace("_", " ")))

@@ -1,1 +1,1 @@
-"""From predictions to estimates, and to what the figures show."""
+"""Metrics of a report: estimates, tables and curves of one method."""

@@ -1,4 +1,4 @@
-"""From class probabilities of one method to its metrics, curves and per-sample scores."""
+"""Metrics, curves and per-sample scores of the class probabilities of one method."""
 
 from math import pi, sqrt
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.contents import ClassCount, ClassificationCurves, Estimate, MethodResult
+from debiased_laplace.calibration.contents import ClassCount, ClassificationCurves, MethodResult
 from debiased_laplace.calibration.inputs import Settings
 from debiased_laplace.calibration.intervals import (
     Units,
@@ -16,24 +16,18 @@ from debiased_laplace.calibration.intervals import (
     wilson_by_cell,
     without_interval,
 )
-from debiased_laplace.calibration.metrics.binned import (
-    BinnedConfidences,
-    check_consistency,
-    debiased_error,
-    measure_binned,
-    tabulate_bins,
-)
+from debiased_laplace.calibration.metrics.binned import BinnedConfidences, debiased_error, measure_binned
 from debiased_laplace.calibration.metrics.selective import estimate_area, rank_losses, trace_risk
 from debiased_laplace.calibration.probabilities import ClassificationPredictions
 
 
 def negative_log_likelihood(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
-    r"""$-\log p(y)$ in nats per sample, finite also for a true class of probability 0."""
+    r"""Return $-\log p(y)$ in nats per sample, finite also for a true class of probability 0."""
     return -predictions.true_class_probability.clamp_min(predictions.source.smallest).log()
 
 
 def brier_score(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
-    r"""$\sum_c (p_c - 1[y = c])^2$ per sample, between 0 and 2.
+    r"""Return $\sum_c (p_c - 1[y = c])^2$ per sample, between 0 and 2.
 
     References:
         Brier (1950), doi:10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
@@ -43,37 +37,39 @@ def brier_score(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
 
 
 def scores_of(predictions: ClassificationPredictions, units: Units, *, n_bins: int) -> dict[str, Float[Tensor, " n"]]:
-    """Per-sample scores by which methods are compared; of `rmsce2_debiased` the influence around its value."""
+    """Return the per-sample scores of paired comparisons; of `rmsce2_debiased` the influence around its value."""
     scores = {
         "nll": negative_log_likelihood(predictions),
         "brier": brier_score(predictions),
         "error": 1 - predictions.correct,
     }
-    bins = BinnedConfidences(predictions.confidence, predictions.correct, n_bins)
-    influence = debiased_error(bins, units)[1]
+    influence = debiased_error(BinnedConfidences(predictions.confidence, predictions.correct, n_bins), units)[1]
     return scores if influence is None else scores | {"rmsce2_debiased": influence}
 
 
 def measure_classification(predictions: ClassificationPredictions, units: Units, settings: Settings) -> MethodResult:
-    """Metrics, reliability diagram, classes and risk-coverage curve of one method."""
+    """Estimate the metrics, reliability diagram, classes and risk-coverage curve of one method."""
     bins = BinnedConfidences(predictions.confidence, predictions.correct, settings.n_bins)
-    test = check_consistency(bins, settings)
+    binned, table = measure_binned(bins, units, settings)
     ranked = rank_losses(1 - predictions.correct, predictions.confidence)
+    classwise = measure_each_class(predictions)[0].mean().item()
+    words = f"mean over {predictions.source.n_classes} classes, {settings.n_bins} bins of equal width each"
+    biased = "a binned error is biased upwards; compare it with the noise floors of the classes"
     metrics = {
         "nll": estimate_skewed_mean(negative_log_likelihood(predictions), units),
         "brier": estimate_skewed_mean(brier_score(predictions), units),
         "accuracy": estimate_share(predictions.correct, units),
         "confidence_gap": estimate_mean(predictions.confidence - predictions.correct, units),
-        **measure_binned(bins, test, units),
-        **measure_classwise(predictions, units),
+        **binned,
+        "classwise_ece": without_interval(classwise, units.n, words, biased),
         "aurc": estimate_area([ranked], units, most=1.0),
     }
-    curves = ClassificationCurves(tabulate_bins(bins, test, units), tabulate_classes(predictions, units))
+    curves = ClassificationCurves(table, tabulate_classes(predictions, units))
     return MethodResult(metrics, curves, selection=trace_risk([ranked], units, is_share=True))
 
 
 def measure_each_class(predictions: ClassificationPredictions) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    r"""Each class's calibration error, and the same of right probabilities.
+    r"""Return each class's calibration error, and that expected of right probabilities.
 
     $\frac1n \sum_b \lvert \sum_{i \in b} (1[y_i = c] - p_{ic}) \rvert$ over bins of equal width of $p_{ic}$, and
     $\sqrt{2/\pi}\, \frac1n \sum_b \sqrt{\sum_{i \in b} p_{ic} (1 - p_{ic})}$.
@@ -86,29 +82,11 @@ def measure_each_class(predictions: ClassificationPredictions) -> tuple[Float[Te
     return error, sqrt(2 / pi) * bins.variance.sqrt().sum(dim=1) / n
 
 
-def measure_classwise(predictions: ClassificationPredictions, units: Units) -> dict[str, Estimate]:
-    """Mean over classes of their calibration errors and of their noise floors."""
-    error, floor = (x.mean().item() for x in measure_each_class(predictions))
-    C, n_bins = predictions.class_bins.positives.shape
-    words = f"mean over {C} classes, {n_bins} bins of equal width each"
-    reason = "a binned error is biased upwards; compare it with its noise floor"
-    floor_reason = f"it follows from the probabilities alone{units.caution}"
-    return {
-        "classwise_ece": without_interval(error, units.n, estimator=words, reason=reason),
-        "classwise_ece_noise_floor": without_interval(
-            floor, units.n, estimator="closed form, normal sums", reason=floor_reason
-        ),
-    }
-
-
 def tabulate_classes(predictions: ClassificationPredictions, units: Units) -> tuple[ClassCount, ...]:
-    """Every class's samples, accuracy and calibration."""
+    """Return every class's samples, accuracy and calibration."""
     targets, C = predictions.targets, predictions.source.n_classes
     n = torch.bincount(targets, minlength=C).tolist()
     correct = torch.bincount(targets, weights=predictions.correct, minlength=C).tolist()
     intervals = wilson_by_cell(predictions.correct, targets, C, units)
     errors, floors = (x.tolist() for x in measure_each_class(predictions))
-    return tuple(
-        ClassCount(c, n[c], round(correct[c]), interval and interval[0], interval and interval[1], errors[c], floors[c])
-        for c, interval in enumerate(intervals)
-    )
+    return tuple(ClassCount(c, n[c], round(correct[c]), *intervals[c], errors[c], floors[c]) for c in range(C))

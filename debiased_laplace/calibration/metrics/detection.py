@@ -1,32 +1,46 @@
-r"""One score on two sets of samples: areas under the ROC and precision-recall curves, and FPR95.
+r"""Detection of a set out of distribution: areas under the ROC and precision-recall curves, FPR95, and comparisons.
 
 The samples out of distribution (OOD) are the positive class and a larger score speaks for it. The two sets are drawn
-independently, so that a standard error adds up from one influence function on each of them.
+independently: the variance of a statistic is the sum of the variances of its influence functions on both.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, hypot, sqrt
+from math import ceil, hypot, inf, sqrt
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.calibration.contents import Estimate
+from debiased_laplace.calibration.contents import (
+    Detection,
+    DetectionComparison,
+    Estimate,
+    OutOfDistributionSet,
+    ScoreBin,
+    Verdict,
+)
 from debiased_laplace.calibration.intervals import (
     Units,
-    interval_of_statistic,
     normal_quantile,
     student_quantile,
+    two_sided_p_value,
     wilson_interval,
+    wilson_of_share,
     without_interval,
 )
 
+STAND_IN = "entropy"  # used for a baseline that lacks the method's score
+HISTOGRAM_BINS = 20
+CHANCE = 0.5
 TRUE_POSITIVE_RATE = 0.95
 FEWEST_VALUES = 10  # of a score between two thresholds, for the rate to be smooth there
 _SINGLE = "one independent sample on a side has no standard error"
+
+Pair = tuple[Float[Tensor, " n"], Float[Tensor, " m"]]  # one number per sample of the test set, and of the OOD set
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,168 +53,194 @@ class Separation:
     ood_units: Units
 
     @property
-    def freedom(self) -> int | None:
-        """Degrees of freedom of what is measured on both sets; None where all samples are independent."""
-        if self.units.codes is None and self.ood_units.codes is None:
-            return None
-        return self.fewest_units - 1
+    def n(self) -> int:
+        """Number of samples of both sets."""
+        return self.units.n + self.ood_units.n
 
     @property
     def fewest_units(self) -> int:
-        """Number of units of the set that has fewer."""
+        """Number of units of the smaller set."""
         return min(self.units.count, self.ood_units.count)
 
-    @cached_property
-    def _counted(self) -> tuple[Int[Tensor, " both"], Float[Tensor, " values"], Float[Tensor, " values"]]:
-        """Place of every score among the values, test samples first, and how many of each set lie there."""
-        values, place = torch.unique(-torch.cat([self.test, self.ood]), return_inverse=True)
-        n = self.units.n
-        counts = (torch.bincount(p, minlength=values.numel()).to(torch.float64) for p in (place[:n], place[n:]))
-        return place, *counts
-
     @property
-    def place(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
-        """Place of every score of both sets."""
-        return self._counted[0][: self.units.n], self._counted[0][self.units.n :]
+    def freedom(self) -> int | None:
+        """Degrees of freedom of a statistic of both sets; None where all samples are independent."""
+        independent = self.units.codes is None and self.ood_units.codes is None
+        return None if independent else self.fewest_units - 1
 
     @cached_property
-    def false_positives(self) -> Float[Tensor, " values"]:
-        """Test samples with at least that score."""
-        return self._counted[1].cumsum(dim=0)
+    def components(self) -> Pair:
+        """Influence of each sample on the area under the ROC curve, which is the mean over either set.
 
-    @cached_property
-    def true_positives(self) -> Float[Tensor, " values"]:
-        """OOD samples with at least that score."""
-        return self._counted[2].cumsum(dim=0)
-
-    @cached_property
-    def components(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
-        """Influence of each sample of both sets on the area under the ROC curve, which is the mean of either.
-
-        For a test sample the share of OOD samples that score higher, for an OOD sample the share of test samples that
-        score lower; equal scores count half.
+        It is the share of the other set that is on the right side of the sample; equal scores count half.
 
         References:
             DeLong, DeLong and Clarke-Pearson (1988), doi:10.2307/2531595, equations 3 and 4.
         """
-        above = (self.true_positives - self._counted[2] / 2) / self.ood_units.n
-        below = 1 - (self.false_positives - self._counted[1] / 2) / self.units.n
-        test, ood = self.place
-        return above[test], below[ood]
+        return 1 - _share_below(self.test, self.ood), _share_below(self.ood, self.test)
 
-    @cached_property
-    def average_precision(self) -> tuple[float, tuple[Float[Tensor, " n"], Float[Tensor, " m"]]]:
-        r"""Mean precision over the OOD samples, and the influence of each sample of both sets on it.
+    def average_precision(self) -> tuple[float, Pair]:
+        r"""Return the mean precision over the OOD samples, and the influence of each sample on it.
 
         With the shares $S_1, S_0$ of OOD and test samples above a score, precision is
         $\pi S_1 / (\pi S_1 + (1 - \pi) S_0)$; a sample moves the shares at every score up to its own.
         """
         n, m = self.units.n, self.ood_units.n
-        total = self.true_positives + self.false_positives
-        precision, weight = self.true_positives / total, self._counted[2] / m
-        # derivatives by the shares, times the weight of each score
-        by_ood = weight * m * self.false_positives / total.square()
-        by_test = -weight * n * self.true_positives / total.square()
-        moved_test, moved_ood = (x.flip(0).cumsum(dim=0).flip(0) for x in (by_test, by_ood))
-        test, ood = self.place
-        value = (precision * self._counted[2]).sum().item() / m
-        return value, (moved_test[test], precision[ood] + moved_ood[ood])
+        test, ood = self.test.sort().values, self.ood.sort().values
+        true, false = m - torch.searchsorted(ood, ood), n - torch.searchsorted(test, ood)  # with at least each score
+        total = (true + false).double()
 
-    def standard_error(self, influence: tuple[Float[Tensor, " n"], Float[Tensor, " m"]]) -> float | None:
-        """Of a statistic, from the influence of each sample of both sets; None with one unit on a side."""
+        def sum_up_to(scores: Tensor, terms: Tensor) -> Tensor:
+            sums = torch.cat([terms.new_zeros(1), terms.cumsum(dim=0)])
+            return sums[torch.searchsorted(ood, scores, right=True)]
+
+        precision = true / total
+        own = precision[torch.searchsorted(ood, self.ood)]
+        by_test = -n / m * sum_up_to(self.test, true / total.square())
+        return precision.mean().item(), (by_test, own + sum_up_to(self.ood, false / total.square()))
+
+    def standard_error(self, influence: Pair) -> float | None:
+        """Return the standard error of a statistic, given its influence function; None with one unit on a side."""
         errors = [u.standard_error(x) for x, u in zip(influence, (self.units, self.ood_units), strict=True)]
         return None if errors[0] is None or errors[1] is None else hypot(errors[0], errors[1])
 
-    def place_at(self, rate: float) -> int:
-        """Place of the largest score that at least a share `rate` of the OOD samples reaches.
+    def threshold_at(self, rate: float) -> float:
+        """Return the largest score that at least a share `rate` of the OOD samples reaches; -inf for more than all."""
+        needed = max(1, ceil(rate * self.ood_units.n - 1e-9))
+        return self.ood.sort(descending=True).values[needed - 1].item() if needed <= self.ood_units.n else -inf
 
-        Beyond the last place where more than all of them would have to.
-        """
-        needed = float(max(1, ceil(rate * self.ood_units.n - 1e-9)))
-        return int(torch.searchsorted(self.true_positives, needed))
 
-    def false_positive_rate_at(self, rate: float) -> float:
-        """Share of test samples with such a score; 1 beyond the last place."""
-        place = self.place_at(rate)
-        if place == self.false_positives.numel():
-            return 1.0
-        return self.false_positives[place].item() / self.units.n
+def _share_below(scores: Float[Tensor, " k"], reference: Float[Tensor, " r"]) -> Float[Tensor, " k"]:
+    """Return the share of a reference set below each score, equal scores counting half."""
+    ordered = reference.sort().values
+    below, up_to = (torch.searchsorted(ordered, scores, right=right).double() for right in (False, True))
+    return (below + up_to) / (2 * len(reference))
 
 
 def estimate_auroc(s: Separation) -> Estimate:
-    """Area under the ROC curve: the chance that an OOD sample scores higher than a test sample, ties counting half.
+    """Estimate the area under the ROC curve: the chance that an OOD sample scores higher, ties counting half.
 
     References:
         DeLong, DeLong and Clarke-Pearson (1988), doi:10.2307/2531595;
         Obuchowski (1997), doi:10.2307/2533958 (clusters).
     """
-    return _estimate_share(s.components[1].mean().item(), s, s.components, "Mann-Whitney, DeLong's")
+    return _estimate_share(s.components[1].mean().item(), s.components, s, "Mann-Whitney, DeLong's")
 
 
 def estimate_aupr(s: Separation) -> Estimate:
-    """Average precision; a score without any use has the share of OOD samples, not one half."""
-    value, influence = s.average_precision
-    return _estimate_share(value, s, influence, "average precision, influence function's")
+    """Estimate the average precision; that of an uninformative score is the share of OOD samples, not one half."""
+    return _estimate_share(*s.average_precision(), s, "average precision, influence function's")
 
 
 def estimate_fpr95(s: Separation) -> Estimate:
-    """Share of test samples that are taken for OOD where 95 % of the OOD samples are recognised.
+    """Estimate the share of test samples taken for OOD where 95 % of the OOD samples are recognised.
 
-    The threshold is a quantile of the OOD scores, so that it is uncertain itself. The rates at the ends of its interval
-    are combined with Wilson's interval of the rate at a fixed threshold; no density has to be estimated. Errors of two
-    smooth sources add up as squares; where few values of the score lie within the interval of the threshold, the rate
-    jumps, and they are added as they are.
+    The rates at the ends of the threshold's interval, a quantile of the OOD scores, are combined with Wilson's interval
+    of the rate at a fixed threshold. Errors of two smooth sources add up as squares; where few values of the score lie
+    within the interval of the threshold, the rate jumps, and they are added as they are.
 
     References:
         Zou and Donner (2008), doi:10.1002/sim.3095 (intervals from two sources of variation).
     """
-    value, n = s.false_positive_rate_at(TRUE_POSITIVE_RATE), s.units.n + s.ood_units.n
+
+    def rate_above(threshold: float) -> float:
+        return int((s.test >= threshold).sum()) / s.units.n
+
+    at, level = s.threshold_at(TRUE_POSITIVE_RATE), s.units.level
+    value = rate_above(at)
     if s.fewest_units < 2:
-        return without_interval(value, n, estimator="rate at a quantile", reason=_SINGLE)
-    at = s.place_at(TRUE_POSITIVE_RATE)
-    size, ood_size = (
-        u.effective_size((p <= at).to(torch.float64)) for p, u in zip(s.place, (s.units, s.ood_units), strict=True)
-    )
-    level = s.units.level
+        return without_interval(value, s.n, "rate at a quantile", _SINGLE)
+    ood_size = s.ood_units.effective_size((s.ood >= at).double())
     half = normal_quantile(level) * sqrt(TRUE_POSITIVE_RATE * (1 - TRUE_POSITIVE_RATE) / ood_size)
-    ends = (max(0.0, TRUE_POSITIVE_RATE - half), TRUE_POSITIVE_RATE + half)
-    by_threshold = [abs(s.false_positive_rate_at(rate) - value) for rate in ends]
-    by_test = [abs(end - value) for end in wilson_interval(value, size, level)]
-    smooth = s.place_at(ends[1]) - s.place_at(ends[0]) >= FEWEST_VALUES
+    ends = [s.threshold_at(rate) for rate in (max(0.0, TRUE_POSITIVE_RATE - half), TRUE_POSITIVE_RATE + half)]
+    by_threshold = [abs(rate_above(end) - value) for end in ends]
+    by_test = [abs(end - value) for end in wilson_of_share((s.test >= at).double(), s.units)]
+    between = [x[(ends[1] < x) & (x <= ends[0])] for x in (s.test, s.ood)]
+    smooth = len(torch.cat(between).unique()) >= FEWEST_VALUES
     low, high = ((hypot if smooth else operator.add)(*e) for e in zip(by_threshold, by_test, strict=True))
     words = "rate at a quantile, Wilson interval and interval of the quantile"
-    return Estimate(value, max(0.0, value - low), min(1.0, value + high), None, n, words)
+    return Estimate(value, max(0.0, value - low), min(1.0, value + high), None, s.n, words)
 
 
-def _estimate_share(
-    value: float, s: Separation, influence: tuple[Float[Tensor, " n"], Float[Tensor, " m"]], words: str
-) -> Estimate:
-    """A statistic between 0 and 1 from its influence functions on both sets."""
-    n, value, error = s.units.n + s.ood_units.n, min(1.0, max(0.0, value)), s.standard_error(influence)
+def _estimate_share(value: float, influence: Pair, s: Separation, words: str) -> Estimate:
+    r"""Estimate a statistic between 0 and 1 from its influence functions on both sets.
+
+    The interval is that of a proportion of $p (1 - p) / \mathrm{se}^2$ samples, and of the fewest units where the
+    standard error is 0, so that it neither leaves [0, 1] nor collapses.
+
+    References:
+        Newcombe (2006), doi:10.1002/sim.2324 (such intervals for the area under a ROC curve).
+    """
+    value, error, level = min(1.0, max(0.0, value)), s.standard_error(influence), s.units.level
     if error is None:
-        return without_interval(value, n, estimator=words.split(",")[0], reason=_SINGLE)
-    level = s.units.level
+        return without_interval(value, s.n, words.split(",")[0], _SINGLE)
     widened = error * student_quantile(level, s.freedom) / normal_quantile(level)
-    low, high = interval_of_statistic(value, widened, level, least_size=float(s.fewest_units))
-    return Estimate(value, low, high, error, n, f"{words} standard error in Wilson's interval")
+    size = value * (1 - value) / widened**2 if widened > 0 else 0.0
+    low, high = wilson_interval(value, size if size > 0 else float(s.fewest_units), level)
+    return Estimate(value, low, high, error, s.n, f"{words} standard error in Wilson's interval")
 
 
-def combine_scores(
-    pairs: Sequence[tuple[Float[Tensor, " n"], Float[Tensor, " m"]]],
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
-    """One less the smallest conformal p-value of several scores: large where any of them is unusual for the test set.
+def combine_scores(pairs: Sequence[Pair]) -> Pair:
+    """Return 1 minus the smallest conformal p-value of several scores.
 
-    Samples of both sets are ranked among those of the test set, equal values counting half. Intervals of what is
-    measured by this score take the ranks as given.
+    It is large where any score is unusual for the test set. Samples of both sets are ranked among those of the test
+    set, equal values counting half. Intervals of statistics of this score take the ranks as given.
 
     References:
         Bates, Candès, Lei, Romano & Sesia (2023), arXiv 2104.08279 (conformal p-values for outliers).
     """
-    ranks = []
-    for test, ood in pairs:
-        ordered, both = test.sort().values, torch.cat([test, ood])
-        below, up_to = (torch.searchsorted(ordered, both, right=right).double() for right in (False, True))
-        ranks.append((below + up_to) / (2 * len(test)))
-    largest = torch.stack(ranks).amax(0)
-    n = len(pairs[0][0])
-    return largest[:n], largest[n:]
+    ranks = [(_share_below(test, test), _share_below(ood, test)) for test, ood in pairs]
+    test, ood = (torch.stack(both).amax(dim=0) for both in zip(*ranks, strict=True))
+    return test, ood
+
+
+def measure_set(separations: Mapping[str, Mapping[str, Separation]], baseline: str) -> OutOfDistributionSet:
+    """Return the metrics, histograms and comparisons of one set; p-values are not adjusted yet."""
+    pairs = [(method, score, s) for method, scores in separations.items() for score, s in scores.items()]
+    edges = {score: _choose_edges([s for _, other, s in pairs if other == score]) for _, score, _ in pairs}
+    estimators = {"auroc": estimate_auroc, "aupr": estimate_aupr, "fpr95": estimate_fpr95}
+    detections = tuple(
+        Detection(method, score, {name: f(s) for name, f in estimators.items()}, _count(s, edges[score]))
+        for method, score, s in pairs
+    )
+    reference = separations[baseline]
+    comparisons = tuple(
+        _compare(s, reference, (method, baseline, score))
+        for method, score, s in pairs
+        if method != baseline and (score in reference or STAND_IN in reference)
+    )
+    return OutOfDistributionSet(next(iter(reference.values())).ood_units.n, detections, comparisons)
+
+
+def _compare(s: Separation, reference: Mapping[str, Separation], names: tuple[str, str, str]) -> DetectionComparison:
+    """Return the paired difference of two AUROCs on the same samples (DeLong)."""
+    score = names[2] if names[2] in reference else STAND_IN
+    test, ood = (a - b for a, b in zip(s.components, reference[score].components, strict=True))
+    difference, error = ood.mean().item(), s.standard_error((test, ood))
+    low = high = p_value = None
+    if error is not None:
+        half = student_quantile(s.units.level, s.freedom) * error
+        low, high = max(-1.0, difference - half), min(1.0, difference + half)
+        p_value = two_sided_p_value(difference, error, s.freedom)
+    below_chance = s.components[0].mean().item() < CHANCE
+    verdict: Verdict = "no detectable difference"  # until p-values are adjusted over all sets
+    return DetectionComparison(*names, difference, low, high, error, p_value, None, verdict, score, below_chance)
+
+
+def _choose_edges(separations: list[Separation]) -> list[float]:
+    """Return edges of bins of equal width over the range of all methods."""
+    low, high = range_of([x for s in separations for x in (s.test, s.ood)])
+    if high <= low:
+        margin = max(1e-6, 1e-6 * abs(low))
+        low, high = low - margin, high + margin
+    return np.linspace(low, high, HISTOGRAM_BINS + 1).tolist()
+
+
+def range_of(scores: list[Tensor]) -> tuple[float, float]:
+    """Return the smallest and the largest of several tensors of scores."""
+    return min(x.min().item() for x in scores), max(x.max().item() for x in scores)
+
+
+def _count(s: Separation, edges: list[float]) -> tuple[ScoreBin, ...]:
+    test, ood = (np.histogram(x.numpy(), edges)[0].tolist() for x in (s.test, s.ood))
+    return tuple(map(ScoreBin, edges[:-1], edges[1:], test, ood))

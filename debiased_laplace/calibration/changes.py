@@ -1,14 +1,16 @@
-"""What changed between two stored reports, with intervals, and verdicts that allow for the number of metrics."""
+"""Changes between two stored reports, with intervals and verdicts adjusted for the number of metrics."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import hypot
 from typing import Literal
 
+import pandas as pd
+
 from debiased_laplace.calibration.comparisons import paired_spread
 from debiased_laplace.calibration.contents import PAIRED_AS, Better, Estimate, MethodResult, ReportContents
 from debiased_laplace.calibration.formatting import (
-    NOTHING,
     choose_decimals,
     format_level,
     format_number,
@@ -17,7 +19,7 @@ from debiased_laplace.calibration.formatting import (
     half_width,
 )
 from debiased_laplace.calibration.intervals import adjust_by_holm, student_quantile, two_sided_p_value
-from debiased_laplace.calibration.tables import make_environment
+from debiased_laplace.calibration.tables import make_environment, make_table
 
 ChangeVerdict = Literal["better", "worse", "no detectable change", "changed", "unchanged", "not judged"]
 Pairing = Literal["same samples", "as if independent", "independent"]
@@ -29,12 +31,12 @@ DETECTED: tuple[ChangeVerdict, ...] = ("worse", "better", "changed")
 
 @dataclass(frozen=True)
 class Change:
-    """A metric of a method in two reports, and the difference new minus old with its interval.
+    """A metric of one method in two reports, and the difference new minus old with its interval.
 
     Attributes:
-        pairing: how the interval was obtained. "same samples": paired by batches of the same test set. "as if
-            independent": the same test set without sums to pair by, so the interval is too wide where the same samples
-            are hard for both. "independent": two test sets.
+        pairing: "same samples": paired by batches of the same test set. "as if independent": the same test set without
+            sums to pair by, so the interval is too wide where the same samples are hard for both. "independent": two
+            test sets.
         p_value: two-sided, of no difference, for this change alone; None where it is not judged.
         adjusted_p_value: Holm's adjustment over all changes that are judged.
         verdict: "changed" is a detectable change across the target of a metric.
@@ -55,28 +57,8 @@ class Change:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What changed between two reports: every metric of every method that both have, and the other methods' names.
-
-    The test set is the same if the targets are, in the same order; 1 minus `confidence_level` is the level of the
-    verdicts.
-    """
-
-    changes: tuple[Change, ...]
-    same_test_set: bool
-    confidence_level: float
-    only_old: tuple[str, ...]
-    only_new: tuple[str, ...]
-
-    @property
-    def worse(self) -> tuple[Change, ...]:
-        """Those that got detectably worse."""
-        return tuple(change for change in self.changes if change.verdict == "worse")
-
-
 def independent_widths(old: Estimate, new: Estimate) -> tuple[float, float]:
-    """Widths below and above the difference new minus old of two independent estimates, from both intervals.
+    """Return the widths of the interval below and above the difference new - old of two independent estimates.
 
     References:
         Zou and Donner (2008), doi:10.1002/sim.3095 (intervals of differences from two intervals).
@@ -86,12 +68,11 @@ def independent_widths(old: Estimate, new: Estimate) -> tuple[float, float]:
     return hypot(b - b_low, a_high - a), hypot(b_high - b, a - a_low)
 
 
-def compare_reports(old: ReportContents, new: ReportContents) -> Changes:
-    """Compare every method and metric that both reports have.
+def compare_reports(old: ReportContents, new: ReportContents) -> tuple[Change, ...]:
+    """Compare every metric of every method that both reports have.
 
-    On the same test set (the digests of the targets agree) metrics that are means over samples are compared in pairs,
-    by the sums that reports keep. All others, and those of different test sets, have the interval of two independent
-    estimates.
+    The test set is the same if the targets are, in the same order. Metrics that are means over samples of the same test
+    set are paired by the sums that reports keep; all others are compared as independent estimates.
 
     Raises:
         ValueError: for reports of different tasks or confidence levels, or without a method in common.
@@ -104,7 +85,7 @@ def compare_reports(old: ReportContents, new: ReportContents) -> Changes:
     common = [method for method in new.methods if method in old.methods]
     if not common:
         raise ValueError(f"The reports have no method in common: {list(old.methods)} and {list(new.methods)}.")
-    same = old.data.targets_sha256 == new.data.targets_sha256 and old.data.n == new.data.n
+    same = is_same_test_set(old, new)
     raw = [
         _compare(method, metric, (old.methods[method], new.methods[method]), same, level)
         for method in common
@@ -113,27 +94,36 @@ def compare_reports(old: ReportContents, new: ReportContents) -> Changes:
     ]
     better = {name: definition.better for name, definition in new.definitions.items()}
     adjusted = adjust_by_holm([None if better[c.metric] in ("none", "level") else c.p_value for c in raw])
-    changes = tuple(_judge(c, p, better[c.metric], 1 - level) for c, p in zip(raw, adjusted, strict=True))
-    only_old, only_new = (tuple(m for m in one.methods if m not in common) for one in (old, new))
-    return Changes(changes, same, level, only_old, only_new)
+    return tuple(_judge(c, p, better[c.metric], 1 - level) for c, p in zip(raw, adjusted, strict=True))
 
 
-def render_changes(changes: Changes, old: ReportContents, new: ReportContents) -> str:
+def is_same_test_set(old: ReportContents, new: ReportContents) -> bool:
+    """Return whether two reports have the same targets in the same order."""
+    return old.data.targets_sha256 == new.data.targets_sha256 and old.data.n == new.data.n
+
+
+def render_changes(changes: Sequence[Change], old: ReportContents, new: ReportContents) -> str:
     """Return the changes in Markdown: the verdict, what changed detectably, and the rest behind a fold."""
-    detected = [c for verdict in DETECTED for c in changes.changes if c.verdict == verdict]
-    rest = [c for c in changes.changes if c not in detected]
+    detected = [c for verdict in DETECTED for c in changes if c.verdict == verdict]
     counts = Counter(c.verdict for c in detected)
-    template = make_environment(autoescape=False).get_template("changes.md.j2")
-    return template.render(
-        changes=changes,
-        old=old,
-        new=new,
-        verdict=", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
-        n_judged=sum(c.adjusted_p_value is not None for c in changes.changes),
-        is_paired=any(c.pairing == "same samples" for c in changes.changes),
-        level=format_level(changes.confidence_level),
-        detected=[_show(c, new.definitions[c.metric].label) for c in detected],
-        rest=[_show(c, new.definitions[c.metric].label) for c in rest],
+    return (
+        make_environment(autoescape=False)
+        .get_template("changes.md.j2")
+        .render(
+            old=old,
+            new=new,
+            verdict=", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
+            n_judged=sum(c.adjusted_p_value is not None for c in changes),
+            is_same=is_same_test_set(old, new),
+            is_paired=any(c.pairing == "same samples" for c in changes),
+            level=format_level(new.confidence_level),
+            only={
+                "old": [m for m in old.methods if m not in new.methods],
+                "new": [m for m in new.methods if m not in old.methods],
+            },
+            detected=_tabulate(detected, new),
+            rest=_tabulate([c for c in changes if c.verdict not in DETECTED], new),
+        )
     )
 
 
@@ -146,8 +136,8 @@ def _compare(method: str, metric: str, results: tuple[MethodResult, MethodResult
     if abs(difference) <= ROUNDING * max(abs(before.value), abs(after.value)):
         difference = 0.0
     change = replace(change, difference=difference)
-    score, sums = PAIRED_AS.get(metric, metric), [result.score_sums for result in results]
-    spread = paired_spread(sums[0], sums[1], score) if same else None
+    old_sums, new_sums = (result.score_sums for result in results)
+    spread = paired_spread(old_sums, new_sums, PAIRED_AS.get(metric, metric)) if same else None
     if spread is not None:
         error, freedom = spread
         below = above = student_quantile(level, freedom) * error
@@ -163,7 +153,7 @@ def _compare(method: str, metric: str, results: tuple[MethodResult, MethodResult
 
 
 def _judge(change: Change, adjusted: float | None, better: Better, level: float) -> Change:
-    """The change with its verdict; metrics without a good direction are shown, and count as no test."""
+    """The change with its verdict; a metric without a good direction is not judged."""
     if better in ("none", "level"):
         change = replace(change, p_value=None, note=change.note or "no good direction")
     old, new, target = change.old or 0.0, change.new or 0.0, TARGETS.get(better)
@@ -178,10 +168,13 @@ def _judge(change: Change, adjusted: float | None, better: Better, level: float)
     return replace(change, adjusted_p_value=adjusted, verdict=verdict)
 
 
-def _show(c: Change, label: str) -> list[str]:
-    """A row of the table."""
-    decimals = choose_decimals([half_width(c.low, c.high)])
-    difference = format_with_interval(c.difference, c.low, c.high, decimals, signed=True)
-    p = NOTHING if c.adjusted_p_value is None else format_p_value(c.adjusted_p_value)
-    verdict = f"{c.verdict} ({c.note})" if c.note else c.verdict
-    return [c.method, label, *(format_number(x, decimals) for x in (c.old, c.new)), difference, p, verdict]
+def _tabulate(changes: Sequence[Change], new: ReportContents) -> pd.DataFrame:
+    rows = []
+    for c in changes:
+        decimals = choose_decimals([half_width(c.low, c.high)])
+        old_and_new = (format_number(x, decimals) for x in (c.old, c.new))
+        difference = format_with_interval(c.difference, c.low, c.high, signed=True)
+        verdict = f"{c.verdict} ({c.note})" if c.note else c.verdict
+        label, p = new.definitions[c.metric].label, format_p_value(c.adjusted_p_value)
+        rows.append([c.method, label, *old_and_new, difference, p, verdict])
+    return make_table(["method", "metric", "old", "new", "new − old", "Holm-adjusted p", "verdict"], rows)
