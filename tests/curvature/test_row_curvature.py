@@ -15,6 +15,7 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.sub_batch import RunningMoments
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.samples import Samples
@@ -271,6 +272,13 @@ def test_the_same_curvature_in_every_sample_has_no_spread(dtype: torch.dtype) ->
     found = c.moments(bias)
     assert float(found.means[0]) == pytest.approx(1.0, rel=1e-6)
     assert float(found.standard_deviations[0]) <= 1e-7
+
+
+def test_sums_over_samples_are_kept_in_double_precision() -> None:
+    sums = RunningMoments(1, torch.zeros(1, dtype=torch.float32))
+    for value in (2.0**24, 1.0, 1.0):
+        sums.add(torch.tensor([[value]], dtype=torch.float32))
+    assert float(sums.moments().means) == (2**24 + 2) / 3
 
 
 def test_the_trace_is_magnitudes_and_residual_diagonal_together() -> None:

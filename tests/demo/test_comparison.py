@@ -64,6 +64,15 @@ def test_total_variation_of_the_full_batch_from_itself_is_zero(fitted):
     assert 0 < variations["debiased"] < 1
 
 
+def test_total_variation_of_certain_and_different_classes_is_one():
+    predictions = {
+        "full batch": torch.eye(3),
+        "another": torch.eye(3).roll(1, 0),
+        "half": 0.5 * (torch.eye(3) + torch.eye(3).roll(1, 0)),
+    }
+    assert total_variations(predictions) == {"full batch": 0, "another": 1, "half": 0.5}
+
+
 def test_the_report_holds_network_and_posteriors_and_images_that_are_no_digits(fitted, report):
     data, model, posteriors = fitted
     assert [name for name in report.methods if name in ("MAP", *posteriors)] == ["MAP", *posteriors]

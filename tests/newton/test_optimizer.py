@@ -15,6 +15,7 @@ from torch import nn
 from debiased_laplace import DebiasedNewton, quadratic_along
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.data.batches import Batch
+from debiased_laplace.newton import optimizer as newton_optimizer
 from debiased_laplace.newton.damping import adapted
 from debiased_laplace.newton.halves import draw_parts
 
@@ -163,6 +164,21 @@ def test_state_dict_goes_on_where_it_left_off() -> None:
         assert optimizer.step(lambda: (X, y)) == resumed.step(lambda: (X, y))
     assert torch.equal(flat(model), flat(other))
     assert optimizer.damping == resumed.damping
+
+
+def test_batches_are_divided_anew_at_every_step(monkeypatch) -> None:
+    seeds = []
+
+    def noted(batch, shares, seed):
+        seeds.append(seed)
+        return draw_parts(batch, shares, seed)
+
+    monkeypatch.setattr(newton_optimizer, "draw_parts", noted)
+    model, X, y = small()
+    optimizer = DebiasedNewton(model.parameters(), model, "classification", seed=5)
+    for _ in range(3):
+        optimizer.step(lambda: (X, y))
+    assert len(set(seeds)) == 3
 
 
 def test_a_step_that_the_judges_refuse_changes_nothing_but_the_damping() -> None:

@@ -48,6 +48,16 @@ def test_a_fit_is_reproducible_for_a_seed():
     assert bool((rows.diff() <= 0).all())
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_seed_decides_which_versions_of_the_samples_are_loaded(num_workers):
+    loader = part(Augmented(), range(20), num_workers=num_workers)
+    first, again, other = (
+        posterior(loader, magnitudes="same_batch", seed=seed).fitted.identities.hashes for seed in (2, 2, 3)
+    )
+    assert torch.equal(first, again)
+    assert not bool((first == other).any())
+
+
 @pytest.mark.parametrize("solver", ["gram", "lanczos"])
 def test_the_direction_samples_are_loaded_once(solver):
     # Lanczos goes through them again and again: other versions would not let it converge

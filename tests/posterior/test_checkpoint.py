@@ -43,6 +43,13 @@ def test_loaded_posterior_is_the_fitted_one():
     assert torch.equal(loaded.directional_curvatures, la.directional_curvatures)
 
 
+def test_a_loaded_posterior_keeps_the_graph_where_the_fitted_one_did():
+    la, X, _, _ = fitted("MLP", "regression", enable_backprop=True)
+    loaded = posterior_of(la.model, "regression")
+    loaded.load_state_dict(la.state_dict())
+    assert loaded(X.clone().requires_grad_())[1].requires_grad
+
+
 def test_neither_state_nor_posterior_changes_with_the_other():
     la, X, _, _ = fitted("MLP", "classification")
     state = la.state_dict()

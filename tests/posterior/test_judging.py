@@ -128,3 +128,13 @@ def test_order_and_batches_of_the_loaders_do_not_matter():
     )
     assert second.value == pytest.approx(first.value, rel=1e-12)
     assert (second - first).value == pytest.approx(0, abs=1e-9)
+
+
+def test_differences_are_paired_by_sample_whatever_the_order():
+    la, data, _ = judged("MLP", "classification", range(16))
+    fitted = DataLoader(Subset(data, range(16)))
+    first, second = (
+        la.held_out_kl(DataLoader(Subset(data, order)), fitted) for order in ([*range(16, 30)], [*range(29, 15, -1)])
+    )
+    assert first.standard_error > 0
+    assert (second - first).standard_error == pytest.approx(0, abs=1e-9)
