@@ -1,36 +1,30 @@
-"""The errors of the package, all of them `ValueError`: what was expected, and what came."""
+"""Exceptions of the package; all are subclasses of `ValueError`."""
 
 from torch import Tensor
 
 
+# laplace-torch raises AttributeError here
 class NotFittedError(ValueError, AttributeError):
-    """A posterior was asked for something that only `fit` can give it.
-
-    It is an `AttributeError` too, because that is what laplace-torch raises here.
-    """
-
-
-class NotBuiltError(ValueError):
-    """An option of the public contract that this release does not have yet; the message names what it has."""
+    """Result requested from a posterior that has not been fitted."""
 
 
 class OverlapError(ValueError):
-    """Samples that must be disjoint are not: the premise of every held-out estimate."""
+    """Sets of samples that must be disjoint overlap."""
 
 
 class RepeatedSamplesError(ValueError):
-    """Samples of a data set are equal to others, so that disjoint positions are not disjoint samples.
+    """Data set with equal samples at different positions, so that disjoint positions are not disjoint samples.
 
     Attributes:
-        positions: of all samples that repeat an earlier one, in the loader's data set.
+        positions: positions in the loader's data set of the samples that repeat an earlier one.
     """
 
     def __init__(self, positions: Tensor):
         self.positions = positions
         shown = ", ".join(str(i) for i in positions[:5].tolist())
         super().__init__(
-            f"Expected every sample once; {len(positions)} samples have the same input and target as an "
-            f"earlier one (positions {shown}{', …' if len(positions) > 5 else ''}), so that directions and "
-            "magnitudes would share them. Leave the repeats out: they are in this error's `positions`, for "
-            "a Subset of the data set without them."
+            f"Expected distinct samples; {len(positions)} have the same input and target as an earlier one "
+            f"(positions {shown}{', …' if len(positions) > 5 else ''}), so the sub-batches for directions and for "
+            "magnitudes would share them. Remove the repeats with a Subset of the data set; their positions are in "
+            "the attribute `positions` of this error."
         )

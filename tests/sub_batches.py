@@ -16,8 +16,8 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.options import SplitCurvature
 
 
@@ -35,11 +35,11 @@ def small_network(name: str, likelihood: str = "classification") -> tuple[Networ
     return network_of(model, X, y, likelihood), X, y
 
 
-def samples_of(X: Tensor, y: Tensor, indices: Tensor, batch_size: int = 7) -> Samples:
+def samples_of(X: Tensor, y: Tensor, indices: Tensor, batch_size: int = 7) -> SubBatch:
     """The samples at some positions, held in memory."""
     batches = [(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(X), batch_size)]
     kept = [Batch(X[some], y[some]) for some in indices.split(batch_size)]
-    return Samples(sample_source(batches, 0), indices, torch.device("cpu"), 0).keeping(kept)
+    return SubBatch(sample_source(batches, 0), indices, torch.device("cpu"), 0).keeping(kept)
 
 
 def rows_of(

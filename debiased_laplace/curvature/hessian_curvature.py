@@ -17,7 +17,7 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.samples import Samples
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -32,7 +32,7 @@ class HessianCurvature(SubBatchCurvature):
     def __init__(
         self,
         network: Network,
-        samples: Samples,
+        samples: SubBatch,
         derivatives: SecondDerivatives,
         *,
         progress_bar: bool = False,

@@ -17,7 +17,7 @@ from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.linalg.accumulation import accumulation_dtype
-from debiased_laplace.linalg.eigenpairs import supported
+from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
 
@@ -75,7 +75,7 @@ class KroneckerFactors:
     def ranks(self) -> tuple[int, int]:
         """How many eigenvectors of each side the samples support; all of a side that keeps its axes."""
         sides = zip((self.left, self.right), self._eigenpairs, strict=True)
-        left, right = (len(side) if pairs is None else supported(pairs[0], _SUPPORTED) for side, pairs in sides)
+        left, right = (len(side) if pairs is None else numerical_rank(pairs[0], _SUPPORTED) for side, pairs in sides)
         return left, right
 
     def averaged_over_null(self, values: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from debiased_laplace.curvature.sub_batch import (
     SubBatchCurvature,
 )
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.samples import Samples
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
@@ -43,7 +43,7 @@ class RowCurvature(SubBatchCurvature):
     """Mean curvature of some samples through a root of it."""
 
     def __init__(
-        self, network: Network, samples: Samples, root: OutputRoot, *, seed: int = 0, progress_bar: bool = False
+        self, network: Network, samples: SubBatch, root: OutputRoot, *, seed: int = 0, progress_bar: bool = False
     ):
         self.network = network
         self.samples = samples

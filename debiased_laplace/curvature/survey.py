@@ -13,7 +13,7 @@ from debiased_laplace.curvature.memory import KEEP_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch, sample_hashes
-from debiased_laplace.data.samples import Samples
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 
@@ -27,12 +27,12 @@ class Survey:
         loss: sum of their losses, in nats.
     """
 
-    samples: Samples
+    samples: SubBatch
     hashes: Int64[Tensor, " n"]
     loss: float
 
 
-def survey(network: Network, samples: Samples, *, keep: bool, progress_bar: bool) -> Survey:
+def survey(network: Network, samples: SubBatch, *, keep: bool, progress_bar: bool) -> Survey:
     """Go through the samples once, with a plain forward pass.
 
     Args:

@@ -1,1 +1,1 @@
-"""Samples: where they come from, what they are known by, and which do what."""
+"""Data: batches, loaders, identities of samples, and their split into sub-batches."""

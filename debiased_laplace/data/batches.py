@@ -1,4 +1,4 @@
-"""A batch of inputs and targets: what loaders yield, checked and moved to where the model is."""
+"""Batches of inputs and targets, and hashes of their samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ from debiased_laplace.data.inputs import Inputs, MappingKeys, n_samples_of, on_e
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs and targets of some samples; the first dimension of every tensor counts samples."""
+    """Inputs and targets of samples; the first dimension of every tensor counts samples.
+
+    Raises:
+        ValueError: if there is no input, or a tensor has no first dimension or another length.
+    """
 
     inputs: Inputs
     targets: Tensor
@@ -37,31 +41,31 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+        """Return the batch on a device."""
         return Batch(on_each(self.inputs, lambda t: t.to(device)), self.targets.to(device))
 
     def chunks(self, size: int) -> list["Batch"]:
-        """The batch in pieces of at most `size` samples."""
+        """Split the batch into batches of at most `size` samples."""
         pairs = zip(split(self.inputs, size), self.targets.split(size), strict=True)
         return [Batch(x, y) for x, y in pairs]
 
     def at(self, positions: Int64[Tensor, " m"]) -> "Batch":
-        """The samples at these positions."""
+        """Return the samples at these positions."""
         return Batch(
             on_each(self.inputs, lambda t: t[positions.to(t.device)]), self.targets[positions.to(self.targets.device)]
         )
 
     def first(self, n: int) -> "Batch":
-        """The first n samples."""
+        """Return the first n samples."""
         return Batch(on_each(self.inputs, lambda t: t[:n]), self.targets[:n])
 
     @property
     def n_bytes(self) -> int:
-        """Memory of inputs and targets."""
+        """Memory of inputs and targets in bytes."""
         return sum(t.numel() * t.element_size() for t in (*tensors_of(self.inputs).values(), self.targets))
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinity.
+        """Check that inputs and targets are finite.
 
         Raises:
             ValueError: if an input or a target is not finite.
@@ -76,23 +80,23 @@ class Batch:
 
 
 def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
-    """A loader's item as a batch.
+    """Convert an item of a loader to a batch.
 
     Args:
-        loaded: a pair (inputs, targets) of tensors with the samples along the first dimension, or a mapping of tensors
-            as Hugging Face models take them; the inputs of a pair may be such a mapping too.
-        keys: where a mapping holds what.
+        loaded: pair (inputs, targets) of tensors with the samples along the first dimension, or a mapping of tensors
+            as Hugging Face models take them; the inputs of a pair may also be such a mapping.
+        keys: keys of the inputs and targets in a mapping.
 
     Returns:
-        The batch, where it was loaded.
+        The batch, on the device of the item.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if `loaded` is anything else.
     """
     if isinstance(loaded, Mapping):
         if not isinstance(loaded.get(keys.dict_key_y), Tensor):
             raise ValueError(
-                f"Expected the targets of a mapping as a tensor under dict_key_y={keys.dict_key_y!r}; it has "
+                f"Expected the targets of a mapping as a tensor under dict_key_y={keys.dict_key_y!r}; got keys "
                 f"{sorted(loaded)}."
             )
         return Batch(keys.inputs(loaded), loaded[keys.dict_key_y])
@@ -110,10 +114,10 @@ def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
 
 
 def sample_hashes(batch: Batch) -> Int64[Tensor, " n"]:
-    """A 64-bit hash of each sample's input and target, by which it is known wherever it turns up."""
-    # the same label is the same in any integer or floating-point type
+    """Return a 64-bit hash of the input and target of each sample."""
+    # a label has the same hash in any integer type, and in any floating-point type
     targets = batch.targets.to(torch.float64 if batch.targets.is_floating_point() else torch.int64)
-    # the order in which a mapping was made is no property of the sample; a plain tensor has no name
+    # sorted: the order of a mapping is not part of the sample; a single tensor has no name
     named = [("", batch.inputs)] if isinstance(batch.inputs, Tensor) else sorted(batch.inputs.items())
     parts = [(name, t.detach().cpu().contiguous()) for name, t in (*named, ("", targets))]
     header = "".join(f"{name}{t.dtype}{tuple(t.shape[1:])}" for name, t in parts).encode()

@@ -1,4 +1,4 @@
-"""By what a sample is known, so that one that was fitted is recognized wherever it turns up."""
+"""Identification of samples by hash, or by position if loading is random."""
 
 import warnings
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SampleIdentities:
-    """Hashes of samples, and their positions in the data set for when hashes cannot tell.
+    """Hashes and positions of samples, by which two sets of samples are compared.
 
-    A sample is its input and target. Where loading is random (augmentation) the same sample hashes differently each
-    time, and its position in the root data set, below any chain of `Subset`, is its identity.
+    A sample is identified by the hash of its input and target. If loading is random (augmentation), hashes differ at
+    every pass, and it is identified by its position in the root data set, the one below all `Subset`s.
 
     Attributes:
-        hashes: of input and target, as loaded once.
-        positions: in the root data set.
+        hashes: hashes of input and target, as loaded once.
+        positions: positions in the root data set.
         n_root: length of the root data set.
         augmented: whether loading is random.
-        root: the root data set itself; None after loading from a state.
+        root: the root data set; None if restored from a state.
     """
 
     hashes: Int64[Tensor, " n"]
@@ -35,38 +35,39 @@ class SampleIdentities:
 
     @property
     def n_repeated(self) -> int:
-        """Samples that are equal to another one."""
+        """Number of samples that repeat an earlier one; 0 if loading is random."""
         return 0 if self.augmented else len(self.hashes) - len(self.hashes.unique())
 
     def by_position(self, other: "SampleIdentities") -> bool:
-        """Whether these two sets have to be compared by position."""
+        """Return whether the two sets have to be compared by position."""
         return self.augmented or other.augmented
 
     def same_root(self, other: "SampleIdentities") -> bool:
-        """Whether positions of the two sets mean the same samples, as far as can be known."""
+        """Return whether the positions of both sets refer to the same data set."""
+        # without the data set itself, equal lengths are the best evidence
         if self.root is None or other.root is None:
             return self.n_root == other.n_root
         return self.root is other.root
 
     def shared_with(self, other: "SampleIdentities") -> int:
-        """How many of these samples the other set has too.
+        """Return how many of these samples are in the other set.
 
         Warns:
-            UserWarning: if they come from different data sets whose loading is random: nothing can tell.
+            UserWarning: if the sets are of different data sets and loading is random, so that they cannot be compared.
         """
         if not self.by_position(other):
             return int(torch.isin(self.hashes, other.hashes).sum())
         if self.same_root(other):
             return int(torch.isin(self.positions, other.positions).sum())
         warnings.warn(
-            "Two sets of samples from different data sets whose loading is random (augmentation) cannot "
-            "be compared: whether they share samples is not known. Take both as Subsets of one data set.",
+            "Samples of different data sets cannot be compared if loading is random (augmentation); assuming that "
+            "the two sets share no samples. Use Subsets of one data set for both.",
             stacklevel=3,
         )
         return 0
 
     def keys(self, other: "SampleIdentities") -> tuple[Tensor, Tensor]:
-        """What identifies the samples of both sets, in a form that compares."""
+        """Return comparable identifiers of the samples of both sets: positions or hashes."""
         if self.by_position(other):
             return self.positions, other.positions
         return self.hashes, other.hashes

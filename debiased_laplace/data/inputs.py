@@ -1,4 +1,4 @@
-"""What a model takes for some samples: a tensor, or a mapping of tensors as Hugging Face models take them."""
+"""Inputs of a model: a tensor, or a mapping of tensors as in Hugging Face models."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,33 +8,33 @@ import torch
 from torch import Tensor
 
 Inputs = Tensor | dict[str, Tensor]
-"""The first dimension of every tensor counts samples."""
+"""Inputs of samples; the first dimension of every tensor counts samples."""
 
 
 @dataclass(frozen=True)
 class MappingKeys:
-    """Where a mapping holds what; the names are those of the public constructor.
+    """Keys of the inputs and targets in a mapping, named as in the public constructor.
 
     Attributes:
-        dict_key_x: of the tensor whose length is the number of samples.
-        dict_key_y: of the targets.
+        dict_key_x: key of the tensor whose length is the number of samples.
+        dict_key_y: key of the targets.
     """
 
     dict_key_x: str = "input_ids"
     dict_key_y: str = "labels"
 
     def inputs(self, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The entries of a mapping that the model takes: all but the targets.
+        """Return the inputs of a mapping: all entries except the targets.
 
         Raises:
-            ValueError: if an entry is no tensor, or the input is missing.
+            ValueError: if an entry is not a tensor, or the entry `dict_key_x` is missing.
         """
         wrong = {key: type(value).__name__ for key, value in loaded.items() if not isinstance(value, Tensor)}
         if wrong:
             raise ValueError(f"Expected a mapping of tensors; got {wrong}.")
         if self.dict_key_x not in loaded:
             raise ValueError(
-                f"Expected the inputs of a mapping under dict_key_x={self.dict_key_x!r}; it has {sorted(loaded)}."
+                f"Expected the inputs of a mapping under dict_key_x={self.dict_key_x!r}; got keys {sorted(loaded)}."
             )
         return {key: value for key, value in loaded.items() if key != self.dict_key_y}
 
@@ -43,54 +43,54 @@ DEFAULT_KEYS = MappingKeys()
 
 
 def on_each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """The same function of every tensor."""
+    """Apply a function to every tensor."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     return {key: function(value) for key, value in inputs.items()}
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
-    """Every tensor, by a name to call it by."""
+    """Return the tensors by name; a single tensor is named "inputs"."""
     return {"inputs": inputs} if isinstance(inputs, Tensor) else inputs
 
 
 def n_samples_of(inputs: Inputs) -> int:
-    """Number of samples; all tensors have been checked to agree."""
+    """Return the number of samples, which `Batch` checks to be the same for all tensors."""
     return len(next(iter(tensors_of(inputs).values())))
 
 
 def shape_of(inputs: Inputs) -> object:
-    """The shape, or every shape by its key, in the order of the keys."""
+    """Return the shape, or the shapes by key in sorted order."""
     return tuple(inputs.shape) if isinstance(inputs, Tensor) else {k: tuple(v.shape) for k, v in sorted(inputs.items())}
 
 
 def dtype_of(inputs: Inputs) -> object:
-    """The dtype, or every dtype by its key: for messages."""
+    """Return the dtype, or the dtypes by key."""
     return inputs.dtype if isinstance(inputs, Tensor) else {k: v.dtype for k, v in inputs.items()}
 
 
 def first(inputs: Inputs, n: int) -> Inputs:
-    """The first n samples."""
+    """Return the first n samples."""
     return on_each(inputs, lambda t: t[:n])
 
 
 def split(inputs: Inputs, size: int) -> Iterator[Inputs]:
-    """The samples in pieces of at most `size`."""
+    """Yield the inputs in parts of at most `size` samples."""
     for start in range(0, n_samples_of(inputs), size):
         yield on_each(inputs, lambda t, start=start: t[start : start + size])  # type: ignore[misc]
 
 
 def one_by_one(inputs: Inputs) -> Iterator[Inputs]:
-    """Single samples, each without the dimension that counts them."""
+    """Yield single samples without the first dimension."""
     for i in range(n_samples_of(inputs)):
         yield on_each(inputs, lambda t, i=i: t[i])  # type: ignore[misc]
 
 
 def as_one(inputs: Inputs) -> Inputs:
-    """A single sample as a batch of one."""
+    """Add the first dimension to a single sample."""
     return on_each(inputs, lambda t: t[None])
 
 
 def moved(inputs: Inputs, device: torch.device) -> Inputs:
-    """The inputs on a device."""
+    """Return the inputs on a device."""
     return on_each(inputs, lambda t: t.to(device))

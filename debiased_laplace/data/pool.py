@@ -1,4 +1,4 @@
-"""Samples at hand: those that were read, and those that still can be."""
+"""Pool of all samples from the loaders of successive fits, with those already used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,15 +17,13 @@ from debiased_laplace.data.source import SampleSource, root_length
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """All samples that loaders have yielded so far, and what became of them.
-
-    A pool is not written into a pickle, since data sets and collate functions often cannot be; a copy shares it.
+    """All samples that loaders have yielded so far, divided into those read by an estimate and fresh ones.
 
     Attributes:
-        source: of all samples.
-        read: positions of those that an estimate was made of, increasing.
-        fresh: positions of those that the last loader adds, increasing.
-        n_data: size N of the data set that the likelihood stands for, as it was given; None: all samples of the pool.
+        source: source of all samples.
+        read: positions of the samples used by an estimate, increasing.
+        fresh: positions of the samples added by the last loader, increasing.
+        n_data: size N of the data set of the likelihood as given by the user; None: all samples of the pool.
 
     Raises:
         ValueError: if n_data is below the number of samples.
@@ -40,15 +38,15 @@ class Pool:
         n = len(self.source.indices)
         if self.size < n:
             raise ValueError(
-                "n_data is the size of the data set that the likelihood stands for, the given samples "
-                f"being part of it: expected at least {n}, got {self.size}."
+                f"n_data is the size of the data set, including the given samples: expected at least {n}, got {self.size}."
             )
 
     @classmethod
     def of(cls, source: SampleSource, n_data: int | None) -> "Pool":
-        """Samples of which none was read."""
+        """Return a pool of samples none of which was read."""
         return cls(source, source.indices[:0], source.indices, n_data)
 
+    # Data sets and collate functions often cannot be copied or pickled: copies share the pool, a pickle has None.
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pool":
         return self
 
@@ -57,43 +55,46 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """N."""
+        """Size N of the data set of the likelihood."""
         return len(self.source.indices) if self.n_data is None else self.n_data
 
     @property
-    def at_hand(self) -> Int64[Tensor, " n"]:
-        """Positions of what was read, and of what the last loader adds."""
+    def available(self) -> Int64[Tensor, " n"]:
+        """Positions of the read and the fresh samples, increasing."""
         return torch.cat([self.read, self.fresh]).sort().values
 
-    def in_order(self, seed: int) -> Int64[Tensor, " n"]:
-        """What was read, then the fresh samples, in an order that the seed fixes whatever was read before."""
+    def reading_order(self, seed: int) -> Int64[Tensor, " n"]:
+        """Return the read samples, then the fresh ones, each in an order that depends on the seed only."""
         indices = self.source.indices
         order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
         return torch.cat([order[torch.isin(order, self.read)], order[torch.isin(order, self.fresh)]])
 
-    def having_read(self, positions: Int64[Tensor, " r"]) -> "Pool":
-        """The same samples, these of them read."""
-        rest = self.source.indices
-        return replace(self, read=positions.sort().values, fresh=rest[~torch.isin(rest, positions)])
+    def with_read(self, positions: Int64[Tensor, " r"]) -> "Pool":
+        """Return the pool with these samples as the read ones and all others as fresh."""
+        indices = self.source.indices
+        return replace(self, read=positions.sort().values, fresh=indices[~torch.isin(indices, positions)])
 
-    def joined(self, new: SampleSource, n_data: int | None, seed: int) -> "Pool":
-        """With the samples of one more loader, each sample once; loaded the way that the new loader does.
+    def join(self, new: SampleSource, n_data: int | None, seed: int) -> "Pool":
+        """Return the pool with the samples of another loader added, each sample once.
 
-        Positions are those in the new loader's data set where it yields all the earlier samples too; in the data set
-        that both loaders are over, or are `Subset`s of; otherwise in the earlier data set followed by the new one.
-        There, samples are known by their hashes, for which all are loaded, and each keeps its own loader.
+        Positions in the new pool are positions in
+
+        - the new loader's data set, if it yields all earlier samples;
+        - the data set of both loaders, or the root of its `Subset`s, if they have the same;
+        - the earlier data set followed by the new one otherwise. Samples are then identified by hash, for which all are
+          loaded, and each is loaded by its own loader; in the other cases by the new one.
 
         Args:
-            new: samples of the loader.
-            n_data: N; None: as before.
-            seed: of loading.
+            new: samples of the new loader.
+            n_data: size N of the data set of the likelihood; None: as before.
+            seed: seed of the loading.
 
         Returns:
-            The pool.
+            The new pool.
 
         Raises:
-            ValueError: if the loader yields no sample that was not read, or nothing can tell, if the inputs differ in
-                shape or dtype, or if n_data is too small.
+            ValueError: if the loader yields no unread sample, the samples of two data sets cannot be compared because
+                loading is random, the inputs differ in shape or dtype, or n_data is too small.
         """
         old = self.source
         n_data = self.n_data if n_data is None else n_data
@@ -102,8 +103,8 @@ class Pool:
         fresh = ~torch.isin(new_keys, read_keys)
         if not bool(fresh.any()):
             raise ValueError(
-                f"The loader yields {len(new_keys)} samples, all of them fitted before; expected others with "
-                "override=False."
+                f"The loader yields {len(new_keys)} samples, all of them fitted before; override=False expects at least "
+                "one new sample."
             )
         if bool(torch.isin(old_keys, new_keys).all()):
             return Pool(new, new.indices[~fresh], new.indices[fresh], n_data)
@@ -122,7 +123,7 @@ def _nothing() -> None:
 
 
 def _keys(old: SampleSource, new: SampleSource, seed: int) -> tuple[Any, Tensor, Tensor]:
-    """The data set that both are over, if there is one, and by what the samples of each are known."""
+    """Return the common data set, or None, and the keys of both sources: positions in it, or hashes."""
     if old.dataset is new.dataset:
         return new.dataset, old.indices, new.indices
     (old_root, old_positions), (new_root, new_positions) = old.root(), new.root()
@@ -130,8 +131,8 @@ def _keys(old: SampleSource, new: SampleSource, seed: int) -> tuple[Any, Tensor,
         return new_root, old_positions[old.indices], new_positions[new.indices]
     if old.augments(seed) or new.augments(seed):
         raise ValueError(
-            "The two loaders are over different data sets, and loading is random (augmentation, padding): nothing can "
-            "tell whether they share samples. Expected both as Subsets of one data set, or one loader of all."
+            "Samples of different data sets cannot be compared if loading is random (augmentation, padding). Expected "
+            "loaders over Subsets of one data set, or one loader of all samples."
         )
     return None, _hashes(old, seed), _hashes(new, seed)
 
@@ -142,7 +143,7 @@ def _hashes(source: SampleSource, seed: int) -> Int64[Tensor, " n"]:
 
 
 class Appended(Dataset[Any]):
-    """One data set after the other, the first of which need not have a length."""
+    """Concatenation of two data sets, the first of which may lack a length."""
 
     def __init__(self, first: SampleSource, second: SampleSource):
         self.datasets = first.dataset, second.dataset
@@ -159,27 +160,27 @@ class Appended(Dataset[Any]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AppendedSource(SampleSource):
-    """Samples of two data sets, each loaded by the machinery of its own loader.
+    """Samples of two data sets, each loaded as its own loader does.
 
     Attributes:
-        first: the earlier ones.
-        second: the later ones.
+        first: source of the earlier samples.
+        second: source of the later samples.
     """
 
     first: SampleSource
     second: SampleSource
 
     def batches(self, indices: Int64[Tensor, " m"], seed: int) -> Iterator[Batch]:
-        """Load the samples at these positions, in this order; no batch has samples of both."""
+        """Load the samples at these positions, in this order; no batch has samples of both data sets."""
         offset = self.dataset.offset
         of_second, counts = torch.unique_consecutive(indices >= offset, return_counts=True)
-        for second, some in zip(of_second.tolist(), indices.split(counts.tolist()), strict=True):
+        for second, positions in zip(of_second.tolist(), indices.split(counts.tolist()), strict=True):
             part = replace(self.second if second else self.first, batch_size=self.batch_size)
-            yield from part.batches(some - offset if second else some, seed)
+            yield from part.batches(positions - offset if second else positions, seed)
 
 
 def _appended(old: SampleSource, new: SampleSource, added: Int64[Tensor, " a"]) -> tuple[AppendedSource, Tensor]:
-    """All the old samples and some of the new ones, and the positions of the latter.
+    """Append new samples to the old ones; return the joint source and the positions of the new samples in it.
 
     Raises:
         ValueError: if their inputs differ in shape or dtype.
@@ -187,9 +188,9 @@ def _appended(old: SampleSource, new: SampleSource, added: Int64[Tensor, " a"]) 
     (before, after) = (next(source.batches(source.indices[:1], 0)).inputs for source in (old, new))
     if (shape_of(before), dtype_of(before)) != (shape_of(after), dtype_of(after)):
         raise ValueError(
-            "Expected inputs of one shape and dtype from both loaders; a batch of one sample has "
-            f"{shape_of(before)} of {dtype_of(before)} from the earlier one, {shape_of(after)} of {dtype_of(after)} "
-            "from this one."
+            "Expected inputs of one shape and dtype from both loaders; got batches of one sample with "
+            f"{shape_of(before)} of {dtype_of(before)} from the earlier loader, {shape_of(after)} of "
+            f"{dtype_of(after)} from the new one."
         )
     dataset = Appended(old, new)
     added = added + dataset.offset

@@ -1,4 +1,4 @@
-"""Randomness that is repeatable and leaves nobody else's disturbed."""
+"""Reproducible randomness without side effects on the global generators."""
 
 import random
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ import torch
 
 @contextmanager
 def undisturbed_randomness(seed: int) -> Iterator[None]:
-    """Run with the global generators of torch, NumPy and Python seeded, then put back as they were.
+    """Seed the global generators of torch, NumPy and Python, and restore their states on exit.
 
-    For code that is not ours to hand a generator to: samplers, augmentations, collate functions.
+    For code that takes no generator: samplers, augmentations, collate functions.
 
     Args:
-        seed: of the generators inside.
+        seed: seed of the generators inside the context.
     """
-    pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:
             torch.manual_seed(seed)
@@ -25,5 +25,5 @@ def undisturbed_randomness(seed: int) -> Iterator[None]:
             np.random.seed(seed % 2**32)  # noqa: NPY002
             yield
         finally:
-            random.setstate(pythons)
-            np.random.set_state(numpys)  # noqa: NPY002
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""Where samples come from: a loader, taken apart into indices before anything is loaded."""
+"""Sources of samples: loaders converted to positions in their data sets before anything is loaded."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from debiased_laplace.data.batches import Batch, as_batch, sample_hashes
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, on_each, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 
-_PROBES = 16  # samples loaded twice to find out whether loading is random
+_PROBES = 16  # samples loaded twice to detect random loading
 _REPLACEMENT_HINT = (
-    "Sampling with replacement breaks the disjointness that held-out curvature rests on. Pass a "
+    "Held-out curvature requires disjoint samples, which sampling with replacement does not give. Pass a "
     "loader over the same data set with shuffle=True or a sampler without replacement; to weight "
     "classes, weight the loss instead."
 )
@@ -25,14 +25,14 @@ _REPLACEMENT_HINT = (
 
 @dataclass(frozen=True, eq=False)
 class SampleSource:
-    """The samples of a loader, addressable by their position in its data set.
+    """Samples of a loader, accessible by their positions in its data set.
 
     Attributes:
-        dataset: the loader's map-style data set: anything with `__getitem__`, which may be a list.
-        indices: positions that the loader yields, increasing, each once.
-        batch_size: samples a batch.
-        options: the loader's own workers, collate function and pinning.
-        keys: where a mapping holds what.
+        dataset: map-style data set of the loader: any object with `__getitem__`, such as a list.
+        indices: distinct positions that the loader yields, increasing.
+        batch_size: samples per batch.
+        options: workers, collate function and pinning of the loader.
+        keys: keys of the inputs and targets in a mapping.
     """
 
     dataset: Any
@@ -42,7 +42,18 @@ class SampleSource:
     keys: MappingKeys = DEFAULT_KEYS
 
     def batches(self, indices: Int64[Tensor, " m"], seed: int) -> Iterator[Batch]:
-        """Load the samples at these positions, in this order, with the loader's own machinery."""
+        """Load the samples at these positions, in this order, as the loader does.
+
+        Args:
+            indices: positions in the data set.
+            seed: seed of the workers.
+
+        Yields:
+            Batches of `batch_size` samples; the last may be smaller.
+
+        Raises:
+            ValueError: if a batch has another number of samples, or the data set ends early.
+        """
         loader: DataLoader[Any] = DataLoader(
             Subset(self.dataset, indices.tolist()),
             batch_size=self.batch_size,
@@ -55,19 +66,19 @@ class SampleSource:
             expected = min(self.batch_size, len(indices) - start)
             if len(batch) != expected:
                 raise ValueError(
-                    f"The loader's collate function made {len(batch)} samples out of {expected}; a "
-                    "sample must stay one sample, or sub-batches cannot be kept apart."
+                    f"The loader's collate function made {len(batch)} samples out of {expected}; a sample must stay one "
+                    "sample, as sub-batches could overlap otherwise."
                 )
             start += expected
             yield batch
         if start < len(indices):
             raise ValueError(
                 f"Expected {len(indices)} samples from the data set; loading stopped after {start} (a StopIteration "
-                "inside __getitem__ ends a loader without a word)."
+                "in __getitem__ ends a loader without an error)."
             )
 
     def root(self) -> tuple[Any, Int64[Tensor, " n"]]:
-        """The data set at the end of a chain of `Subset`s, and the positions in it of this data set's items."""
+        """Return the data set below all `Subset`s, and the position in it of each item of this data set."""
         dataset: Any = self.dataset
         chain = []
         while isinstance(dataset, Subset):
@@ -79,42 +90,39 @@ class SampleSource:
         return dataset, positions
 
     def augments(self, seed: int) -> bool:
-        """Whether loading the same sample twice gives two different samples, alone or in other company.
-
-        The second time each sample is a batch of its own: collate functions that pad or mix make a sample depend on
-        its batch.
-        """
-        some = self.indices[torch.linspace(0, len(self.indices) - 1, _PROBES).long().unique()]
+        """Return whether loading is random: whether a sample differs between two passes or depends on its batch."""
+        # the second pass has batches of one sample: a collate function may pad or mix the samples of a batch
+        probes = self.indices[torch.linspace(0, len(self.indices) - 1, _PROBES).long().unique()]
         with undisturbed_randomness(seed):
-            # workers seed themselves from the loader's generator: the same one would give the same noise twice
+            # workers are seeded by the loader's generator: with the same seed the noise would repeat
             first, second = (
-                torch.cat([sample_hashes(batch) for batch in source.batches(some, each)])
+                torch.cat([sample_hashes(batch) for batch in source.batches(probes, each)])
                 for source, each in ((self, seed), (replace(self, batch_size=1), seed + 1))
             )
         return not torch.equal(first, second)
 
 
 def root_length(root: Any, positions: Int64[Tensor, " n"]) -> int:
-    """Length of a root data set, or what is known of it where it has none."""
+    """Return the length of a root data set, or a lower bound if it has none."""
     return len(root) if hasattr(root, "__len__") else int(positions.max()) + 1
 
 
 def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> SampleSource:
-    """Take a loader apart.
+    """Convert a loader to a source of samples.
 
-    The positions are those that one epoch of the loader's sampler yields, `drop_last` included; a random sampler is
-    asked with the given seed and leaves the global random state as it was.
+    The positions are those of one epoch of the loader's sampler, with `drop_last` taken into account. Random samplers
+    are seeded; the global random state and the generators of the loader are restored.
 
     Args:
-        loader: a `DataLoader` over a map-style data set, or a list of batches.
-        seed: for samplers that draw.
-        keys: where a mapping holds what.
+        loader: `DataLoader` over a map-style data set, or list of batches.
+        seed: seed of random samplers.
+        keys: keys of the inputs and targets in a mapping.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: if the loader is empty, yields a sample twice, or cannot be addressed by index.
+        ValueError: if the loader is empty, yields a sample twice, or its samples are not accessible by position.
     """
     if isinstance(loader, Sequence) and not isinstance(loader, str | DataLoader):
         return _from_batches(loader, keys)
@@ -123,12 +131,12 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
         raise ValueError(
             "Expected a torch DataLoader over a map-style data set (one with __getitem__ and __len__), "
             f"or a list of (inputs, targets) batches; got {kind}. Samples are split by position before "
-            "any is loaded, so a stream needs to be read first: pass list(stream)."
+            "loading, so a stream has to be read first: pass list(stream)."
         )
     if loader.batch_size is None and loader.batch_sampler is None:
         raise ValueError(
-            "Expected a loader that makes batches of single samples; got batch_size=None. Pass a "
-            "DataLoader whose data set yields one sample an item."
+            "Expected a loader that collates samples to batches; got batch_size=None. Pass a DataLoader with a "
+            "batch_size whose data set yields one sample per item."
         )
     with undisturbed_randomness(seed):
         epoch = _one_epoch(loader)
@@ -155,7 +163,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
 
 
 def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
-    """The batches of positions that the loader would load, without loading them."""
+    """Return the batches of positions of one epoch, without loading any sample."""
     inner = getattr(loader.batch_sampler, "sampler", None)
     generators = {
         id(g): g
@@ -175,30 +183,30 @@ def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
 
 
 def _until_repeated(loader: DataLoader[Any]) -> list[list[Any]]:
-    """One epoch of the batch sampler; one that goes on for ever repeats itself, and is cut short."""
+    """Return one epoch of the batch sampler; of an infinite one, enough batches to contain repeats."""
     epoch, n = [], 0
     dataset: Any = loader.dataset
-    enough = 2 * len(dataset) if hasattr(dataset, "__len__") else math.inf
+    limit = 2 * len(dataset) if hasattr(dataset, "__len__") else math.inf
     for batch in () if loader.batch_sampler is None else loader.batch_sampler:
         epoch.append(list(batch))
         n += len(epoch[-1])
-        if n > enough:
+        if n > limit:
             break
     return epoch
 
 
 class _Stacked(Dataset[tuple[Inputs, Tensor]]):
-    """The samples of a list of batches, by their running number."""
+    """Data set of the samples of a list of batches."""
 
     def __init__(self, parts: list[Batch]):
-        # a sample's shape: everything but the dimension that counts samples
+        # shapes without the first dimension, which counts samples
         shapes = {
             str((shape_of(on_each(part.inputs, lambda t: t[0])), tuple(part.targets.shape[1:]))) for part in parts
         }
         if len(shapes) > 1:
             raise ValueError(
                 f"Expected batches of samples of one shape (input, target); got {' and '.join(sorted(shapes)[:2])}. "
-                "Batches padded each to its own length need padding to one length, or pass the DataLoader itself."
+                "Pad all batches to one length, or pass the DataLoader itself."
             )
         inputs = [part.inputs for part in parts]
         self.inputs: Inputs

@@ -1,4 +1,4 @@
-"""Which samples give the directions and which the magnitudes: drawn first, by index, and once."""
+"""Random split of the samples into direction and magnitude samples, by position and before loading."""
 
 from dataclasses import dataclass
 
@@ -13,18 +13,18 @@ Amount = int | float
 
 @dataclass(frozen=True, eq=False)
 class SubBatches:
-    """Index sets of the direction and the magnitude samples.
+    """Positions of the direction and the magnitude samples.
 
     Attributes:
         direction_indices: positions in the data set, increasing, on the CPU.
         magnitude_indices: likewise; disjoint from the direction indices unless `shared`.
-        n_data: size N of the data set that the likelihood stands for.
-        shared: both sets are the same samples (every sample does both jobs).
-        folds: of cross-fitting, the fold (0, 1, …) of every sample; None without.
+        n_data: size N of the data set of the likelihood.
+        shared: whether both sets are the same samples.
+        folds: fold (0, 1, …) of every sample for cross-fitting; None without.
 
     Raises:
-        OverlapError: if the sets overlap without being shared, or a sample comes twice.
-        ValueError: if n_data is below the number of samples.
+        OverlapError: if the sets overlap without being shared or differ although shared, or a sample occurs twice.
+        ValueError: if n_data is below the number of samples, or the folds do not match the samples.
     """
 
     direction_indices: Int64[Tensor, " a"]
@@ -36,34 +36,35 @@ class SubBatches:
     def __post_init__(self) -> None:
         for indices in (self.direction_indices, self.magnitude_indices):
             if len(indices.unique()) != len(indices):
-                raise OverlapError("A sample stands twice in a sub-batch.")
+                raise OverlapError(f"Expected distinct positions in a sub-batch; got {indices.tolist()}.")
         if self.shared and not torch.equal(self.direction_indices, self.magnitude_indices):
-            raise OverlapError("Shared sub-batches must be the same samples.")
-        if not self.shared and bool(torch.isin(self.direction_indices, self.magnitude_indices).any()):
-            raise OverlapError("Direction and magnitude samples must be disjoint.")
+            raise OverlapError("Expected the same samples in shared sub-batches; got different ones.")
+        n_common = int(torch.isin(self.direction_indices, self.magnitude_indices).sum())
+        if not self.shared and n_common:
+            raise OverlapError(f"Expected disjoint direction and magnitude samples; got {n_common} in both sets.")
         if self.folds is not None and (not self.shared or self.folds.shape != self.direction_indices.shape):
-            raise ValueError("Folds are of shared samples, one number for each.")
+            raise ValueError("Expected folds only for shared samples, one number for each.")
         if self.n_data < self.n_samples:
             raise ValueError(
-                f"n_data is the size of the data set that the likelihood stands for, the given samples "
-                f"included: expected at least {self.n_samples}, got {self.n_data}."
+                f"n_data is the size of the data set, including the given samples: expected at least {self.n_samples}, "
+                f"got {self.n_data}."
             )
 
     @property
     def used_indices(self) -> Int64[Tensor, " n"]:
-        """All samples that the estimate uses."""
+        """Positions of all samples of the estimate."""
         if self.shared:
             return self.direction_indices
         return torch.cat([self.direction_indices, self.magnitude_indices])
 
     @property
     def n_samples(self) -> int:
-        """Number of samples used."""
+        """Number of samples of the estimate."""
         return len(self.used_indices)
 
     @property
     def direction_share(self) -> float:
-        """The share f of the direction samples in the whole data set."""
+        """Share f of the direction samples in the data set."""
         return len(self.direction_indices) / self.n_data
 
 
@@ -77,22 +78,22 @@ def draw_sub_batches(
     seed: int,
     n_folds: int | None = None,
 ) -> SubBatches:
-    """Draw the sub-batches from the samples that a loader yields.
+    """Draw direction and magnitude samples from the samples of a loader.
 
     Args:
-        indices: positions in the data set.
-        direction_samples: how many (int), or which share of the given samples (float below 1).
-        magnitude_samples: likewise; None takes all the rest.
-        shared: let every drawn sample do both jobs.
-        n_data: size of the data set that the likelihood stands for; None: the given samples.
-        seed: of the draw.
-        n_folds: of cross-fitting, into which shared samples are dealt out evenly, one for each at most; None: without.
+        indices: positions of the samples in the data set.
+        direction_samples: number (int), or share of the given samples (float below 1).
+        magnitude_samples: likewise; None: all others.
+        shared: use every drawn sample for directions and magnitudes.
+        n_data: size of the data set of the likelihood; None: number of given samples.
+        seed: seed of the draw.
+        n_folds: number of folds for cross-fitting of shared samples, reduced to their number; None: no folds.
 
     Returns:
-        The index sets.
+        The sub-batches.
 
     Raises:
-        ValueError: if the amounts are out of range or do not fit into the given samples.
+        ValueError: if an amount or n_data is out of range, or the amounts exceed the given samples.
     """
     n = len(indices)
     if n == 0:
@@ -102,21 +103,20 @@ def draw_sub_batches(
     n_magnitudes = rest if magnitude_samples is None else _count(magnitude_samples, n, "magnitude_samples")
     if n_directions + n_magnitudes > n:
         raise ValueError(
-            f"direction_samples={direction_samples} and magnitude_samples={magnitude_samples} ask for "
+            f"direction_samples={direction_samples} and magnitude_samples={magnitude_samples} require "
             f"{n_directions} + {n_magnitudes} disjoint samples; the loader yields {n}."
         )
     if not shared and n_magnitudes < 2:
         raise ValueError(
-            f"Of {n} samples, {n_directions} for the directions leave {n_magnitudes} for the "
-            "magnitudes; expected at least 2, for a value and its standard error."
+            f"Of {n} samples, {n_directions} for the directions leave {n_magnitudes} for the magnitudes; expected "
+            "at least 2, for a mean and its standard error."
         )
     if shared and n_directions + n_magnitudes < 2:
-        raise ValueError(f"Expected at least 2 samples for a curvature and its error; got {n}.")
+        raise ValueError(f"Expected at least 2 samples, for a mean curvature and its standard error; got {n}.")
     n_data = n if n_data is None else n_data
     if n_data < n:
         raise ValueError(
-            "n_data is the size of the data set that the likelihood stands for, the given samples "
-            f"being part of it: expected at least {n}, got {n_data}."
+            f"n_data is the size of the data set, including the given samples: expected at least {n}, got {n_data}."
         )
     generator = torch.Generator().manual_seed(seed)
     order = indices.sort().values[torch.randperm(n, generator=generator)]
@@ -130,19 +130,23 @@ def draw_sub_batches(
 
 
 def deal(n: int, n_folds: int, generator: torch.Generator) -> Tensor:
-    """The fold of every sample, sizes differing by one at most."""
+    """Deal n samples randomly to folds whose sizes differ by at most one, and return the fold of each.
+
+    Raises:
+        ValueError: if there are fewer samples than folds.
+    """
     if n < n_folds:
         raise ValueError(f"n_folds={n_folds} needs a sample for every fold; expected at least {n_folds}, got {n}.")
     return (torch.arange(n) % n_folds)[torch.randperm(n, generator=generator)]
 
 
 def _count(amount: Amount, n: int, name: str) -> int:
-    """An amount as a number of samples."""
+    """Return an amount as a number of samples."""
     if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise ValueError(f"{name} is a number of samples (int) or a share of them (float); got {amount!r}.")
+        raise ValueError(f"Expected {name} to be a number of samples (int) or a share of them (float); got {amount!r}.")
     if isinstance(amount, float):
         if not 0 < amount < 1:
-            raise ValueError(f"{name} as a share must lie between 0 and 1; got {amount}.")
+            raise ValueError(f"{name} as a share must be between 0 and 1; got {amount}.")
         return max(1, round(amount * n))
     if not 1 <= amount <= n:
         raise ValueError(f"{name} must be between 1 and the {n} samples of the loader; got {amount}.")

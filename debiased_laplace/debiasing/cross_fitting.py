@@ -26,7 +26,7 @@ from debiased_laplace.curvature.sub_batch import (
     SubBatchCurvature,
 )
 from debiased_laplace.debiasing.directions import lanczos_pairs
-from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
 from debiased_laplace.linalg.held_out_rows import HeldOutRows
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
@@ -193,7 +193,7 @@ def _through_gram(batch: RowCurvature, k: int, threshold: float) -> Look:
         trace = factor.gram.diagonal()[held].sum() * factor.n_samples / sums.n
         outside = OutsideDiagonals(aspects, sums.first.new_zeros(factor.rows.shape[1]))
         for rank in outside.ranks:
-            outside.add(rank, rows.outside(factor, rank).unflatten(0, (-1, r)))
+            outside.add(rank, rows.residual(factor, rank).unflatten(0, (-1, r)))
         found = sums.moments()
         return [
             found.leading(a.rank, trace if a.residual == "trace" else None, outside.mean(i, sums.n))
@@ -214,7 +214,7 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
         h = held.n_samples
         values, U = torch.linalg.eigh((n * H - h * held.dense()) / (n - h))
         values, U = values.flip(0), U.flip(1)
-        m = min(supported(values, threshold), k)
+        m = min(numerical_rank(values, threshold), k)
         U = U[:, :m].to(batch.network.like.dtype)
         return held.nested_moments(U, _aspects(questions, values[:m], basis))
 
@@ -234,6 +234,6 @@ def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: i
 def _aspects(questions: Sequence[Question], values: Float[Tensor, " k"], basis: KroneckerBasis | None) -> list[Aspect]:
     """The questions to one fold, whose others have these eigenvalues."""
     return [
-        Aspect(min(q.rank, supported(values, q.threshold)), q.residual, basis if q.in_basis else None)
+        Aspect(min(q.rank, numerical_rank(values, q.threshold)), q.residual, basis if q.in_basis else None)
         for q in questions
     ]

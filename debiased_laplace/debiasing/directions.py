@@ -6,7 +6,7 @@ from typing import Literal
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
-from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
 from debiased_laplace.linalg.gram import dense_eigenpairs
 from debiased_laplace.linalg.lanczos import lanczos
 
@@ -111,7 +111,7 @@ def lanczos_pairs(curvature: SubBatchCurvature, k: int, threshold: float, seed: 
     pairs = lanczos(curvature.linear_map(), network.like, k, block_size=min(repeated, _LARGEST_BLOCK), seed=seed)
     if not pairs.outcome.converged:
         warnings.warn(f"Lanczos did not converge: {pairs.outcome.reason}.", stacklevel=4)
-    n = supported(pairs.values, threshold)
+    n = numerical_rank(pairs.values, threshold)
     return Eigenpairs(pairs.values[:n], pairs.vectors[:, :n], pairs.residuals[:n], pairs.outcome)
 
 

@@ -21,7 +21,7 @@ from debiased_laplace.debiasing.magnitudes import (
     same_batch,
 )
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
-from debiased_laplace.linalg.eigenpairs import Eigenpairs, supported
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
@@ -68,7 +68,7 @@ def estimate_low_ranks(
     questions = []
     for choice in choices:
         threshold = _threshold(options, choice.rank)
-        k = min(len(pairs.values) if choice.rank is None else choice.rank, supported(pairs.values, threshold))
+        k = min(len(pairs.values) if choice.rank is None else choice.rank, numerical_rank(pairs.values, threshold))
         questions.append(Question(k, threshold, RESIDUAL_OF[choice.complement], choice.complement == "kron"))
     asked = list(dict.fromkeys(questions))
     owns = dict(zip(asked, _owns(split, pairs, asked, basis), strict=True))

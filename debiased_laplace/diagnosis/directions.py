@@ -14,7 +14,7 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.debiasing.directions import SUPPORTED, choose_solver, lanczos_pairs
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
-from debiased_laplace.linalg.eigenpairs import supported
+from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.quadratics.directional_derivatives import quadratics_of
 from debiased_laplace.quadratics.given import Curvature
 
@@ -123,7 +123,7 @@ def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Pairs, Pairs]:
             return V.flip(1)[:, chosen].to(curvature.network.like.dtype)
 
     values = values.flip(0)
-    k = supported(values, SUPPORTED)
+    k = numerical_rank(values, SUPPORTED)
     first = torch.arange(min(LEADING, k), device=values.device)
     start = max(len(first), k - k // 10)
     last = torch.linspace(start, k - 1, min(TRAILING, k - start)).round().long().to(values.device)

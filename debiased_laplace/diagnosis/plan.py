@@ -10,8 +10,8 @@ from torch import Tensor
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource
+from debiased_laplace.data.sub_batch import SubBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,6 @@ class Plan:
 
     def curvature(self, positions: Int64[Tensor, " m"]) -> RowCurvature:
         """Of some samples, loaded and kept: an augmenting loader must not give others the second time."""
-        samples = Samples(self.source, positions, self.network.like.device, self.seed)
+        samples = SubBatch(self.source, positions, self.network.like.device, self.seed)
         root = (GaussNewton if self.kind == "ggn" else EmpiricalFisher)(self.network.likelihood)
         return RowCurvature(self.network, samples.keeping(list(samples)), root, seed=self.seed)

@@ -1,1 +1,1 @@
-"""Matrices only: no network, no data."""
+"""Linear algebra on matrices, independent of networks and data."""

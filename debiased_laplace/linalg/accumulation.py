@@ -1,9 +1,9 @@
-"""The precision in which sums over data are kept."""
+"""Precision of sums over data."""
 
 import torch
 from torch import Tensor
 
 
 def accumulation_dtype(like: Tensor) -> torch.dtype:
-    """Double precision where the tensor's device has it (Apple's GPUs do not), else the tensor's own."""
+    """Return float64, or the tensor's own dtype on Apple GPUs, which have no float64."""
     return like.dtype if like.device.type == "mps" else torch.float64

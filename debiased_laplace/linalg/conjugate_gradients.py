@@ -1,7 +1,7 @@
 r"""Conjugate gradients for $A x = b$, A symmetric and positive definite, given products with A only.
 
-Directions, step lengths and curvatures are part of the answer: debiasing keeps the first and replaces the others. The
-method ends where it must and says why; it never returns a NaN.
+The result includes the directions, step lengths and curvatures: debiasing keeps the directions and replaces the step
+lengths and curvatures. The iteration stops before a value becomes NaN or infinite, and the outcome states the reason.
 
 References:
     Hestenes & Stiefel (1952), J. Res. Nat. Bur. Standards 49(6), doi 10.6028/jres.049.044; Nocedal & Wright (2006),
@@ -25,13 +25,13 @@ Status = Literal["converged", "iteration limit", "negative curvature", "breakdow
 
 @dataclass(frozen=True)
 class ConjugateGradientOutcome:
-    r"""How conjugate gradients ended.
+    r"""Outcome of conjugate gradients.
 
     Attributes:
-        status: "converged"; "iteration limit"; "negative curvature", where a direction p has $p^\top A p \le 0$; or
-            "breakdown", where a product or a step is not finite or the preconditioner is not positive definite.
-        products: with A.
-        reason: one sentence that says why it stopped.
+        status: "converged"; "iteration limit"; "negative curvature" if a direction p has $p^\top A p \le 0$; or
+            "breakdown" if a product or a step is not finite or the preconditioner is not positive definite.
+        products: number of products with A.
+        reason: why the iteration stopped, in one sentence.
     """
 
     status: Status
@@ -46,15 +46,15 @@ class ConjugateGradientOutcome:
 
 @dataclass(frozen=True, eq=False)
 class ConjugateGradients:
-    r"""What conjugate gradients found.
+    r"""Result of conjugate gradients.
 
     Attributes:
-        solution: x, the last iterate that is finite.
+        solution: x, the last finite iterate.
         step_lengths: $\alpha_i$ of each iteration.
         curvatures: $p_i^\top A p_i$ along each direction.
-        residual_norms: $\|b - A x\|$ before the first and after each iteration, as the recursion has it.
-        directions: $p_i$ as columns, where they were asked for.
-        outcome: how it ended.
+        residual_norms: $\|b - A x\|$ before the first and after each iteration, from the recursion.
+        directions: $p_i$ as columns; None unless `keep_directions`.
+        outcome: why the iteration stopped.
     """
 
     solution: Float[Tensor, " P"]
@@ -67,7 +67,7 @@ class ConjugateGradients:
 
 @dataclass(frozen=True, eq=False)
 class ConjugateDirection:
-    """A direction, A times it, and the step that conjugate gradients take along it."""
+    """A search direction p, its product A p, its curvature, and the step length along it."""
 
     vector: Float[Tensor, " P"]
     product: Float[Tensor, " P"]
@@ -76,19 +76,22 @@ class ConjugateDirection:
 
 
 def inner_product(u: Float[Tensor, " P"], v: Float[Tensor, " P"]) -> float:
-    """Of two vectors, accumulated in double precision."""
+    """Return the inner product of two vectors, accumulated in double precision."""
     exact = accumulation_dtype(u)
     return float(torch.dot(u.to(exact), v.to(exact)))
 
 
 class ConjugateGradientIterations:
-    """Conjugate gradients one direction at a time, for callers that look at each before they want the next.
+    """Conjugate gradients one direction at a time, for callers that decide after each whether to continue.
 
     Attributes:
-        solution: x so far.
-        residual_norms: so far.
-        products: so far.
-        outcome: how it ended; None while it goes on.
+        solution: current iterate x.
+        residual_norms: one for each iterate so far.
+        products: number of products with A so far.
+        outcome: why the iteration stopped; None while it runs.
+
+    Raises:
+        ValueError: if the product with x0 is not finite.
     """
 
     def __init__(
@@ -115,10 +118,10 @@ class ConjugateGradientIterations:
             self._residual = b - self._product(x0)
         self.residual_norms = [sqrt(inner_product(self._residual, self._residual))]
         if not isfinite(self.residual_norms[0]):
-            raise ValueError("A matrix-vector product with x0 gave NaN or infinity.")
+            raise ValueError("Expected a finite product of the matrix with x0; got NaN or infinity.")
 
     def advance(self) -> ConjugateDirection | None:
-        """The next direction, and a step along it; None where there is none, with `outcome` saying why."""
+        """Take the next step and return its direction; None at the end, with the reason in `outcome`."""
         if self.outcome is not None or self._is_over():
             return None
         z = self._residual
@@ -174,26 +177,27 @@ def conjugate_gradients(
     x0: Float[Tensor, " P"] | None = None,
     keep_directions: bool = False,
 ) -> ConjugateGradients:
-    r"""Solve $A x = b$ for a symmetric positive definite A, or say why not.
+    r"""Solve $A x = b$ for a symmetric positive definite A.
 
-    Vectors stay in the dtype and on the device of b, inner products are accumulated in double precision. Cost: one
-    product an iteration, and one for an x0 that is not zero; memory five vectors, and k more where directions are kept.
+    Vectors keep the dtype and device of b; inner products are accumulated in double precision. Cost: one product per
+    iteration, and one for a nonzero x0; memory: five vectors, and k more if directions are kept.
 
     Args:
         matvec: maps x to A x.
         b: right-hand side.
         preconditioner: maps r to $M r$, M positive definite and close to the inverse of A; None: the identity.
-        max_iterations: at least 0.
-        tolerance: converged once $\|b - A x\| \le$ tolerance $\cdot \|b\|$; at least 0.
-        x0: where to start; None: at zero.
-        keep_directions: return the directions too.
+        max_iterations: maximal number of iterations, at least 0.
+        tolerance: convergence means $\|b - A x\| \le$ tolerance $\cdot \|b\|$; at least 0.
+        x0: start; None: zero.
+        keep_directions: also return the directions.
 
     Returns:
-        The solution, or the last iterate before the reason that `outcome` gives. A right-hand side of zero has the
-        solution zero, wherever the start.
+        The solution, or the last finite iterate if the method stopped early. For b = 0 the solution is zero,
+        whatever x0.
 
     Raises:
-        ValueError: if arguments are out of range or not finite, or `matvec` or `preconditioner` returns another shape.
+        ValueError: if an argument is out of range or not finite, `matvec` or `preconditioner` returns another shape, or
+            the product with x0 is not finite.
 
     References:
         Nocedal & Wright (2006), Algorithm 5.3.
@@ -203,11 +207,11 @@ def conjugate_gradients(
         matvec, b, preconditioner=preconditioner, max_iterations=max_iterations, tolerance=tolerance, x0=x0
     )
     steps, curvatures, directions = [], [], []
-    while (found := process.advance()) is not None:
-        steps.append(found.step_length)
-        curvatures.append(found.curvature)
+    while (direction := process.advance()) is not None:
+        steps.append(direction.step_length)
+        curvatures.append(direction.curvature)
         if keep_directions:
-            directions.append(found.vector)
+            directions.append(direction.vector)
     exact = accumulation_dtype(b)
     outcome = process.outcome
     assert outcome is not None
@@ -226,23 +230,23 @@ def _columns(vectors: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _applied(function: LinearMap, x: Tensor, name: str) -> Tensor:
-    found = function(x)
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        came = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    product = function(x)
+    if not isinstance(product, Tensor) or product.shape != x.shape:
+        came = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
         raise ValueError(f"Expected {name} to return a tensor of shape {tuple(x.shape)}; got {came}.")
-    return found.to(x.dtype)
+    return product.to(x.dtype)
 
 
 def _check(b: Tensor, x0: Tensor | None, max_iterations: int, tolerance: float) -> None:
     if b.ndim != 1 or not b.is_floating_point():
-        raise ValueError(f"Expected b as a vector of floats; got {b.dtype} of shape {tuple(b.shape)}.")
+        raise ValueError(f"Expected b to be a floating-point vector; got {b.dtype} of shape {tuple(b.shape)}.")
     if x0 is not None and (x0.shape != b.shape or x0.dtype != b.dtype):
         raise ValueError(
-            f"Expected x0 like b, {b.dtype} of shape {tuple(b.shape)}; got {x0.dtype} of shape {tuple(x0.shape)}."
+            f"Expected x0 like b ({b.dtype} of shape {tuple(b.shape)}); got {x0.dtype} of shape {tuple(x0.shape)}."
         )
     if not bool(b.isfinite().all()) or (x0 is not None and not bool(x0.isfinite().all())):
-        raise ValueError("Expected a finite right-hand side and start; got NaN or infinity.")
+        raise ValueError("Expected finite b and x0; got NaN or infinity.")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 0:
-        raise ValueError(f"max_iterations must be a whole number of at least 0; got {max_iterations!r}.")
+        raise ValueError(f"Expected max_iterations to be an integer of at least 0; got {max_iterations!r}.")
     if not (isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance must be a finite number of at least 0; got {tolerance!r}.")
+        raise ValueError(f"Expected tolerance to be finite and at least 0; got {tolerance!r}.")

@@ -1,4 +1,4 @@
-"""What an eigensolver returns, whichever it was."""
+"""Common result type of the eigensolvers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SolverOutcome:
-    """How an eigensolver ended.
+    """Outcome of an eigensolver.
 
     Attributes:
-        solver: which one ran.
+        solver: name of the solver.
         converged: whether every residual is below the tolerance.
         products: matrix-vector products used (0 for a direct solver).
-        reason: one sentence that says why it stopped.
+        reason: why the solver stopped, in one sentence.
     """
 
     solver: Literal["gram", "dense", "lanczos"]
@@ -32,9 +32,12 @@ class Eigenpairs:
         values: eigenvalues.
         vectors: orthonormal columns.
         residuals: $\|H u - \lambda u\|$, in the unit of the eigenvalues.
-        outcome: how the solver ended.
-        dropped: the largest eigenvalue that was left out; 0 where none was.
-        projections: $V U$, where the matrix is $V^\top V / n$ and the solver had it at no cost.
+        outcome: outcome of the solver.
+        dropped: largest eigenvalue that was left out; 0 if none was.
+        projections: $V U$ for a matrix $V^\top V / n$, if the solver computed it anyway; else None.
+
+    Raises:
+        ValueError: if the eigenvalues are not in decreasing order.
     """
 
     values: Float[Tensor, " k"]
@@ -46,17 +49,17 @@ class Eigenpairs:
 
     def __post_init__(self) -> None:
         if bool((self.values.diff() > 0).any()):
-            raise ValueError("Eigenvalues must be in decreasing order.")
+            raise ValueError(f"Expected eigenvalues in decreasing order; got {self.values.tolist()}.")
 
     def leading(self, k: int) -> "Eigenpairs":
-        """The k leading ones."""
+        """Return the k leading eigenpairs."""
         projections = None if self.projections is None else self.projections[:, :k]
         dropped = float(self.values[k]) if k < len(self.values) else self.dropped
         return Eigenpairs(self.values[:k], self.vectors[:, :k], self.residuals[:k], self.outcome, dropped, projections)
 
 
-def supported(values: Float[Tensor, " k"], threshold: float) -> int:
-    """How many leading eigenvalues (in decreasing order) exceed the threshold relative to the largest."""
+def numerical_rank(values: Float[Tensor, " k"], threshold: float) -> int:
+    """Return how many eigenvalues, in decreasing order, exceed the threshold relative to the largest."""
     if values.numel() == 0 or not bool(values[0] > 0):
         return 0
     return int((values > threshold * values[0]).sum())

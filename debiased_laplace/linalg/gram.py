@@ -1,8 +1,8 @@
-r"""Eigenvectors of $H = V^\top V / n$ from the smaller of its two sides.
+r"""Eigenvectors of $H = V^\top V / n$ from the Gram matrix $V V^\top$ or from $H$, whichever is smaller.
 
-The Gram side works with $V V^\top$ (rows x rows) and never forms $H$; the dense side works with $H$ (P x P) and never
-keeps $V$. Both are accumulated in double precision: a single-precision Gram matrix loses the orthogonality of every
-direction whose eigenvalue is a million times below the largest.
+The Gram solver uses $V V^\top$ (rows x rows) and does not form $H$; the dense solver uses $H$ (P x P) and does not
+store $V$. Both matrices are accumulated in double precision: with a Gram matrix in single precision, directions whose
+eigenvalues are below a millionth of the largest are no longer orthogonal.
 """
 
 from collections.abc import Iterable
@@ -14,19 +14,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
-from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, supported
+from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, numerical_rank
 
-_PANEL = 160  # rows of a block of the Gram matrix: large enough for a fast product
-_PANEL_BYTES = 20 * 2**20  # of the columns that are converted at a time
+_PANEL = 160  # rows per block of the Gram matrix: large enough for a fast product
+_PANEL_BYTES = 20 * 2**20  # bytes of the columns converted at a time
 
 
 @dataclass(frozen=True, eq=False)
 class GramFactor:
-    r"""Stacked rows of a curvature's root, with the sample that each row came from.
+    r"""Stacked rows of a root of the curvature, with the sample of each row.
 
     Attributes:
         rows: $V$, so that the curvature is $V^\top V / n$.
-        sample_of_row: position of each row's sample in its sub-batch; folds are sub-blocks by it.
+        sample_of_row: position of each row's sample in its sub-batch.
         n_samples: $n$.
     """
 
@@ -36,22 +36,25 @@ class GramFactor:
 
     @cached_property
     def gram(self) -> Float[Tensor, "R R"]:
-        r"""$V V^\top / n$ in double precision; kept, because folds are sub-blocks of it."""
+        r"""Gram matrix $V V^\top / n$ in double precision."""
+        # cached, as the Gram matrices of folds are sub-blocks of it
         return row_products(self.rows, accumulation_dtype(self.rows)) / self.n_samples
 
     def eigenpairs(self, threshold: float, rank: int | None = None) -> Eigenpairs:
-        r"""$H = U \Lambda U^\top$ through $V V^\top / n = W \Lambda W^\top$, $U = V^\top W \Lambda^{-1/2} / \sqrt n$.
+        r"""Return the eigenpairs of H from those of the Gram matrix.
+
+        $V V^\top / n = W \Lambda W^\top$ gives $H = U \Lambda U^\top$ with $U = V^\top W \Lambda^{-1/2} / \sqrt n$.
 
         Args:
             threshold: eigenvalues below this fraction of the largest are dropped.
-            rank: at most so many pairs; None keeps all above the threshold.
+            rank: maximal number of pairs; None: all above the threshold.
 
         Returns:
-            The leading pairs; residuals are rounding, estimated from the Gram side.
+            The leading pairs; the residuals are an estimate of the rounding errors.
         """
         values, W = torch.linalg.eigh(self.gram)
         values, W = values.flip(0), W.flip(1)
-        k = supported(values, threshold)
+        k = numerical_rank(values, threshold)
         dropped = _largest_after(values, k)
         k = k if rank is None else min(k, rank)
         values, W = values[:k], W[:, :k]
@@ -64,7 +67,7 @@ class GramFactor:
 
 
 def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor, "R R"]:
-    """The products of all pairs of rows, computed for one triangle only and in the given precision."""
+    """Return the inner products of all pairs of rows in the given precision, computing one triangle only."""
     R, P = rows.shape
     lower = rows.new_zeros(R, R, dtype=dtype)
     width = max(1, min(P, _PANEL_BYTES // (8 * max(R, 1))))
@@ -79,20 +82,20 @@ def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor
 def dense_eigenpairs(
     H: Float[Tensor, "P P"], threshold: float, *, rank: int | None = None, dtype: torch.dtype
 ) -> Eigenpairs:
-    """Eigenpairs of a curvature that has been summed up densely in double precision.
+    """Return the eigenpairs of a dense curvature in double precision.
 
     Args:
         H: the curvature, a mean over samples.
         threshold: eigenvalues below this fraction of the largest are dropped.
-        rank: at most so many pairs; None keeps all above the threshold.
-        dtype: of the result.
+        rank: maximal number of pairs; None: all above the threshold.
+        dtype: dtype of the result.
 
     Returns:
         The leading pairs.
     """
     values, U = torch.linalg.eigh(H)
     values, U = values.flip(0), U.flip(1)
-    k = supported(values, threshold)
+    k = numerical_rank(values, threshold)
     dropped = _largest_after(values, k)
     k = k if rank is None else min(k, rank)
     rounding = torch.finfo(H.dtype).eps * values[:1].expand(k)
@@ -101,7 +104,7 @@ def dense_eigenpairs(
 
 
 def _largest_after(values: Tensor, k: int) -> float:
-    """The largest of the eigenvalues from the k-th on, without what is rounding."""
+    """Return the largest eigenvalue after the first k; 0 if it is within rounding."""
     if k == len(values):
         return 0.0
     rounding = len(values) * torch.finfo(values.dtype).eps * float(values[0])
@@ -109,7 +112,7 @@ def _largest_after(values: Tensor, k: int) -> float:
 
 
 def dense_curvature(rows: Iterable[Float[Tensor, "_n _r P"]], n_parameters: int, like: Tensor) -> Float[Tensor, "P P"]:
-    r"""$\sum V^\top V$ from a stream of rows, in double precision."""
+    r"""Return $\sum V^\top V$ over a stream of blocks of rows, in double precision."""
     H = like.new_zeros(n_parameters, n_parameters, dtype=accumulation_dtype(like))
     for block in rows:
         V = block.flatten(0, 1).to(H.dtype)
@@ -118,13 +121,13 @@ def dense_curvature(rows: Iterable[Float[Tensor, "_n _r P"]], n_parameters: int,
 
 
 def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-    r"""Nearly orthonormal columns made orthonormal, $U L^{-\top}$ with $U^\top U = L L^\top$, the first ones kept.
+    r"""Orthonormalize nearly orthonormal columns: return $U L^{-\top}$, where $U^\top U = L L^\top$.
 
-    Rounding puts some of the leading directions into the trailing ones. Only the trailing ones may pay for that: shared
-    out evenly, what is left would be many times the curvature of a direction far below the largest. It costs two
-    matrix products, where a QR decomposition of a tall matrix costs several times as much; where the columns are too
-    far from orthonormal for it, QR it is.
+    Each column is corrected by the columns before it. Cost: two matrix products, a fraction of a QR decomposition of a
+    tall matrix; QR is the fallback for columns that are far from orthonormal.
     """
+    # Rounding leaves components of the leading directions in the trailing ones. A symmetric correction would leave
+    # half of each there: with a leading curvature many orders larger, that is many times the trailing one.
     k = U.shape[1]
     if k == 0:
         return U

@@ -1,8 +1,8 @@
-r"""Rows of a curvature's root along the eigenvectors of the other rows, from one Gram matrix.
+r"""Held-out rows of a root of the curvature in the eigenvectors of the other rows, from one Gram matrix.
 
-With $G = V V^\top$ of all rows, $G_{oo} = W \Lambda W^\top$ of the others has the eigenvectors
-$u_i = V_o^\top w_i \lambda_i^{-1/2}$, which are never formed: the held-out rows' coordinates along them are
-$G_{ho} W \Lambda^{-1/2}$, and what is outside is $V_h - G_{ho} W \Lambda^{-1} W^\top V_o$.
+Let $G = V V^\top$ be the Gram matrix of all rows, h the held-out rows, o the others, $G_{oo} = W \Lambda W^\top$. Then
+$V_o^\top V_o$ has the eigenvectors $u_i = V_o^\top w_i \lambda_i^{-1/2}$, which are not formed: the coordinates of the
+held-out rows are $G_{ho} W \Lambda^{-1/2}$, and their residual is $V_h - G_{ho} W \Lambda^{-1} W^\top V_o$.
 """
 
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from debiased_laplace.linalg.eigenpairs import supported
+from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.gram import GramFactor
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOutRows:
-    r"""Rows h against the leading directions of the other rows o.
+    r"""Held-out rows h in the leading directions of the other rows o.
 
     Attributes:
-        values: of the others' Gram matrix, decreasing, not divided by the number of samples.
-        projections: $V_h U$ with the directions U of the others, by decreasing eigenvalue.
+        values: eigenvalues of $G_{oo}$, decreasing, not divided by the number of samples.
+        projections: $V_h U$ with the eigenvectors U of the other rows, by decreasing eigenvalue.
         coefficients: C with $U = V_o^\top C$.
-        held: which rows these are.
+        held: mask of the held-out rows.
     """
 
     values: Float[Tensor, " k"]
@@ -33,26 +33,29 @@ class HeldOutRows:
 
     @classmethod
     def of(cls, factor: GramFactor, held: Bool[Tensor, " R"], threshold: float, rank: int) -> "HeldOutRows":
-        """Split the rows in two and look from the others at these.
+        """Project the held-out rows on the leading directions of the others.
 
         Args:
             factor: all rows.
-            held: which rows are held out, all rows of a sample together.
+            held: mask of the held-out rows, the same for all rows of a sample.
             threshold: directions of the others below this fraction of their largest eigenvalue are dropped.
-            rank: at most so many directions.
+            rank: maximal number of directions.
+
+        Returns:
+            The held-out rows.
         """
         others = ~held
         G = factor.gram * factor.n_samples
         values, W = torch.linalg.eigh(G[others][:, others])
         values, W = values.flip(0), W.flip(1)
-        k = min(supported(values, threshold), rank)
+        k = min(numerical_rank(values, threshold), rank)
         coefficients = W[:, :k] / values[:k].sqrt()
         return cls(values[:k], G[held][:, others] @ coefficients, coefficients, held)
 
-    def outside(self, factor: GramFactor, rank: int) -> Float[Tensor, "h P"]:
-        """The held-out rows without their part along the first `rank` directions."""
+    def residual(self, factor: GramFactor, rank: int) -> Float[Tensor, "h P"]:
+        """Return the held-out rows without their components along the first `rank` directions."""
         V = factor.rows
-        # all rows take part, the held-out ones with zeros: no copy of the others is made
+        # zero coefficients for the held-out rows: indexing V by ~held would copy the other rows
         combination = self.projections.new_zeros(len(self.projections), len(V))
         combination[:, ~self.held] = self.projections[:, :rank] @ self.coefficients[:, :rank].T
         return V[self.held] - combination.to(V.dtype) @ V

@@ -1,7 +1,7 @@
-r"""Orthogonal bases made of Kronecker products, one block per parameter.
+r"""Block-diagonal orthogonal bases, one Kronecker product per parameter.
 
-For a parameter seen as a matrix (rows, columns), flattened row by row, a block is $Q_L \otimes Q_R$; coordinates of a
-vector with matrix form M are $Q_L^\top M Q_R$. A side without a basis of its own keeps its axes.
+For a parameter reshaped to a matrix (rows, columns) and flattened row by row, a block is $Q_L \otimes Q_R$; the
+coordinates of a vector with matrix form M are $Q_L^\top M Q_R$. A side without a basis has the identity.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from debiased_laplace.linalg.outer_products import outer_factors
 
 @dataclass(frozen=True, eq=False)
 class BasisBlock:
-    """The basis of one parameter.
+    """Kronecker basis of one parameter.
 
     Attributes:
         rows: number of rows of the parameter as a matrix.
-        columns: number of its columns.
-        left: orthogonal basis of the rows' space; None for the axes.
-        right: orthogonal basis of the columns' space; None for the axes.
+        columns: number of columns.
+        left: orthogonal matrix $Q_L$; None: the identity.
+        right: orthogonal matrix $Q_R$; None: the identity.
     """
 
     rows: int
@@ -32,15 +32,15 @@ class BasisBlock:
 
     @property
     def size(self) -> int:
-        """Entries of the parameter."""
+        """Number of entries of the parameter."""
         return self.rows * self.columns
 
     def rotated(self, x: Float[Tensor, "*batch p"], *, back: bool) -> Float[Tensor, "*batch p"]:
-        """Vectors in coordinates, or coordinates as vectors again."""
+        """Return the coordinates of vectors, or, with `back`, the vectors of coordinates."""
         if self.left is None and self.right is None:
             return x
         M = x.reshape(*x.shape[:-1], self.rows, self.columns)
-        # bases stand on the right of contiguous matrices: elsewhere matmul repeats them for every vector
+        # bases multiply contiguous matrices from the right; from the left, matmul would copy them for every vector
         if self.right is not None:
             M = M @ (self.right.mT if back else self.right)
         if self.left is not None:
@@ -48,7 +48,7 @@ class BasisBlock:
         return M.reshape(x.shape)
 
     def summed_squares(self, x: Float[Tensor, "n r p"]) -> Float[Tensor, "n p"]:
-        """Squared coordinates of vectors, summed over the second dimension."""
+        """Return the squared coordinates of vectors, summed over the second dimension."""
         if self.left is None and self.right is None:
             return x.square().sum(1)
         n, r = x.shape[:2]
@@ -62,7 +62,7 @@ class BasisBlock:
         return (g.mT @ a).flatten(1)
 
     def squared(self) -> "BasisBlock":
-        """The entries squared, which maps a diagonal in coordinates to the diagonal of the matrix."""
+        """Return the block with squared entries; it maps a diagonal in coordinates to the diagonal of the matrix."""
         left = None if self.left is None else self.left.square()
         right = None if self.right is None else self.right.square()
         return BasisBlock(self.rows, self.columns, left, right)
@@ -70,34 +70,38 @@ class BasisBlock:
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBasis:
-    """An orthogonal matrix K (P, P), block-diagonal with Kronecker products as blocks, never formed."""
+    """Orthogonal matrix K (P, P), block-diagonal with Kronecker products as blocks; K is not formed.
+
+    Attributes:
+        blocks: one for each parameter, in the order of the flat vector.
+    """
 
     blocks: tuple[BasisBlock, ...]
 
     @property
     def n_parameters(self) -> int:
-        """P."""
+        """Number of parameters P."""
         return sum(block.size for block in self.blocks)
 
     def coordinates(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
-        r"""$x K$: rows in the coordinates of the basis."""
+        r"""Return $x K$, the coordinates of row vectors."""
         return self._mapped(self.blocks, x, back=False)
 
     def vectors(self, coordinates: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
-        r"""$x K^\top$: the way back."""
+        r"""Return $x K^\top$, the row vectors of coordinates."""
         return self._mapped(self.blocks, coordinates, back=True)
 
     def summed_squares(self, rows: Float[Tensor, "n r P"]) -> Float[Tensor, "n P"]:
-        """Squared coordinates of rows, summed over the r rows of each of the n groups."""
+        """Return the squared coordinates of rows, summed over the r rows of each of the n groups."""
         parts = rows.split([block.size for block in self.blocks], dim=-1)
         return torch.cat([block.summed_squares(part) for block, part in zip(self.blocks, parts, strict=True)], dim=-1)
 
     def diagonal_of(self, d: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-        r"""The diagonal of $K \mathrm{diag}(d) K^\top$."""
+        r"""Return the diagonal of $K \mathrm{diag}(d) K^\top$."""
         return self._mapped(self._squared, d, back=True)
 
     def to(self, dtype: torch.dtype) -> "KroneckerBasis":
-        """The same in another precision."""
+        """Return the basis in another dtype."""
         return KroneckerBasis(
             tuple(
                 BasisBlock(b.rows, b.columns, *(None if side is None else side.to(dtype) for side in (b.left, b.right)))
@@ -106,10 +110,10 @@ class KroneckerBasis:
         )
 
     def to_dense(self) -> Float[Tensor, "P P"]:
-        """K itself; for tests and small problems."""
+        """Return K as a dense matrix, for tests and small problems."""
         return torch.block_diag(
             *(
-                torch.kron(_or_axes(b.left, b.rows, self._like), _or_axes(b.right, b.columns, self._like))
+                torch.kron(_or_identity(b.left, b.rows, self._like), _or_identity(b.right, b.columns, self._like))
                 for b in self.blocks
             )
         )
@@ -129,6 +133,6 @@ class KroneckerBasis:
         return torch.cat([block.rotated(part, back=back) for block, part in zip(blocks, parts, strict=True)], dim=-1)
 
 
-def _or_axes(side: Tensor | None, n: int, like: Tensor) -> Tensor:
-    # torch.kron refuses some column-major matrices, which is what decompositions return
+def _or_identity(side: Tensor | None, n: int, like: Tensor) -> Tensor:
+    # torch.kron rejects some column-major matrices, which decompositions return
     return torch.eye(n, dtype=like.dtype, device=like.device) if side is None else side.contiguous()

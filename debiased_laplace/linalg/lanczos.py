@@ -1,8 +1,8 @@
-r"""Leading eigenpairs of a symmetric matrix that can only be multiplied: block Lanczos with full reorthogonalization.
+r"""Block Lanczos with full reorthogonalization for the leading eigenpairs of a symmetric matrix.
 
-Two things that a textbook Lanczos gets wrong are handled: convergence is judged by residuals, not by Ritz values
-(values settle long before vectors do), and repeated eigenvalues are found, by blocks and by restarts with new random
-vectors in the complement of what has been found.
+It differs from the textbook method in two ways. Convergence is tested by residuals, as Ritz values converge long before
+Ritz vectors. Repeated eigenvalues are found, by blocks and by restarts with new random vectors in the complement of the
+converged ones.
 
 References:
     Golub & Van Loan (2013), Matrix Computations, Section 10.3 (block Lanczos); Wu & Simon (2000), SIAM J. Matrix Anal.
@@ -22,7 +22,7 @@ Matmat = Callable[[Tensor], Tensor]
 
 
 class _KrylovBasis:
-    """Orthonormal basis Q, the projection T = Q' H Q, and the block to multiply next."""
+    """Orthonormal basis Q of a block Krylov space, the projection T = Q' H Q, and the next block."""
 
     def __init__(self, matmat: Matmat, like: Tensor, capacity: int, block_size: int, seed: int):
         self.matmat = matmat
@@ -32,7 +32,7 @@ class _KrylovBasis:
         self.block_size = block_size
         self.size = 0
         self.products = 0
-        self.inherited = 0.0  # residual that the kept vectors of a fresh restart bring along
+        self.inherited = 0.0  # largest residual of the vectors kept by a fresh restart
         self.block = self.complete(like.new_empty(like.numel(), 0))
         self.coupling = self.T[:0, :0]
 
@@ -47,18 +47,18 @@ class _KrylovBasis:
         return self.size + self.block.shape[1] > self.Q.shape[1]
 
     def grow(self) -> None:
-        """One Lanczos step: multiply the block, orthogonalize twice, keep what is left as the next block."""
+        """Take one Lanczos step: multiply the block, orthogonalize twice, and store the remainder as the next block."""
         old, new = self.size, self.size + self.block.shape[1]
         self.Q[:, old:new] = self.block
         W = self.matmat(self.block)
         if not bool(W.isfinite().all()):
-            raise ValueError("A matrix-vector product gave NaN or infinity.")
+            raise ValueError("Expected a finite matrix-vector product; got NaN or infinity.")
         self.products += new - old
-        known = self.Q[:, :new]
-        h = known.T @ W
-        W = W - known @ h
-        correction = known.T @ W
-        W = W - known @ correction
+        Q = self.Q[:, :new]
+        h = Q.T @ W
+        W = W - Q @ h
+        correction = Q.T @ W
+        W = W - Q @ correction
         h = (h + correction).to(self.T.dtype)
         h[old:new] = (h[old:new] + h[old:new].T) / 2
         self.T[:new, old:new] = h
@@ -68,30 +68,30 @@ class _KrylovBasis:
         self.coupling = (self.block.T @ W).to(self.T.dtype)
 
     def complete(self, W: Tensor, noise_floor: float = 0.0) -> Tensor:
-        """An orthonormal block outside the basis that spans W, filled up with random vectors."""
+        """Return an orthonormal block, orthogonal to the basis, that spans W, completed by random vectors."""
         width = min(self.block_size, self.Q.shape[0] - self.size)
-        known = self.Q[:, : self.size]
+        basis = self.Q[:, : self.size]
         Q, R = torch.linalg.qr(W[:, :width])
         sizes = R.diagonal().abs()
-        alive = sizes > 100 * torch.finfo(W.dtype).eps * noise_floor
+        nonzero = sizes > 100 * torch.finfo(W.dtype).eps * noise_floor
         if Q.shape[1] == width and bool((sizes > 1e-3 * noise_floor).all()):
             return Q
-        # what is nearly exhausted is mostly rounding, which is not orthogonal to the basis
-        Q = _orthonormalize(Q[:, alive], known)
+        # small columns are mostly rounding, which is not orthogonal to the basis
+        Q = _orthonormalize(Q[:, nonzero], basis)
         noise = torch.randn(self.Q.shape[0], width - Q.shape[1], generator=self.generator, dtype=self.Q.dtype).to(
             self.Q.device
         )
-        return torch.cat([Q, _orthonormalize(noise, torch.cat([known, Q], dim=1))], dim=1)
+        return torch.cat([Q, _orthonormalize(noise, torch.cat([basis, Q], dim=1))], dim=1)
 
     def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading k Ritz values, their coefficients in the basis, and their residual norms."""
+        """Return the leading k Ritz values, their coefficients in the basis, and their residual norms."""
         values, Y = torch.linalg.eigh(self.T[: self.size, : self.size])
         values, Y = values.flip(0)[:k], Y.flip(1)[:, :k]
         last = Y[self.size - self.coupling.shape[1] :]
         return values, Y, torch.linalg.vector_norm(self.coupling @ last, dim=0)
 
     def restart(self, keep: int, *, fresh: bool) -> None:
-        """Shrink to the leading Ritz vectors, then go on with the next block or with a fresh random one."""
+        """Shrink the basis to the leading Ritz vectors; with `fresh`, replace the next block by a random one."""
         values, Y, residuals = self.ritz(keep)
         keep = values.shape[0]
         self.Q[:, :keep] = self.Q[:, : self.size] @ Y.to(self.Q.dtype)
@@ -113,29 +113,29 @@ def lanczos(
     max_products: int | None = None,
     seed: int = 0,
 ) -> Eigenpairs:
-    r"""The k algebraically largest eigenpairs of a symmetric matrix.
+    r"""Compute the k algebraically largest eigenpairs of a symmetric matrix.
 
-    Cost: some 2k to 4k products; memory about $P (2k + 40)$ numbers. Repeated eigenvalues are found up to the
-    multiplicity `block_size` at once, further copies by restarts in the complement.
+    Cost: about 2k to 4k products; memory: about $P (2k + 40)$ numbers. Repeated eigenvalues are found up to
+    multiplicity `block_size` directly, and further copies by restarts in the complement.
 
     Args:
-        matmat: maps (P, b) to H times it.
-        like: any vector of the length, dtype and device of the problem.
+        matmat: maps X (P, b) to H X.
+        like: vector with the length, dtype and device of the problem.
         k: number of pairs, at least 1; at most P are returned.
         block_size: vectors multiplied at a time.
         tolerance: largest residual $\|Hu - \lambda u\|$ relative to the largest eigenvalue; default
             1e-5 in single and 1e-9 in double precision.
-        max_products: give up after so many products; default 30 k + 500.
-        seed: of the start vectors.
+        max_products: maximal number of matrix-vector products; default 30 k + 500.
+        seed: seed of the start vectors.
 
     Returns:
-        The pairs, with the residual of each. `outcome` says whether all are below the tolerance.
+        The pairs with their residuals; `outcome.converged` tells whether all are below the tolerance.
 
     Raises:
         ValueError: if k or block_size is below 1, or a product is not finite.
     """
     if k < 1 or block_size < 1:
-        raise ValueError(f"k and block_size must be at least 1; got {k} and {block_size}.")
+        raise ValueError(f"Expected k and block_size to be at least 1; got {k} and {block_size}.")
     P = like.numel()
     k, block_size = min(k, P), min(block_size, P)
     tolerance = tolerance or (1e-9 if like.dtype == torch.float64 else 1e-5)
@@ -155,7 +155,7 @@ def lanczos(
             break
     values, Y, residuals = basis.ritz(k)
     vectors = basis.Q[:, : basis.size] @ Y.to(like.dtype)
-    # products may have run out while looking for further copies of eigenvalues that were found already
+    # max_products may have been reached in the search for further copies of converged eigenvalues
     converged = converged or bool((residuals <= tolerance * values[0].abs()).all())
     reason = "the basis spans the whole space" if basis.exhausted else "all residuals are small"
     if not converged:
@@ -169,7 +169,7 @@ def lanczos(
 
 
 def _converge(basis: _KrylovBasis, k: int, tolerance: float, max_products: int) -> bool:
-    """Grow the basis, restarting where it is full, until the k leading residuals are small."""
+    """Grow the basis, with a restart whenever it is full, until the k leading residuals are small."""
     while True:
         due = basis.size >= k and (basis.full or basis.exhausted or _every_fifth(basis))
         if due:
@@ -183,13 +183,13 @@ def _converge(basis: _KrylovBasis, k: int, tolerance: float, max_products: int) 
         basis.grow()
 
 
-def _orthonormalize(block: Tensor, known: Tensor) -> Tensor:
-    """The block made orthonormal, and orthogonal to the known orthonormal columns."""
+def _orthonormalize(block: Tensor, basis: Tensor) -> Tensor:
+    """Return the block made orthonormal, and orthogonal to the orthonormal basis."""
     for _ in range(2):
-        block = torch.linalg.qr(block - known @ (known.T @ block))[0]
+        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return block
 
 
 def _every_fifth(basis: _KrylovBasis) -> bool:
-    """The projected eigenproblem costs as much as a product once the basis is large: look at it rarely."""
+    # the projected eigenproblem of a large basis costs as much as a product
     return (basis.size // basis.block_size) % 5 == 0

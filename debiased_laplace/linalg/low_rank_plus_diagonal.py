@@ -1,12 +1,12 @@
 r"""Precision matrices $K (D + U \mathrm{diag}(m) U^\top) K^\top$ in forms that stay accurate in single precision.
 
-K is an orthogonal basis, of which there may be none (K = I). Low rank has no K, a Kronecker posterior has no U, a full
-one has all eigenvectors in U.
+K is an orthogonal basis or the identity. A low-rank posterior has no K, a Kronecker posterior has no U, and a full
+posterior has all eigenvectors in U.
 
-Everything is derived from one decomposition. With $D^{-1/2} U = Q R$ and
+All methods use one decomposition. With $D^{-1/2} U = Q R$ and
 $R\,\mathrm{diag}(m) R^\top = Z\,\mathrm{diag}(s) Z^\top$, the matrix is
 $D^{1/2} (I + V \mathrm{diag}(s) V^\top) D^{1/2}$, where $V = Q Z$ is orthonormal. It needs neither $m^{1/2}$ nor
-$m^{-1}$, so that zero and negative magnitudes are no special cases.
+$m^{-1}$, so zero and negative magnitudes are allowed.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class LowRankPlusDiagonal:
         diagonal: $D > 0$: one number for $D = \delta I$, or one per coordinate.
         directions: $U$, orthonormal columns, in the coordinates of the basis.
         magnitudes: $m$, of any sign as long as $P$ is positive definite.
-        basis: $K$; None for the axes.
+        basis: $K$; None: the identity.
 
     Raises:
         ValueError: if the diagonal is not positive and finite, or a magnitude is not finite.
@@ -44,8 +44,8 @@ class LowRankPlusDiagonal:
     def __post_init__(self) -> None:
         if not bool((self.diagonal > 0).all() and self.diagonal.isfinite().all()):
             raise ValueError(
-                "The diagonal of a precision must be positive and finite; its smallest entry is "
-                f"{self.diagonal.min().item():.3g}, its largest {self.diagonal.max().item():.3g}."
+                "Expected the diagonal of a precision to be positive and finite; got entries from "
+                f"{self.diagonal.min().item():.3g} to {self.diagonal.max().item():.3g}."
             )
         if not bool(self.magnitudes.isfinite().all()):
             raise ValueError("Magnitudes must be finite; got NaN or infinity.")
@@ -73,13 +73,13 @@ class LowRankPlusDiagonal:
             R = R.to(exact)
             s, Z = torch.linalg.eigh((R * self.magnitudes.to(exact)) @ R.T)
             V, s = Q @ Z.to(Q.dtype), s.to(Q.dtype)
-        # 1 + s is known to about eps; an isotropic part far above the prior makes small ones in earnest
+        # 1 + s is accurate to about eps; small true values occur with an isotropic part far above the prior
         lowest = 8 * torch.finfo(s.dtype).eps - 1
         return V, s.clamp_min(lowest), int((s < lowest).sum())
 
     @property
     def n_floored(self) -> int:
-        """Directions in which the matrix was not positive definite and was made barely so."""
+        """Number of directions in which the matrix was not positive definite; 1 + s is floored there."""
         return self._spectrum[2]
 
     @property
@@ -90,39 +90,37 @@ class LowRankPlusDiagonal:
         return (per_parameter.sum() + self._spectrum[1].to(exact).log1p().sum()).to(self.directions.dtype)
 
     def matmat(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
-        """The product P X."""
+        """Return P X."""
         rows = self._coordinates(X.T)
         product = rows * self.diagonal + ((rows @ self.directions) * self.magnitudes) @ self.directions.T
         return self._vectors(product).T
 
     def quadratic(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
-        r"""$x^\top P x$, non-negative by construction."""
+        r"""Return $x^\top P x$, non-negative by construction."""
         parallel, perpendicular = self._split(self._coordinates(x) * self.diagonal.sqrt())
         s = self._spectrum[1]
         return perpendicular.square().sum(-1) + ((1 + s) * parallel.square()).sum(-1)
 
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
-        r"""$X P^{-1} X^\top$ for a stack of row matrices, as a sum of two positive semi-definite terms."""
+        r"""Return $X P^{-1} X^\top$ of a stack of row matrices, as a sum of two positive semi-definite terms."""
         parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
         scaled = parallel / (1 + self._spectrum[1]).sqrt()
         return perpendicular @ perpendicular.mT + scaled @ scaled.mT
 
     def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
-        r"""$x P^{-1} x^\top$ of every row, without the products of different rows."""
+        r"""Return $x P^{-1} x^\top$ of every row, without products of different rows."""
         parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
         return perpendicular.square().sum(-1) + (parallel.square() / (1 + self._spectrum[1])).sum(-1)
 
     def variance_trace(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch"]:
-        r"""$\mathrm{tr}(X P^{-1} X^\top)$ for a stack of row matrices, without the r x r products."""
+        r"""Return $\mathrm{tr}(X P^{-1} X^\top)$ of a stack of row matrices, without the r x r products."""
         return self.variances(rows).sum(-1)
 
     @cached_property
     def covariance_diagonal(self) -> Float[Tensor, " P"]:
-        """The diagonal of the inverse.
-
-        In double precision, V orthonormal in it too: where the directions span nearly everything, what they leave is a
-        difference of nearly equal numbers, which a KL divergence multiplies by the curvature again.
-        """
+        """Diagonal of the inverse."""
+        # In double precision, with V orthonormal in it: where the directions span nearly the whole space, the residual
+        # is a difference of nearly equal numbers, and a KL divergence multiplies it by the curvature.
         exact = accumulation_dtype(self.directions)
         V, s = polish(self._spectrum[0].to(exact)), self._spectrum[1].to(exact)
         prior = 1 / self.diagonal.to(exact).expand(self.n_parameters)
@@ -132,27 +130,27 @@ class LowRankPlusDiagonal:
         basis = self.basis.to(exact)
         whole = basis.diagonal_of(prior)
         removed = basis.vectors((V * prior.sqrt()[:, None]).T).square()
-        # no direction takes away more than the stiffest one does
+        # no direction reduces the variance by more than the stiffest
         least = whole / (1 + max(float(s.max()), 0.0)) if self.rank else whole
         return torch.maximum(whole - (s / (1 + s)) @ removed, least).to(self.directions.dtype)
 
     @cached_property
     def coordinate_variances(self) -> Float[Tensor, " P"]:
-        """The diagonal of the inverse in the coordinates of the basis."""
+        """Diagonal of the inverse in the coordinates of the basis."""
         V, s, _ = self._spectrum
-        # 1 - sum V² s/(1+s); entries far below the prior's are less exact than those of the covariance's diagonal
+        # 1 - sum V² s/(1+s); entries far below the prior variance are less accurate than in `covariance_diagonal`
         outside = (1 - V.square().sum(1)).clamp_min(0)
         inside = (V.square() / (1 + s)).sum(1)
         return (outside + inside) / self.diagonal
 
     def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
-        r"""$A \varepsilon$ with $A A^\top = P^{-1}$: maps standard normal rows to draws with covariance $P^{-1}$."""
+        r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$, draws with covariance $P^{-1}$ from standard normal rows."""
         V, s, _ = self._spectrum
         shrunk = noise + ((noise @ V) * ((1 + s).rsqrt() - 1)) @ V.T
         return self._vectors(shrunk / self.diagonal.sqrt())
 
     def to_dense(self) -> Float[Tensor, "P P"]:
-        """The matrix itself; for tests and small problems."""
+        """Return P as a dense matrix, for tests and small problems."""
         diagonal = self.diagonal.expand(self.n_parameters)
         inner = torch.diag(diagonal) + (self.directions * self.magnitudes) @ self.directions.T
         if self.basis is None:
@@ -167,21 +165,21 @@ class LowRankPlusDiagonal:
         return x if self.basis is None else self.basis.vectors(x)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened rows into coordinates along V and what is left outside."""
+        """Split whitened rows into their coordinates along V and their residual."""
         V = self._spectrum[0]
         parallel = x @ V
         return parallel, x - parallel @ V.T
 
 
 class _DifferentiableLogDet(torch.autograd.Function):
-    r"""Log determinant with the closed-form gradient, so that no eigenvector is ever differentiated.
+    r"""Log determinant with its closed-form gradient, which avoids differentiating eigenvectors.
 
     $\partial \log\det P / \partial D_i = (P^{-1})_{ii}$ and $\partial \log\det P / \partial m_j = u_j^\top P^{-1} u_j$.
     """
 
     @staticmethod
     def forward(ctx: Any, diagonal: Tensor, magnitudes: Tensor, operator: LowRankPlusDiagonal) -> Tensor:
-        """The log determinant of the operator, which holds the same numbers detached."""
+        """Return the log determinant of the operator, which holds the same values detached."""
         ctx.operator = operator
         ctx.isotropic = diagonal.numel() == 1
         ctx.shapes = diagonal.shape, magnitudes.shape
@@ -190,7 +188,7 @@ class _DifferentiableLogDet(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients with respect to the diagonal and the magnitudes."""
+        """Return the gradients with respect to the diagonal and the magnitudes."""
         (g,) = upstream
         op = ctx.operator
         per_parameter = op.coordinate_variances
@@ -206,11 +204,11 @@ def differentiable_log_det(
     magnitudes: Float[Tensor, " k"],
     operator: LowRankPlusDiagonal,
 ) -> Float[Tensor, ""]:
-    """Log determinant with gradients with respect to the diagonal and the magnitudes, first order only.
+    """Return the log determinant with first-order gradients with respect to the diagonal and the magnitudes.
 
     Args:
-        diagonal: the operator's diagonal, attached to the caller's graph.
-        magnitudes: the operator's magnitudes, attached to the caller's graph.
+        diagonal: diagonal of the operator, part of the caller's graph.
+        magnitudes: magnitudes of the operator, part of the caller's graph.
         operator: the same matrix, detached; its decomposition is reused.
 
     Returns:
@@ -221,20 +219,20 @@ def differentiable_log_det(
 
 
 def kl_divergence(precision: LowRankPlusDiagonal, reference: LowRankPlusDiagonal) -> Float[Tensor, ""]:
-    r"""KL divergence of two Gaussians with the same mean, $KL(N(\mu, P^{-1}) \| N(\mu, R^{-1}))$.
+    r"""Return the KL divergence of two Gaussians with the same mean, $KL(N(\mu, P^{-1}) \| N(\mu, R^{-1}))$.
 
     Args:
-        precision: P, of the approximation.
-        reference: R, of the posterior that it approximates.
+        precision: precision P of the approximation.
+        reference: precision R of the approximated posterior.
 
     Returns:
         $\tfrac12 [\mathrm{tr}(P^{-1} R) - \dim + \log\det P - \log\det R]$, in nats.
 
     Raises:
-        ValueError: if the reference has a basis of its own.
+        ValueError: if the reference has a Kronecker basis.
     """
     if reference.basis is not None:
-        raise ValueError("Expected a reference without a Kronecker basis (low rank or full); got one with.")
+        raise ValueError("Expected a reference without a Kronecker basis (low rank or full); got one with a basis.")
     exact = accumulation_dtype(precision.directions)
     along = precision.variances(reference.directions.T).to(exact)
     trace = (precision.covariance_diagonal.to(exact) * reference.diagonal.to(exact)).sum()

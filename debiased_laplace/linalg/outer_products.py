@@ -1,6 +1,7 @@
-r"""Stacks of matrices that are outer products, $M = g a^\top$, told by looking at them.
+r"""Factorization of stacks of outer products $M = g a^\top$.
 
-The gradient of a linear layer's weight at one sample is one. Rotating such a matrix costs its two vectors' products.
+The gradient of a linear layer's weight at one sample is an outer product; rotating it only takes products with its two
+factors.
 """
 
 import torch
@@ -8,24 +9,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 _WORTHWHILE = 32
-"""Matrices whose sides sum up to less are not looked at."""
+"""Smallest o + i for which a factorization saves time."""
 
 
 def outer_factors(
     M: Float[Tensor, "n o i"],
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "n i"]] | None:
-    """G and a of every matrix, if all of them are outer products up to rounding.
+    """Factorize every matrix into g and a.
 
     Args:
         M: matrices.
 
     Returns:
-        The factors; None if a matrix is none, or they are too small for it to matter.
+        The factors g and a; None if a matrix is not an outer product up to rounding, or the matrices are small.
     """
     n, o, i = M.shape
     if n == 0 or min(o, i) < 2 or o + i < _WORTHWHILE:
         return None
-    # a single matrix that is none saves looking at the others
+    # test one matrix first: most stacks without the structure are rejected by it
     if n > 1 and outer_factors(M[:1]) is None:
         return None
     largest = M.square().sum(2).argmax(1)

@@ -100,7 +100,6 @@ def DebiasedLaplace(
         The posterior, not fitted yet.
 
     Raises:
-        NotBuiltError: if an option is not available yet.
         ValueError: if an option is out of its range.
 
     Warns:

@@ -21,9 +21,9 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.pool import Pool
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, root_length
 from debiased_laplace.data.splitting import SubBatches
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request, SplitCurvature
@@ -197,7 +197,7 @@ def look_at(
     progress_bar: bool = False,
 ) -> Survey:
     """The samples at some positions, looked at once."""
-    samples = Samples(source, indices, network.like.device, seed)
+    samples = SubBatch(source, indices, network.like.device, seed)
     return survey(network, samples, keep=keep, progress_bar=progress_bar)
 
 
@@ -213,7 +213,7 @@ def _meet(
 ) -> tuple[Network, Batch]:
     """The network, with the backend's derivatives where they are right, and some samples."""
     device = next(problem.model.parameters()).device
-    some = next(iter(Samples(source, split.direction_indices[:8], device, seed)))
+    some = next(iter(SubBatch(source, split.direction_indices[:8], device, seed)))
     selection = problem.subset.select_by(problem.model, some.inputs)
     network = meet_network(selection, problem.likelihood, some)
     uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
@@ -225,7 +225,7 @@ def curvatures_of(
     problem: Problem,
     network: Network,
     some: Batch,
-    sets: list[Samples],
+    sets: list[SubBatch],
     seed: int,
     *,
     progress_bar: bool = False,

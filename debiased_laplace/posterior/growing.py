@@ -14,8 +14,8 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.data.pool import Pool
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace, sample_terms
 from debiased_laplace.debiasing.stopping import (
@@ -59,12 +59,12 @@ def fit_samples(
     ParameterSelection.all_weights(task.problem.model).check_finite()
     seed = task.split_options.seed
     source = sample_source(loader, seed, task.problem.keys)
-    pool = Pool.of(source, n_data) if earlier is None else earlier.joined(source, n_data, seed)
+    pool = Pool.of(source, n_data) if earlier is None else earlier.join(source, n_data, seed)
     if tolerance is not None:
         selection, fit = _until_enough(task, pool, tolerance, progress_bar=progress_bar)
     else:
-        found = _fit_at(task, pool, pool.at_hand, progress_bar=progress_bar)
-        selection, fit = found.selection, replace(found.fit, pool=pool.having_read(pool.at_hand))
+        found = _fit_at(task, pool, pool.available, progress_bar=progress_bar)
+        selection, fit = found.selection, replace(found.fit, pool=pool.with_read(pool.available))
     return selection, replace(fit, seconds=time.perf_counter() - started)
 
 
@@ -76,7 +76,7 @@ def _fit_at(task: Task, pool: Pool, positions: Int64[Tensor, " n"], *, progress_
 
 def _until_enough(task: Task, pool: Pool, tolerance: float, *, progress_bar: bool) -> tuple[ParameterSelection, Fit]:
     """Double the samples until that gains less than the tolerance, or there are no more."""
-    sizes, order = _sizes(task, pool), pool.in_order(task.split_options.seed)
+    sizes, order = _sizes(task, pool), pool.reading_order(task.split_options.seed)
     stages: list[Stage] = []
     before: Fit | None = None
     with tqdm(total=len(order), disable=not progress_bar, desc="[Doubling the samples]") as bar:
@@ -94,7 +94,7 @@ def _until_enough(task: Task, pool: Pool, tolerance: float, *, progress_bar: boo
                 break
     for warning in caught:
         warnings.warn(warning.message, warning.category, stacklevel=4)
-    return selection, replace(fit, pool=pool.having_read(order[:n]), stopping=stopping)
+    return selection, replace(fit, pool=pool.with_read(order[:n]), stopping=stopping)
 
 
 def _sizes(task: Task, pool: Pool) -> list[int]:
@@ -103,15 +103,15 @@ def _sizes(task: Task, pool: Pool) -> list[int]:
     Raises:
         ValueError: if no number of samples would do, or it would make no difference.
     """
-    options, at_hand = task.split_options, pool.at_hand
+    options, available = task.split_options, pool.available
     if isinstance(options.direction_samples, int) and isinstance(options.magnitude_samples, int):
         raise ValueError(
             "tolerance doubles the samples: expected direction_samples or magnitude_samples as a share of them; got "
             f"{options.direction_samples} and {options.magnitude_samples} samples."
         )
-    options.draw(at_hand, task.request, pool.size)
-    sizes = stage_sizes(len(pool.read) or FIRST_STAGE, len(at_hand))
-    return [n for n in sizes if _can_take(task, at_hand[:n], pool.size)]
+    options.draw(available, task.request, pool.size)
+    sizes = stage_sizes(len(pool.read) or FIRST_STAGE, len(available))
+    return [n for n in sizes if _can_take(task, available[:n], pool.size)]
 
 
 def _can_take(task: Task, positions: Int64[Tensor, " n"], n_data: int) -> bool:
@@ -179,10 +179,10 @@ def _judges(
     """The curvature of the samples that were read, used or not, and of those that were not."""
     seed = task.split_options.seed
 
-    def of(sets: list[Samples], n_before: int) -> list[SubBatchCurvature]:
+    def of(sets: list[SubBatch], n_before: int) -> list[SubBatchCurvature]:
         return curvatures_of(task.problem, found.network, found.some, sets, seed, n_before=n_before)
 
-    def at(positions: Int64[Tensor, " _"]) -> list[Samples]:
+    def at(positions: Int64[Tensor, " _"]) -> list[SubBatch]:
         return [look_at(found.network, pool.source, positions, seed).samples] if len(positions) else []
 
     # draws that the posterior was fitted to, of which there are two a sample, would judge it too kindly

@@ -16,8 +16,8 @@ from debiased_laplace.curvature.survey import evaluated
 from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import root_length, sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.held_out_kl import (
     HeldOutKL,
     KLTerms,
@@ -146,14 +146,14 @@ def judged(candidate: Candidate, loader: Any, fitted_loader: Any, *, progress_ba
 class _Known:
     """Samples of a loader, and what they are known by."""
 
-    samples: Samples
+    samples: SubBatch
     identities: SampleIdentities
 
 
 def _known(candidate: Candidate, loader: Any) -> _Known:
     seed = candidate.seed
     source = sample_source(loader, seed, candidate.keys)
-    samples = Samples(source, source.indices, candidate.precision.directions.device, seed)
+    samples = SubBatch(source, source.indices, candidate.precision.directions.device, seed)
     root, positions = source.root()
     augmented = source.augments(seed)
     with undisturbed_randomness(seed):
@@ -174,7 +174,7 @@ def _terms_of(candidate: Candidate, terms: KLTerms, known: _Known, bar: Any) -> 
         return sample_terms(terms, _curvature_traces(candidate, known.samples, bar))
 
 
-def _curvature_traces(candidate: Candidate, samples: Samples, bar: Any) -> Iterator[Tensor]:
+def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iterator[Tensor]:
     r"""$\mathrm{tr}(\hat P^{-1} H_n)$ of each sample."""
     precision, root = candidate.precision, candidate.target.root
     for batch in samples:

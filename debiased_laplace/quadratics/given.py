@@ -12,8 +12,8 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.survey import checked_outputs, meet_network
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 
 Curvature = Literal["ggn", "ef", "hessian"]
 _CURVATURES = ("ggn", "ef", "hessian")
@@ -87,4 +87,4 @@ def batches_of(data: Any, seed: int) -> tuple[int, Iterator[Batch]]:
             raise ValueError("The batch has no samples.")
         return len(batch), iter([batch])
     source = sample_source(data, seed)
-    return len(source.indices), iter(Samples(source, source.indices, torch.device("cpu"), seed))
+    return len(source.indices), iter(SubBatch(source, source.indices, torch.device("cpu"), seed))

@@ -28,8 +28,8 @@ from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.roots import GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.lanczos import lanczos
 
 FIRST, SECOND = 0, -1  # in place of a number of repetitions
@@ -210,7 +210,7 @@ def curvature_of(model: nn.Module, samples: TensorDataset) -> RowCurvature:
     source = sample_source(DataLoader(samples, batch_size=128), 0)
     device = samples.tensors[0].device
     network = la.fitted.network
-    return RowCurvature(network, Samples(source, source.indices, device, 0), GaussNewton(network.likelihood))
+    return RowCurvature(network, SubBatch(source, source.indices, device, 0), GaussNewton(network.likelihood))
 
 
 _fitted: dict[int, Any] = {}

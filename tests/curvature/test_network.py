@@ -19,8 +19,8 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, MappingKeys
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.predictive.linearized import draw_functions, predict_variances
@@ -94,7 +94,7 @@ def setup(twin: str, kind: str) -> tuple[Network, Inputs, nn.Module, Tensor]:
 def curvature(twin: str, kind: str, root: str, seed: int = 0, batch_size: int = 3) -> RowCurvature:
     network, inputs, _, _ = setup(twin, kind)
     batches = [(b.inputs, b.targets) for b in Batch(inputs, targets(kind, N)).chunks(batch_size)]
-    samples = Samples(sample_source(batches, 0, MappingKeys("left", "y")), torch.arange(N), torch.device("cpu"), 0)
+    samples = SubBatch(sample_source(batches, 0, MappingKeys("left", "y")), torch.arange(N), torch.device("cpu"), 0)
     return RowCurvature(network, samples, ROOTS[root](network.likelihood), seed=seed)
 
 

@@ -18,8 +18,8 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import RunningMoments
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 
 KINDS = ["classification", "regression"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -65,7 +65,7 @@ def curvature(
     _, X = MODELS[name](dtype=dtype)
     y = targets(kind, dtype=dtype)
     batches = [(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(X), batch_size)]
-    samples = Samples(sample_source(batches, 0), indices, torch.device("cpu"), 0)
+    samples = SubBatch(sample_source(batches, 0), indices, torch.device("cpu"), 0)
     return RowCurvature(net, samples, root(net.likelihood), seed=5, progress_bar=progress_bar)
 
 

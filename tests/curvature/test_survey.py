@@ -12,8 +12,8 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.survey import checked_outputs, meet_network, survey
 from debiased_laplace.data.batches import Batch, sample_hashes
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 
 
 class Wrapped(nn.Module):
@@ -147,7 +147,7 @@ def look(likelihood: str = "classification", *, keep: bool = False, spoil: Any =
     if spoil is not None:
         spoil(X, y)
     source = sample_source([(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, 40, batch_size)], 0)
-    samples = Samples(source, torch.arange(40), torch.device("cpu"), 0)
+    samples = SubBatch(source, torch.arange(40), torch.device("cpu"), 0)
     return survey(network, samples, keep=keep, progress_bar=False), model, X, y
 
 
@@ -196,7 +196,7 @@ def test_a_survey_refuses_outputs_that_overflow_on_a_late_sample() -> None:
     X, y = X.clone(), targets("classification")
     network = meet(Wrapped(torch.exp), "classification", X, y)
     X[39] *= 1e6
-    samples = Samples(sample_source([(X, y)], 0), torch.arange(40), torch.device("cpu"), 0)
+    samples = SubBatch(sample_source([(X, y)], 0), torch.arange(40), torch.device("cpu"), 0)
     with pytest.raises(ValueError, match="NaN or infinite"):
         survey(network, samples, keep=False, progress_bar=False)
 
@@ -205,7 +205,7 @@ def test_a_survey_can_show_progress(capsys: pytest.CaptureFixture[str]) -> None:
     model, X = mlp()
     y = targets("classification")
     network = meet(model, "classification", X, y)
-    samples = Samples(sample_source([(X, y)], 0), torch.arange(40), torch.device("cpu"), 0)
+    samples = SubBatch(sample_source([(X, y)], 0), torch.arange(40), torch.device("cpu"), 0)
     survey(network, samples, keep=False, progress_bar=False)
     assert capsys.readouterr().err == ""
     survey(network, samples, keep=False, progress_bar=True)

@@ -162,8 +162,8 @@ JOINS = {
 def joined(case: str) -> tuple[Pool, Pool]:
     join = JOINS[case]
     old = join.old()
-    before = Pool.of(old, None).having_read(join.read(old))
-    return before, before.joined(join.new(), None, seed=2)
+    before = Pool.of(old, None).with_read(join.read(old))
+    return before, before.join(join.new(), None, seed=2)
 
 
 @pytest.mark.parametrize("case", JOINS)
@@ -175,7 +175,7 @@ def test_every_sample_is_there_once(case: str) -> None:
     assert sorted(labels(source, after.read)) == sorted(labels(before.source, before.read))
     assert set(labels(source, after.fresh)) == join.fresh
     assert after.size == len(join.samples)
-    for positions in (source.indices, after.read, after.fresh, after.at_hand):
+    for positions in (source.indices, after.read, after.fresh, after.available):
         assert bool((positions.diff() > 0).all()), "increasing"
 
 
@@ -198,8 +198,8 @@ def test_positions_are_in_the_data_set_that_the_samples_share(case: str) -> None
 
 def test_a_third_data_set_joins_two() -> None:
     pool = Pool.of(over(other_data(0, 1, 2)), None)
-    pool = pool.having_read(pool.at_hand).joined(over(other_data(3, 4), batch_size=2), None, seed=2)
-    pool = pool.having_read(pool.at_hand).joined(over(other_data(4, 5, 0)), None, seed=2)
+    pool = pool.with_read(pool.available).join(over(other_data(3, 4), batch_size=2), None, seed=2)
+    pool = pool.with_read(pool.available).join(over(other_data(4, 5, 0)), None, seed=2)
     assert labels(pool.source, pool.source.indices) == [0, 1, 2, 3, 4, 5]
     assert labels(pool.source, pool.fresh) == [5]
 
@@ -262,14 +262,14 @@ def test_joins_that_are_refused(case: str) -> None:
     pool = Pool.of(old(), None)
     state = torch.random.get_rng_state()
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        pool.having_read(pool.at_hand).joined(new(), None, seed=2)
+        pool.with_read(pool.available).join(new(), None, seed=2)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_random_loading_of_one_data_set_goes_by_position() -> None:
     dataset = Noisy()
     pool = Pool.of(over(dataset, range(6)), None)
-    pool = pool.having_read(pool.at_hand).joined(over(dataset, range(4, 9)), None, seed=2)
+    pool = pool.with_read(pool.available).join(over(dataset, range(4, 9)), None, seed=2)
     assert pool.fresh.tolist() == [6, 7, 8]
     assert pool.read.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -279,14 +279,14 @@ def test_random_loading_of_one_data_set_goes_by_position() -> None:
 
 def test_the_size_is_as_given_or_all_samples() -> None:
     pool = Pool.of(over(DATA, range(6)), None)
-    read = pool.having_read(pool.at_hand)
+    read = pool.with_read(pool.available)
     assert pool.size == 6
-    assert read.joined(over(DATA, range(4, 9)), None, seed=2).size == 9
-    assert read.joined(over(DATA, range(4, 9)), 40, seed=2).size == 40
-    given = Pool.of(over(DATA, range(6)), 17).having_read(pool.at_hand)
+    assert read.join(over(DATA, range(4, 9)), None, seed=2).size == 9
+    assert read.join(over(DATA, range(4, 9)), 40, seed=2).size == 40
+    given = Pool.of(over(DATA, range(6)), 17).with_read(pool.available)
     assert given.size == 17
-    assert given.joined(over(DATA, range(4, 9)), None, seed=2).size == 17
-    assert given.joined(over(DATA, range(4, 9)), 18, seed=2).size == 18
+    assert given.join(over(DATA, range(4, 9)), None, seed=2).size == 17
+    assert given.join(over(DATA, range(4, 9)), 18, seed=2).size == 18
 
 
 def test_a_size_below_the_samples() -> None:
@@ -295,7 +295,7 @@ def test_a_size_below_the_samples() -> None:
     pool = Pool.of(over(DATA, range(6)), 7)
     # two were read, three more are at hand; that there are nine of them is known all the same
     with pytest.raises(ValueError, match="at least 9, got 7"):
-        pool.having_read(pool.at_hand[:2]).joined(over(DATA, range(6, 9)), None, seed=2)
+        pool.with_read(pool.available[:2]).join(over(DATA, range(6, 9)), None, seed=2)
 
 
 # --- order, and what is left of a pool elsewhere ---
@@ -303,13 +303,13 @@ def test_a_size_below_the_samples() -> None:
 
 def test_the_order_is_fixed_by_the_seed_whatever_was_read() -> None:
     pool = Pool.of(over(DATA), None)
-    order = pool.in_order(4)
+    order = pool.reading_order(4)
     assert sorted(order.tolist()) == list(range(N))
-    assert torch.equal(order, pool.in_order(4))
-    assert not torch.equal(order, pool.in_order(5))
+    assert torch.equal(order, pool.reading_order(4))
+    assert not torch.equal(order, pool.reading_order(5))
     for n in (1, 8, N):
-        assert torch.equal(pool.having_read(order[:n]).in_order(4), order)
-    half = pool.having_read(torch.arange(0, N, 2)).in_order(4)
+        assert torch.equal(pool.with_read(order[:n]).reading_order(4), order)
+    half = pool.with_read(torch.arange(0, N, 2)).reading_order(4)
     assert half[:12].sort().values.tolist() == list(range(0, N, 2))
     assert half[12:].tolist() == [i for i in order.tolist() if i % 2]
 
@@ -324,7 +324,7 @@ def test_data_sets_of_a_joined_pool_can_be_pickled() -> None:
     # the data set goes into a pickle of the posterior, the loaders' functions do not
     old, new = (over(other_data(i, i + 1), collate_fn=lambda items: as_mappings(items)) for i in (0, 2))
     pool = Pool.of(old, None)
-    after = pool.having_read(pool.at_hand).joined(new, None, seed=2)
+    after = pool.with_read(pool.available).join(new, None, seed=2)
     again = pickle.loads(pickle.dumps(after.source.dataset))
     assert [int(again[i][1]) for i in range(len(again))] == [0, 1, 2, 3]
 
@@ -334,5 +334,5 @@ def test_keys_of_mappings_are_kept() -> None:
     batches = [{"input_ids": X[:3], "classes": Y[:3]}], [{"input_ids": X[3:6], "classes": Y[3:6]}]
     old, new = (sample_source(part, 2, keys) for part in batches)
     pool = Pool.of(old, None)
-    after = pool.having_read(pool.at_hand).joined(new, None, seed=2)
+    after = pool.with_read(pool.available).join(new, None, seed=2)
     assert labels(after.source, after.source.indices) == [0, 1, 2, 3, 4, 5]

@@ -24,8 +24,8 @@ from torch.utils.data import (
 
 from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.inputs import MappingKeys
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import SampleSource, sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 
 N = 23
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
@@ -348,7 +348,7 @@ def test_root_of_some_positions_only() -> None:
 def test_samples_can_be_gone_through_again_and_kept() -> None:
     dataset = Counting()
     source = sample_source(DataLoader(dataset, batch_size=4), seed=0)
-    samples = Samples(source, torch.tensor([9, 2, 5, 6, 1]), torch.device("cpu"), seed=0)
+    samples = SubBatch(source, torch.tensor([9, 2, 5, 6, 1]), torch.device("cpu"), seed=0)
     assert len(samples) == 5
     first = list(samples)
     assert [b.targets.tolist() for b in first] == [[9, 2, 5, 6], [1]]
@@ -363,7 +363,7 @@ def test_samples_can_be_gone_through_again_and_kept() -> None:
 
 def test_samples_are_moved_to_the_device() -> None:
     source = sample_source([(X, Y)], seed=0)
-    for batch in Samples(source, torch.arange(4), torch.device("meta"), seed=0):
+    for batch in SubBatch(source, torch.arange(4), torch.device("meta"), seed=0):
         assert batch.inputs.device.type == "meta"
 
 
@@ -442,8 +442,8 @@ def test_refuses_lists_of_mappings_that_cannot_be_joined(case: str) -> None:
 
 def test_samples_of_mappings_can_be_kept_and_moved() -> None:
     source = sample_source(DataLoader(Mappings(), batch_size=4), 0, KEYS)
-    samples = Samples(source, torch.tensor([9, 2, 5, 6, 1]), torch.device("cpu"), seed=0)
+    samples = SubBatch(source, torch.tensor([9, 2, 5, 6, 1]), torch.device("cpu"), seed=0)
     kept = samples.keeping(list(samples))
     assert [b.inputs["ids"][:, 0].tolist() for b in kept] == [[27, 6, 15, 18], [3]]
-    moved = Samples(source, torch.arange(4), torch.device("meta"), 0)
+    moved = SubBatch(source, torch.arange(4), torch.device("meta"), 0)
     assert {t.device.type for b in moved for t in b.inputs.values()} == {"meta"}

@@ -12,8 +12,8 @@ from debiased_laplace.curvature.roots import GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing import directions as module
 from debiased_laplace.debiasing.directions import choose_solver, find_directions
 
@@ -23,7 +23,7 @@ def curvature_of(name, likelihood, n=12):
     y = targets(likelihood)
     network = meet_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X[:8], y[:8]))
     source = sample_source(DataLoader(TensorDataset(X[:n], y[:n]), batch_size=5), 0)
-    samples = Samples(source, source.indices, torch.device("cpu"), 0)
+    samples = SubBatch(source, source.indices, torch.device("cpu"), 0)
     return RowCurvature(network, samples, GaussNewton(network.likelihood)), model, X[:n]
 
 

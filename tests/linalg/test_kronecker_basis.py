@@ -23,8 +23,8 @@ BLOCKS: dict[str, Callable[[], list[BasisBlock]]] = {
     "columns only": lambda: [BasisBlock(3, 4, None, orthogonal(4, 2))],
     "a bias": lambda: [BasisBlock(5, 1, orthogonal(5, 3), None)],
     "one row": lambda: [BasisBlock(1, 4, None, orthogonal(4, 2))],
-    "a scalar that is turned round": lambda: [BasisBlock(1, 1, -torch.ones(1, 1, dtype=torch.float64), None)],
-    "several, axes and a scalar among them": lambda: [
+    "a scalar with its sign flipped": lambda: [BasisBlock(1, 1, -torch.ones(1, 1, dtype=torch.float64), None)],
+    "several, with identities and a scalar": lambda: [
         BasisBlock(2, 3, None, None),
         BasisBlock(3, 4, orthogonal(3, 1), orthogonal(4, 2)),
         BasisBlock(1, 1, None, None),
@@ -38,7 +38,7 @@ every_block = pytest.mark.parametrize("name", BLOCKS)
 
 
 def make(name: str) -> tuple[KroneckerBasis, Tensor]:
-    """A basis, and its matrix put together of what the blocks say."""
+    """Return a basis, and its dense matrix assembled from the blocks."""
     blocks = BLOCKS[name]()
     axes = torch.eye(9, dtype=torch.float64)
     K = block_diagonal(
@@ -77,7 +77,7 @@ def test_diagonal_of_a_diagonal_in_coordinates(name: str) -> None:
     basis, K = make(name)
     d = draw(len(K), seed=9).exp()
     torch.testing.assert_close(basis.diagonal_of(d), (K @ torch.diag(d) @ K.T).diagonal(), rtol=1e-13, atol=0)
-    # the squares are kept beside the basis, not in its place
+    # the cached squares do not replace the basis
     torch.testing.assert_close(basis.to_dense(), K, rtol=0, atol=1e-15)
     torch.testing.assert_close(basis.diagonal_of(d), (K @ torch.diag(d) @ K.T).diagonal(), rtol=1e-13, atol=0)
 
@@ -92,7 +92,7 @@ def test_a_block_is_of_the_matrix_flattened_row_by_row() -> None:
             assert float(coordinates[o, i]) == pytest.approx(float(left[:, o] @ M @ right[:, i]), rel=1e-12)
 
 
-def test_axes_change_nothing() -> None:
+def test_blocks_without_a_basis_change_nothing() -> None:
     basis = KroneckerBasis((BasisBlock(2, 3, None, None), BasisBlock(1, 1, None, None)))
     x = draw(4, 7, seed=11)
     assert torch.equal(basis.coordinates(x), x)
@@ -102,7 +102,7 @@ def test_axes_change_nothing() -> None:
 
 
 def test_single_precision_stays_single() -> None:
-    basis, K = make("several, axes and a scalar among them")
+    basis, K = make("several, with identities and a scalar")
     single = KroneckerBasis(
         tuple(
             BasisBlock(b.rows, b.columns, *(None if side is None else side.float() for side in (b.left, b.right)))

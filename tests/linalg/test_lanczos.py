@@ -15,7 +15,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def with_spectrum(values: list[float] | Tensor, seed: int = 0) -> Tensor:
-    """A symmetric matrix with these eigenvalues."""
+    """Return a symmetric matrix with these eigenvalues."""
     spectrum = torch.as_tensor(values, dtype=torch.float64)
     Q = torch.linalg.qr(draw(len(spectrum), len(spectrum), seed=seed))[0]
     H = (Q * spectrum) @ Q.T
@@ -23,7 +23,7 @@ def with_spectrum(values: list[float] | Tensor, seed: int = 0) -> Tensor:
 
 
 class Counted:
-    """A matrix that can only be multiplied, and counts how many vectors were."""
+    """Matrix-vector product that counts the vectors it was applied to."""
 
     def __init__(self, H: Tensor):
         self.H, self.products, self.widest = H, 0, 0
@@ -35,7 +35,7 @@ class Counted:
 
 
 def assert_eigenpairs(H: Tensor, pairs: Eigenpairs, k: int, *, rtol: float, atol: float = 0.0) -> None:
-    """Values and true residuals, relative to the largest eigenvalue, and orthonormality."""
+    """Check values and true residuals, relative to the largest eigenvalue, and orthonormality."""
     expected = torch.linalg.eigvalsh(H.double()).flip(0)[:k]
     scale = max(float(expected.abs().max()), atol)
     values, U = pairs.values.double(), pairs.vectors.double()
@@ -45,7 +45,7 @@ def assert_eigenpairs(H: Tensor, pairs: Eigenpairs, k: int, *, rtol: float, atol
     assert float((U.T @ U - torch.eye(k, dtype=torch.float64)).abs().max()) <= 20 * eps * k**0.5
     true = (H.double() @ U - U * values).norm(dim=0)
     assert float(true.max()) <= rtol * scale + atol
-    # reported residuals are the true ones, up to rounding and to what restarts in the complement leave out
+    # reported residuals are the true ones, up to rounding and the restarts in the complement
     assert bool((true <= 1.5 * pairs.residuals.double() + 100 * eps * scale).all())
     assert float(pairs.residuals.max()) <= rtol * scale + atol
 
@@ -73,7 +73,7 @@ MATRICES: dict[str, tuple[Tensor | list[float], int, int]] = {
     "k above P": ([3.0, 2.0, 1.0], 100, 2),
     "P = 1": ([3.0], 1, 1),
     "P = 1, k above it": ([3.0], 4, 3),
-    "indefinite: algebraically largest, not largest in size": (torch.linspace(-20, 4, 150), 5, 2),
+    "indefinite: algebraically largest, not largest in magnitude": (torch.linspace(-20, 4, 150), 5, 2),
     "negative definite": (torch.linspace(-9, -1, 60), 3, 1),
     "tiny numbers": (1e-9 * DECAYING, 8, 2),
     "huge numbers": (1e9 * DECAYING, 8, 2),
@@ -106,7 +106,7 @@ def test_leading_pairs_in_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("block_size", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_no_curvature_at_all(block_size: int, dtype: torch.dtype) -> None:
+def test_zero_matrix(block_size: int, dtype: torch.dtype) -> None:
     pairs = lanczos(torch.zeros_like, torch.zeros(50, dtype=dtype), 4, block_size=block_size)
     assert torch.equal(pairs.values, torch.zeros(4, dtype=dtype))
     assert torch.equal(pairs.residuals, torch.zeros(4, dtype=dtype))
@@ -167,14 +167,14 @@ def test_a_looser_tolerance_takes_fewer_products() -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_too_few_products_are_said_to_be_too_few(block_size: int) -> None:
+def test_too_few_products_are_reported(block_size: int) -> None:
     H = with_spectrum(torch.linspace(0, 1, 500).square())
     matmat = Counted(H)
     pairs = lanczos(matmat, H[0], 5, block_size=block_size, max_products=20)
     assert not pairs.outcome.converged
     assert pairs.outcome.products == matmat.products <= 20 + block_size
     assert f"{matmat.products} products" in pairs.outcome.reason
-    # the residuals say how far it got
+    # the residuals are the true ones
     true = (H @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
     assert torch.allclose(pairs.residuals, true, rtol=1e-6, atol=1e-12)
     assert float(true.max()) > 1e-3
@@ -224,7 +224,7 @@ ORACLE: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", ORACLE)
-def test_a_full_basis_is_what_textbook_lanczos_gives(name: str) -> None:
+def test_a_full_basis_agrees_with_textbook_lanczos(name: str) -> None:
     H = ORACLE[name]()
     n = len(H)
     # Golub & Van Loan, algorithm 10.1.1, with every vector orthogonalized against all earlier ones

@@ -65,7 +65,7 @@ WITHOUT_BASIS = [name for name in CASES if not name.startswith("basis")]
 
 
 def kronecker_basis(dtype: torch.dtype = torch.float64) -> tuple[KroneckerBasis, Tensor]:
-    """Blocks with a basis on both sides, on either, and on none; and the matrix."""
+    """Return a basis with blocks of both sides, either and none, and its dense matrix."""
     left, right, rows, columns = (orthonormal(n, seed=30 + n, n=n) for n in (3, 4, 2, 5))
     axes = torch.eye(5, dtype=torch.float64)
     blocks = [(3, 4, left, right), (2, 2, rows, None), (1, 5, None, columns), (2, 1, None, None)]
@@ -82,7 +82,7 @@ def kronecker_basis(dtype: torch.dtype = torch.float64) -> tuple[KroneckerBasis,
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[LowRankPlusDiagonal, Tensor]:
-    """The operator in the given precision, and its matrix, summed up one direction at a time in double precision."""
+    """Return the operator in the given precision and its matrix, summed over directions in double precision."""
     case = CASES[name]()
     U = orthonormal(len(case.magnitudes))
     basis, K = kronecker_basis(dtype) if case.in_basis else (None, None)
@@ -94,7 +94,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[LowRankPlusDiag
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, *, scale: float | None = None) -> None:
-    """Equal relative to the largest entry, which is what rounding of a product is relative to."""
+    """Check equality relative to the largest entry, as rounding of a product is."""
     assert found.dtype == dtype
     assert found.shape == expected.shape
     scale = float(expected.abs().max()) if scale is None else scale
@@ -182,7 +182,7 @@ def test_coordinate_variances_are_those_along_the_vectors_of_the_basis(name: str
 @both_precisions
 def test_the_root_map_times_its_transpose_is_the_covariance(name: str, dtype: torch.dtype) -> None:
     operator, matrix = make(name, dtype)
-    # a map on rows: what it makes of the unit vectors is its transposed matrix
+    # a map on rows: applied to the unit vectors it gives its transposed matrix
     A = operator.root(torch.eye(P, dtype=dtype)).T.double()
     assert_close((A @ A.T).to(dtype), torch.linalg.inv(matrix), dtype)
     noise = draw(2, 3, P, seed=7).to(dtype)
@@ -209,7 +209,7 @@ def test_stiff_precisions_keep_their_log_det_and_their_variances(
     U = orthonormal(k, seed=8, n=n)
     exact = torch.diag(diagonal.expand(n)) + (U * magnitudes) @ U.T
     operator = LowRankPlusDiagonal(diagonal.to(dtype), U.to(dtype), magnitudes.to(dtype))
-    tolerance = 1e-6 if dtype == torch.float64 else 0.05  # nats, of some 3,000 to 5,000 that the textbook form loses
+    tolerance = 1e-6 if dtype == torch.float64 else 0.05  # nats; the textbook form is off by 3,000 to 5,000
     if kind == "isotropic":
         expected = (n - k) * diagonal.log() + (diagonal + magnitudes).log().sum()
     else:
@@ -225,7 +225,7 @@ def test_stiff_precisions_keep_their_log_det_and_their_variances(
     assert float((found / variances - 1).abs().max()) <= (1e-5 if dtype == torch.float64 else 1e-3)
 
 
-# how many of 23 directions, by how much the stiffest exceeds the diagonal
+# number of directions out of 23, ratio of the stiffest to the diagonal
 STIFF = {"some directions": (6, 1e6), "all directions but one": (P - 1, 1e6), "all directions": (P, 1e6)}
 
 
@@ -239,7 +239,7 @@ def test_every_entry_of_the_covariance_s_diagonal_is_exact_and_positive(
     basis, K = kronecker_basis(dtype) if in_basis else (None, torch.eye(P, dtype=torch.float64))
     U, m = orthonormal(k, seed=12), stiffness * torch.logspace(0, -1, k, dtype=torch.float64)
     operator = LowRankPlusDiagonal(0.1 * uneven().to(dtype), U.to(dtype), m.to(dtype), basis)
-    # of the matrix that is meant: rounding of U itself moves the directions, not the curvature along them
+    # of the exact matrix: rounding of U moves the directions, not the curvature along them
     matrix = K @ (torch.diag(0.1 * uneven()) + (U * m) @ U.T) @ K.T
     expected = torch.linalg.inv(matrix).diagonal()
     if k == P:
@@ -251,7 +251,7 @@ def test_every_entry_of_the_covariance_s_diagonal_is_exact_and_positive(
 
 
 def test_kl_divergence_of_a_stiff_precision_in_a_basis() -> None:
-    """A reference with a large diagonal weighs what is left of the variances by it."""
+    """A reference with a large diagonal multiplies the small residual variances by it."""
     basis, K = kronecker_basis(torch.float32)
     U, m = orthonormal(P, seed=12), 1e6 * torch.logspace(0, -1, P, dtype=torch.float64)
     precision = LowRankPlusDiagonal(0.1 * uneven().float(), U.float(), m.float(), basis)
@@ -267,11 +267,11 @@ def test_variances_in_single_precision_are_not_a_small_difference_of_large_numbe
     U = orthonormal(k, seed=10, n=n)
     magnitudes = torch.logspace(6, 2, k, dtype=torch.float64)
     operator = LowRankPlusDiagonal(tensor(1e-3)[0].float(), U.float(), magnitudes.float())
-    rows = (draw(64, k, seed=11) @ U.T)[:, None, :]  # inputs that the data determine well
+    rows = (draw(64, k, seed=11) @ U.T)[:, None, :]  # inputs well determined by the data
     expected = ((rows @ U).square() / (1e-3 + magnitudes)).sum((-2, -1))
     variance = operator.variance(rows.float())[:, 0, 0].double()
     assert bool((variance > 0).all())
-    # outside the directions rounding is all there is, and the prior inflates it
+    # the residual consists of rounding, which the prior inflates
     rounding = 3e-13 * rows.square().sum((-2, -1)) / 1e-3
     assert bool(((variance - expected).abs() <= 1e-3 * expected + rounding).all())
 
@@ -292,7 +292,7 @@ def test_what_is_not_positive_definite_is_floored_and_counted(
     assert bool(operator.log_det.isfinite())
     assert bool((operator.covariance_diagonal > 0).all())
     assert bool(operator.root(torch.eye(P, dtype=dtype)).isfinite().all())
-    # the directions that were fine are untouched
+    # positive definite directions are unchanged
     fine = operator.variance(U[:, :2].T[:, None, :])[:, 0, 0].double()
     assert torch.allclose(fine, 1 / tensor(7.0, 1.0), rtol=RTOL[dtype])
     floored = operator.variance(U[:, 2:].T[:, None, :])[:, 0, 0].double()
@@ -310,7 +310,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refuses_what_is_no_precision(case: str) -> None:
+def test_invalid_precisions_are_refused(case: str) -> None:
     diagonal, magnitudes, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         LowRankPlusDiagonal(diagonal, orthonormal(1, n=3), magnitudes)
@@ -369,7 +369,7 @@ def test_kl_divergence_is_the_dense_one_in_both_directions(first: str, second: s
 
 @pytest.mark.parametrize("name", WITHOUT_BASIS)
 @both_precisions
-def test_kl_divergence_of_equals_is_zero(name: str, dtype: torch.dtype) -> None:
+def test_kl_divergence_of_equal_precisions_is_zero(name: str, dtype: torch.dtype) -> None:
     operator, _ = make(name, dtype)
     again, _ = make(name, dtype)
     assert abs(float(kl_divergence(operator, again))) <= (1e-10 if dtype == torch.float64 else 1e-4)

@@ -408,7 +408,7 @@ def doubling(likelihood: str = CLASSIFICATION, **options: Any) -> Any:
 
 
 def order_of(dataset: Any, seed: int) -> list[int]:
-    return Pool.of(sample_source(loader(dataset), seed), None).in_order(seed).tolist()
+    return Pool.of(sample_source(loader(dataset), seed), None).reading_order(seed).tolist()
 
 
 def kl_to_full(la: Any, likelihood: str, n: int = N) -> float:

@@ -87,4 +87,5 @@ def test_directions_of_the_definitions_and_intervals_or_reasons(draw_classificat
         sign = {"lower": 1, "higher": -1}.get(CLASSIFICATION[name].better)
         assert sign is None or sign * (bad[name].value - e.value) > 0, name
     assert [name for name in good if CLASSIFICATION[name].better == "zero"] == ["confidence_gap"]
+    assert ["skewness" in good[name].estimator for name in ("nll", "brier", "confidence_gap")] == [True, True, False]
     assert shy["confidence_gap"].high < 0 < bad["confidence_gap"].low

@@ -124,6 +124,9 @@ def test_a_cluster_of_copies_is_one_unit_and_order_is_nothing() -> None:
         assert (e.low, e.value, e.high) == pytest.approx((single.low, single.value, single.high), abs=0.01)
     errors = [dt.estimate_auroc(s).standard_error for s in (copies, once, separate(a, b))]
     assert (errors[0], errors[2] < 0.5 * errors[0]) == (pytest.approx(errors[1], rel=1e-9), True)
+    e, widening = dt.estimate_auroc(copies), student_quantile(LEVEL, 79) / norm.ppf(0.975)
+    size = e.known * (1 - e.known) / (widening * e.standard_error) ** 2
+    assert (e.low, e.high) == pytest.approx(wilson_interval(e.known, size, LEVEL))
     c = compare(copies, separate(-a, b, tuple(codes)))
     assert c.difference - c.low == pytest.approx(student_quantile(LEVEL, 79) * c.standard_error)
 

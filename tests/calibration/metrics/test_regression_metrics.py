@@ -23,7 +23,8 @@ def measure(form, y, *, level: float = 0.9, n_resamples: int = 20, clusters=None
 @pytest.mark.parametrize("n_outputs", [None, 3])
 def test_metrics_are_those_of_netcal_scipy_and_scikit_learn(draw_regression, n_outputs) -> None:
     mean, std, y = draw_regression(500, scale=1.3, seed=30, n_outputs=n_outputs)
-    m, d = measure((mean, std), y).metrics, n_outputs or 1
+    result, d = measure((mean, std), y), n_outputs or 1
+    m = result.metrics
     below, s, e = (np.reshape(x, (500, d)) for x in (norm.cdf(y, mean, std), std.numpy(), (y - mean).numpy()))
     ence = []
     for j in range(d):  # ten bins of equal width
@@ -35,6 +36,7 @@ def test_metrics_are_those_of_netcal_scipy_and_scikit_learn(draw_regression, n_o
     expected |= {"mpiw": 2 * norm.ppf(0.95) * s.mean(), "sharpness": s.mean()}
     expected["pit_ks_p_value"] = min(1.0, d * min(kstest(column, "uniform").pvalue for column in below.T))
     assert {name: m[name].value for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert {b.output for b in result.curves.spread} == set(range(d))
     for name, scores in room.scores_of(read_regression("net", (mean, std), y)).items():
         assert scores.mean().item() == pytest.approx(m[name].value, rel=1e-12)
 
@@ -45,6 +47,9 @@ def test_outputs_of_constant_spread_are_left_out_and_say_why(draw_regression) ->
     joint, *alone = (measure((mean[:, j], std[:, j]), y[:, j]).metrics for j in ([0, 1, 2], 0, 1, 2))
     for name in ("crps", "nll", "aurc", "ence"):
         assert joint[name].value == pytest.approx(np.mean([m[name].value for m in alone if m[name].value is not None]))
+    p = read_regression("net", (mean, std), y)
+    draws, _ = room.simulate_spread(p, room.bin_by_mass(std), Settings(15, 0.9, 20))
+    assert joint["ence_noise_floor"].value == pytest.approx(draws[:, [0, 2]].mean().item())
     reasons = {name: e.reason for name, e in alone[1].items() if e.value is None}
     assert reasons == dict.fromkeys(("ence", "ence_noise_floor", "ence_p_value"), room.CONSTANT)
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.samples import Samples
 from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.sub_batch import SubBatch
 
 X = torch.arange(24.0).reshape(12, 2)
 Y = torch.arange(12)
@@ -40,12 +40,12 @@ CHOSEN = {
 }
 
 
-def samples(loader: str, *, kept: bool) -> Samples:
-    found = Samples(sample_source(LOADERS[loader](), 0), USED, CPU, 0)
+def samples(loader: str, *, kept: bool) -> SubBatch:
+    found = SubBatch(sample_source(LOADERS[loader](), 0), USED, CPU, 0)
     return found.keeping(list(found)) if kept else found
 
 
-def together(found: Samples) -> tuple[dict[str, Tensor], Tensor]:
+def together(found: SubBatch) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs by name, and targets, of all batches."""
     batches = list(found)
     inputs = [b.inputs if isinstance(b.inputs, dict) else {"": b.inputs} for b in batches]
