@@ -12,7 +12,7 @@ with warnings.catch_warnings():
     from debiased_laplace.newton.optimizer import DebiasedNewton
     from debiased_laplace.newton.step import newton_step
     from debiased_laplace.posterior.factory import DebiasedLaplace
-    from debiased_laplace.posterior.judging import held_out_kl
+    from debiased_laplace.posterior.held_out_kl import held_out_kl
     from debiased_laplace.quadratics.directional_derivatives import directional_derivatives
     from debiased_laplace.quadratics.quadratic import quadratic_along
     from debiased_laplace.quadratics.regularizer import Regularizer

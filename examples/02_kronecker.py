@@ -44,7 +44,7 @@ model = train(data, seed=0, device=torch.device("cpu"), epochs=options.epochs)
 full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none")
 full.fit(DataLoader(data.train, batch_size=64))
 with torch.no_grad():
-    jacobians = torch.cat([J for J, _ in full.fitted.network.jacobians(data.test_inputs[:200])])
+    jacobians = torch.cat([J for J, _ in full.fit_result.network.jacobians(data.test_inputs[:200])])
 reference = {}
 for prior in PRIORS:
     full.prior_precision = prior

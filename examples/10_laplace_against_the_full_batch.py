@@ -36,7 +36,7 @@ full.fit(DataLoader(data.train, batch_size=64))
 
 # by how much the first class leads the second: unlike a single output's, its variance is what predictions depend on
 with torch.no_grad():
-    jacobians = torch.cat([J for J, _ in full.fitted.network.jacobians(X)])
+    jacobians = torch.cat([J for J, _ in full.fit_result.network.jacobians(X)])
     first, second = model(X).topk(2, -1).indices.T
     every = torch.arange(len(X))
     leads = (jacobians[every, first] - jacobians[every, second])[:, None]

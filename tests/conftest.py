@@ -1,6 +1,15 @@
-"""Shapes in signatures are checked while the tests run, and only then."""
+"""Run-time type checks, on request, and one thread for each of several test processes."""
 
-from jaxtyping import install_import_hook
+import os
 
-with install_import_hook("debiased_laplace", "beartype.beartype"):
-    import debiased_laplace  # noqa: F401
+import torch
+
+if os.environ.get("TYPECHECK"):
+    from jaxtyping import install_import_hook
+
+    # before any test imports the package
+    with install_import_hook("debiased_laplace", "beartype.beartype"):
+        import debiased_laplace  # noqa: F401
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Samples of the small networks, and their curvature as the package computes it."""
+"""SubBatch of the small networks, and their curvature as the package computes it."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +18,7 @@ from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.data.sub_batch import SubBatch
-from debiased_laplace.debiasing.options import SplitCurvature
+from debiased_laplace.debiasing.split_curvature import SplitCurvature
 
 
 def network_of(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> Network:

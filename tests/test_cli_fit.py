@@ -238,13 +238,17 @@ def keywords():
 def test_every_argument_of_the_constructor_is_an_option_and_keeps_its_default():
     assert fit._options(parsed()) == {}
     made_of_several = {"subnetwork_indices", "backend", "backend_kwargs"}
-    # of predictions: nothing that a fit would change
-    assert set(fit._OF_THE_POSTERIOR) | made_of_several == set(keywords()) - {"enable_backprop"}
+    # of predictions, or without effect: nothing that a fit would change
+    unused = {"enable_backprop", "feature_reduction"}
+    assert set(fit._OF_THE_POSTERIOR) | made_of_several == set(keywords()) - unused
 
 
 def test_options_have_the_choices_of_the_constructor():
     choices = {action.dest: action.choices for action in parser_and_command()[1]._actions if action.choices}
-    literals = {name: get_args(p.annotation) for name, p in keywords().items() if get_origin(p.annotation) is Literal}
+    # an optional one is a literal too
+    annotations = {name: p.annotation for name, p in keywords().items()}
+    annotations["complement"] = get_args(annotations["complement"])[0]
+    literals = {name: get_args(a) for name, a in annotations.items() if get_origin(a) is Literal}
     assert len(literals) == 8
     for name, values in literals.items():
         assert set(choices[name]) == set(values), name
@@ -273,7 +277,7 @@ WRONG = {
     "a share of two": ({"direction_samples": 2.0}, "direction_samples"),
     "an option of another structure": ({"hessian_structure": "full", "rank": 3}, "rank is of hessian_structure"),
     "a Kronecker metric without its complement": ({"metric": "kron", "complement": "none"}, "complement='kron'"),
-    "one fold": ({"n_folds": 1}, "n_folds must be at least 2; got 1"),
+    "one fold": ({"n_folds": 1}, "n_folds must be an integer of at least 2; got 1"),
     "no tolerance": ({"tolerance": 0.0}, "tolerance"),
     "n_data too small": ({"n_data": 3}, "expected at least 40, got 3"),
     "validation data that nothing is tuned on": (

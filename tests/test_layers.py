@@ -10,6 +10,7 @@ import debiased_laplace
 PACKAGE = Path(debiased_laplace.__file__).parent
 ROOMS = [
     "errors",
+    "checks",
     "linalg",
     "data",
     "curvature",

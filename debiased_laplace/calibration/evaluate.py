@@ -24,7 +24,7 @@ from debiased_laplace.calibration.predict import (
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
-from debiased_laplace.posterior.predictions import Link
+from debiased_laplace.predictive.predictive import Link
 
 FEW_DRAWS = 100
 

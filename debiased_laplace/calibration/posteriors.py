@@ -25,14 +25,13 @@ from debiased_laplace.calibration.contents import (
 )
 from debiased_laplace.calibration.formatting import format_count, format_seconds
 from debiased_laplace.calibration.intervals import adjust_by_holm, judge_difference, normal_quantile, two_sided_p_value
+from debiased_laplace.checks import name_of
 from debiased_laplace.debiasing.held_out_kl import KLDifference
 from debiased_laplace.errors import NotFittedError, OverlapError
-from debiased_laplace.posterior.candidates import Candidate, debiased_candidate
-from debiased_laplace.posterior.fitted import FittedPosterior
-from debiased_laplace.posterior.hyperparameters import name_of
-from debiased_laplace.posterior.judging import held_out_kl
-from debiased_laplace.posterior.laplace_torch import laplace_torch_candidate, preserve_state
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.candidates import Candidate
+from debiased_laplace.posterior.held_out_kl import candidate_of, held_out_kl
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
+from debiased_laplace.posterior.laplace_torch import preserve_state
 
 Result = TypeVar("Result")
 
@@ -88,7 +87,7 @@ def compare_held_out(
     notes: dict[str, list[str]] = {name: [] for name in summaries}
     for name, la in posteriors.items():
         fitted = fitted_loader.get(name) if isinstance(fitted_loader, Mapping) else fitted_loader
-        complete = isinstance(la, FittedPosterior) and la.split.n_samples == la.n_data
+        complete = isinstance(la, DebiasedParametricLaplace) and la.split.n_samples == la.n_data
         held_out = None if complete else held_out_loader
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -147,12 +146,12 @@ def _list_facts(
     ours = la if isinstance(la, DebiasedParametricLaplace) else None
     target = None if candidate is None else candidate.target
     P = 0 if target is None else target.selection.n_parameters
-    seconds = None if ours is None else ours.fitted.seconds
+    seconds = None if ours is None else ours.fit_result.seconds
     low, high = prior_range
     facts = {
         "class": type(la).__name__,
         "weights": weights if target is None else target.selection.subset,
-        "structure": structure if ours is None else ours.fitted.options.structure,
+        "structure": structure if ours is None else ours.fit_result.options.structure,
         "curvature": None if target is None else target.choice.kind,
         "computed by": None if ours is None else ours.curvature_source,
         "parameters": P or None,
@@ -171,7 +170,7 @@ def _list_facts(
 
 def _describe_estimate(la: DebiasedParametricLaplace) -> dict[str, Scalar | None]:
     """Return which samples the curvature of a posterior of this package comes from, and along which directions."""
-    options, split = la.fitted.options, la.fitted.split
+    options, split = la.fit_result.options, la.fit_result.split
     n_directions, n_magnitudes = len(split.direction_indices), len(split.magnitude_indices)
     samples = f"{format_count(n_directions)} for directions, {format_count(n_magnitudes)} for magnitudes"
     facts: dict[str, Scalar | None] = {
@@ -182,7 +181,7 @@ def _describe_estimate(la: DebiasedParametricLaplace) -> dict[str, Scalar | None
     if options.structure == "lowrank":
         share = _share_outside(la) if options.complement != "none" else None
         of_trace = "" if share is None else f", {100 * share:.2g} % of the trace"
-        facts["curvature outside them"] = options.complement + of_trace
+        facts["curvature outside them"] = f"{options.complement}{of_trace}"
         facts["metric"] = options.metric if options.metric != "euclidean" else None
     return facts
 
@@ -196,17 +195,15 @@ def _log_marginal_likelihood(la: BaseLaplace) -> float:
 
 def _find_candidate(la: BaseLaplace) -> Candidate:
     """Return the precision as an operator, where its eigenvalues can be afforded."""
-    if isinstance(la, DebiasedParametricLaplace):
-        return debiased_candidate(la)
     H = getattr(la, "H", None)
     if isinstance(H, Tensor) and H.ndim == 2 and len(H) > LARGEST_DENSE:
         raise ValueError(f"the eigenvalues of a dense one of {len(H):,} parameters take too long.")
-    return laplace_torch_candidate(la, None, None)
+    return candidate_of(la)
 
 
 def _share_outside(la: DebiasedParametricLaplace) -> float | None:
     """Return the part of the trace that the directions leave to the complement."""
-    curvature = la.fitted.estimate.curvature
+    curvature = la.fit_result.estimate.curvature
     if curvature.metric is not None:
         return None  # its directions are not orthogonal, so that curvatures along them make no trace
     diagonal = curvature.diagonal.double().expand(len(curvature.directions))
@@ -221,9 +218,9 @@ def _select_directions(la: BaseLaplace, level: float, notes: list[str]) -> tuple
     """Select directions of a posterior of this package whose magnitudes come from other samples."""
     if not isinstance(la, DebiasedParametricLaplace):
         return ()
-    if n := la.fitted.estimate.magnitudes.n_floored:
+    if n := la.fit_result.estimate.magnitudes.n_floored:
         notes.append(f"{n} curvatures were below zero and count as zero.")
-    if la.fitted.options.magnitudes == "same_batch":
+    if la.fit_result.options.magnitudes == "same_batch":
         return ()
     in_sample, values = la.in_sample_curvatures.detach(), la.directional_curvatures.detach()
     intervals = _attempt("intervals of the curvatures", partial(la.confidence_intervals, level=level), notes)

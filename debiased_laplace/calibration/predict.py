@@ -15,16 +15,16 @@ from debiased_laplace.calibration.contents import Task
 from debiased_laplace.calibration.distributions import Gaussian
 from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
+from debiased_laplace.checks import name_of
 from debiased_laplace.curvature.parameters import takes_keywords
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.errors import NotFittedError
-from debiased_laplace.posterior.fitted import FittedPosterior
-from debiased_laplace.posterior.hyperparameters import name_of
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 from debiased_laplace.posterior.laplace_torch import preserve_state
-from debiased_laplace.posterior.predictions import Link, PredictiveInterface
 from debiased_laplace.predictive.mean_field import GaussianLogits
+from debiased_laplace.predictive.predictive import Link
 
 Method = Any
 """A Laplace posterior (`BaseLaplace`), a network (`nn.Module`), or a callable from inputs to predictions."""
@@ -229,9 +229,9 @@ def _check_posterior(name: str, la: BaseLaplace, task: Task) -> None:
     # laplace-torch's diagonal and full posteriors predict from the prior alone before they are fitted
     if not getattr(la, "n_data", True):
         raise NotFittedError(f"{name!r} is not fitted; call fit() first.")
-    if isinstance(la, FittedPosterior):
+    if isinstance(la, DebiasedParametricLaplace):
         # it would predict with the weights that were fitted, and MAP beside it with the present ones
-        la.check_weights()
+        la._check_weights()
 
 
 def _read_batch(loaded: Any, keys: MappingKeys, *, labelled: bool) -> Batch:
@@ -250,7 +250,7 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
     """Predict probabilities, with mutual information where the link knows it, or moments of the function."""
     is_regression = options.task == "regression"
     x = inputs if isinstance(inputs, Tensor) else _MovableMapping(inputs)
-    with preserve_state(network_of(la), plain=isinstance(la, FittedPosterior)), torch.enable_grad():
+    with preserve_state(network_of(la), plain=isinstance(la, DebiasedParametricLaplace)), torch.enable_grad():
         if options.pred_type == "nn" or (options.link == "mc" and not is_regression):
             generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
             samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator)
@@ -260,7 +260,7 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
             return BatchPrediction(mean=mean, function_variance=variance)
         if options.link != "mean_field":
             return BatchPrediction(la(x, pred_type=options.pred_type, link_approx=options.link))
-        if isinstance(la, PredictiveInterface):
+        if isinstance(la, DebiasedParametricLaplace):
             logits = la.gaussian_logits(x)
         else:
             logits = GaussianLogits.of_covariance(*la._glm_predictive_distribution(x))

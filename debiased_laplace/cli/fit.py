@@ -11,7 +11,7 @@ from laplace import curvature
 from debiased_laplace.cli.arguments import Commands, called, device_named, file_to_write, seed
 from debiased_laplace.cli.models import add_model, loaded, trained_model
 from debiased_laplace.posterior.factory import DebiasedLaplace
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
 _BACKENDS = (
     "CurvlinopsGGN",

@@ -90,6 +90,10 @@ class HessianCurvature(SubBatchCurvature):
             self._dense = (H + H.T) / (2 * self.n_samples)
         return self._dense
 
+    def of_samples(self, samples: SubBatch, seed: int) -> "HessianCurvature":  # noqa: ARG002 - nothing is drawn
+        """Return the mean Hessian of other samples."""
+        return HessianCurvature(self.network, samples, self.derivatives)
+
     def part(self, positions: Int64[Tensor, " m"]) -> "HessianCurvature":
         """The mean Hessian of some of the samples."""
         return HessianCurvature(self.network, self.samples.at(positions), self.derivatives)
@@ -132,14 +136,8 @@ class HessianCurvature(SubBatchCurvature):
         )
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
-        """A Hessian has no rows: quadratics along every column of a root of the covariance, P of them a sample."""
-        P, like = self.network.n_parameters, self.network.like
-        units = torch.eye(P, dtype=like.dtype, device=like.device).split(_PANEL)
-        found = []
-        for some in self._chunks("[Held-out KL]"):
-            panels = [self.derivatives.quadratics(some, precision.root(unit).T).sum(1) for unit in units]
-            found.append(torch.stack(panels).sum(0))
-        return torch.cat(found)
+        r"""$\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
+        return torch.cat([hessian_traces(self.derivatives, some, precision) for some in self._chunks("[Held-out KL]")])
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
         """Products H X."""
@@ -167,3 +165,13 @@ class HessianCurvature(SubBatchCurvature):
                 for some in batch.chunks(_BATCH):
                     yield some
                     bar.update(len(some))
+
+
+def hessian_traces(derivatives: SecondDerivatives, batch: Batch, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
+    r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample of a batch.
+
+    A Hessian has no rows: the trace is the sum of quadratics along the P columns of a root of the covariance.
+    """
+    like = precision.directions
+    units = torch.eye(precision.n_parameters, dtype=like.dtype, device=like.device).split(_PANEL)
+    return torch.stack([derivatives.quadratics(batch, precision.root(unit).T).sum(1) for unit in units]).sum(0)

@@ -90,6 +90,10 @@ class RowCurvature(SubBatchCurvature):
             return self
         return RowCurvature(self.network, self.samples, self.root, seed=self.seed + 1, progress_bar=self.progress_bar)
 
+    def of_samples(self, samples: SubBatch, seed: int) -> "RowCurvature":
+        """Return the same kind of curvature of other samples, with Monte-Carlo draws of their own."""
+        return RowCurvature(self.network, samples, self.root, seed=seed)
+
     def part(self, positions: Int64[Tensor, " m"]) -> "RowCurvature":
         """The mean curvature of some of the samples, with the same draws; kept rows are shared out."""
         some = self.samples.at(positions)

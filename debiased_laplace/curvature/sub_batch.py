@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -111,6 +112,10 @@ class SubBatchCurvature(ABC):
     def redrawn(self) -> "SubBatchCurvature":
         """The same samples with other draws; itself where nothing is drawn."""
         return self
+
+    @abstractmethod
+    def of_samples(self, samples: SubBatch, seed: int) -> "SubBatchCurvature":
+        """Return the same kind of curvature of other samples; the seed is that of Monte-Carlo draws."""
 
     def seen_from(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":  # noqa: ARG002
         """The same curvature in the coordinates that some of the samples give; itself where none depend on samples."""

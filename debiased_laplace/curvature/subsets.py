@@ -1,5 +1,6 @@
 """All weights, the last layer, or a subnetwork: which parameters of a model a posterior is over."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,10 @@ class WeightSubset:
     Attributes:
         kind: all weights, the last layer or a subnetwork.
         last_layer_name: of `named_modules`; None: the last module with parameters that a forward pass goes through.
-        subnetwork_indices: positions in the flat vector of the trainable parameters, increasing.
+        subnetwork_indices: different positions in the flat vector of the trainable parameters; sorted on the way.
+
+    Warns:
+        UserWarning: if the indices had to be sorted.
     """
 
     kind: SubsetOfWeights
@@ -29,15 +33,23 @@ class WeightSubset:
     subnetwork_indices: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # what the caller writes into the tensor later is not what was asked for
-        if isinstance(self.subnetwork_indices, Tensor):
-            object.__setattr__(self, "subnetwork_indices", self.subnetwork_indices.detach().clone())
+        indices = self.subnetwork_indices
+        if not isinstance(indices, Tensor):
+            return
+        # a copy: the caller may write into the tensor later
+        object.__setattr__(self, "subnetwork_indices", indices.detach().clone())
+        if indices.ndim == 1 and bool((indices.diff() < 0).any()):
+            object.__setattr__(self, "subnetwork_indices", indices.detach().sort().values)
+            warnings.warn(
+                "subnetwork_indices were sorted: the posterior's parameters are in the order of the flat vector.",
+                stacklevel=5,
+            )
 
     def select(self, model: nn.Module) -> ParameterSelection | None:
         """The parameters; None where only a forward pass can tell which they are.
 
         Raises:
-            ValueError: if there is no such layer, or the indices are not increasing positions in the flat vector.
+            ValueError: if there is no such layer, or the indices are not different positions in the flat vector.
         """
         everything = ParameterSelection.all_weights(model)
         if self.kind != "last_layer" and self.last_layer_name is not None:
@@ -111,8 +123,8 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
 
 
 def _checked(indices: Tensor | None, n: int) -> Tensor:
-    """Indices as a LongTensor on the CPU."""
-    expected = f"subnetwork_indices must be increasing positions (a 1-D LongTensor) in the {n} trainable parameters"
+    """Indices as an increasing LongTensor on the CPU."""
+    expected = f"subnetwork_indices must be different positions (a 1-D LongTensor) in the {n} trainable parameters"
     if indices is None:
         raise ValueError(f"{expected}; got none.")
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:
@@ -121,6 +133,6 @@ def _checked(indices: Tensor | None, n: int) -> Tensor:
     indices = indices.detach().cpu()
     if int(indices.min()) < 0 or int(indices.max()) >= n:
         raise ValueError(f"{expected}; got {int(indices.min())} to {int(indices.max())}.")
-    if bool((indices.diff() <= 0).any()):
-        raise ValueError(f"{expected}; got some twice or out of order: pass indices.unique().")
+    if bool((indices.diff() == 0).any()):
+        raise ValueError(f"{expected}; got some twice: pass indices.unique().")
     return indices

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from debiased_laplace.data.inputs import Inputs, MappingKeys, n_samples_of, on_each, split, tensors_of
+from debiased_laplace.data.inputs import Inputs, MappingKeys, n_samples_of, on_each, shape_of, split, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,30 @@ def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
         f"Expected batches of two tensors, (inputs, targets), or mappings of tensors; a batch came as "
         f"{type(loaded).__name__} {parts}."
     )
+
+
+def check_inputs(x: Any, keys: MappingKeys) -> Inputs:
+    """Return inputs to predict at, if they can be used.
+
+    Args:
+        x: a tensor with the samples along the first dimension, or a mapping of tensors.
+        keys: of mappings.
+
+    Raises:
+        ValueError: if they are neither, empty or not finite, or the tensors of a mapping differ in length.
+    """
+    if isinstance(x, Mapping):
+        x = keys.inputs(x)
+    elif not isinstance(x, Tensor):
+        raise ValueError(f"Expected inputs as a tensor, or a mapping of tensors; got {type(x).__name__}.")
+    for name, values in tensors_of(x).items():
+        if values.ndim == 0 or len(values) == 0:
+            raise ValueError(f"Expected at least one sample of {name}; got shape {tuple(values.shape)}.")
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            raise ValueError(f"Expected finite {name}; some are NaN or infinite.")
+    if len({len(values) for values in tensors_of(x).values()}) > 1:
+        raise ValueError(f"Expected as many samples in every tensor of a mapping; got shapes {shape_of(x)}.")
+    return x
 
 
 def sample_hashes(batch: Batch) -> Int64[Tensor, " n"]:

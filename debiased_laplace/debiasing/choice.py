@@ -24,7 +24,8 @@ from debiased_laplace.debiasing.directions import LANCZOS_RANK, choose_solver
 from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.held_out_kl import prior_trace
 from debiased_laplace.debiasing.lowrank import LowRankChoice
-from debiased_laplace.debiasing.options import SplitCurvature, Trial
+from debiased_laplace.debiasing.options import Trial
+from debiased_laplace.debiasing.split_curvature import SplitCurvature
 
 _PARTS = 4
 _PARTS_OF_LANCZOS = 2  # every part costs a Lanczos run for each trial and fold
@@ -237,7 +238,7 @@ def _fitted(
         options = trials[members[0]].options
         split = split_for(rest, trials[members[0]], n_data, seed)
         if options.structure == "lowrank":
-            choices = [LowRankChoice(trials[i].options.rank, trials[i].options.complement) for i in members]
+            choices = [LowRankChoice(trials[i].options.rank, trials[i].options.complement or "kron") for i in members]
             estimates = estimates_of_ranks(split, options, choices)
         else:
             estimates = [estimate(split, trials[i].options) for i in members]

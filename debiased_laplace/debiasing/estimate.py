@@ -7,7 +7,8 @@ from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.debiasing.directions import choose_solver
 from debiased_laplace.debiasing.kronecker import estimate_kronecker
 from debiased_laplace.debiasing.lowrank import LowRankChoice, estimate_low_ranks
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.whitened import estimate_whitened
 
 
@@ -27,8 +28,10 @@ def estimate(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstim
     if options.structure == "kron":
         return corrected(estimate_kronecker(split, options), options)
     if options.structure == "full":
-        options = _full(split.directions, options)
-    return estimates_of_ranks(split, options, [LowRankChoice(options.rank, options.complement)])[0]
+        _check_full(split.directions)
+        # all eigenvectors; in the null space of H_a, where they are arbitrary, one average curvature
+        return estimates_of_ranks(split, options, [LowRankChoice(None, "isotropic")])[0]
+    return estimates_of_ranks(split, options, [LowRankChoice(options.rank, options.complement or "kron")])[0]
 
 
 def corrected(found: CurvatureEstimate, options: EstimatorOptions) -> CurvatureEstimate:
@@ -57,12 +60,11 @@ def estimates_of_ranks(
     return [corrected(one, options) for one in found]
 
 
-def _full(a: SubBatchCurvature, options: EstimatorOptions) -> EstimatorOptions:
-    """Every direction, and in the null space of H_a, whose directions are anybody's, one mean value."""
+def _check_full(a: SubBatchCurvature) -> None:
+    """Refuse a full structure that only Lanczos could compute."""
     if choose_solver(a, None) == "lanczos":
         raise ValueError(
             f"hessian_structure='full' of {a.network.n_parameters:,} parameters and {a.n_samples:,} direction "
             "samples takes more than a quarter of the free memory, or too long; expected fewer ('last_layer', "
             "'subnetwork', direction_samples), or 'lowrank' or 'kron'."
         )
-    return replace(options, rank=None, complement="isotropic", solver="gram")

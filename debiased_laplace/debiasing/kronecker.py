@@ -18,7 +18,8 @@ from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCur
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import Fold, each_fold, pooled
 from debiased_laplace.debiasing.magnitudes import Magnitudes, cross_fitted, floored, held_out, same_batch
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 

@@ -20,7 +20,8 @@ from debiased_laplace.debiasing.magnitudes import (
     moments_from_projections,
     same_batch,
 )
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 

@@ -1,18 +1,14 @@
-"""What kind of estimate is asked for, and what comes out."""
+"""Options of the curvature estimate, and the combinations that `"auto"` chooses from."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from jaxtyping import Int64
-from torch import Tensor
-
+from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.kfac import KfacApproximation
-from debiased_laplace.curvature.sub_batch import SubBatchCurvature
-from debiased_laplace.debiasing.complement import ComplementKind, LowRankCurvature
+from debiased_laplace.debiasing.complement import ComplementKind
 from debiased_laplace.debiasing.directions import Solver
-from debiased_laplace.debiasing.magnitudes import Magnitudes
-from debiased_laplace.linalg.eigenpairs import SolverOutcome
 
 Structure = Literal["lowrank", "kron", "full"]
 MagnitudesKind = Literal["held_out", "cross_fitted", "same_batch"]
@@ -21,69 +17,94 @@ KronMagnitudes = Literal["exact", "kronecker"]
 Metric = Literal["euclidean", "kron"]
 InverseCorrection = Literal["none", "second_order"]
 
+_KINDS: dict[str, Any] = {
+    "structure": Structure,
+    "magnitudes": MagnitudesKind,
+    "complement": ComplementKind,
+    "solver": Solver,
+    "kron_basis": KronBasis,
+    "kron_magnitudes": KronMagnitudes,
+    "kfac_approx": KfacApproximation,
+    "metric": Metric,
+    "inverse_correction": InverseCorrection,
+}
+_STRUCTURE_OF = {
+    "rank": "lowrank",
+    "complement": "lowrank",
+    "metric": "lowrank",
+    "solver": "lowrank",
+    "kron_basis": "kron",
+    "kron_magnitudes": "kron",
+    "kfac_approx": "kron",
+}
+_UNTIL_CHOSEN = {"rank": None, "magnitudes": "cross_fitted", "complement": "none", "metric": "euclidean"}
+
 
 @dataclass(frozen=True)
 class EstimatorOptions:
-    """What kind of estimate; the names are those of the public constructor."""
+    """Options of the estimate, with the names of the public constructor and checked against each other.
 
-    rank: int | None
-    magnitudes: MagnitudesKind
-    complement: ComplementKind
-    solver: Solver
-    seed: int
-    n_folds: int = 8
+    Attributes:
+        complement: None becomes "none" where the directions span everything ("kron", "full"). For "lowrank" it stays
+            None until `resolved` for a prior.
+
+    Raises:
+        ValueError: if an option is out of range, or belongs to another structure.
+    """
+
     structure: Structure = "lowrank"
+    rank: int | None = None
+    magnitudes: MagnitudesKind = "cross_fitted"
+    n_folds: int = 8
+    complement: ComplementKind | None = None
+    metric: Metric = "euclidean"
+    inverse_correction: InverseCorrection = "none"
+    solver: Solver = "auto"
+    seed: int = 0
     kron_basis: KronBasis = "row_matrices"
     kron_magnitudes: KronMagnitudes = "exact"
     kfac_approx: KfacApproximation = "expand"
-    metric: Metric = "euclidean"
-    inverse_correction: InverseCorrection = "none"
 
+    def __post_init__(self) -> None:
+        if self.complement is None and self.structure != "lowrank":
+            object.__setattr__(self, "complement", "none")
+        for name, kind in _KINDS.items():
+            if name != "complement" or self.complement is not None:
+                one_of(getattr(self, name), kind, name, also=("auto",) if name in _UNTIL_CHOSEN else ())
+        if self.rank is not None:
+            object.__setattr__(self, "rank", integer(self.rank, "rank", minimum=1, also=", None or 'auto'"))
+        object.__setattr__(self, "n_folds", integer(self.n_folds, "n_folds", minimum=2))
+        object.__setattr__(self, "seed", integer(self.seed, "seed"))
+        self._check_structure()
 
-@dataclass(frozen=True, eq=False)
-class SplitCurvature:
-    """The curvature of the samples, by what they are used for.
+    def _check_structure(self) -> None:
+        """Refuse an option that the structure would silently ignore."""
+        for field in fields(self):
+            value, structure = getattr(self, field.name), _STRUCTURE_OF.get(field.name, self.structure)
+            unused = value in (field.default, "none") if field.name == "complement" else value == field.default
+            of_complement = self.complement in (None, "kron") and field.name in ("kron_basis", "kfac_approx")
+            if structure != self.structure and not unused and not of_complement:
+                raise ValueError(
+                    f"{field.name} is of hessian_structure={structure!r}; got {field.name}={value!r} with "
+                    f"{self.structure!r}."
+                )
+        if self.inverse_correction != "none" and self.kron_magnitudes == "kronecker":
+            raise ValueError(
+                "inverse_correction needs standard errors, which kron_magnitudes='kronecker' does not have; expected "
+                "'exact'."
+            )
+        if self.kfac_approx != "expand" and self.kron_basis != "kfac":
+            raise ValueError(f"kfac_approx is of kron_basis='kfac'; got it with {self.kron_basis!r}.")
 
-    Attributes:
-        directions: of the samples that the directions come from.
-        magnitudes: of those that the magnitudes come from, disjoint from them; None where there are no others.
-        folds: of cross-fitting, the fold of every direction sample; None without.
-        n_data: N.
-    """
+    def resolved(self, *, prior_of_blocks: bool) -> "EstimatorOptions":
+        """Return the options with the default complement: "kron", or "diagonal" under a prior per parameter.
 
-    directions: SubBatchCurvature
-    magnitudes: SubBatchCurvature | None
-    folds: Int64[Tensor, " a"] | None
-    n_data: int
-
-    @property
-    def effective_folds(self) -> Int64[Tensor, " a"] | None:
-        """The folds, where they have a say: where the samples are all the data, what these say themselves is exact."""
-        return self.folds if self.share < 1 or self.directions.is_random else None
-
-    @property
-    def share(self) -> float:
-        """The share f of the direction samples in the whole data set."""
-        return self.directions.n_samples / self.n_data
-
-
-@dataclass(frozen=True, eq=False)
-class CurvatureEstimate:
-    """An estimate of the full batch's mean curvature.
-
-    Attributes:
-        curvature: low rank plus diagonal, in a basis where there is one.
-        magnitudes: along the directions, or along the basis, with their errors.
-        outcome: of the eigensolver.
-        source: who computed the curvature along the directions.
-        dropped: the largest curvature that counted as not supported by the direction samples.
-    """
-
-    curvature: LowRankCurvature
-    magnitudes: Magnitudes
-    outcome: SolverOutcome
-    source: str
-    dropped: float = 0.0
+        Args:
+            prior_of_blocks: whether the prior precision is the same for all entries of a parameter tensor.
+        """
+        if self.complement is not None:
+            return self
+        return replace(self, complement="kron" if prior_of_blocks or self.metric == "kron" else "diagonal")
 
 
 RANKS = (25, 100, 400, None)
@@ -121,12 +142,50 @@ class Request:
     """What a user asked for: options, some of them left to be chosen by held-out KL.
 
     Attributes:
-        options: as given, or anything where they are open.
+        options: as given; where they are open, what stands in their place until they are chosen.
         open: names of the constructor's arguments given as "auto".
     """
 
     options: EstimatorOptions
     open: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, structure: Structure, direction_samples: object, given: Mapping[str, Any]) -> "Request":
+        """Read the constructor's options.
+
+        Args:
+            structure: of the curvature.
+            direction_samples: as given; it can be open too.
+            given: options of the estimator by name; missing ones take their defaults.
+
+        Raises:
+            ValueError: if an option is out of range, or open where the structure has no use for it.
+        """
+        values = {**{f.name: f.default for f in fields(EstimatorOptions)}, **given, "structure": structure}
+        left = {name for name in _UNTIL_CHOSEN if isinstance(values[name], str) and values[name] == "auto"}
+        for name in left:
+            if structure != _STRUCTURE_OF.get(name, structure):
+                raise ValueError(f"{name} is of hessian_structure='lowrank'; got {name}='auto' with {structure!r}.")
+        if values["metric"] in ("kron", "auto") and values["complement"] not in (None, "kron", "auto"):
+            raise ValueError(
+                f"metric={values['metric']!r} is of complement='kron', which it takes its coordinates from; got "
+                f"complement={values['complement']!r}."
+            )
+        if isinstance(direction_samples, str) and direction_samples == "auto":
+            if values["magnitudes"] not in ("auto", "held_out"):
+                raise ValueError(
+                    "direction_samples='auto' is of magnitudes='held_out' or 'auto'; with "
+                    f"{values['magnitudes']!r} every sample gives directions."
+                )
+            left.add("direction_samples")
+        values.update({name: _UNTIL_CHOSEN[name] for name in left if name in _UNTIL_CHOSEN})
+        if values["metric"] == "kron":
+            values["complement"] = "kron"
+        return cls(EstimatorOptions(**values), frozenset(left))
+
+    def resolved(self, *, prior_of_blocks: bool) -> "Request":
+        """Return the request with the default complement of a prior; see `EstimatorOptions.resolved`."""
+        return replace(self, options=self.options.resolved(prior_of_blocks=prior_of_blocks))
 
     def trials(self, direction_share: float, largest_rank: int) -> list[Trial]:
         """Every combination of what is open.

@@ -17,7 +17,8 @@ from debiased_laplace.curvature.whitening import WhitenedRowCurvature, Whitening
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.kronecker import basis_from, estimate_kronecker
 from debiased_laplace.debiasing.lowrank import LowRankChoice, estimate_low_ranks
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 
 FLOOR = 0.1
 """Of the mean Kronecker curvature, what the metric has at least: where the samples say nothing, it must not blow up."""
@@ -47,7 +48,7 @@ def estimate_whitened(
     for part in (a, b):
         if isinstance(part, RowCurvature):
             part.keep_rows()
-    kronecker = estimate_kronecker(split, replace(options, structure="kron", kron_magnitudes="exact")).curvature
+    kronecker = estimate_kronecker(split, options).curvature
     floor = FLOOR * kronecker.diagonal.mean()
     # no curvature at all is the same in any metric
     metric = kronecker.diagonal + torch.where(floor > torch.finfo(floor.dtype).tiny, floor, 1.0)

@@ -13,7 +13,7 @@ from debiased_laplace.calibration.contents import HeldOutDifference, PosteriorSu
 from debiased_laplace.demo.digits import N_TRAIN, Digits
 from debiased_laplace.linalg.low_rank_plus_diagonal import kl_divergence
 from debiased_laplace.posterior.factory import DebiasedLaplace
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
 PRIOR_PRECISION = 40.0
 

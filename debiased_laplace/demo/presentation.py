@@ -20,7 +20,7 @@ from debiased_laplace.demo.comparison import (
     total_variations,
 )
 from debiased_laplace.demo.digits import EPOCHS, N_CURVATURE, N_HELD_OUT, N_TRAIN, WRONG_LABELS, Digits, load, train
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
 SHOWN_DIRECTIONS = ((0, 1), (1, 3), (3, 10), (10, 30), (30, 100))
 

@@ -16,7 +16,8 @@ from debiased_laplace.data.splitting import draw_sub_batches
 from debiased_laplace.debiasing.estimate import estimates_of_ranks
 from debiased_laplace.debiasing.held_out_kl import prior_trace
 from debiased_laplace.debiasing.lowrank import LowRankChoice
-from debiased_laplace.debiasing.options import EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import SplitCurvature
 from debiased_laplace.diagnosis.mixtures import MixedGaussNewton
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -70,7 +71,7 @@ def _posteriors(
     batch: RowCurvature, prior_precision: float, n_data: int, seed: int
 ) -> tuple[LowRankPlusDiagonal, LowRankPlusDiagonal, KroneckerBasis | None]:
     """The precisions of both posteriors in coordinates of the basis that they share, and the basis."""
-    options = EstimatorOptions(RANK, "cross_fitted", "kron", "auto", seed)
+    options = EstimatorOptions(rank=RANK, complement="kron", seed=seed)
     folds = draw_sub_batches(
         torch.arange(batch.n_samples),
         direction_samples=0.5,

@@ -158,6 +158,18 @@ class LowRankPlusDiagonal:
         half = self.basis.vectors(inner)
         return self.basis.vectors(half.T)
 
+    def to_matrix(self) -> Float[Tensor, "P P"]:
+        """Return the matrix itself, by laplace-torch's name; as `to_dense`."""
+        return self.to_dense()
+
+    def logdet(self) -> Float[Tensor, ""]:
+        """Return the log determinant, by torch's name; as `log_det`."""
+        return self.log_det
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Return the product with a vector (P,) or a matrix (P, b)."""
+        return self.matmat(x) if x.ndim == 2 else self.matmat(x[:, None])[:, 0]
+
     def _coordinates(self, x: Tensor) -> Tensor:
         return x if self.basis is None else self.basis.coordinates(x)
 

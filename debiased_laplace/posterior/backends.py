@@ -14,6 +14,7 @@ from laplace.curvature.asdfghjkl import AsdfghjklHessian
 from laplace.curvature.asdl import AsdlHessian
 from laplace.curvature.curvlinops import CurvlinopsHessian
 
+from debiased_laplace.checks import integer
 from debiased_laplace.curvature.kfac import KfacApproximation
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
@@ -21,7 +22,6 @@ from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, Monte
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.posterior.backend_derivatives import BackendDerivatives, Task
-from debiased_laplace.posterior.hyperparameters import integer
 
 CurvatureKind = Literal["GGN", "Monte-Carlo GGN", "EF", "Hessian"]
 

@@ -1,4 +1,4 @@
-"""What a posterior has to offer to be judged by its held-out KL, whoever made it."""
+"""Posteriors as the held-out KL sees them, whichever library they come from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.backends import BackendChoice
-from debiased_laplace.posterior.predictions import PredictiveInterface
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,38 +107,3 @@ class Candidate:
         """The posterior's own terms of the KL."""
         trace = prior_trace(self.precision, self.target.prior_precision)
         return KLTerms(trace, float(self.precision.log_det), self.target.likelihood_weight)
-
-
-def debiased_candidate(la: PredictiveInterface) -> Candidate:
-    """One of this package's posteriors.
-
-    Raises:
-        NotFittedError: before `fit`.
-        ValueError: if the model's weights are not those that were fitted.
-    """
-    fitted = la.fitted
-    la.check_weights()
-    target = Target(
-        la.selection,
-        la._problem.likelihood,
-        la._problem.backend,
-        la.prior_precision_diag.detach(),
-        float(la.sigma_noise.detach()),
-        float(la.temperature),
-        la.n_data,
-    )
-
-    def network(batch: Batch) -> Network:
-        return la.network_for(batch.inputs)
-
-    split = fitted.split
-    return Candidate(
-        la.posterior_precision,
-        target,
-        la.model,
-        network,
-        la._problem.keys,
-        la.fitted_seed,
-        split.n_samples,
-        fitted.identities,
-    )

@@ -1,10 +1,11 @@
 """The state of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.identities import SampleIdentities
@@ -12,39 +13,42 @@ from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.intervals import ErrorShape
 from debiased_laplace.debiasing.magnitudes import Magnitudes
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, Request
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
-from debiased_laplace.posterior.fitting import Fit
-from debiased_laplace.posterior.hyperparameters import estimator_options
-from debiased_laplace.posterior.predictions import PredictiveInterface
+from debiased_laplace.posterior.fit import FitResult
 
 VERSION = 5
+_OTHER = {
+    "cls_name": "Expected the state of a {expected}; got a {found}.",
+    "likelihood": "Expected likelihood {expected!r}; the state has {found!r}.",
+    "curvature": "Expected the state of a posterior with the {expected}; it has the {found}: pass the backend that it "
+    "was fitted with.",
+}
+HYPER_PARAMETERS = ("prior_mean", "prior_precision", "sigma_noise", "temperature", "enable_backprop")
 
 
-def state_of(la: PredictiveInterface) -> dict[str, Any]:
-    """The state; no tensor of it is shared with the posterior."""
-    fit = la.fitted
+def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fit as tensors, strings and numbers, none of them shared with it.
+
+    Args:
+        fit: of a posterior.
+        further: entries on the posterior itself, the hyper-parameters among them.
+    """
     estimate, split, identities = fit.estimate, fit.split, fit.identities
     state: dict[str, Any] = {
         "version": VERSION,
-        "cls_name": type(la).__name__,
-        "likelihood": la.likelihood,
-        "curvature": la._problem.backend.kind,
-        "weights_fingerprint": la.weights_fingerprint,
-        "parameters": la.selection.description,
-        "last_layer_name": la.selection.last_layer or "",
-        "mean": la._center,
-        "prior_mean": la.prior_mean,
-        "prior_precision": la.prior_precision,
-        "sigma_noise": la.sigma_noise,
-        "temperature": la.temperature,
-        "enable_backprop": la.enable_backprop,
+        **further,
+        "weights_fingerprint": fit.fingerprint,
+        "parameters": fit.selection.description,
+        "last_layer_name": fit.selection.last_layer or "",
+        "mean": fit.mean,
         "loss": fit.loss,
         "n_outputs": fit.n_outputs,
         "n_data": split.n_data,
-        **{f"option_{name}": value for name, value in _storable(asdict(la._options)).items()},
-        "open_options": " ".join(sorted(la._request.open)),
+        # None is -1, as some loaders of states do not know None
+        **{f"option_{name}": -1 if value is None else value for name, value in asdict(fit.options).items()},
         "curvature_diagonal": estimate.curvature.diagonal,
         "curvature_directions": estimate.curvature.directions,
         "curvature_weights": estimate.curvature.weights,
@@ -79,11 +83,6 @@ def state_of(la: PredictiveInterface) -> dict[str, Any]:
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
-def _storable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without None, which some loaders of states do not know."""
-    return {name: -1 if value is None else value for name, value in options.items()}
-
-
 def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
     """The sides of every block; an empty one for the axes, so that a missing entry is not read as them."""
     if basis is None:
@@ -97,31 +96,39 @@ def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
     return entries
 
 
-def restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
-    """Make a posterior what a state says.
+def from_state(
+    state: dict[str, Any], model: nn.Module, selection: ParameterSelection | None, expected: Mapping[str, str]
+) -> FitResult:
+    """Return the fit that a state holds.
+
+    Args:
+        state: as of `to_state`.
+        model: the trained network.
+        selection: parameters of the posterior; None where the state is to tell the last layer.
+        expected: entries that have to agree.
 
     Raises:
-        ValueError: if entries are missing, or the state belongs to something else; the posterior stays as it was.
+        ValueError: if entries are missing or damaged, or belong to another posterior, other parameters or weights.
     """
-    before = dict(la.__dict__)
     try:
         with torch.inference_mode(False):
-            _check(la, state)
-            _restore(la, state)
+            _check_head(state, expected)
+            if selection is None:
+                selection = ParameterSelection.all_weights(model).layer(state["last_layer_name"])
+            _check_parameters(state, selection)
+            return _fit(state, selection)
+    except ValueError:
+        raise
+    except KeyError as error:
+        raise ValueError(f"The state lacks the entry {error}.") from error
     except Exception as error:
-        la.__dict__.clear()
-        la.__dict__.update(before)
-        if isinstance(error, ValueError):
-            raise
-        if isinstance(error, KeyError):
-            raise ValueError(f"The state lacks the entry {error}.") from error
         raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
 
 
-def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
-    selection = _selection(la, state)
+def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
     like = selection.vector()
-    estimate = _estimate(state, like)
+    options = {field.name: state[f"option_{field.name}"] for field in fields(EstimatorOptions)}
+    options["rank"] = None if options["rank"] < 0 else options["rank"]
     split = SubBatches(
         state["split_direction_indices"].clone(),
         state["split_magnitude_indices"].clone(),
@@ -135,29 +142,22 @@ def _restore(la: PredictiveInterface, state: dict[str, Any]) -> None:
         state["samples_n_root"],
         state["samples_augmented"],
     )
-    options = {field.name: state[f"option_{field.name}"] for field in fields(EstimatorOptions)}
-    if options["structure"] != la._structure:
-        raise ValueError(f"Expected the structure {la._structure!r}; the state has {options['structure']!r}.")
     if len(identities.hashes) != split.n_samples or len(identities.positions) != split.n_samples:
         raise ValueError(f"Expected the identities of {split.n_samples} samples; the state has {len(identities)}.")
-    options["rank"] = None if options["rank"] < 0 else options["rank"]
-    chosen = estimator_options(options.pop("structure"), options)
-    la._request, la._fit = Request(chosen, frozenset(state["open_options"].split())), None
-    la._split_options = replace(la._split_options, seed=chosen.seed)
-    # the prior of the state replaces the present one, which may not fit
-    la._selection = selection
-    la.prior_mean = _like(state["prior_mean"], like)
-    la.prior_precision = _like(state["prior_precision"], like)
-    la.adopt(
-        selection,
-        Fit(split, identities, estimate, state["loss"], state["n_outputs"], chosen, None),
-        _like(state["mean"], like),
-        state["weights_fingerprint"],
+    # what the posterior itself reads is missed here too
+    for name in (*HYPER_PARAMETERS, "open_options"):
+        _ = state[name]
+    return FitResult(
+        selection=selection,
+        mean=_like(state["mean"], like),
+        fingerprint=state["weights_fingerprint"],
+        split=split,
+        identities=identities,
+        estimate=_estimate(state, like),
+        loss=state["loss"],
+        n_outputs=state["n_outputs"],
+        options=EstimatorOptions(**options),
     )
-    la.sigma_noise = _like(state["sigma_noise"], like)
-    la.temperature = state["temperature"]
-    la.enable_backprop = state["enable_backprop"]
-    la.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
@@ -227,45 +227,31 @@ def _basis(state: dict[str, Any], like: Tensor) -> KroneckerBasis | None:
     return basis
 
 
-def _selection(la: PredictiveInterface, state: dict[str, Any]) -> ParameterSelection:
-    """The parameters that the posterior is over; of a last layer that is still to be found, the state's."""
-    if la._selection is not None:
-        return la._selection
-    return ParameterSelection.all_weights(la.model).layer(state["last_layer_name"])
-
-
-def _check(la: PredictiveInterface, state: dict[str, Any]) -> None:
-    """Refuse a state that does not belong here."""
+def _check_head(state: dict[str, Any], expected: Mapping[str, str]) -> None:
+    """Refuse a state of another kind of posterior."""
     if not isinstance(state, dict):
         raise ValueError(f"Expected a state as a dictionary; got {type(state).__name__}.")
-    needed = ("version", "cls_name", "likelihood", "curvature", "weights_fingerprint", "parameters", "last_layer_name")
-    for key in (*needed, "mean"):
+    for key in ("version", *expected, "weights_fingerprint", "parameters", "last_layer_name", "mean"):
         if key not in state:
             raise ValueError(f"The state has no entry {key!r}; it is not one of this package, or of an older version.")
     if state["version"] != VERSION:
         raise ValueError(f"Expected a state of version {VERSION}; got {state['version']}.")
-    if state["cls_name"] != type(la).__name__:
-        raise ValueError(f"Expected the state of a {type(la).__name__}; got a {state['cls_name']}.")
-    if state["likelihood"] != la.likelihood:
-        raise ValueError(f"Expected likelihood {la.likelihood!r}; the state has {state['likelihood']!r}.")
-    if state["curvature"] != la._problem.backend.kind:
-        raise ValueError(
-            f"Expected the state of a posterior with the {la._problem.backend.kind}; it has the {state['curvature']}: "
-            "pass the backend that it was fitted with."
-        )
-    selection = _selection(la, state)
+    for key, own in expected.items():
+        if state[key] != own:
+            raise ValueError(_OTHER[key].format(expected=own, found=state[key]))
+
+
+def _check_parameters(state: dict[str, Any], selection: ParameterSelection) -> None:
+    """Refuse a state of other parameters or weights."""
     if state["weights_fingerprint"] != selection.fingerprint():
         raise ValueError(
             "The state was fitted at other weights than the model has now; load the weights that it was "
             "fitted to first."
         )
-    center = selection.vector()
-    if (
-        state["parameters"] != selection.description
-        or state["mean"].shape != center.shape
-        or not torch.equal(state["mean"].to(center), center)
-    ):
+    center, mean = selection.vector(), state["mean"]
+    described = state["parameters"] == selection.description
+    if not described or mean.shape != center.shape or not torch.equal(mean.to(center), center):
         raise ValueError(
-            f"The state is over other parameters ({len(state['mean'])}) than this posterior ({len(center)}); expected "
+            f"The state is over other parameters ({len(mean)}) than this posterior ({len(center)}); expected "
             "the same ones with requires_grad as at the fit, and the same subset of weights."
         )

@@ -1,12 +1,77 @@
-"""`DebiasedLaplace`: the front door."""
+"""`DebiasedLaplace`, and the class of each subset of weights and structure."""
 
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from debiased_laplace.posterior.hyperparameters import name_of
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
-from debiased_laplace.posterior.structures import CLASSES
+from debiased_laplace.checks import name_of
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
+
+
+class DebiasedLowRankLaplace(DebiasedParametricLaplace):
+    """All weights, low rank plus diagonal."""
+
+    _key = ("all", "debiased_lowrank")
+
+
+class DebiasedKronLaplace(DebiasedParametricLaplace):
+    """All weights, curvature along the vectors of a Kronecker basis."""
+
+    _key = ("all", "debiased_kron")
+
+
+class DebiasedFullLaplace(DebiasedParametricLaplace):
+    """All weights, all directions; for few parameters."""
+
+    _key = ("all", "debiased_full")
+
+
+class DebiasedLowRankLLLaplace(DebiasedParametricLaplace):
+    """Last layer, low rank plus diagonal."""
+
+    _key = ("last_layer", "debiased_lowrank")
+
+
+class DebiasedKronLLLaplace(DebiasedParametricLaplace):
+    """Last layer, curvature along the vectors of a Kronecker basis."""
+
+    _key = ("last_layer", "debiased_kron")
+
+
+class DebiasedFullLLLaplace(DebiasedParametricLaplace):
+    """Last layer, all directions; for few parameters."""
+
+    _key = ("last_layer", "debiased_full")
+
+
+class DebiasedLowRankSubnetLaplace(DebiasedParametricLaplace):
+    """Some entries of the weights, low rank plus diagonal."""
+
+    _key = ("subnetwork", "debiased_lowrank")
+
+
+class DebiasedKronSubnetLaplace(DebiasedParametricLaplace):
+    """Some entries of the weights, curvature along the vectors of a Kronecker basis."""
+
+    _key = ("subnetwork", "debiased_kron")
+
+
+class DebiasedFullSubnetLaplace(DebiasedParametricLaplace):
+    """Some entries of the weights, all directions; for few parameters."""
+
+    _key = ("subnetwork", "debiased_full")
+
+
+CLASSES: dict[tuple[str, str], type[DebiasedParametricLaplace]] = {
+    (cls._key[0], cls._key[1].removeprefix("debiased_")): cls for cls in DebiasedParametricLaplace.__subclasses__()
+}
+"""Each class by subset of weights and structure.
+
+`laplace.Laplace(model, likelihood, subset, "debiased_...")` finds them by their `_key`, except for "subnetwork", where
+it accepts laplace-torch's own structures only.
+"""
+
+_POSITIONAL = ("model", "likelihood", "subset_of_weights", "hessian_structure")
 
 
 def DebiasedLaplace(
@@ -20,7 +85,7 @@ def DebiasedLaplace(
     direction_samples: int | float | Literal["auto"] = 0.5,
     magnitude_samples: int | float | None = None,
     n_folds: int = 8,
-    complement: Literal["none", "isotropic", "diagonal", "kron", "auto"] = "kron",
+    complement: Literal["none", "isotropic", "diagonal", "kron", "auto"] | None = None,
     metric: Literal["euclidean", "kron", "auto"] = "euclidean",
     inverse_correction: Literal["none", "second_order"] = "none",
     solver: Literal["auto", "gram", "lanczos"] = "auto",
@@ -39,10 +104,11 @@ def DebiasedLaplace(
     backend_kwargs: dict[str, Any] | None = None,
     last_layer_name: str | None = None,
     subnetwork_indices: Tensor | None = None,
+    feature_reduction: str | None = None,
 ) -> DebiasedParametricLaplace:
-    """A Laplace posterior of a trained network, with curvature that is not biased by the samples it was measured on.
+    """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.
 
-    What it returns is a `laplace.ParametricLaplace`: everything that laplace-torch's posteriors can do, it can.
+    The posterior is a `laplace.ParametricLaplace` and can do everything that laplace-torch's posteriors can.
 
     Args:
         model: a trained network, inputs (n, …) or a mapping of tensors to outputs (n, C), or to an output with logits
@@ -68,7 +134,8 @@ def DebiasedLaplace(
             ignore it.
         complement: (lowrank) curvature outside the directions: "kron": a diagonal in the eigenbasis of the parameters'
             Kronecker factors; "diagonal", along the axes; "isotropic", their mean; or "none", the prior alone. With
-            "kron", a prior for every single parameter is refused, and a Hessian is held as a dense matrix.
+            "kron", a prior for every single parameter is refused, and a Hessian is held as a dense matrix. None:
+            "kron", or "diagonal" under a prior precision per parameter.
         metric: (lowrank, complement="kron") in which directions lead: "euclidean", or "kron", the metric of the
             Kronecker estimate, which puts the low rank where a Kronecker diagonal fails most.
         inverse_correction: "second_order" raises the precision along each direction (of a Kronecker posterior, each
@@ -94,7 +161,8 @@ def DebiasedLaplace(
             computes it where it is right; None: the GGN by torch.func.
         backend_kwargs: {"stochastic": True, "num_samples": m}: the Monte-Carlo GGN with m drawn targets a sample.
         last_layer_name: of the module; None: the last one with parameters that a forward pass goes through.
-        subnetwork_indices: increasing positions in the flat vector of the trainable parameters.
+        subnetwork_indices: different positions in the flat vector of the trainable parameters.
+        feature_reduction: accepted as by laplace-torch; without effect, since the whole forward pass is differentiated.
 
     Returns:
         The posterior, not fitted yet.
@@ -108,6 +176,7 @@ def DebiasedLaplace(
     References:
         Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325; Daxberger et al. (2021), arXiv 2106.14806.
     """
+    options = {name: value for name, value in locals().items() if name not in _POSITIONAL}
     key = (name_of(subset_of_weights), name_of(hessian_structure))
     if key not in CLASSES:
         subsets, structures = (sorted({k[i] for k in CLASSES}) for i in (0, 1))
@@ -115,31 +184,4 @@ def DebiasedLaplace(
             f"Expected subset_of_weights as one of {subsets} and hessian_structure as one of {structures}; "
             f"got {key[0]!r} and {key[1]!r}."
         )
-    return CLASSES[key](
-        model,
-        likelihood,
-        rank=rank,
-        magnitudes=magnitudes,
-        direction_samples=direction_samples,
-        magnitude_samples=magnitude_samples,
-        n_folds=n_folds,
-        complement=complement,
-        metric=metric,
-        inverse_correction=inverse_correction,
-        solver=solver,
-        seed=seed,
-        kron_basis=kron_basis,
-        kron_magnitudes=kron_magnitudes,
-        kfac_approx=kfac_approx,
-        sigma_noise=sigma_noise,
-        prior_precision=prior_precision,
-        prior_mean=prior_mean,
-        temperature=temperature,
-        enable_backprop=enable_backprop,
-        dict_key_x=dict_key_x,
-        dict_key_y=dict_key_y,
-        backend=backend,
-        backend_kwargs=backend_kwargs,
-        last_layer_name=last_layer_name,
-        subnetwork_indices=subnetwork_indices,
-    )
+    return CLASSES[key](model, likelihood, **options)

@@ -1,4 +1,4 @@
-"""A fit that grows: by the samples of one more loader, or by doubling until that gains too little."""
+"""Fits of a growing number of samples: those of a further loader, or doubled until the held-out KL gains too little."""
 
 import time
 import warnings
@@ -15,7 +15,6 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.source import sample_source
-from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace, sample_terms
 from debiased_laplace.debiasing.stopping import (
@@ -27,170 +26,174 @@ from debiased_laplace.debiasing.stopping import (
     stage,
     stage_sizes,
 )
-from debiased_laplace.posterior.fitting import Fit, Fitted, Task, curvatures_of, fit_curvature, look_at
+from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, fit_curvature, load, seed_of_draws
+
+Fitted = tuple[FitResult, list[SubBatchCurvature]]
 
 
 def fit_samples(
-    task: Task,
+    spec: FitSpec,
+    weighting_of: WeightingOf,
     loader: object,
     earlier: Pool | None,
     *,
     n_data: int | None,
     tolerance: float | None,
     progress_bar: bool,
-) -> tuple[ParameterSelection, Fit]:
-    """Fit the samples of a loader, together with those that were fitted earlier, or as many of them as are needed.
+) -> FitResult:
+    """Fit the samples of a loader together with those fitted earlier, or as many of them as are needed.
 
     Args:
-        task: what is to be estimated.
+        spec: request.
+        weighting_of: prior and likelihood weight of the posterior.
         loader: of training samples.
         earlier: samples of earlier loaders; None to start anew.
         n_data: size of the data set that the likelihood stands for; None: as given earlier, or all samples yielded.
-        tolerance: in nats, of what the last doubling of samples has to gain; None: use all samples.
+        tolerance: smallest gain, in nats, of the last doubling of samples; None: use all samples.
         progress_bar: show progress.
 
     Returns:
-        The parameters, and the fit; the model is as it was.
+        The fit; the model is as it was.
 
     Raises:
         ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
     """
     started = time.perf_counter()
-    ParameterSelection.all_weights(task.problem.model).check_finite()
-    seed = task.split_options.seed
-    source = sample_source(loader, seed, task.problem.keys)
+    ParameterSelection.all_weights(spec.model).check_finite()
+    seed = spec.split.seed
+    source = sample_source(loader, seed, spec.keys)
     pool = Pool.of(source, n_data) if earlier is None else earlier.join(source, n_data, seed)
+    growth = _Growth(spec, weighting_of, pool, progress_bar)
     if tolerance is not None:
-        selection, fit = _until_enough(task, pool, tolerance, progress_bar=progress_bar)
+        fit = growth.until_enough(tolerance)
     else:
-        found = _fit_at(task, pool, pool.available, progress_bar=progress_bar)
-        selection, fit = found.selection, replace(found.fit, pool=pool.with_read(pool.available))
-    return selection, replace(fit, seconds=time.perf_counter() - started)
+        fit = replace(growth.fit_at(pool.available)[0], pool=pool.with_read(pool.available))
+    return replace(fit, seconds=time.perf_counter() - started)
 
 
-def _fit_at(task: Task, pool: Pool, positions: Int64[Tensor, " n"], *, progress_bar: bool) -> Fitted:
-    """The fit of some samples, the same as if a loader had yielded just these."""
-    source = replace(pool.source, indices=positions.sort().values)
-    return fit_curvature(task, source, n_data=pool.size, progress_bar=progress_bar)
+@dataclass(frozen=True, eq=False)
+class _Growth:
+    """Fits of several numbers of samples of a pool."""
 
+    spec: FitSpec
+    weighting_of: WeightingOf
+    pool: Pool
+    progress_bar: bool
 
-def _until_enough(task: Task, pool: Pool, tolerance: float, *, progress_bar: bool) -> tuple[ParameterSelection, Fit]:
-    """Double the samples until that gains less than the tolerance, or there are no more."""
-    sizes, order = _sizes(task, pool), pool.reading_order(task.split_options.seed)
-    stages: list[Stage] = []
-    before: Fit | None = None
-    with tqdm(total=len(order), disable=not progress_bar, desc="[Doubling the samples]") as bar:
-        for n in sizes:
-            with warnings.catch_warnings(record=True) as caught:
-                # only what is said of the posterior that is kept is news
-                warnings.simplefilter("always", UserWarning)
-                selection, fit, last = _at_stage(task, pool, order, n, before, progress_bar=progress_bar)
-            stages.append(last)
-            before = fit
-            stopping = Stopping(tuple(stages), tolerance, len(order))
-            bar.update(n - bar.n)
-            bar.set_postfix_str(f"gained {last.shown_gain}, tolerance {tolerance:g}" if len(stages) > 1 else "")
-            if stopping.enough:
-                break
-    for warning in caught:
-        warnings.warn(warning.message, warning.category, stacklevel=4)
-    return selection, replace(fit, pool=pool.with_read(order[:n]), stopping=stopping)
-
-
-def _sizes(task: Task, pool: Pool) -> list[int]:
-    """Samples of each stage: from those that were read on, or from the fewest that the estimator can take.
-
-    Raises:
-        ValueError: if no number of samples would do, or it would make no difference.
-    """
-    options, available = task.split_options, pool.available
-    if isinstance(options.direction_samples, int) and isinstance(options.magnitude_samples, int):
-        raise ValueError(
-            "tolerance doubles the samples: expected direction_samples or magnitude_samples as a share of them; got "
-            f"{options.direction_samples} and {options.magnitude_samples} samples."
+    def fit_at(self, positions: Int64[Tensor, " n"]) -> Fitted:
+        """Fit some samples, as if a loader had yielded just these."""
+        source = replace(self.pool.source, indices=positions.sort().values)
+        return fit_curvature(
+            self.spec, self.weighting_of, source, n_data=self.pool.size, progress_bar=self.progress_bar
         )
-    options.draw(available, task.request, pool.size)
-    sizes = stage_sizes(len(pool.read) or FIRST_STAGE, len(available))
-    return [n for n in sizes if _can_take(task, available[:n], pool.size)]
 
+    def until_enough(self, tolerance: float) -> FitResult:
+        """Double the samples until that gains less than the tolerance, or there are no more."""
+        sizes, order = self._sizes(), self.pool.reading_order(self.spec.split.seed)
+        stages: list[Stage] = []
+        before: FitResult | None = None
+        with tqdm(total=len(order), disable=not self.progress_bar, desc="[Doubling the samples]") as bar:
+            for n in sizes:
+                with warnings.catch_warnings(record=True) as caught:
+                    # only warnings of the fit that is kept are shown
+                    warnings.simplefilter("always", UserWarning)
+                    fit, last = self._stage(before, order, n)
+                before = fit
+                stages.append(last)
+                stopping = Stopping(tuple(stages), tolerance, len(order))
+                bar.update(n - bar.n)
+                bar.set_postfix_str(f"gained {stages[-1].shown_gain}, tolerance {tolerance:g}" if stages[1:] else "")
+                if stopping.enough:
+                    break
+        for warning in caught:
+            warnings.warn(warning.message, warning.category, stacklevel=4)
+        return replace(fit, pool=self.pool.with_read(order[:n]), stopping=stopping)
 
-def _can_take(task: Task, positions: Int64[Tensor, " n"], n_data: int) -> bool:
-    try:
-        task.split_options.draw(positions, task.request, n_data)
-    except ValueError:
-        return False
-    return True
+    def _sizes(self) -> list[int]:
+        """Numbers of samples of the stages that the estimator can take.
 
+        Raises:
+            ValueError: if no number would do, or the number would make no difference.
+        """
+        options, at_hand = self.spec.split, self.pool.available
+        if isinstance(options.direction_samples, int) and isinstance(options.magnitude_samples, int):
+            raise ValueError(
+                "tolerance doubles the samples: expected direction_samples or magnitude_samples as a share of them; "
+                f"got {options.direction_samples} and {options.magnitude_samples} samples."
+            )
+        options.draw(at_hand, self.spec.request, self.pool.size)
+        sizes = stage_sizes(len(self.pool.read) or FIRST_STAGE, len(at_hand))
+        return [n for n in sizes if self._can_take(at_hand[:n])]
 
-def _at_stage(
-    task: Task, pool: Pool, order: Int64[Tensor, " _"], n: int, before: Fit | None, *, progress_bar: bool
-) -> tuple[ParameterSelection, Fit, Stage]:
-    """The fit of the first n samples, and what it gains over the one before; their rows are let go of."""
-    found = _fit_at(task, pool, order[:n], progress_bar=progress_bar)
-    unseen = order[n : n + max(n, ENOUGH_UNSEEN)].sort().values
-    if before is None or len(unseen) < min(FEWEST_UNSEEN, pool.size - n):
-        return found.selection, found.fit, Stage(n)
-    with at_weights(task.problem.model, task.split_options.seed):
-        inside, outside = _judges(task, pool, found, order[:n], unseen)
-        weighting = task.weighting_of(found.selection, pool.size)
-        smaller, larger = (_judged(fit, weighting, inside, outside) for fit in (before, found.fit))
-    return (
-        found.selection,
-        found.fit,
-        stage(
+    def _can_take(self, positions: Int64[Tensor, " n"]) -> bool:
+        try:
+            self.spec.split.draw(positions, self.spec.request, self.pool.size)
+        except ValueError:
+            return False
+        return True
+
+    def _stage(self, before: FitResult | None, order: Int64[Tensor, " _"], n: int) -> tuple[FitResult, Stage]:
+        """Fit the first n samples, and estimate the gain over the fit before; their rows are freed on return."""
+        fitted = self.fit_at(order[:n])
+        N = self.pool.size
+        unseen = order[n : n + max(n, ENOUGH_UNSEEN)].sort().values
+        if before is None or len(unseen) < min(FEWEST_UNSEEN, N - n):
+            return fitted[0], Stage(n)
+        with at_weights(self.spec.model, self.spec.split.seed):
+            inside, outside = self._evaluation_curvatures(fitted, order[:n], unseen)
+            weighting = self.weighting_of(fitted[0].selection, N)
+            smaller, larger = (_evaluate(fit, weighting, inside, outside) for fit in (before, fitted[0]))
+        gain = stage(
             smaller.terms,
             larger.terms,
             smaller.read - larger.read,
             smaller.unseen - larger.unseen,
-            n_data=pool.size,
+            n_data=N,
             drawn=inside[0].is_random,
-        ),
-    )
+        )
+        return fitted[0], gain
+
+    def _evaluation_curvatures(
+        self, fitted: Fitted, read: Int64[Tensor, " n"], unseen: Int64[Tensor, " m"]
+    ) -> tuple[list[SubBatchCurvature], list[SubBatchCurvature]]:
+        """Curvature of the samples that were read, used or not, and of those that were not."""
+        (fit, used), seed = fitted, self.spec.split.seed
+
+        def of(positions: Int64[Tensor, " _"], i: int) -> list[SubBatchCurvature]:
+            if not len(positions):
+                return []
+            found = load(used[0].network, self.pool.source, positions, seed)
+            return [used[0].of_samples(found.samples, seed_of_draws(seed, i))]
+
+        # Monte-Carlo curvatures are evaluated with fresh draws; the fitted ones, two a sample, would be optimistic
+        redrawn = [
+            part.of_samples(part.samples, seed_of_draws(seed, i))
+            for i, part in enumerate(used, 2)
+            if isinstance(part, RowCurvature) and part.is_random
+        ]
+        unused = read[~torch.isin(read, fit.split.used_indices)].sort().values
+        inside = (redrawn or used) + of(unused, 4)
+        outside = of(unseen, 5)
+        for curvature in inside + outside:
+            if isinstance(curvature, RowCurvature):
+                curvature.keep_rows()
+        return inside, outside
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """What samples say of a posterior.
-
-    Attributes:
-        terms: its own.
-        read: `sample_terms` of the samples that were read.
-        unseen: likewise of those that were not.
-    """
+class _Evaluation:
+    """Terms of a posterior's held-out KL: its own, and those of the samples that were read and not read."""
 
     terms: KLTerms
     read: Float[Tensor, " n"]
     unseen: Float[Tensor, " m"]
 
 
-def _judged(
-    fit: Fit, weighting: Weighting, inside: list[SubBatchCurvature], outside: list[SubBatchCurvature]
-) -> _Judged:
+def _evaluate(
+    fit: FitResult, weighting: Weighting, inside: list[SubBatchCurvature], outside: list[SubBatchCurvature]
+) -> _Evaluation:
     precision = fit.estimate.curvature.precision(weighting.likelihood_weight, weighting.prior)
     trace = prior_trace(precision, weighting.prior.expand(inside[0].network.n_parameters))
     terms = KLTerms(trace, float(precision.log_det), weighting.likelihood_weight)
     read, unseen = (sample_terms(terms, (part.traces(precision) for part in parts)) for parts in (inside, outside))
-    return _Judged(terms, read, unseen)
-
-
-def _judges(
-    task: Task, pool: Pool, found: Fitted, read: Int64[Tensor, " n"], unseen: Int64[Tensor, " m"]
-) -> tuple[list[SubBatchCurvature], list[SubBatchCurvature]]:
-    """The curvature of the samples that were read, used or not, and of those that were not."""
-    seed = task.split_options.seed
-
-    def of(sets: list[SubBatch], n_before: int) -> list[SubBatchCurvature]:
-        return curvatures_of(task.problem, found.network, found.some, sets, seed, n_before=n_before)
-
-    def at(positions: Int64[Tensor, " _"]) -> list[SubBatch]:
-        return [look_at(found.network, pool.source, positions, seed).samples] if len(positions) else []
-
-    # draws that the posterior was fitted to, of which there are two a sample, would judge it too kindly
-    drawn = [part.samples for part in found.curvatures if isinstance(part, RowCurvature) and part.is_random]
-    unused = read[~torch.isin(read, found.fit.split.used_indices)].sort().values
-    inside = (of(drawn, 2) or found.curvatures) + of(at(unused), 4)
-    outside = of(at(unseen), 5)
-    for curvature in inside + outside:
-        if isinstance(curvature, RowCurvature):
-            curvature.keep_rows()
-    return inside, outside
+    return _Evaluation(terms, read, unseen)

@@ -16,6 +16,7 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor, nn
 
+from debiased_laplace.checks import integer, name_of, one_positive
 from debiased_laplace.curvature.contexts import evaluating
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
@@ -29,7 +30,6 @@ from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
-from debiased_laplace.posterior.hyperparameters import integer, name_of, one_positive
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SEED = 0  # of random loaders; a debiased posterior of the default seed loads the same

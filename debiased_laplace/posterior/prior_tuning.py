@@ -1,7 +1,7 @@
-"""Tuning the prior precision: gradient ascent on the marginal likelihood, or a grid search on validation data."""
+"""Tuning of the prior precision: ascent on the marginal likelihood, or a grid search on validation data."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,15 +11,196 @@ from laplace.utils.utils import fix_prior_prec_structure
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.parameters import ParameterSelection
-from debiased_laplace.posterior.fitting import Fit
-from debiased_laplace.posterior.grid_search import by_grid_search, prior_grid
-from debiased_laplace.posterior.hyperparameters import name_of, one_of, positive
-from debiased_laplace.posterior.predictions import PredictiveInterface
-from debiased_laplace.posterior.prior_search import PriorSearch
-from debiased_laplace.posterior.validation import Scoring
+from debiased_laplace.checks import integer, positive
+from debiased_laplace.posterior.validation import (
+    Posterior,
+    Scoring,
+    ValidationBatch,
+    fit_the_likelihood,
+    negative_log_likelihoods,
+    plain_predictions,
+    predictions,
+    read_validation,
+    score,
+)
 
-Structure = Literal["scalar", "layerwise", "diag"]
+Edge = Literal["lower", "upper"]
+
+PriorStructure = Literal["scalar", "layerwise", "diag"]
+
+_FLAT = 1e-6  # relative range of losses that is rounding in single precision
+
+
+@dataclass(frozen=True)
+class AgainstMap:
+    """Negative log-likelihoods on the same validation samples, in nats a sample; in regression also per output.
+
+    Attributes:
+        map_loss: of the plain network; in regression with the observation noise.
+        laplace_loss: of the posterior predictive under the chosen prior.
+        difference: the posterior's less the network's; 0 where it is rounding.
+        standard_error: of the difference, paired by sample; NaN from a single sample.
+    """
+
+    map_loss: float
+    laplace_loss: float
+    difference: float
+    standard_error: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether the posterior predicts detectably worse than the plain network."""
+        return self.difference > 0 and not self.doubtful
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the difference is below two standard errors, or these are not known."""
+        return not abs(self.difference) >= 2 * self.standard_error
+
+    def __str__(self) -> str:
+        verdict = "worse" if self.worse else "not detectably worse"
+        return (
+            f"{verdict} than the plain network (MAP): negative log-likelihood {self.laplace_loss:.4g} against "
+            f"{self.map_loss:.4g}, a paired difference of {self.difference:+.2g} ± {self.standard_error:.1g}"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PriorSearch:
+    """A grid of prior precisions and what they scored on validation data.
+
+    Attributes:
+        grid: increasing.
+        losses: on the validation data; NaN or infinite where a prior could not be scored.
+        standard_errors: of the losses, from their spread over samples; None for the user's own loss.
+        chosen: the prior precision with the lowest finite loss. That it was the best of many on these very data makes
+            its loss look lower than it is.
+        against_map: how it compares with the plain network; None where the targets are not the likelihood's.
+        loss_name: what was minimised.
+        n: validation samples.
+    """
+
+    grid: Float[Tensor, " g"]
+    losses: Float[Tensor, " g"]
+    standard_errors: Float[Tensor, " g"] | None
+    chosen: float
+    against_map: AgainstMap | None
+    loss_name: str
+    n: int
+
+    @property
+    def map_loss(self) -> float | None:
+        """Negative log-likelihood of the plain network; None where it could not be had."""
+        return None if self.against_map is None else self.against_map.map_loss
+
+    @property
+    def worse_than_map(self) -> bool | None:
+        """Whether the best prior still predicts detectably worse than the plain network; None where that is unknown."""
+        known = self.against_map is not None and not math.isnan(self.against_map.standard_error)
+        return self.against_map.worse if known else None  # type: ignore[union-attr]
+
+    @property
+    def at_edge(self) -> Edge | None:
+        """The edge of the grid that the chosen prior lies at; None inside, and for a grid of one."""
+        if len(self.grid) == 1:
+            return None
+        return {0: "lower", len(self.grid) - 1: "upper"}.get(self._position)  # type: ignore[return-value]
+
+    @property
+    def flat(self) -> bool:
+        """Whether the loss is the same for all priors but for rounding, so that it chooses nothing."""
+        usable = self.losses[self.losses.isfinite()]
+        spread = float(usable.max() - usable.min())
+        return len(self.grid) > 1 and spread <= _FLAT * max(1.0, abs(float(usable.min())))
+
+    @property
+    def cautions(self) -> list[str]:
+        """What the user has to know, in words: a flat loss or an edge of the grid, and a posterior that does harm."""
+        found = []
+        if self.flat:
+            found.append(
+                f"The loss ({self.loss_name}) is the same for every prior precision {self._range}, up to rounding: "
+                f"{self.chosen:.3g} was not chosen by the data. Expected a loss that looks at the variance; the "
+                "squared error of the mean does not."
+            )
+        elif self.at_edge is not None:
+            way, end = {"lower": ("Lower", "min"), "upper": ("Raise", "max")}[self.at_edge]
+            found.append(
+                f"The best prior precision, {self.chosen:.3g}, is at the {self.at_edge} edge of the grid "
+                f"{self._range}: a better one may lie beyond. {way} log_prior_prec_{end} to find out."
+            )
+        if self.against_map is not None and self.against_map.worse:
+            found.append(
+                f"Even the best prior precision, {self.chosen:.3g} {self._range}, predicts the validation data "
+                f"{self.against_map} ({self.n} samples). It is set all the same. Try a larger "
+                "log_prior_prec_max, another link_approx or (regression) another sigma_noise; otherwise keep the plain "
+                "network's predictions."
+            )
+        return found
+
+    def __repr__(self) -> str:
+        i = self._position
+        error = "" if self.standard_errors is None else f" ± {float(self.standard_errors[i]):.2g}"
+        lines = [
+            f"prior precision {self.chosen:.4g}, the best {self._range}, on {self.n} validation samples",
+            f"  {self.loss_name} {float(self.losses[i]):.4g}{error}",
+        ]
+        if self.against_map is None:
+            lines.append("  not compared with the plain network: the targets are not those of the likelihood")
+        else:
+            lines.append(f"  {self.against_map}")
+        if self.at_edge is not None:
+            lines.append(f"  at the {self.at_edge} edge of the grid")
+        failed = int((~self.losses.isfinite()).sum())
+        if failed:
+            lines.append(f"  {failed} of the grid's priors have no finite loss")
+        return "\n".join(lines)
+
+    @property
+    def _position(self) -> int:
+        return best_of(self.losses)
+
+    @property
+    def _range(self) -> str:
+        return f"of {len(self.grid)} from {float(self.grid[0]):.3g} to {float(self.grid[-1]):.3g}"
+
+
+def best_of(losses: Float[Tensor, " g"]) -> int:
+    """The position of the lowest finite loss, of equal ones the first.
+
+    Raises:
+        ValueError: if none is finite.
+    """
+    if not bool(losses.isfinite().any()):
+        raise ValueError(f"Expected a finite loss; all {len(losses)} are NaN or infinite.")
+    return int(torch.where(losses.isfinite(), losses, torch.inf).argmin())
+
+
+def against_map(laplace: Float[Tensor, " n"], plain: Float[Tensor, " n"], rounding: float) -> AgainstMap:
+    """Compare negative log-likelihoods, paired by sample.
+
+    Args:
+        laplace: of the posterior predictive.
+        plain: of the network.
+        rounding: relative error of a prediction; differences below it are none.
+
+    Returns:
+        Means, their difference and its standard error.
+    """
+    excess = laplace - plain
+    mean, plain_mean = float(excess.mean()), float(plain.mean())
+    return AgainstMap(
+        map_loss=plain_mean,
+        laplace_loss=float(laplace.mean()),
+        difference=0.0 if abs(mean) <= rounding * max(1.0, abs(plain_mean)) else mean,
+        standard_error=standard_error_of_mean(excess),
+    )
+
+
+def standard_error_of_mean(values: Float[Tensor, " n"]) -> float:
+    """From the spread over samples; NaN for a single one."""
+    n = len(values)
+    return float(values.std(correction=1)) / n**0.5 if n > 1 else float("nan")
 
 
 @dataclass(frozen=True)
@@ -32,7 +213,7 @@ class Ascent:
     structure: str
 
 
-def by_marginal_likelihood(la: PredictiveInterface, ascent: Ascent, *, progress_bar: bool) -> None:
+def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, progress_bar: bool) -> None:
     """Set the prior precision that ascent on the log marginal likelihood ends at.
 
     Args:
@@ -56,8 +237,8 @@ def by_marginal_likelihood(la: PredictiveInterface, ascent: Ascent, *, progress_
                 structure,
                 len(la.selection.names),
                 la.selection.n_parameters,
-                la._device,
-                la._dtype,
+                la.mean_subnet.device,
+                la.mean_subnet.dtype,
             )
         log_prior = la.prior_precision.detach().log().requires_grad_()
         optimizer = torch.optim.Adam([log_prior], lr=ascent.lr)
@@ -77,104 +258,116 @@ def by_marginal_likelihood(la: PredictiveInterface, ascent: Ascent, *, progress_
         raise
 
 
-class PriorTuning(PredictiveInterface):
-    """A posterior whose prior precision can be tuned, and that remembers what a grid search found."""
+def prior_grid(lower: int | float, upper: int | float, n_points: int, base: int | float) -> Float[Tensor, " g"]:
+    """Prior precisions between two powers of a base, equally far apart in the exponent.
 
-    _prior_search: PriorSearch | None = None
+    Args:
+        lower: exponent of the smallest.
+        upper: exponent of the largest.
+        n_points: how many, at least 1; one alone is the smallest.
+        base: above 1.
 
-    @property
-    def prior_search(self) -> PriorSearch | None:
-        """What the last grid search found; None before it, after `fit` or "marglik", and in a loaded posterior."""
-        return self._prior_search
+    Returns:
+        The grid, increasing.
 
-    def adopt(self, selection: ParameterSelection, fit: Fit, center: Float[Tensor, " P"], fingerprint: str) -> None:
-        """Become the posterior of this fit, for which no prior was searched yet.
-
-        Raises:
-            ValueError: if prior precision or prior mean do not fit the parameters.
-        """
-        super().adopt(selection, fit, center, fingerprint)
-        self._prior_search = None
-
-    def optimize_prior_precision(
-        self,
-        pred_type: str = "glm",
-        method: str = "marglik",
-        n_steps: int = 100,
-        lr: int | float = 1e-1,
-        init_prior_prec: int | float | Tensor = 1.0,
-        prior_structure: str = "scalar",
-        val_loader: Iterable[Any] | None = None,
-        loss: Callable[..., Any] | None = None,
-        log_prior_prec_min: int | float = -4.0,
-        log_prior_prec_max: int | float = 4.0,
-        grid_size: int = 100,
-        link_approx: str = "mean_field",
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: int | float = 10.0,
-    ) -> None:
-        """Tune the prior precision, by marginal likelihood or by a grid search on validation data.
-
-        The arguments are laplace-torch's. The grid search scores every prior by the mean negative log-likelihood of the
-        validation data (in regression Gaussian, of function variance plus observation noise, per output), computes
-        Jacobians once where memory allows, draws the same numbers for every prior, and passes over values that are not
-        finite. It sets the best prior and leaves what it found in `prior_search`.
-
-        Args:
-            pred_type: predictive that the grid search scores: "glm" or "nn".
-            method: "marglik" or "gridsearch".
-            n_steps: of Adam on the log prior precision ("marglik").
-            lr: its learning rate.
-            init_prior_prec: where it starts; a tensor keeps its structure.
-            prior_structure: "scalar", "layerwise" or, without a Kronecker basis, "diag"; the grid is of scalars.
-            val_loader: validation data of the grid search, which neither training nor `fit` has seen.
-            loss: None for the negative log-likelihood; or a torchmetrics metric, or a function of (predictions,
-                targets), in regression of (means, covariances of the function without noise, targets).
-            log_prior_prec_min: exponent of the grid's lower end.
-            log_prior_prec_max: exponent of the grid's upper end.
-            grid_size: points of the grid.
-            link_approx: of the scored predictive; the one that predictions are going to be made with.
-            n_samples: draws of "mc" and of "nn".
-            verbose: print the result.
-            progress_bar: show progress.
-            log_prior_prec_base: base of the exponents.
-
-        Raises:
-            NotFittedError: before `fit`.
-            ValueError: if an option is unknown, a prior for every parameter meets a Kronecker basis, there are no
-                validation data, or no grid point gives a finite loss; the prior stays as it was.
-
-        Warns:
-            UserWarning: if the best prior is at an edge of the grid, or still predicts the validation data worse than
-                the plain network (MAP), or the loss does not depend on the prior; if an argument has no effect.
-
-        References:
-            Daxberger et al. (2021), arXiv 2106.14806, section 3 (cross-validating the prior precision).
-        """
-        self._check_H_init()
-        method, structure = name_of(method), name_of(prior_structure)
-        if method not in ("marglik", "gridsearch"):
-            raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
-        one_of(structure, Structure, "prior_structure")
-        with torch.inference_mode(False):
-            if method == "marglik":
-                ascent = Ascent(n_steps, lr, init_prior_prec, structure)
-                by_marginal_likelihood(self, ascent, progress_bar=progress_bar)
-                self._prior_search = None
-            else:
-                grid = prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-                scoring = Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
-                self._prior_search = by_grid_search(self, grid, val_loader, scoring, progress_bar=progress_bar)
-        if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}.")
-        cautions = [] if self._prior_search is None else self._prior_search.cautions
-        for caution in [*_without_effect(method, structure, val_loader), *cautions]:
-            warnings.warn(caution, stacklevel=2)
+    Raises:
+        ValueError: if there is no point, the exponents or the base are out of order, or a prior is not positive and
+            finite.
+    """
+    n_points = integer(n_points, "grid_size")
+    if n_points < 1:
+        raise ValueError(f"grid_size must be an integer of at least 1; got {n_points!r}.")
+    if lower > upper:
+        raise ValueError(f"log_prior_prec_min must not be above log_prior_prec_max; got {lower} and {upper}.")
+    if not base > 1:
+        raise ValueError(f"log_prior_prec_base must be above 1; got {base}.")
+    grid = torch.logspace(lower, upper, n_points, base=base, dtype=torch.float64)
+    positive(grid, "every prior_precision of the grid")
+    return grid
 
 
-def _without_effect(method: str, structure: str, val_loader: object) -> Iterator[str]:
+def search_grid(
+    la: Posterior,
+    grid: Float[Tensor, " g"],
+    loader: Iterable[Any] | None,
+    scoring: Scoring,
+    *,
+    progress_bar: bool,
+) -> PriorSearch:
+    """Set the scalar prior precision whose predictions on validation data score best.
+
+    Args:
+        la: a fitted posterior.
+        grid: prior precisions to try, increasing.
+        loader: validation data.
+        scoring: predictive and loss.
+        progress_bar: show progress.
+
+    Returns:
+        All losses, and how the best prior compares with the plain network.
+
+    Raises:
+        ValueError: if there are no validation data, or no grid point scores finitely; the prior stays as it was.
+    """
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"method='gridsearch' needs val_loader, a DataLoader of validation data; got {loader!r}.")
+    positive(grid.to(la.mean_subnet.dtype), f"every prior_precision of the grid, in {la.mean_subnet.dtype},")
+    before = la.prior_precision
+    try:
+        data = read_validation(la, loader, scoring)
+        losses, errors = _scores(la, grid, data, scoring, progress_bar=progress_bar)
+        if not bool(losses.isfinite().any()):
+            raise ValueError(
+                f"No prior precision between {float(grid[0]):.3g} and {float(grid[-1]):.3g} gives a finite "
+                f"loss on the validation data (the first one: {float(losses[0])}); the prior is unchanged."
+            )
+        best = grid[best_of(losses)]
+        la.prior_precision = best
+        comparison = None
+        if scoring.loss is None or fit_the_likelihood(la, data):
+            own = negative_log_likelihoods(la, predictions(la, data, scoring))
+            plain = negative_log_likelihoods(la, plain_predictions(la, data))
+            comparison = against_map(own, plain, torch.finfo(la.mean_subnet.dtype).eps)
+    except BaseException:
+        la.prior_precision = before
+        raise
+    return PriorSearch(
+        grid=grid.clone(),
+        losses=losses,
+        standard_errors=errors,
+        chosen=float(best),
+        against_map=comparison,
+        loss_name=scoring.name,
+        n=sum(len(held.batch) for held in data),
+    )
+
+
+def _scores(
+    la: Posterior,
+    grid: Tensor,
+    data: Sequence[ValidationBatch],
+    scoring: Scoring,
+    *,
+    progress_bar: bool,
+) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"] | None]:
+    """The loss of every prior, and where it is a mean over samples its standard error."""
+    losses, errors = [], []
+    bar = tqdm(grid, disable=not progress_bar, desc="[Grid search]")
+    for prior in bar:
+        la.prior_precision = prior
+        try:
+            loss, of_samples = score(la, data, scoring)
+        except torch.linalg.LinAlgError:
+            # as laplace-torch: this prior cannot be used, another may
+            loss, of_samples = float("nan"), None
+        losses.append(loss)
+        errors.append(float("nan") if of_samples is None else standard_error_of_mean(of_samples))
+        bar.set_postfix(prior_precision=f"{float(prior):.3g}", loss=f"{loss:.4g}")
+    exact = torch.tensor(losses, dtype=torch.float64)
+    return exact, torch.tensor(errors, dtype=torch.float64) if scoring.loss is None else None
+
+
+def without_effect(method: str, structure: str, val_loader: object) -> Iterator[str]:
     """Arguments of the other method, which the user may have meant."""
     if method == "marglik" and val_loader is not None:
         yield "val_loader has no effect with method='marglik'. Expected method='gridsearch', or no val_loader."

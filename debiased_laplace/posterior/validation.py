@@ -1,4 +1,4 @@
-"""Predictions on validation data under one prior after another, and what they are scored by."""
+"""Predictions on validation data under one prior after another, and their scores."""
 
 import copy
 import math
@@ -11,11 +11,16 @@ import torchmetrics
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
 from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.linalg.accumulation import accumulation_dtype
-from debiased_laplace.posterior.predictions import PredictiveInterface
+from debiased_laplace.predictive.predictive import class_probabilities
+
+Posterior = Any
+"""A fitted `DebiasedParametricLaplace`, whose module imports this one."""
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 """Class probabilities (n, C); or means (n, C) and function variances, (n, C) or (n, C, C)."""
@@ -81,7 +86,7 @@ class ValidationBatch:
     jacobians: tuple[Float[Tensor, "_ C P"], ...] | None
 
 
-def read_validation(la: PredictiveInterface, loader: Iterable[Any], scoring: Scoring) -> list[ValidationBatch]:
+def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> list[ValidationBatch]:
     """Read validation data once, and compute once what does not depend on the prior.
 
     Jacobians are kept as long as they fit into a quarter of the free memory, batch by batch, and the outputs are not
@@ -98,8 +103,8 @@ def read_validation(la: PredictiveInterface, loader: Iterable[Any], scoring: Sco
     Raises:
         ValueError: if there are none, or they, the predictive or (with the default loss) the targets cannot be used.
     """
-    with undisturbed_randomness(la.fitted_seed):
-        batches = [as_batch(loaded, la._problem.keys) for loaded in loader]
+    with undisturbed_randomness(la.fit_result.options.seed):
+        batches = [as_batch(loaded, MappingKeys(la.dict_key_x, la.dict_key_y)) for loaded in loader]
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         raise ValueError("val_loader yields no batches with samples; expected validation data.")
@@ -109,21 +114,21 @@ def read_validation(la: PredictiveInterface, loader: Iterable[Any], scoring: Sco
     _predict_anew(la, batches[0].first(1), scoring, _generator(la))
     if scoring.loss is None:
         for batch in batches:
-            la.check_targets(batch)
+            _check_targets(la, batch)
     left = 0
     if scoring.pred_type == "glm":
-        left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else free_memory(la._center.device) // 4
+        left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else free_memory(la.mean_subnet.device) // 4
     found = []
     for batch in batches:
-        n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * la._center.element_size()
-        with la._looking(batch.inputs) as (network, inputs):
-            kept = tuple(J for J, _ in network.jacobians(inputs)) if n_bytes <= left else None
-            found.append(ValidationBatch(batch, network.outputs(inputs), kept))
+        n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * la.mean_subnet.element_size()
+        outputs = la.backend.outputs(batch.inputs)
+        kept = tuple(J for J, _ in la.backend.chunks(batch.inputs)) if n_bytes <= left else None
+        found.append(ValidationBatch(batch, outputs, kept))
         left -= n_bytes if kept is not None else 0
     return found
 
 
-def predictions(la: PredictiveInterface, data: Sequence[ValidationBatch], scoring: Scoring) -> Iterator[Predicted]:
+def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> Iterator[Predicted]:
     """Predictions under the present prior, batch by batch, with the same draws at every call."""
     generator = _generator(la)
     for held in data:
@@ -133,10 +138,10 @@ def predictions(la: PredictiveInterface, data: Sequence[ValidationBatch], scorin
             out = _predict_anew(la, held.batch, scoring, generator)
         else:
             out = _predict(la, held.outputs, held.jacobians, scoring, generator)
-        yield out, held.batch.targets.to(la._center.device)
+        yield out, held.batch.targets.to(la.mean_subnet.device)
 
 
-def plain_predictions(la: PredictiveInterface, data: Sequence[ValidationBatch]) -> Iterator[Predicted]:
+def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterator[Predicted]:
     """What the network says without a posterior (MAP): no function variance, only the observation noise."""
     for held in data:
         f = held.outputs
@@ -144,7 +149,7 @@ def plain_predictions(la: PredictiveInterface, data: Sequence[ValidationBatch]) 
         yield out, held.batch.targets.to(f.device)
 
 
-def negative_log_likelihoods(la: PredictiveInterface, pairs: Iterable[Predicted]) -> Float[Tensor, " n"]:
+def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float[Tensor, " n"]:
     """Each sample's negative log-likelihood in nats; in regression per output, with the observation noise.
 
     A probability that underflows counts as the smallest normal number of its type.
@@ -159,9 +164,7 @@ def negative_log_likelihoods(la: PredictiveInterface, pairs: Iterable[Predicted]
     return torch.cat(parts)
 
 
-def score(
-    la: PredictiveInterface, data: Sequence[ValidationBatch], scoring: Scoring
-) -> tuple[float, Float[Tensor, " n"] | None]:
+def score(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> tuple[float, Float[Tensor, " n"] | None]:
     """The loss under the present prior; a metric starts empty.
 
     Returns:
@@ -175,7 +178,7 @@ def score(
         nlls = negative_log_likelihoods(la, pairs)
         return float(nlls.mean()), nlls
     if isinstance(scoring.loss, torchmetrics.Metric):
-        metric = copy.deepcopy(scoring.loss).to(la._center.device)
+        metric = copy.deepcopy(scoring.loss).to(la.mean_subnet.device)
         metric.reset()
         for out, targets in pairs:
             _update(metric, out, targets)
@@ -188,21 +191,27 @@ def score(
         raise ValueError(f"loss must return one number; {scoring.name} returned {found!r}.") from error
 
 
-def fit_the_likelihood(la: PredictiveInterface, data: Sequence[ValidationBatch]) -> bool:
+def fit_the_likelihood(la: Posterior, data: Sequence[ValidationBatch]) -> bool:
     """Whether the targets are such as the likelihood takes; those of the user's own loss need not be."""
     try:
         for held in data:
-            la.check_targets(held.batch)
+            _check_targets(la, held.batch)
     except ValueError:
         return False
     return True
 
 
-def _generator(la: PredictiveInterface) -> torch.Generator:
-    return torch.Generator(device=la._center.device).manual_seed(_SEED)
+def _check_targets(la: Posterior, batch: Batch) -> None:
+    """Refuse targets that do not fit the likelihood."""
+    zeros = la.mean_subnet.new_zeros(len(batch), la.n_outputs, device=batch.targets.device)
+    likelihood_named(la.likelihood).check(zeros, batch.targets)
 
 
-def _predict_anew(la: PredictiveInterface, batch: Batch, scoring: Scoring, generator: torch.Generator) -> Prediction:
+def _generator(la: Posterior) -> torch.Generator:
+    return torch.Generator(device=la.mean_subnet.device).manual_seed(_SEED)
+
+
+def _predict_anew(la: Posterior, batch: Batch, scoring: Scoring, generator: torch.Generator) -> Prediction:
     out = la(
         batch.inputs,
         pred_type=scoring.pred_type,
@@ -217,7 +226,7 @@ def _predict_anew(la: PredictiveInterface, batch: Batch, scoring: Scoring, gener
 
 
 def _predict(
-    la: PredictiveInterface,
+    la: Posterior,
     mean: Tensor,
     jacobians: Sequence[Tensor],
     scoring: Scoring,
@@ -228,10 +237,10 @@ def _predict(
     spread = torch.cat([spread_of(J) for J in jacobians])
     if la.likelihood == "regression":
         return mean, spread
-    return la.link(mean, spread, scoring.link, scoring.n_samples, generator)
+    return class_probabilities(mean, spread, scoring.link, scoring.n_samples, generator)
 
 
-def _outputs_alone(la: PredictiveInterface, scoring: Scoring) -> bool:
+def _outputs_alone(la: Posterior, scoring: Scoring) -> bool:
     """The default loss of regression has no use for covariances between outputs."""
     return la.likelihood == "regression" and scoring.loss is None
 

@@ -220,7 +220,7 @@ class Examination:
 
     @property
     def _in_a_metric(self) -> bool:
-        return self.la.fitted.estimate.curvature.metric is not None
+        return self.la.fit_result.estimate.curvature.metric is not None
 
 
 def floored(s: Tensor, P: LowRankPlusDiagonal) -> Tensor:

@@ -21,9 +21,9 @@ from debiased_laplace.debiasing.choice import Choice, Weighting, ranked, trial_t
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.lowrank import LowRankChoice
-from debiased_laplace.debiasing.options import EstimatorOptions, SplitCurvature
-from debiased_laplace.posterior.fitting import Fitted, fit_curvature
-from debiased_laplace.posterior.fitting import Task as FitTask
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import SplitCurvature
+from debiased_laplace.posterior.fit import fit_curvature
 
 Kinds = dict[str, dict[str, Any]]
 
@@ -48,19 +48,15 @@ class SharedFit:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             la.fit(self.loader, n_data=self.task.n_data)
-        pool = la.fitted.pool
-        self._found: Fitted = fit_curvature(
-            FitTask(la._problem, la._split_options, la._request, la._weighting),
-            pool.source,
-            n_data=self.task.n_data,
-            progress_bar=False,
+        pool = la.fit_result.pool
+        self._fit, (batch, *_) = fit_curvature(
+            la._spec, la._weighting, pool.source, n_data=self.task.n_data, progress_bar=False
         )
-        batch = self._found.curvatures[0]
         if not isinstance(batch, RowCurvature):
             raise TypeError("Expected a curvature with rows.")
         batch.keep_rows()
         self.batch = batch
-        self._positions = self._found.fit.split.direction_indices
+        self._positions = self._fit.split.direction_indices
 
     def _unfitted(self, options: dict[str, Any]) -> Any:
         task = self.task
@@ -80,46 +76,45 @@ class SharedFit:
         start = time.perf_counter()
         posteriors = {name: self._unfitted(options) for name, options in kinds.items()}
         first = next(iter(posteriors.values()))
-        split = first._split_options.draw(self._positions, first._request, self.task.n_data)
+        split = first._spec.split.draw(self._positions, first._spec.request, self.task.n_data)
         parts = [
             self.batch.part(torch.searchsorted(self._positions, some))
             for some in (split.direction_indices, None if split.shared else split.magnitude_indices)
             if some is not None
         ]
         roles = SplitCurvature(parts[0], None if split.shared else parts[1], split.folds, split.n_data)
-        options = [la._request.options for la in posteriors.values()]
+        options = [la._spec.request.options.resolved(prior_of_blocks=True) for la in posteriors.values()]
         with at_weights(self.task.model, self.seed), warnings.catch_warnings():
             # too few samples for a rank: the rank that was found is recorded
             warnings.simplefilter("ignore", UserWarning)
             found = estimates_of_ranks(roles, options[0], [LowRankChoice(o.rank, o.complement) for o in options])
         seconds = (time.perf_counter() - start) / len(kinds)
         for (name, la), chosen, one in zip(posteriors.items(), options, found, strict=True):
-            fit = replace(self._found.fit, split=split, estimate=one, options=chosen)
-            selection = self._found.selection
-            la.adopt(selection, fit, selection.vector(), selection.fingerprint())
+            la._adopt(replace(self._fit, split=split, estimate=one, options=chosen))
             yield name, la, seconds
 
     def shrunk(self, weights: dict[str, float]) -> Iterator[tuple[str, Any, float]]:
         """Linear shrinkage: a weight of the samples' own curvature, the rest of the cross-fitted Kronecker estimate."""
         start = time.perf_counter()
         la = self._unfitted({"magnitudes": "cross_fitted", "complement": "kron"})
-        split = la._split_options.draw(self._positions, la._request, self.task.n_data)
-        options = la._request.options
+        split = la._spec.split.draw(self._positions, la._spec.request, self.task.n_data)
+        options = la._spec.request.options
         with at_weights(self.task.model, self.seed):
             own = estimate(SplitCurvature(self.batch, None, None, split.n_data), _same_batch(options))
             target = estimate(
-                SplitCurvature(self.batch, None, split.folds, split.n_data), replace(options, structure="kron")
+                SplitCurvature(self.batch, None, split.folds, split.n_data),
+                EstimatorOptions("kron", magnitudes=options.magnitudes, n_folds=options.n_folds, seed=options.seed),
             )
-        basis, selection = target.curvature.basis, self._found.selection
+        basis = target.curvature.basis
         rotated = basis.coordinates(own.curvature.directions.T).T.contiguous()
         seconds = (time.perf_counter() - start) / len(weights)
         for name, weight in weights.items():
             mixed = LowRankCurvature(
                 (1 - weight) * target.curvature.diagonal, rotated, weight * own.curvature.weights, basis
             )
-            fit = replace(self._found.fit, split=split, estimate=replace(own, curvature=mixed), options=options)
+            fit = replace(self._fit, split=split, estimate=replace(own, curvature=mixed), options=options)
             posterior = self._unfitted({"magnitudes": "cross_fitted", "complement": "kron"})
-            posterior.adopt(selection, fit, selection.vector(), selection.fingerprint())
+            posterior._adopt(fit)
             yield name, posterior, seconds
 
     def choices(self, kind: dict[str, Any], priors: list[float]) -> tuple[dict[float, Choice], float]:
@@ -127,7 +122,8 @@ class SharedFit:
         start = time.perf_counter()
         task, la = self.task, self._unfitted(kind)
         n_rows = min(self.batch.n_rows, self.batch.network.n_parameters)
-        trials = la._request.trials(la._split_options.direction_share(self.batch.n_samples), n_rows)
+        request = la._spec.request.resolved(prior_of_blocks=True)
+        trials = request.trials(la._spec.split.direction_share(self.batch.n_samples), n_rows)
         weight = task.n_data / task.sigma_noise**2
         weightings = [Weighting(weight, torch.tensor(prior)) for prior in priors]
         with at_weights(task.model, self.seed):

@@ -105,7 +105,7 @@ def gaussians_of(task: Task, n_samples: int) -> Iterator[tuple[str, float, Tenso
     for name, (subset, options) in OURS.items():
         la: Any = DebiasedLaplace(task.model, "classification", subset, seed=0, **options)
         la.fit(loader_of(task, order), n_data=task.n_data)
-        J = task.jacobians[..., -la.selection.n_parameters :].to(la._center.dtype)
+        J = task.jacobians[..., -la.selection.n_parameters :].to(la.mean_subnet.dtype)
         for prior in PRIORS:
             la.prior_precision = prior
             yield name, prior, la.posterior_precision.variance(J).double()

@@ -209,7 +209,7 @@ def curvature_of(model: nn.Module, samples: TensorDataset) -> RowCurvature:
     la = _fitted.setdefault(id(model), _small_fit(model, samples))
     source = sample_source(DataLoader(samples, batch_size=128), 0)
     device = samples.tensors[0].device
-    network = la.fitted.network
+    network = la.fit_result.network
     return RowCurvature(network, SubBatch(source, source.indices, device, 0), GaussNewton(network.likelihood))
 
 

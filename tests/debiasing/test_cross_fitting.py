@@ -35,7 +35,8 @@ from debiased_laplace.debiasing.cross_fitting import Fold, Question, cross_fitte
 from debiased_laplace.debiasing.directions import find_directions
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.kronecker import basis_from, factors_of
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal

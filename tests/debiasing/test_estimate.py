@@ -26,7 +26,8 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.directions import REQUESTED
 from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
 from debiased_laplace.debiasing.lowrank import LowRankChoice
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(2))

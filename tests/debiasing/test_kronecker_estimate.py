@@ -28,7 +28,8 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(2))

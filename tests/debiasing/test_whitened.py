@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton
 from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.options import CurvatureEstimate, EstimatorOptions, SplitCurvature
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.whitened import FLOOR
 
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(6))

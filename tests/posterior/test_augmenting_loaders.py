@@ -42,7 +42,7 @@ def test_a_fit_is_reproducible_for_a_seed():
     other = posterior(part(dataset, range(20)), seed=3)
     assert torch.equal(first.posterior_precision.to_dense(), again.posterior_precision.to_dense())
     assert not torch.allclose(first.in_sample_curvatures[:5], other.in_sample_curvatures[:5], rtol=1e-4)
-    assert first.fitted.identities.augmented
+    assert first.fit_result.identities.augmented
     # every pass over the direction samples saw the same versions of them
     rows = first.in_sample_curvatures
     assert bool((rows.diff() <= 0).all())
@@ -62,7 +62,7 @@ def test_the_seed_decides_which_versions_of_the_samples_are_loaded(num_workers):
 def test_the_direction_samples_are_loaded_once(solver):
     # Lanczos goes through them again and again: other versions would not let it converge
     la = posterior(part(Augmented(), range(20)), rank=5, solver=solver, magnitudes="same_batch")
-    assert la.fitted.estimate.outcome.converged
+    assert la.fit_result.estimate.outcome.converged
     U = la.directions
     torch.testing.assert_close(U.T @ U, torch.eye(5, dtype=U.dtype), rtol=0, atol=1e-10)
 
@@ -88,7 +88,7 @@ def test_a_chain_of_subsets_leads_to_the_same_samples():
     half = Subset(dataset, list(range(39, 9, -1)))
     third = Subset(half, list(range(5, 30)))  # positions 34 down to 10
     la = posterior(part(third, range(20)))  # 34 down to 15
-    assert sorted(la.fitted.identities.positions.tolist()) == list(range(15, 35))
+    assert sorted(la.fit_result.identities.positions.tolist()) == list(range(15, 35))
     with pytest.raises(OverlapError, match="2 of the 3"):
         la.held_out_kl(part(dataset, [14, 15, 34]), part(third, range(20)))
     found = la.held_out_kl(part(half, [0, 1, 25, 26]), part(dataset, range(15, 35)))

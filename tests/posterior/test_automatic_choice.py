@@ -68,7 +68,7 @@ def assert_equal(found: Any, expected: Any) -> None:
     assert (found.split.folds is None) == (expected.split.folds is None)
     if found.split.folds is not None:
         assert torch.equal(found.split.folds, expected.split.folds)
-    assert found.fitted.options == expected.fitted.options
+    assert found.fit_result.options == expected.fit_result.options
     assert (found.n_data, found.rank) == (expected.n_data, expected.rank)
 
 
@@ -191,7 +191,7 @@ def test_it_is_the_posterior_that_asks_for_what_was_chosen(case: str) -> None:
     name, likelihood, n, n_data, options = CASES[case]
     la = fitted(name, likelihood, n=n, n_data=n_data, **options)
     assert isinstance(la.choice, Choice)
-    assert la.fitted.options == la.choice.chosen.options
+    assert la.fit_result.options == la.choice.chosen.options
     if la.choice.runners_up:
         assert la.choice.n_samples == la.split.n_samples
     excess = [r.excess for r in la.choice.runners_up]
@@ -278,7 +278,7 @@ def test_a_prior_for_every_layer() -> None:
     n_layers = fitted(rank=5).n_layers
     prior = torch.linspace(0.05, 3.0, n_layers).double()
     la = fitted(prior_precision=prior, **FEW)
-    assert "kron" in {r.trial.options.complement for r in la.choice.runners_up} | {la.fitted.options.complement}
+    assert "kron" in {r.trial.options.complement for r in la.choice.runners_up} | {la.fit_result.options.complement}
     assert_equal(la, fitted(prior_precision=prior, **closed(la, **FEW)))
     uniform = fitted(prior_precision=torch.full((n_layers,), PRIOR).double(), **FEW)
     scalar = fitted(**FEW)
@@ -317,15 +317,15 @@ def test_no_rank_is_chosen_that_there_is_not(magnitudes: str, n: int) -> None:
     """Without a warning: nobody has asked for it. Warnings are errors here."""
     for seed in range(2):
         la = fitted(n=n, rank="auto", complement="isotropic", magnitudes=magnitudes, n_folds=3, seed=seed)
-        assert la.fitted.options.rank in (None, la.rank)
-        assert la.choice.chosen.options.rank == la.fitted.options.rank
+        assert la.fit_result.options.rank in (None, la.rank)
+        assert la.choice.chosen.options.rank == la.fit_result.options.rank
         assert la.rank <= 2 * n  # softmax rows of three classes
 
 
 def test_a_rank_that_was_asked_for_is_still_warned_of() -> None:
     with pytest.warns(UserWarning, match="rank=30 was asked for"):
         la = fitted(n=10, rank=30, complement="auto", magnitudes="cross_fitted")
-    assert la.fitted.options.rank == 30
+    assert la.fit_result.options.rank == 30
 
 
 # --- copies, states, more data ---
@@ -340,7 +340,7 @@ def test_a_state_restores_what_was_chosen_and_what_was_left_open() -> None:
     assert state["open_options"].split() == ["complement", "direction_samples", "magnitudes"]
     again = unfitted(magnitudes="same_batch", rank=2, complement="none")
     again.load_state_dict(state)
-    assert again.fitted.options == la.fitted.options
+    assert again.fit_result.options == la.fit_result.options
     assert again.choice is None, "what the others would have cost is not in a state"
     assert_equal(again, la)
     assert repr(again) == repr(la)

@@ -34,7 +34,7 @@ def test_loaded_posterior_is_the_fitted_one():
     assert torch.equal(loaded.split.magnitude_indices, la.split.magnitude_indices)
     assert loaded.log_marginal_likelihood() == la.log_marginal_likelihood()
     assert loaded.curvature_source == la.curvature_source
-    assert loaded.weights_fingerprint == la.weights_fingerprint
+    assert loaded.fit_result.fingerprint == la.fit_result.fingerprint
     for found, expected in zip(loaded(X), la(X), strict=True):
         assert torch.equal(found, expected)
     # a loaded posterior can be fitted again, with the options it was fitted with
@@ -162,8 +162,9 @@ def test_frozen_weights_count_for_the_fingerprint_too():
         lambda la, x: la.log_marginal_likelihood(),
         lambda la, x: la.log_likelihood,
         lambda la, x: la.scatter,
-        lambda la, x: la.log_prob(torch.zeros(la.n_params)),
-        lambda la, x: la.square_norm(torch.zeros(la.n_params)),
+        lambda la, x: la.posterior_covariance,
+        lambda la, x: la.posterior_variance,
+        lambda la, x: la.backend.jacobians(x),
         lambda la, x: la.posterior_precision,
         lambda la, x: la.log_det_posterior_precision,
         lambda la, x: la.held_out_kl(None, None),
@@ -175,7 +176,7 @@ def test_frozen_weights_count_for_the_fingerprint_too():
         lambda la, x: la.standard_errors,
         lambda la, x: la.confidence_intervals(),
         lambda la, x: la.curvature_source,
-        lambda la, x: la.weights_fingerprint,
+        lambda la, x: la.fit_result.fingerprint,
     ],
 )
 def test_before_fit_everything_says_so(call):

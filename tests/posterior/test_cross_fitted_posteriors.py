@@ -207,7 +207,7 @@ def test_tuning_the_prior(structure: str) -> None:
     case = next(c for c in CASES if c.startswith(structure))
     la = copy.copy(fitted(case)[0])
     before = float(la.log_marginal_likelihood(torch.tensor(6.0)))
-    kron = la._prior_of_blocks
+    kron = la.posterior_precision.basis is not None
     n_entries = {"scalar": 1, "layerwise": la.n_layers, "diag": la.n_params}
     for prior_structure, n in n_entries.items():
         la.prior_precision = PRIOR

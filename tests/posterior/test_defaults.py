@@ -1,6 +1,7 @@
 """What a posterior is of which nothing was said, and what those say who meet a default that does not suit them."""
 
 import warnings
+from dataclasses import fields
 from inspect import signature
 
 import pytest
@@ -12,9 +13,9 @@ from posterior_cases import PRIOR, close, hyper_parameters, loader_of
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.posterior import hyperparameters
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
-from debiased_laplace.posterior.structures import CLASSES
+from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.posterior.factory import CLASSES
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
 DEFAULTS = {
     "rank": None,
@@ -22,7 +23,7 @@ DEFAULTS = {
     "direction_samples": 0.5,
     "magnitude_samples": None,
     "n_folds": 8,
-    "complement": "kron",
+    "complement": None,
     "metric": "euclidean",
     "inverse_correction": "none",
     "solver": "auto",
@@ -45,10 +46,11 @@ def fitted(make, *names: str, **options):
 def test_the_defaults_are_these_wherever_they_stand() -> None:
     of_factory = defaults_of(DebiasedLaplace)
     assert {name: of_factory[name] for name in DEFAULTS} == DEFAULTS
-    assert DEFAULTS["complement"] == hyperparameters.DEFAULT_COMPLEMENT
-    for cls in CLASSES.values():
-        assert cls.__init__ is DebiasedParametricLaplace.__init__
-        assert defaults_of(cls) == of_factory
+    of_estimator = {field.name: field.default for field in fields(EstimatorOptions) if field.name != "structure"}
+    of_class = {p.name: p.default for p in signature(DebiasedParametricLaplace).parameters.values()}
+    del of_class["model"], of_class["likelihood"], of_class["estimator"]
+    assert of_factory == of_estimator | of_class
+    assert all(cls.__init__ is DebiasedParametricLaplace.__init__ for cls in CLASSES.values())
 
 
 @pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
@@ -75,8 +77,8 @@ def test_low_rank_is_what_a_call_without_names_gives() -> None:
 
 
 @pytest.mark.parametrize("structure", ["kron", "full"])
-@pytest.mark.parametrize("complement", ["kron", "none"])
-def test_the_default_complement_means_nothing_to_other_structures(complement: str, structure: str) -> None:
+@pytest.mark.parametrize("complement", [None, "none"])
+def test_the_default_complement_means_nothing_to_other_structures(complement: str | None, structure: str) -> None:
     silent = fitted(DebiasedLaplace, "all", structure)
     said = fitted(DebiasedLaplace, "all", structure, complement=complement)
     assert torch.equal(said.posterior_precision.to_dense(), silent.posterior_precision.to_dense())
@@ -85,8 +87,9 @@ def test_the_default_complement_means_nothing_to_other_structures(complement: st
     loaded = DebiasedLaplace(silent.model, "classification", "all", structure)
     loaded.load_state_dict(state)
     assert torch.equal(loaded.posterior_precision.to_dense(), silent.posterior_precision.to_dense())
-    with pytest.raises(ValueError, match="complement is of hessian_structure='lowrank'; got complement='diagonal'"):
-        DebiasedLaplace(mlp()[0], "classification", "all", structure, complement="diagonal")
+    for other in ("diagonal", "kron"):
+        with pytest.raises(ValueError, match=f"complement is of hessian_structure='lowrank'; got complement='{other}'"):
+            DebiasedLaplace(mlp()[0], "classification", "all", structure, complement=other)
 
 
 def test_the_default_complement_does_not_let_the_options_of_its_basis_through() -> None:
@@ -103,7 +106,7 @@ OUT = r"because its basis mixes .* take hessian_structure='lowrank' with complem
 def test_a_prior_for_every_parameter_is_told_the_way_out() -> None:
     prior = torch.linspace(0.2, 3.0, 93, dtype=torch.float64)
     with pytest.raises(ValueError, match=OUT):
-        DebiasedLaplace(mlp()[0], "classification", prior_precision=prior)
+        DebiasedLaplace(mlp()[0], "classification", prior_precision=prior, complement="kron")
     la = fitted(DebiasedLaplace)
     with pytest.raises(ValueError, match=OUT):
         la.prior_precision = prior

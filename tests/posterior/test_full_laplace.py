@@ -9,7 +9,7 @@ from models import targets
 from posterior_cases import PLAIN, close, hyper_parameters, loader_of, posterior_of
 from torch import nn
 
-from debiased_laplace.posterior.structures import DebiasedLowRankLaplace
+from debiased_laplace.posterior.factory import DebiasedLowRankLaplace
 
 RTOL = 1e-6  # laplace-torch's default backend multiplies by a single-precision identity
 

@@ -50,16 +50,18 @@ def assert_equal(grown: Any, at_once: Any, **tolerance: float) -> None:
         found, expected = (torch.as_tensor(getattr(la, name)) for la in (grown, at_once))
         torch.testing.assert_close(found, expected, **tolerance)
     torch.testing.assert_close(grown.H[1], at_once.H[1], **tolerance)  # directions
-    if at_once.fitted.estimate.magnitudes.standard_errors is not None:
+    if at_once.fit_result.estimate.magnitudes.standard_errors is not None:
         torch.testing.assert_close(grown.standard_errors, at_once.standard_errors, **tolerance)
     found, expected = (la.posterior_precision.to_dense() for la in (grown, at_once))
     torch.testing.assert_close(found, expected, **tolerance)
     assert grown.n_data == at_once.n_data
     assert grown.split.n_samples == at_once.split.n_samples
-    assert torch.equal(grown.fitted.identities.hashes.sort().values, at_once.fitted.identities.hashes.sort().values), (
-        "the samples themselves"
+    assert torch.equal(
+        grown.fit_result.identities.hashes.sort().values, at_once.fit_result.identities.hashes.sort().values
+    ), "the samples themselves"
+    assert torch.equal(grown.fit_result.identities.hashes, at_once.fit_result.identities.hashes), (
+        "what each is used for"
     )
-    assert torch.equal(grown.fitted.identities.hashes, at_once.fitted.identities.hashes), "what each is used for"
 
 
 # --- more data: the fit of the union ---
@@ -542,7 +544,11 @@ def test_no_draw_is_both_fitted_and_judged_by(case: str, monkeypatch: pytest.Mon
     # the exact partner: which seeds drew what a stage was fitted to, and what judged it
     drawn: list[set[int]] = []
     judges: list[set[int]] = []
-    batches, fit_curvature, judging = RowCurvature.batches, growing.fit_curvature, growing._judges
+    batches, fit_curvature, judging = (
+        RowCurvature.batches,
+        growing.fit_curvature,
+        growing._Growth._evaluation_curvatures,
+    )
 
     def drawing(self: RowCurvature) -> Any:
         drawn[-1].add(self.seed)
@@ -561,7 +567,7 @@ def test_no_draw_is_both_fitted_and_judged_by(case: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(RowCurvature, "batches", drawing)
     monkeypatch.setattr(growing, "fit_curvature", fitting)
-    monkeypatch.setattr(growing, "_judges", judged)
+    monkeypatch.setattr(growing._Growth, "_evaluation_curvatures", judged)
     doubling(seed=1, **OF_DRAWS[case], **DRAWN).fit(loader(large().data), tolerance=1e-9)
     fitted = drawn[::2]
     assert len(fitted) == 4
@@ -744,7 +750,7 @@ def test_a_stage_lets_go_of_the_rows_of_the_one_before(monkeypatch: pytest.Monke
         gc.collect()
         alive.append([ref() for ref in seen if ref() is not None])
         found = fit_curvature(*args, **kwargs)
-        seen.extend(weakref.ref(curvature) for curvature in found.curvatures)
+        seen.extend(weakref.ref(curvature) for curvature in found[1])
         return found
 
     fit_curvature = growing.fit_curvature

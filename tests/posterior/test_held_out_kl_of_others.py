@@ -215,7 +215,7 @@ def test_a_batch_of_rows_at_a_time_and_progress_of_all(case, monkeypatch):
             updates.append(n)
 
     monkeypatch.setattr(LowRankPlusDiagonal, "variance_trace", noting)
-    monkeypatch.setattr("debiased_laplace.posterior.judging.tqdm", Bar)
+    monkeypatch.setattr("debiased_laplace.posterior.held_out_kl.tqdm", Bar)
     held_out_kl(fitted(case, "regression"), *loaders("regression", batch_size=4), **FULL_BATCH, progress_bar=True)
     held_out_kl(fitted(case, "regression"), *loaders("regression", batch_size=4), **FULL_BATCH)
     assert shapes == [(4, 3, len(positions(case)))] * 20

@@ -95,7 +95,7 @@ def test_negative_curvature_counts_where_it_is_held_out():
     per_sample = curvatures("Hessian", "regression")
     assert float(torch.linalg.eigvalsh(sum(per_sample) / 40)[0]) < -1e-2
     la, found = judged("Hessian", "regression", "all", "kron")
-    assert la.fitted.estimate.magnitudes.n_floored > 0
+    assert la.fit_result.estimate.magnitudes.n_floored > 0
     covariance = torch.linalg.inv(la.posterior_precision.to_dense())
     weight = 0.5 * 40 / (SIGMA["regression"] ** 2 * TEMPERATURE)
     terms = torch.stack([weight * torch.trace(covariance @ H) for H in per_sample[16:]])

@@ -188,7 +188,7 @@ def test_memory_of_a_fit(name, subset):
         la = fit(MANY, torch.float32, subset_of_weights=subset, **FITS[name])
     P = la.selection.n_parameters
     assert la.n_outputs == MANY
-    assert not la.fitted.estimate.curvature.directions.requires_grad
+    assert not la.fit_result.estimate.curvature.directions.requires_grad
     # the rows of two drawn targets a sample, and nothing larger
     assert made.largest() <= 2 * BATCH * P
     assert made.squares_of_outputs(BATCH) == []

@@ -369,9 +369,9 @@ class NoisyTokens(Rows):
 
 
 def test_augmentation_is_noticed():
-    assert not fitted().fitted.identities.augmented
+    assert not fitted().fit_result.identities.augmented
     la = of_mappings(loader=DataLoader(NoisyTokens(columns()), batch_size=8))
-    assert la.fitted.identities.augmented
+    assert la.fit_result.identities.augmented
     again = of_mappings(loader=DataLoader(NoisyTokens(columns()), batch_size=8, shuffle=True))
     check_same(la, again, rtol=0, atol=0)
 
@@ -404,7 +404,7 @@ def test_batches_padded_to_their_longest_sample():
     loader = DataLoader(Rows(c), batch_size=4, collate_fn=padded)
     assert len({batch["input_ids"].shape[1] for batch in loader}) > 1
     la = of_mappings(loader=loader)
-    assert la.fitted.identities.augmented
+    assert la.fit_result.identities.augmented
     check_same(la, reference()[0])
     with pytest.raises(ValueError, match=r"of one shape.*pad"):
         of_mappings(loader=list(loader))

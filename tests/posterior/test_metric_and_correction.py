@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.posterior.parametric import DebiasedParametricLaplace
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
 OPTIONS = {
     "metric": {"complement": "kron", "metric": "kron", "rank": 6},
@@ -29,13 +29,13 @@ OPTIONS = {
 
 def dense_precision(la: DebiasedParametricLaplace) -> Tensor:
     """From the fitted attributes, the formula written out."""
-    c = la.fitted.estimate.curvature
+    c = la.fit_result.estimate.curvature
     K = torch.eye(len(la.mean), dtype=torch.float64) if c.basis is None else c.basis.to_dense().double()
     scale = la.n_data / (float(la.sigma_noise) ** 2 * la.temperature)
     S = torch.eye(len(K), dtype=torch.float64) if c.metric is None else torch.diag(c.metric)
     P0 = K.T @ torch.diag(la.prior_precision_diag) @ K
     D = scale * torch.diag(c.diagonal.expand(len(K))) + P0
-    if la.fitted.options.inverse_correction == "none":
+    if la.fit_result.options.inverse_correction == "none":
         weights = scale * c.weights
     elif len(c.weights) == 0:
         v = torch.diagonal(D)
@@ -91,8 +91,8 @@ def test_a_state_restores_it(case: str) -> None:
     again.load_state_dict(torch.load(file, weights_only=True))
     close(again(X), la(X), 1e-10)
     close(again.posterior_precision.to_dense(), la.posterior_precision.to_dense(), 1e-10)
-    assert again.fitted.options == la.fitted.options
-    if la.fitted.options.structure != "kron":
+    assert again.fit_result.options == la.fit_result.options
+    if la.fit_result.options.structure != "kron":
         close(again.directions, la.directions, 1e-12)
 
 
@@ -136,7 +136,7 @@ def test_the_metric_is_chosen_by_held_out_kl() -> None:
     assert la.choice is not None
     options = [la.choice.chosen.options, *(r.trial.options for r in la.choice.runners_up)]
     assert sorted(option.metric for option in options) == ["euclidean", "kron"]
-    assert la.fitted.options == la.choice.chosen.options
+    assert la.fit_result.options == la.choice.chosen.options
     assert any("metric='kron'" in line for line in str(la.choice).splitlines())
     fixed = posterior_of(
         la.model, "classification", magnitudes="cross_fitted", n_folds=4, complement="kron",

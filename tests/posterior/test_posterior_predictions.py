@@ -1,9 +1,8 @@
 import pytest
 import torch
-from models import MODELS
-from posterior_cases import posterior_of
 
 from debiased_laplace.predictive import links
+from debiased_laplace.predictive.predictive import class_probabilities
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["covariances", "variances"])
@@ -14,12 +13,13 @@ def test_monte_carlo_is_the_mean_softmax_of_the_draws(alone: bool) -> None:
     spread = (L @ L.mT).diagonal(dim1=-2, dim2=-1) if alone else L @ L.mT
     draw = links.independent_draws if alone else links.gaussian_draws
     draws = draw(mean, spread, n_samples=9, generator=torch.Generator().manual_seed(4))
-    la = posterior_of(MODELS["MLP"](4)[0], "classification", prior_precision=3.0)
-    found = la.link(mean, spread, "mc", 9, torch.Generator().manual_seed(4))
+    found = class_probabilities(mean, spread, "mc", 9, torch.Generator().manual_seed(4))
     torch.testing.assert_close(found, torch.softmax(draws, -1).mean(0))
     # of covariances, probit reads the diagonal alone
     if not alone:
         variances = spread.diagonal(dim1=-2, dim2=-1)
-        probit = (la.link(mean, s, "probit", 9, None) for s in (spread, variances))
+        probit = (class_probabilities(mean, s, "probit", 9, None) for s in (spread, variances))
         torch.testing.assert_close(*probit)
-        torch.testing.assert_close(la.link(mean, variances, "probit", 9, None), links.probit(mean, variances))
+        torch.testing.assert_close(
+            class_probabilities(mean, variances, "probit", 9, None), links.probit(mean, variances)
+        )

@@ -9,7 +9,7 @@ from laplace.utils.enums import PredType, PriorStructure, TuningMethod
 from posterior_cases import close, fitted, loader_of, posterior_of
 
 from debiased_laplace.errors import NotFittedError
-from debiased_laplace.posterior.grid_search import by_grid_search
+from debiased_laplace.posterior.prior_tuning import search_grid
 from debiased_laplace.posterior.validation import Scoring
 
 
@@ -249,5 +249,5 @@ def test_before_fit():
 def test_a_loader_that_can_be_read_once_is_enough():
     la, X, y, _ = fitted("MLP", "classification")
     scoring = Scoring("glm", "probit", 10, None)
-    by_grid_search(la, torch.logspace(-9, 9, 3), iter([(X, y)]), scoring, progress_bar=False)
+    search_grid(la, torch.logspace(-9, 9, 3), iter([(X, y)]), scoring, progress_bar=False)
     assert float(la.prior_precision) != pytest.approx(0.4)

@@ -16,7 +16,7 @@ from posterior_cases import PRIOR, SIGMA, fitted, jacobians, loader_of, posterio
 
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.posterior import validation
-from debiased_laplace.posterior.prior_search import PriorSearch, against_map
+from debiased_laplace.posterior.prior_tuning import PriorSearch, against_map
 from debiased_laplace.posterior.validation import negative_log_likelihoods
 from debiased_laplace.predictive.mean_field import nodes as fixed_nodes
 

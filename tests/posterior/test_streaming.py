@@ -57,7 +57,7 @@ def test_direction_samples_are_loaded_as_often_for_many_products_as_for_none(pro
     gram, lanczos = Counting(*problem), Counting(*problem)
     fitted(gram, rank=4, solver="gram")
     la = fitted(lanczos, rank=4, solver="lanczos")
-    assert la.fitted.estimate.outcome.products > 10
+    assert la.fit_result.estimate.outcome.products > 10
     a = la.split.direction_indices
     assert torch.equal(lanczos.loads[a], gram.loads[a])
 

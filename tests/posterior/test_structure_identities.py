@@ -98,7 +98,7 @@ def test_full_is_low_rank_of_every_direction_with_their_mean_outside(likelihood,
     weights = full.n_data / (float(full.sigma_noise) ** 2 * full.temperature)
     null_space = torch.linalg.eigvalsh(full.posterior_precision.to_dense())
     # one value for all of them, more than the prior's
-    c = weights * float(full.fitted.estimate.curvature.diagonal)
+    c = weights * float(full.fit_result.estimate.curvature.diagonal)
     # on the direction samples themselves there is nothing outside
     assert c > 1e-3 if magnitudes == "held_out" else c < 1e-9
     assert int(((null_space - c - 0.4).abs() < 1e-8 * (c + 0.4)).sum()) >= 93 - full.rank

@@ -216,7 +216,7 @@ def check(la, name, own):
     m = (U * (H @ U)).sum(0)
     close(la.directional_curvatures, m, rtol=1e-5)
     estimate = U @ torch.diag(m) @ U.T
-    if la.fitted.estimate.curvature.diagonal.any() and operator.basis is None:
+    if la.fit_result.estimate.curvature.diagonal.any() and operator.basis is None:
         # full: one mean value where the direction samples say nothing
         rest = (torch.trace(H) - m.sum()) / max(len(H) - len(m), 1)
         estimate = estimate + rest * (torch.eye(len(H)) - U @ U.T)
@@ -263,7 +263,7 @@ def test_posterior_is_the_dense_one(name, subset, structure):
     la, own = fitted(name, subset, key, **options)
     assert la.selection.n_parameters == len(own)
     # nothing that is kept hangs on the graph of the rest of the model
-    assert not la.fitted.estimate.curvature.directions.requires_grad
+    assert not la.fit_result.estimate.curvature.directions.requires_grad
     assert not la.directional_curvatures.requires_grad
     check(la, name, own)
 

@@ -47,7 +47,7 @@ def test_a_module_that_is_used_twice_stays_whole(data):
     J = torch.autograd.functional.jacobian(
         lambda w: torch.func.functional_call(model, {"0.weight": w}, (X[:1],), tie_weights=False)[0], weight.detach()
     )
-    network = la.fitted.network
+    network = la.fit_result.network
     found = torch.cat([J for J, _ in network.jacobians(X[:1])])[0, :, :16]
     torch.testing.assert_close(found, J.flatten(1), rtol=1e-10, atol=1e-12)
 
@@ -60,9 +60,9 @@ def test_tied_parameters_of_two_modules_count_once(data):
     b.weight = a.weight
     la = fitted(model, data)
     X = data.tensors[0]
-    moved = {k: v + 0.1 for k, v in la.fitted.network.parameters.items()}
+    moved = {k: v + 0.1 for k, v in la.fit_result.network.parameters.items()}
     before = model(X).detach()
-    changed = la.fitted.network.selection.call(moved, X)
+    changed = la.fit_result.network.selection.call(moved, X)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1)

@@ -31,8 +31,8 @@ WRONG_TYPES = {
     "rank: bool": "True",
     "seed: text": "seed must be an integer",
     "seed: bool": "seed must be an integer",
-    "n_folds: one": "n_folds must be at least 2; got 1",
-    "n_folds: text": "n_folds must be an integer; got 'ten'",
+    "n_folds: one": "n_folds must be an integer of at least 2; got 1",
+    "n_folds: text": "n_folds must be an integer of at least 2; got 'ten'",
     "magnitudes: unknown": "'held_out', 'cross_fitted', 'same_batch'.*'jackknife'",
     "complement: unknown": "'none', 'isotropic', 'diagonal', 'kron'.*'block'",
     "metric: unknown": "'euclidean', 'kron', 'auto'.*'fisher'",
@@ -286,7 +286,7 @@ def test_loaders_that_cannot_be_used(case, monkeypatch):
     la = posterior_of(model, likelihood, **hyper_parameters(likelihood), **options)
     loader = make()
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    monkeypatch.setattr("debiased_laplace.posterior.fitting.estimate", no_long_work)
+    monkeypatch.setattr("debiased_laplace.posterior.fit.estimate", no_long_work)
     with pytest.raises(ValueError, match=rf"(?s){message}"):
         la.fit(loader)
     with pytest.raises(ValueError, match="not fitted"):
@@ -414,7 +414,7 @@ def judged(**options):
 )
 def test_fitted_samples_are_refused_for_judging(overlapping, monkeypatch):
     la, dataset = judged()
-    monkeypatch.setattr("debiased_laplace.posterior.judging.sample_terms", no_long_work)
+    monkeypatch.setattr("debiased_laplace.posterior.held_out_kl.sample_terms", no_long_work)
     with pytest.raises(OverlapError, match="1 of the"):
         la.held_out_kl(DataLoader(overlapping(dataset)), DataLoader(Subset(dataset, range(20))))
 
@@ -429,7 +429,7 @@ FITTED_LOADERS = {
 @pytest.mark.parametrize("case", FITTED_LOADERS)
 def test_fitted_loader_of_other_samples(case, monkeypatch):
     la, dataset = judged()
-    monkeypatch.setattr("debiased_laplace.posterior.judging.sample_terms", no_long_work)
+    monkeypatch.setattr("debiased_laplace.posterior.held_out_kl.sample_terms", no_long_work)
     with pytest.raises(ValueError, match="the 20 samples that were fitted; it yields"):
         la.held_out_kl(DataLoader(Subset(dataset, range(30, 40))), DataLoader(FITTED_LOADERS[case](dataset)))
 
@@ -437,7 +437,7 @@ def test_fitted_loader_of_other_samples(case, monkeypatch):
 def test_held_out_kl_without_what_it_needs(monkeypatch):
     la, dataset = judged()
     rest = DataLoader(Subset(dataset, range(20, 40)), batch_size=7)
-    monkeypatch.setattr("debiased_laplace.posterior.judging.sample_terms", no_long_work)
+    monkeypatch.setattr("debiased_laplace.posterior.held_out_kl.sample_terms", no_long_work)
     for fitted_loader in (None, DataLoader(Subset(dataset, range(20)))):
         with pytest.raises(ValueError, match="20 of 40 samples were fitted"):
             la.held_out_kl(None, fitted_loader)

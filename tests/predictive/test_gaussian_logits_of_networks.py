@@ -49,7 +49,9 @@ def test_differences_are_those_of_the_dense_covariance(case):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
     torch.testing.assert_close(la(X), expected.probabilities())
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    torch.testing.assert_close(linearized.predict_variances(la.network_for(X), la.posterior_precision, X)[1], variance)
+    torch.testing.assert_close(
+        linearized.predict_variances(la.fit_result.network, la.posterior_precision, X)[1], variance
+    )
     alone = la(X, diagonal_output=True)
     torch.testing.assert_close(alone, GaussianLogits.of_variances(mean, variance).probabilities())
     assert float((alone - la(X)).abs().max()) > 1e-6

@@ -1,4 +1,4 @@
-"""The held-out KL of a fitted posterior: which samples it may be judged on, and their rows."""
+"""Held-out KL of a fitted posterior, of this package or of laplace-torch: checks of its samples, and their terms."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
-from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.hessian_curvature import hessian_traces
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.survey import evaluated
-from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.source import root_length, sample_source
@@ -25,13 +25,10 @@ from debiased_laplace.debiasing.held_out_kl import (
     sample_terms,
 )
 from debiased_laplace.errors import OverlapError
-from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.posterior.candidates import Candidate, debiased_candidate
+from debiased_laplace.posterior.candidates import Candidate
 from debiased_laplace.posterior.laplace_torch import laplace_torch_candidate, plain_model
-from debiased_laplace.posterior.predictions import PredictiveInterface
 
 _SHARE_THAT_MATTERS = 0.1
-_PANEL = 64  # columns of the covariance's root at once
 
 
 def held_out_kl(
@@ -81,32 +78,44 @@ def held_out_kl(
         docs/conventions.md, "Held-out KL"; Daxberger et al. (2021), arXiv 2106.14806.
     """
     with torch.inference_mode(False):
-        if isinstance(posterior, PredictiveInterface):
-            _check_agrees(posterior, n_data, temperature)
-            return judged(debiased_candidate(posterior), loader, fitted_loader, progress_bar=progress_bar)
-        candidate = laplace_torch_candidate(posterior, n_data, temperature)
-        if fitted_loader is None:
+        candidate = candidate_of(posterior, n_data, temperature)
+        if candidate.identities is None and fitted_loader is None:
             raise ValueError(
                 "laplace-torch's posteriors do not remember their samples: expected the fitted ones as fitted_loader, "
                 "to tell them from the held-out ones and for their exact share."
             )
         with plain_model(candidate.model):
-            return judged(candidate, loader, fitted_loader, progress_bar=progress_bar)
+            return estimate_for(candidate, loader, fitted_loader, progress_bar=progress_bar)
 
 
-def _check_agrees(la: PredictiveInterface, n_data: int | None, temperature: int | float | None) -> None:
-    """What a posterior of this package knows is not to be told otherwise."""
-    la._check_H_init()
-    for name, given, known in (("n_data", n_data, la.n_data), ("temperature", temperature, la.temperature)):
-        if given is not None and given != known:
+def candidate_of(posterior: Any, n_data: int | None = None, temperature: int | float | None = None) -> Candidate:
+    """Return what the held-out KL needs of a posterior, of this package or of laplace-torch.
+
+    Args:
+        posterior: fitted.
+        n_data: N of the full batch; None: as the posterior has it.
+        temperature: of the full batch; None: as the posterior has it.
+
+    Raises:
+        NotFittedError: before `fit`.
+        ValueError: as `held_out_kl`.
+    """
+    own = getattr(posterior, "_candidate", None)
+    if own is None:
+        return laplace_torch_candidate(posterior, n_data, temperature)
+    candidate: Candidate = own()
+    known = {"n_data": posterior.n_data, "temperature": posterior.temperature}
+    for name, given in (("n_data", n_data), ("temperature", temperature)):
+        if given is not None and given != known[name]:
             raise ValueError(
-                f"This {type(la).__name__} has {name}={known}; expected the same or None, got {given!r}. Only "
-                "laplace-torch's posteriors need to be told."
+                f"This {type(posterior).__name__} has {name}={known[name]}; expected the same or None, got {given!r}. "
+                "Only laplace-torch's posteriors need to be told."
             )
+    return candidate
 
 
-def judged(candidate: Candidate, loader: Any, fitted_loader: Any, *, progress_bar: bool) -> HeldOutKL:
-    """The held-out KL of a candidate; see `held_out_kl`, which warns in the name of its caller."""
+def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progress_bar: bool) -> HeldOutKL:
+    """Estimate the held-out KL of a candidate; see `held_out_kl`. Warnings point at the caller's caller."""
     n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
     _check_loaders(candidate, loader, fitted_loader)
     if fitted_loader is None and n_fitted > _SHARE_THAT_MATTERS * n_data:
@@ -184,21 +193,14 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
             outputs = evaluated(network.selection, network.parameters, batch)
         candidate.target.likelihood.check(outputs, batch.targets)
         if root is None:
-            yield _hessian_traces(network, precision, batch)
+            second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
+            yield hessian_traces(second, batch, precision)
             bar.update(len(batch))
             continue
         side = root.side(batch.targets, network.n_outputs, torch.Generator())
         for n, blocks, _ in network.root_rows(batch, root, side):
             yield sum((precision.variance_trace(rows) for rows in blocks), start=precision.directions.new_zeros(n))
             bar.update(n)
-
-
-def _hessian_traces(network: Network, precision: LowRankPlusDiagonal, batch: Batch) -> Tensor:
-    """A Hessian has no rows: the quadratics along every column of a root of the covariance, P of them a sample."""
-    second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
-    units = torch.eye(network.n_parameters, dtype=network.like.dtype, device=network.like.device)
-    panels = [second.quadratics(batch, precision.root(some).T).sum(1) for some in units.split(_PANEL)]
-    return torch.stack(panels).sum(0)
 
 
 def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> None:

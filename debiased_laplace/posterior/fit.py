@@ -1,0 +1,341 @@
+"""Fit of a posterior: from a loader to the curvature estimate, one path for every structure, subset and backend."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.hessian_curvature import HessianCurvature
+from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.second_derivatives import SecondDerivatives
+from debiased_laplace.curvature.sub_batch import SubBatchCurvature
+from debiased_laplace.curvature.subsets import WeightSubset
+from debiased_laplace.curvature.survey import Survey, meet_network, survey
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.identities import SampleIdentities
+from debiased_laplace.data.inputs import MappingKeys
+from debiased_laplace.data.pool import Pool
+from debiased_laplace.data.source import SampleSource, root_length
+from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
+from debiased_laplace.data.sub_batch import SubBatch
+from debiased_laplace.debiasing.choice import Choice, Weighting, choose
+from debiased_laplace.debiasing.estimate import estimate
+from debiased_laplace.debiasing.options import EstimatorOptions, Request
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
+from debiased_laplace.debiasing.stopping import Stopping
+from debiased_laplace.errors import RepeatedSamplesError
+from debiased_laplace.posterior.backends import BackendChoice
+
+WeightingOf = Callable[[ParameterSelection, int], Weighting]
+"""Prior and likelihood weight of the posterior, given its parameters and N."""
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Division of the samples into direction and magnitude samples, with the names of the public constructor.
+
+    Attributes:
+        direction_samples: a number of samples, or a share of them below 1.
+        magnitude_samples: likewise; None for all the rest.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if an amount is out of range, as far as that is known without the samples.
+    """
+
+    direction_samples: Amount
+    magnitude_samples: Amount | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("direction_samples", "magnitude_samples"):
+            amount = getattr(self, name)
+            if amount is None and name == "magnitude_samples":
+                continue
+            whole = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+            if not whole and not (isinstance(amount, float) and 0 < amount < 1):
+                raise ValueError(
+                    f"{name} is a number of samples (int, at least 1) or a share of them (float, below 1); got "
+                    f"{amount!r}."
+                )
+
+    def draw(
+        self, indices: Tensor, request: Request, n_data: int | None, direction_share: float | None = None
+    ) -> SubBatches:
+        """Draw the sub-batches of an estimator; one set of all samples where the estimator is still to be chosen.
+
+        Args:
+            indices: of the available samples.
+            request: options of the estimator.
+            n_data: size of the data set that the likelihood stands for.
+            direction_share: share of the samples for the directions, as chosen; None: as given.
+
+        Raises:
+            ValueError: if the amounts do not fit into the samples, for any estimator that may be chosen.
+        """
+        if request.open:
+            self._check_open(indices, request, n_data)
+        directions, magnitudes = self.direction_samples, self.magnitude_samples
+        options = request.options
+        if direction_share is not None and options.magnitudes == "held_out" and magnitudes is None:
+            directions = round(direction_share * len(indices))
+        return draw_sub_batches(
+            indices,
+            direction_samples=directions,
+            magnitude_samples=magnitudes,
+            shared=bool(request.open) or options.magnitudes != "held_out",
+            n_data=n_data,
+            seed=self.seed,
+            n_folds=options.n_folds if options.magnitudes == "cross_fitted" and not request.open else None,
+        )
+
+    def _check_open(self, indices: Tensor, request: Request, n_data: int | None) -> None:
+        """Refuse amounts that would turn out not to fit once the long work is done."""
+        if "direction_samples" in request.open and self.magnitude_samples is not None:
+            raise ValueError(
+                "direction_samples='auto' shares all samples out between directions and magnitudes: expected "
+                f"magnitude_samples=None; got {self.magnitude_samples!r}."
+            )
+        n = len(indices)
+        trials = request.trials(self.direction_share(n), 0) if n else []
+        for trial in {(t.options.magnitudes, t.direction_share): t for t in trials}.values():
+            self.draw(indices, Request(trial.options), n_data, trial.direction_share)
+
+    def direction_share(self, n: int) -> float:
+        """Return the share of the used samples that give directions."""
+        first, second = (
+            0 if amount is None else amount * n if isinstance(amount, float) else amount
+            for amount in (self.direction_samples, self.magnitude_samples)
+        )
+        return first / (n if self.magnitude_samples is None else first + second)
+
+
+@dataclass(frozen=True, eq=False)
+class FitSpec:
+    """Request for a fit: everything that it needs except for the samples and the prior.
+
+    Attributes:
+        model: the trained network; never written to.
+        likelihood: of the outputs.
+        subset: of the weights.
+        backend: kind of curvature, and the laplace-torch backend that computes its derivatives.
+        keys: of batches that are mappings.
+        split: division of the samples.
+        request: options of the estimator.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    subset: WeightSubset
+    backend: BackendChoice
+    keys: MappingKeys
+    split: SplitOptions
+    request: Request
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """Result of a fit; what a state does not hold is None after loading one.
+
+    Attributes:
+        selection: parameters of the posterior.
+        mean: their trained values.
+        fingerprint: hash of the weights and buffers at the fit.
+        split: sub-batches.
+        identities: of the samples used.
+        estimate: of the curvature.
+        loss: n_data / n_used times the summed loss of the samples used, in nats.
+        n_outputs: C.
+        options: of the estimate, as asked for or as chosen.
+        network: at the fitted weights; not in a state.
+        choice: alternatives of "auto"; None where nothing was open; not in a state.
+        pool: samples that loaders have yielded; not in a state.
+        stopping: outcome of `tolerance`; None without one; not in a state.
+        seconds: wall time of the fit; not in a state.
+    """
+
+    selection: ParameterSelection
+    mean: Float[Tensor, " P"]
+    fingerprint: str
+    split: SubBatches
+    identities: SampleIdentities
+    estimate: CurvatureEstimate
+    loss: float
+    n_outputs: int
+    options: EstimatorOptions
+    network: Network | None = None
+    choice: Choice | None = None
+    pool: Pool | None = None
+    stopping: Stopping | None = None
+    seconds: float | None = None
+
+
+def fit_curvature(
+    spec: FitSpec, weighting_of: WeightingOf, source: SampleSource, *, n_data: int, progress_bar: bool
+) -> tuple[FitResult, list[SubBatchCurvature]]:
+    """Split the samples, load them once, choose open options, then estimate directions and magnitudes.
+
+    Args:
+        spec: request.
+        weighting_of: prior and likelihood weight, for open options and the default complement.
+        source: the samples.
+        n_data: size of the data set that the likelihood stands for.
+        progress_bar: show progress.
+
+    Returns:
+        The fit, and the curvature of each sub-batch; the model is as it was.
+
+    Raises:
+        ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
+    """
+    seed, request = spec.split.seed, spec.request
+    split = spec.split.draw(source.indices, request, n_data)
+    with at_weights(spec.model, seed):
+        some = _first_samples(spec, source, split)
+        selection = spec.subset.select_by(spec.model, some.inputs)
+        weighting = weighting_of(selection, split.n_data)
+        request = request.resolved(prior_of_blocks=weighting.of_blocks)
+        network = _prepare_network(spec, selection, some, request.options)
+        augmented = source.augments(seed)
+        surveys = [
+            load(network, source, indices, seed, keep=first, progress_bar=progress_bar)
+            for first, indices in _sets(split)
+        ]
+        # same_batch has no sets of samples to keep apart
+        biased = request.options.magnitudes == "same_batch" and not request.open
+        identities = _identify(source, split, surveys, augmented=augmented, tolerates_repeats=biased)
+        curvatures = _curvatures(spec, network, some, surveys, progress_bar=progress_bar)
+        options, choice = request.options, None
+        if request.open:
+            choice, split, curvatures = _choose(spec, request, weighting, source, split, curvatures[0], n_data)
+            options = choice.chosen.options
+        roles = SplitCurvature(curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data)
+        with warnings.catch_warnings():
+            if "rank" in request.open:
+                # nobody asked for this rank
+                warnings.filterwarnings("ignore", r"rank=\d+ was asked for|All directions of", UserWarning)
+            estimated = estimate(roles, options)
+        if choice is not None and "rank" in request.open:
+            choice = choice.found(estimated.curvature.directions.shape[1])
+            options = choice.chosen.options
+    result = FitResult(
+        selection=selection,
+        mean=selection.vector(),
+        fingerprint=selection.fingerprint(),
+        split=split,
+        identities=identities,
+        estimate=estimated,
+        loss=sum(found.loss for found in surveys) * split.n_data / split.n_samples,
+        n_outputs=network.n_outputs,
+        options=options,
+        # without a backend's copies of the model, which are large and cannot always be pickled
+        network=replace(network, foreign=None),
+        choice=choice,
+    )
+    return result, curvatures
+
+
+def _choose(
+    spec: FitSpec,
+    request: Request,
+    weighting: Weighting,
+    source: SampleSource,
+    union: SubBatches,
+    curvature: SubBatchCurvature,
+    n_data: int,
+) -> tuple[Choice, SubBatches, list[SubBatchCurvature]]:
+    """Choose open options for the curvature of all samples; return the split and the curvature of each part too."""
+    largest_rank = min(curvature.n_rows, curvature.network.n_parameters)
+    trials = request.trials(spec.split.direction_share(len(source.indices)), largest_rank)
+    choice = choose(curvature, trials, weighting, n_data=union.n_data, seed=spec.split.seed)
+    chosen = choice.chosen
+    split = spec.split.draw(source.indices, Request(chosen.options), n_data, chosen.direction_share)
+    positions = union.direction_indices
+    parts = [curvature.part(torch.searchsorted(positions, indices)) for _, indices in _sets(split)]
+    for part in parts:
+        part.progress_bar = curvature.progress_bar
+    return choice, split, parts
+
+
+def load(
+    network: Network,
+    source: SampleSource,
+    indices: Tensor,
+    seed: int,
+    *,
+    keep: bool = False,
+    progress_bar: bool = False,
+) -> Survey:
+    """Load the samples at some positions once, with their losses and hashes."""
+    samples = SubBatch(source, indices, network.like.device, seed)
+    return survey(network, samples, keep=keep, progress_bar=progress_bar)
+
+
+def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
+    """Sets of samples to load; the first is needed many times and kept."""
+    if split.shared:
+        return [(True, split.direction_indices)]
+    return [(True, split.direction_indices), (False, split.magnitude_indices)]
+
+
+def _first_samples(spec: FitSpec, source: SampleSource, split: SubBatches) -> Batch:
+    device = next(spec.model.parameters()).device
+    return next(iter(SubBatch(source, split.direction_indices[:8], device, spec.split.seed)))
+
+
+def _prepare_network(spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions) -> Network:
+    """The network, with the backend's derivatives where they agree with torch.func on some samples."""
+    network = meet_network(selection, spec.likelihood, some)
+    uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
+    return spec.backend.attached(network, some, spec.keys, kfac=options.kfac_approx if uses_kfac else None)
+
+
+def _curvatures(
+    spec: FitSpec, network: Network, some: Batch, surveys: list[Survey], *, progress_bar: bool
+) -> list[SubBatchCurvature]:
+    """Curvature of each set of samples; Monte-Carlo draws differ between the sets."""
+    root = spec.backend.root(network.likelihood)
+    if root is None:
+        second = SecondDerivatives(network.selection, network.parameters, network.likelihood, some)
+        return [HessianCurvature(network, found.samples, second, progress_bar=progress_bar) for found in surveys]
+    return [
+        RowCurvature(network, found.samples, root, seed=seed_of_draws(spec.split.seed, i), progress_bar=progress_bar)
+        for i, found in enumerate(surveys)
+    ]
+
+
+def seed_of_draws(seed: int, i: int) -> int:
+    """Return the seed of the i-th set of Monte-Carlo draws, also different from that of the same set redrawn."""
+    return (seed * 1_000_003 + 2 * i) % 2**62
+
+
+def _identify(
+    source: SampleSource, split: SubBatches, surveys: list[Survey], *, augmented: bool, tolerates_repeats: bool
+) -> SampleIdentities:
+    """Identify the used samples by hash and position.
+
+    Raises:
+        RepeatedSamplesError: if samples of a split have the same input and target.
+    """
+    root, positions = source.root()
+    hashes = torch.cat([found.hashes for found in surveys])
+    identities = SampleIdentities(hashes, positions[split.used_indices], root_length(root, positions), augmented, root)
+    if identities.n_repeated and not tolerates_repeats:
+        positions, order = split.used_indices.sort()
+        raise RepeatedSamplesError(positions[_repeats(hashes[order])])
+    return identities
+
+
+def _repeats(hashes: Tensor) -> Tensor:
+    """Mask of the samples that an earlier one equals."""
+    order = hashes.argsort(stable=True)
+    repeated = torch.zeros(len(hashes), dtype=torch.bool)
+    repeated[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+    return repeated

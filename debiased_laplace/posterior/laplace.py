@@ -1,0 +1,993 @@
+"""The posterior that users hold: laplace-torch's interface to a fit, the prior, and the predictive of both."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from laplace.baselaplace import BaseLaplace, ParametricLaplace
+from laplace.utils.feature_extractor import FeatureReduction
+from torch import Tensor, nn
+
+from debiased_laplace.checks import boolean, finite, integer, name_of, one_of, one_positive, positive
+from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
+from debiased_laplace.data.batches import check_inputs
+from debiased_laplace.data.inputs import Inputs, MappingKeys, moved, on_each
+from debiased_laplace.data.pool import Pool
+from debiased_laplace.data.splitting import SubBatches
+from debiased_laplace.debiasing.choice import Choice, Weighting
+from debiased_laplace.debiasing.directions import SUPPORTED
+from debiased_laplace.debiasing.held_out_kl import HeldOutKL
+from debiased_laplace.debiasing.intervals import confidence_intervals
+from debiased_laplace.debiasing.options import EstimatorOptions, Request, Structure
+from debiased_laplace.debiasing.stopping import Stopping
+from debiased_laplace.errors import NotFittedError
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
+from debiased_laplace.posterior import checkpoint, prior_tuning
+from debiased_laplace.posterior.backends import BackendChoice
+from debiased_laplace.posterior.candidates import Candidate, Target
+from debiased_laplace.posterior.fit import FitResult, FitSpec, SplitOptions
+from debiased_laplace.posterior.growing import fit_samples
+from debiased_laplace.posterior.held_out_kl import estimate_for
+from debiased_laplace.posterior.prior import check_prior_mean, check_prior_precision, expand_prior
+from debiased_laplace.predictive import links
+from debiased_laplace.predictive.mean_field import GaussianLogits
+from debiased_laplace.predictive.predictive import Link, PredictionType, Predictive, standard_normal
+
+
+class DebiasedParametricLaplace(ParametricLaplace):
+    """A Laplace posterior whose curvature is estimated on split samples.
+
+    Args:
+        model, ..., backend_kwargs: as of laplace-torch's classes, in their order.
+        last_layer_name, subnetwork_indices, feature_reduction, direction_samples, magnitude_samples, estimator: as of
+            `DebiasedLaplace`.
+    """
+
+    _key: tuple[SubsetOfWeights, str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        sigma_noise: int | float | Tensor = 1.0,
+        prior_precision: int | float | Tensor = 1.0,
+        prior_mean: int | float | Tensor = 0.0,
+        temperature: int | float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        *,
+        last_layer_name: str | None = None,
+        subnetwork_indices: Tensor | None = None,
+        feature_reduction: str | None = None,
+        direction_samples: int | float | str = 0.5,
+        magnitude_samples: int | float | None = None,
+        **estimator: Any,
+    ):
+        likelihood = name_of(likelihood)
+        if feature_reduction is not None and name_of(feature_reduction) not in {r.value for r in FeatureReduction}:
+            expected = [r.value for r in FeatureReduction]
+            raise ValueError(f"feature_reduction must be None or one of {expected}; got {feature_reduction!r}.")
+        request = Request.of(self._structure, direction_samples, estimator)
+        directions = 0.5 if "direction_samples" in request.open else direction_samples
+        split = SplitOptions(directions, magnitude_samples, request.options.seed)  # type: ignore[arg-type]
+        _warn_of_no_effect(split, request)
+        self._spec = FitSpec(
+            model,
+            likelihood_named(likelihood),
+            WeightSubset(self._key[0], last_layer_name, subnetwork_indices),
+            BackendChoice.of(backend, backend_kwargs),
+            MappingKeys(dict_key_x, dict_key_y),
+            split,
+            request,
+        )
+        # None while only a forward pass can tell, as for the last layer
+        self._selection: ParameterSelection | None = self._spec.subset.select(model)
+        self._fit: FitResult | None = None
+        # under the present hyper-parameters
+        self._precision: LowRankPlusDiagonal | None = None
+        self._prior_search: prior_tuning.PriorSearch | None = None
+        super().__init__(
+            model,
+            likelihood,
+            one_positive(sigma_noise, "sigma_noise"),
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            dict_key_x,
+            dict_key_y,
+        )
+        if self._selection is not None:
+            self._take(self._selection)
+        else:
+            self.__dict__.update(n_params=None, n_layers=None, mean=None)
+
+    @property
+    def _structure(self) -> Structure:
+        return self._key[1].removeprefix("debiased_")  # type: ignore[return-value]
+
+    def _init_H(self) -> None:
+        self.H: tuple[Tensor, ...] | None = None
+
+    def _check_H_init(self) -> None:
+        if self._fit is None:
+            raise NotFittedError(f"This {type(self).__name__} is not fitted; call fit() first.")
+
+    def __repr__(self) -> str:
+        open_to_choice = self._spec.request.open if self._fit is None else frozenset()
+        names = ["magnitudes", "complement"] if self._structure == "lowrank" else ["magnitudes"]
+        shown = {name: "auto" if name in open_to_choice else getattr(self._options, name) for name in names}
+        options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        backend = self._spec.backend
+        if backend.kind != "GGN" or backend.backend is not None:
+            options += f", {backend.kind}"
+        over = "last layer" if self._selection is None else f"{self._selection.n_parameters:,} parameters"
+        if self._selection is not None and self._selection.last_layer is not None:
+            over = f"{over} of {self._selection.subset}"
+        head = f"{type(self).__name__}({self.likelihood}, {over}, {options}"
+        if self._fit is None:
+            return f"{head}, not fitted)"
+        split = self._fit.split
+        used = (
+            f"{split.n_samples}" if split.shared else f"{len(split.direction_indices)} + {len(split.magnitude_indices)}"
+        )
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"{head}{rank}, fitted on {used} of {split.n_data} samples)"
+
+    # --- hyper-parameters: a change takes effect at once ---
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Prior precision: a tensor of one entry, one per parameter tensor, or one per parameter."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: int | float | Tensor) -> None:
+        # a number goes to the model's precision directly: through torch's default dtype it would lose half its digits
+        prior = torch.as_tensor(positive(value, "prior_precision"), dtype=self._dtype, device=self._device)
+        prior = prior.reshape(1) if prior.ndim == 0 else prior
+        check_prior_precision(prior, self._selection, in_basis=self._is_in_basis)
+        self._prior_precision = prior
+        self._precision = None
+
+    @property
+    def _is_in_basis(self) -> bool:
+        """Whether the posterior has a Kronecker basis, or is going to have one."""
+        if self._fit is None:
+            return self._structure == "kron" or self._options.complement == "kron"
+        return self._structure == "kron" or self._fit.estimate.curvature.basis is not None
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Prior precision of every parameter of the posterior, (P,)."""
+        return expand_prior(self._prior_precision, self.selection)
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Prior mean: a tensor of one entry, or one per parameter."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: int | float | Tensor) -> None:
+        finite(value, "prior_mean")
+        mean = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        check_prior_mean(mean, self._selection)
+        self._prior_mean = mean
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the observation noise, in units of the targets; 1 in classification."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: int | float | Tensor) -> None:
+        value = one_positive(value, "sigma_noise")
+        if self.likelihood != "regression" and value != 1:
+            raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {float(value)}.")
+        BaseLaplace.sigma_noise.fset(self, value)
+        self._precision = None
+
+    @property
+    def temperature(self) -> float:
+        """Temperature T of the likelihood: the posterior of N / T samples."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: int | float) -> None:
+        self._temperature = float(one_positive(value, "temperature"))
+        self._precision = None
+
+    # --- the fit ---
+
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        n_data: int | None = None,
+        tolerance: float | None = None,
+    ) -> None:
+        """Estimate the curvature of the full batch from the samples of a loader.
+
+        Args:
+            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs, targets)
+                or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
+                augmentation do not matter.
+            override: forget earlier fits. False: continue from the fitted samples with those of the loader that were
+                not fitted yet. The posterior equals that of a single fit of all of them, and costs as much.
+            progress_bar: show progress.
+            n_data: size N of the data set that the likelihood stands for, including the given samples; default: as
+                given before (`override=False`), or else all samples that loaders have yielded.
+            tolerance: nats of held-out KL; double the samples, in an order that the seed fixes, until that gains less,
+                by over two standard errors, or all are used. `stopping` reports the gains; a fit with `override=False`
+                continues from there. None: use all samples at once.
+
+        Raises:
+            ValueError: if loader, samples, weights or options cannot be used; with `override=False` also if no sample
+                is new, the weights have changed, or the fitted samples are not known any more (after loading a
+                state). Model and posterior stay as they were.
+        """
+        boolean(override, "override")
+        n_data = None if n_data is None else integer(n_data, "n_data")
+        if isinstance(tolerance, bool):
+            raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
+        tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
+        earlier = None if override or self._fit is None else self._fitted_samples()
+        fit = fit_samples(
+            self._spec,
+            self._weighting,
+            train_loader,
+            earlier,
+            n_data=n_data,
+            tolerance=tolerance,
+            progress_bar=progress_bar,
+        )
+        self._adopt(fit)
+        self._warn_of_dropped_directions()
+
+    def _fitted_samples(self) -> Pool:
+        """The samples that further ones join.
+
+        Raises:
+            ValueError: if they are not known any more, or the weights have changed.
+        """
+        if self.fit_result.pool is None:
+            raise ValueError(
+                "override=False goes on from the fitted samples, which are not in a state or a pickle: expected a fit "
+                "in this session. Fit to one loader of all samples."
+            )
+        self._check_weights()
+        return self.fit_result.pool
+
+    def _weighting(self, selection: ParameterSelection, n_data: int) -> Weighting:
+        """Prior and likelihood weight of the posterior of these parameters."""
+        prior = self.prior_precision.detach()
+        check_prior_precision(prior, selection, in_basis=self._is_in_basis)
+        weight = n_data / (float(torch.as_tensor(self.sigma_noise).detach()) ** 2 * self.temperature)
+        return Weighting(weight, expand_prior(prior, selection), len(prior) in (1, len(selection.names)))
+
+    def _adopt(self, fit: FitResult) -> None:
+        """Become the posterior of a fit.
+
+        Raises:
+            ValueError: if prior precision or prior mean do not fit the parameters.
+        """
+        self._take(fit.selection)
+        self._fit, self._precision, self._prior_search = fit, None, None
+        self.mean = self._embed(fit.mean[None])[0]
+        self.loss, self.n_data, self.n_outputs = fit.loss, fit.split.n_data, fit.n_outputs
+        curvature = fit.estimate.curvature
+        self.H = (curvature.diagonal, curvature.factor, curvature.weights)
+
+    def _take(self, selection: ParameterSelection) -> None:
+        """Be over these parameters; a prior that was set before they were known is checked now."""
+        check_prior_precision(self._prior_precision, selection, in_basis=self._is_in_basis)
+        check_prior_mean(self._prior_mean, selection)
+        self._selection, self._precision = selection, None
+        # as laplace-torch counts
+        self.n_layers, self.n_params = len(selection.names), selection.n_parameters
+        if self._key[0] == "subnetwork":
+            self.n_params, self.n_params_subnet = sum(p.numel() for p in self.params), selection.n_parameters
+
+    def _warn_of_dropped_directions(self) -> None:
+        """Warn where `rank=None` left out directions that the posterior would have noticed."""
+        # laplace-torch's training by marginal likelihood gives hyper-parameters that carry a graph
+        dropped = self.n_data * float(torch.as_tensor(self._H_factor).detach()) * self.fit_result.estimate.dropped
+        prior = float(self.prior_precision.detach().min())
+        alone = self._structure == "lowrank" and self._options.complement == "none"
+        if alone and self._options.rank is None and dropped > prior:
+            warnings.warn(
+                f"rank=None left out directions below {SUPPORTED:g} of the largest curvature. In them the data are "
+                f"worth up to {dropped / prior:.3g} times as much as the prior: the posterior is too wide there. "
+                "Inputs of very different scales cause this: standardize them, raise the rank, or take a complement.",
+                stacklevel=3,
+            )
+
+    @property
+    def _options(self) -> EstimatorOptions:
+        """The estimator's options: as asked for, and once fitted as chosen."""
+        return self._spec.request.options if self._fit is None else self._fit.options
+
+    @property
+    def fit_result(self) -> FitResult:
+        """Everything that the fit found.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        self._check_H_init()
+        assert self._fit is not None  # for the type checker
+        return self._fit
+
+    @property
+    def selection(self) -> ParameterSelection:
+        """Parameters of the posterior.
+
+        Raises:
+            NotFittedError: where only `fit` can find the last layer.
+        """
+        if self._selection is None:
+            self._check_H_init()
+        assert self._selection is not None  # for the type checker
+        return self._selection
+
+    @property
+    def mean_subnet(self) -> Float[Tensor, " P"]:
+        """Trained values of the parameters of the posterior."""
+        return self.fit_result.mean
+
+    @property
+    def rank(self) -> int | None:
+        """Number of directions: as fitted, or as asked for; None where there are none (Kronecker)."""
+        if self._fit is None or self._structure == "kron":
+            return self._options.rank
+        return self._fit.estimate.curvature.directions.shape[1]
+
+    @property
+    def choice(self) -> Choice | None:
+        """Choice of "auto", and the nats that the alternatives would have cost; None where nothing was open."""
+        return self.fit_result.choice
+
+    @property
+    def stopping(self) -> Stopping | None:
+        """Number of samples that `fit(tolerance=...)` used, and why; None without a tolerance."""
+        return self.fit_result.stopping
+
+    @property
+    def split(self) -> SubBatches:
+        """Sub-batches of the fit: index sets and N."""
+        return self.fit_result.split
+
+    @property
+    def directions(self) -> Float[Tensor, "P k"]:
+        """Orthonormal directions; with `metric="kron"` unit vectors that are orthogonal in that metric.
+
+        Raises:
+            ValueError: for a Kronecker posterior, whose P directions are products of small bases.
+        """
+        curvature = self.fit_result.estimate.curvature
+        if self._structure == "kron":
+            raise ValueError(
+                "A Kronecker posterior holds no matrix of directions; expected hessian_structure='lowrank' or 'full'. "
+                "`posterior_precision.basis` maps vectors to its coordinates, in which `directional_curvatures` stand."
+            )
+        U, basis = curvature.directions, curvature.basis
+        return U if basis is None else basis.vectors(U.T).T
+
+    @property
+    def directional_curvatures(self) -> Float[Tensor, " k"]:
+        """Magnitudes: estimates of the full batch's mean curvature along the directions.
+
+        Of a Kronecker posterior, along its P basis vectors.
+        """
+        return self.fit_result.estimate.magnitudes.values
+
+    @property
+    def in_sample_curvatures(self) -> Float[Tensor, " k"]:
+        """Biased curvatures along the directions on the direction samples themselves."""
+        return self.fit_result.estimate.magnitudes.in_sample
+
+    @property
+    def standard_errors(self) -> Float[Tensor, " k"]:
+        """Standard errors of the magnitudes.
+
+        Raises:
+            ValueError: for `kron_magnitudes="kronecker"`, which keeps no per-sample values.
+        """
+        errors = self.fit_result.estimate.magnitudes.standard_errors
+        if errors is None:
+            raise ValueError(
+                "kron_magnitudes='kronecker' has no standard errors, because it looks at no sample on its own; "
+                "expected kron_magnitudes='exact'."
+            )
+        return errors
+
+    def confidence_intervals(self, *, level: float = 0.95) -> Float[Tensor, "k 2"]:
+        """Return confidence intervals for the full batch's mean curvature along the directions.
+
+        They allow for the skewness of the curvature over samples and, of cross-fitted values, for directions that
+        change from fold to fold. Those of `magnitudes="same_batch"` ignore its bias: they are centred at values that
+        are themselves too large, or too small.
+
+        Args:
+            level: nominal coverage, between 0 and 1.
+
+        Returns:
+            0 <= lower <= estimate <= upper; both the estimate where all data were used.
+
+        Raises:
+            ValueError: for another level, and for `kron_magnitudes="kronecker"`, which has no standard errors.
+        """
+        errors, magnitudes = self.standard_errors, self.fit_result.estimate.magnitudes
+        assert magnitudes.error_shape is not None  # for the type checker
+        return confidence_intervals(magnitudes.values, errors, magnitudes.error_shape, level=level)
+
+    @property
+    def curvature_source(self) -> str:
+        """Backend or engine that computed the curvature along the directions."""
+        return self.fit_result.estimate.source
+
+    def _check_weights(self) -> None:
+        """Refuse other weights or buffers than those that were fitted."""
+        if self.selection.fingerprint() != self.fit_result.fingerprint:
+            raise ValueError(
+                "The model's weights or buffers have changed since the fit; expected them as they were fitted. Restore "
+                "them, or fit again."
+            )
+
+    # --- the Gaussian over the parameters ---
+
+    def _diagonal_and_weights(self) -> tuple[Tensor, Tensor]:
+        """D and m of the posterior precision D + U diag(m) U', attached to the hyper-parameters."""
+        prior = self.prior_precision.reshape(()) if self.prior_precision.numel() == 1 else self.prior_precision_diag
+        return self.fit_result.estimate.curvature.diagonal_and_weights(self.n_data * self._H_factor, prior)
+
+    @property
+    def posterior_precision(self) -> LowRankPlusDiagonal:
+        r"""Posterior precision $N \tau H + P_0$ as an operator with `@`, `logdet()`, `to_matrix()` and more."""
+        self._check_H_init()
+        if self._precision is None:
+            curvature = self.fit_result.estimate.curvature
+            with torch.inference_mode(False):
+                diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
+            self._precision = LowRankPlusDiagonal(diagonal, curvature.factor, weights, curvature.basis)
+        return self._precision
+
+    @property
+    def posterior_variance(self) -> Float[Tensor, " P"]:
+        """Marginal variance of every parameter."""
+        return self.posterior_precision.covariance_diagonal
+
+    @property
+    def posterior_scale(self) -> Float[Tensor, "P P"]:
+        """A root S of the posterior covariance, S S' = covariance; dense, for few parameters.
+
+        Raises:
+            ValueError: if it takes more than a quarter of the free memory.
+        """
+        mean = self.fit_result.mean
+        P = len(mean)
+        if free_memory(mean.device) // 4 < 3 * mean.element_size() * P * P:
+            raise ValueError(
+                f"The dense matrix of {P:,} parameters takes more than a quarter of the free memory; expected fewer "
+                "parameters, or products with `posterior_precision`, `posterior_variance` and `sample`."
+            )
+        return self.posterior_precision.root(torch.eye(P, dtype=mean.dtype, device=mean.device)).T
+
+    @property
+    def posterior_covariance(self) -> Float[Tensor, "P P"]:
+        """Posterior covariance; dense, for few parameters.
+
+        Raises:
+            ValueError: if it takes more than a quarter of the free memory.
+        """
+        scale = self.posterior_scale
+        return scale @ scale.T
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """Log determinant of the posterior precision, differentiable in prior precision and noise."""
+        operator = self.posterior_precision
+        diagonal, weights = self._diagonal_and_weights()
+        if diagonal.requires_grad or weights.requires_grad:
+            return differentiable_log_det(diagonal, weights, operator)
+        return operator.log_det
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Return the squared distance of parameters (…, P) from the mean, in the metric of the posterior precision.
+
+        Before `fit`, from the prior mean in the metric of the prior precision.
+        """
+        P = self.selection.n_parameters
+        if value.ndim == 0 or value.shape[-1] != P:
+            raise ValueError(f"Expected parameters of shape (…, {P}); got {tuple(value.shape)}.")
+        if self._fit is None:
+            return (self.prior_precision_diag * (value - self.prior_mean).square()).sum(-1)
+        return self.posterior_precision.quadratic(value - self._fit.mean)
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Return the log density of parameters (…, P) in nats under the posterior, before `fit` under the prior.
+
+        Args:
+            value: parameters.
+            normalized: include the constant.
+        """
+        exponent = -self.square_norm(value) / 2
+        if not normalized:
+            return exponent
+        log_det = self.log_det_prior_precision if self._fit is None else self.log_det_posterior_precision
+        return exponent + log_det / 2 - self.selection.n_parameters / 2 * math.log(2 * math.pi)
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of N samples at the mean, in nats; differentiable in the noise."""
+        self._check_H_init()
+        return BaseLaplace.log_likelihood.fget(self)
+
+    @property
+    def scatter(self) -> Tensor:
+        """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
+        delta = self.fit_result.mean - self.prior_mean
+        return (self.prior_precision_diag * delta.square()).sum()
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Draw parameters, (n_samples, P).
+
+        Of a subnetwork posterior they are draws of all trainable parameters, those outside it at their trained values,
+        as laplace-torch's are.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        mean = self.fit_result.mean
+        _check_draws(n_samples, generator, mean.device)
+        return self._embed(mean + self.posterior_precision.root(standard_normal(n_samples, mean, generator)))
+
+    def _embed(self, draws: Float[Tensor, "S P"]) -> Float[Tensor, "S _"]:
+        """Draws as laplace-torch shows them: of a subnetwork, among the trained values of all parameters."""
+        if self._key[0] != "subnetwork":
+            return draws
+        full = ParameterSelection.all_weights(self.model).vector().repeat(len(draws), 1)
+        full[:, self.selection.indices.to(full.device)] = draws
+        return full
+
+    # --- predictions ---
+
+    def __call__(
+        self,
+        x: Tensor | Mapping[str, Tensor],
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str = "mean_field",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the posterior predictive, as laplace-torch's.
+
+        Args:
+            x: inputs (n, …), or a mapping of tensors as Hugging Face models take them.
+            pred_type: "glm" (linearized network) or "nn" (network at drawn weights).
+            joint: regression with "glm" only: the covariance of all outputs of the batch together.
+            link_approx: "mean_field" (the expected softmax, deterministic), or laplace-torch's "probit", "mc",
+                "bridge" and "bridge_norm"; "nn" has only "mc".
+            n_samples: draws of "mc".
+            diagonal_output: ignore covariances between outputs.
+            generator: of the draws, on the model's device.
+            fitting: reward models only: x holds pairs (n, 2, …), and the probabilities of which is preferred are
+                returned; otherwise single inputs, and their reward as in regression.
+            **model_kwargs: passed to the model by "nn".
+
+        Returns:
+            Classification: probabilities (n, C). Regression: mean (n, C) and variance, (n, C, C) for "glm" ((n, C) with
+            `diagonal_output`), (n, C) for "nn"; jointly (nC,) and (nC, nC). The variance is that of the function,
+            without observation noise.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: if an option is none of the above.
+        """
+        link = name_of(link_approx)
+        one_of(link, Link, "link_approx")
+        inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
+        regression = self.likelihood != "classification" and not (fitting and self.likelihood == "reward_modeling")
+        if pred_type == "nn" and link != "mc":
+            raise ValueError(f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link!r}.")
+        if pred_type == "nn" and regression and n_samples < 2:
+            raise ValueError(f"A variance over drawn networks needs n_samples of at least 2; got {n_samples}.")
+        with self._predictive(inputs) as predictive:
+            if pred_type == "nn":
+                draws = predictive.network_draws(n_samples, generator, model_kwargs)
+                return (draws.mean(0), draws.var(0)) if regression else torch.softmax(draws, dim=-1).mean(0)
+            if regression:
+                return predictive.moments(joint=joint, diagonal_output=diagonal_output)
+            return predictive.probabilities(link, n_samples, generator, diagonal_output=diagonal_output)
+
+    def gaussian_logits(self, x: Tensor | Mapping[str, Tensor]) -> GaussianLogits:
+        """Return the Gaussian over the logits of each input, as the mean-field link takes it.
+
+        It gives class probabilities, the mutual information of label and parameters, and the total variance of the
+        centred logits (`total_variance`). For more than 128 classes no C x C matrix is formed, unless
+        `enable_backprop` is set.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: if outputs are no logits, as in regression.
+        """
+        self._check_H_init()
+        if self.likelihood == "regression" or self.n_outputs < 2:
+            raise ValueError(
+                f"Expected a posterior of at least two logits; got the likelihood {self.likelihood!r} and "
+                f"{self.n_outputs} outputs. A regression has la(x), mean and variance."
+            )
+        with self._predictive(self._check_request(x, "glm", 1, None)[0]) as predictive:
+            return predictive.gaussian_logits()
+
+    def functional_samples(
+        self,
+        x: Tensor | Mapping[str, Tensor],
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw functions at x, (n_samples, n, C); each draw is one function at all inputs.
+
+        With `diagonal_output` ("glm" only) every output is drawn on its own instead.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: if an option is not known.
+        """
+        inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
+        with self._predictive(inputs) as predictive:
+            if pred_type == "nn":
+                return predictive.network_draws(n_samples, generator)
+            if diagonal_output:
+                mean, variance = predictive.moments(diagonal_output=True)
+                return links.independent_draws(mean, variance, n_samples=n_samples, generator=generator)
+            return predictive.linearized_draws(n_samples, generator)
+
+    def predictive_samples(
+        self,
+        x: Tensor | Mapping[str, Tensor],
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw predictions: `functional_samples`, passed through the softmax in classification."""
+        draws = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+        return torch.softmax(draws, dim=-1) if self.likelihood == "classification" else draws
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """Return output covariances (n, C, C) for Jacobians (n, C, P)."""
+        self._check_jacobian_width(Js)
+        return self.posterior_precision.variance(Js)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        """Return the covariance (nC, nC) of all outputs together, for Jacobians (n, C, P) or (nC, P)."""
+        self._check_jacobian_width(Js)
+        return self.posterior_precision.variance(Js.flatten(0, -2))
+
+    def _check_jacobian_width(self, Js: Tensor) -> None:
+        P = len(self.fit_result.mean)
+        if Js.ndim < 2 or Js.shape[-1] != P:
+            raise ValueError(f"Expected Jacobians of shape (…, {P}); got {tuple(Js.shape)}.")
+
+    @property
+    def backend(self) -> "JacobianBackend":  # type: ignore[override]
+        """Jacobians with respect to the parameters of the posterior, by the names of laplace-torch's backends."""
+        return JacobianBackend(self)
+
+    def _glm_predictive_distribution(
+        self, X: Inputs, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        with self._predictive(X) as predictive:
+            return predictive.moments(joint=joint, diagonal_output=diagonal_output)
+
+    @contextmanager
+    def _predictive(self, x: Inputs) -> Iterator[Predictive]:
+        """The predictive at some inputs, with the model in evaluation mode while the block runs.
+
+        Inference mode is left: nothing can be differentiated in it, and tensors kept from here on would be unusable.
+        """
+        fit = self.fit_result
+        with torch.inference_mode(False), evaluating(self.model), differentiable_kernels(self.model):
+            inputs = on_each(moved(x, fit.mean.device), lambda t: t.clone() if t.is_inference() else t)
+            network = self._network(inputs)
+            network.check_inputs(inputs)
+            yield Predictive(network, inputs, fit.mean, self.posterior_precision, self.enable_backprop)
+
+    def _network(self, inputs: Inputs) -> Network:
+        """The network at the mean; that of a loaded posterior is prepared at its first inputs, and kept."""
+        fit = self.fit_result
+        if fit.network is not None:
+            return fit.network
+        parameters = {k: v.clone() for k, v in fit.selection.unflatten(fit.mean).items()}
+        capabilities = find_capabilities(fit.selection, parameters, inputs)
+        network = Network(fit.selection, parameters, self._spec.likelihood, fit.n_outputs, capabilities)
+        self._fit = replace(fit, network=network)
+        return network
+
+    def _check_request(
+        self, x: Any, pred_type: str, n_samples: int, generator: torch.Generator | None
+    ) -> tuple[Inputs, str]:
+        """Check what every prediction shares; return the inputs and the type of predictive as a plain string."""
+        self._check_H_init()
+        pred_type = name_of(pred_type)
+        one_of(pred_type, PredictionType, "pred_type")
+        inputs = check_inputs(x, self._spec.keys)
+        _check_draws(n_samples, generator, self.fit_result.mean.device)
+        return inputs, pred_type
+
+    # --- the distance to the full batch, the prior, the state ---
+
+    def held_out_kl(
+        self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None, *, progress_bar: bool = False
+    ) -> HeldOutKL:
+        """Estimate the distance to the full-batch posterior in nats, up to a constant shared by posteriors of a model.
+
+        `debiased_laplace.held_out_kl` is the same for these and for laplace-torch's own posteriors.
+
+        Args:
+            loader: training samples left out of the fit; None only where all `n_data` samples were fitted.
+            fitted_loader: the fitted samples, whose share is then exact.
+            progress_bar: show progress.
+
+        Returns:
+            The estimate, with its standard error; differences of two are paired by sample.
+
+        Raises:
+            OverlapError: if a sample of the loader was fitted.
+            ValueError: if `fitted_loader` does not yield the fitted samples, or the model's weights have changed.
+
+        Warns:
+            UserWarning: if the fitted samples' share is above a tenth and missing.
+        """
+        with torch.inference_mode(False):
+            return estimate_for(self._candidate(), loader, fitted_loader, progress_bar=progress_bar)
+
+    def _candidate(self) -> Candidate:
+        """What the held-out KL needs of this posterior.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: if the model's weights are not those that were fitted.
+        """
+        fit = self.fit_result
+        self._check_weights()
+        target = Target(
+            fit.selection,
+            self._spec.likelihood,
+            self._spec.backend,
+            self.prior_precision_diag.detach(),
+            float(self.sigma_noise.detach()),
+            float(self.temperature),
+            self.n_data,
+        )
+        return Candidate(
+            self.posterior_precision,
+            target,
+            self.model,
+            lambda batch: self._network(batch.inputs),
+            self._spec.keys,
+            fit.options.seed,
+            fit.split.n_samples,
+            fit.identities,
+        )
+
+    @property
+    def prior_search(self) -> prior_tuning.PriorSearch | None:
+        """Result of the last grid search; None before it, after `fit` or "marglik", and in a loaded posterior."""
+        return self._prior_search
+
+    def optimize_prior_precision(
+        self,
+        pred_type: str = "glm",
+        method: str = "marglik",
+        n_steps: int = 100,
+        lr: int | float = 1e-1,
+        init_prior_prec: int | float | Tensor = 1.0,
+        prior_structure: str = "scalar",
+        val_loader: Iterable[Any] | None = None,
+        loss: Callable[..., Any] | None = None,
+        log_prior_prec_min: int | float = -4.0,
+        log_prior_prec_max: int | float = 4.0,
+        grid_size: int = 100,
+        link_approx: str = "mean_field",
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: int | float = 10.0,
+    ) -> None:
+        """Tune the prior precision, by marginal likelihood or by a grid search on validation data.
+
+        The arguments are laplace-torch's. The grid search scores every prior by the mean negative log-likelihood of the
+        validation data (in regression Gaussian, of function variance plus observation noise, per output), computes
+        Jacobians once where memory allows, draws the same numbers for every prior, and skips values that are not
+        finite. It sets the best prior and keeps its results in `prior_search`.
+
+        Args:
+            pred_type: predictive that the grid search scores: "glm" or "nn".
+            method: "marglik" or "gridsearch".
+            n_steps: of Adam on the log prior precision ("marglik").
+            lr: its learning rate.
+            init_prior_prec: its start; a tensor keeps its structure.
+            prior_structure: "scalar", "layerwise" or, without a Kronecker basis, "diag"; the grid is of scalars.
+            val_loader: validation data of the grid search, seen by neither training nor `fit`.
+            loss: None for the negative log-likelihood; or a torchmetrics metric, or a function of (predictions,
+                targets), in regression of (means, covariances of the function without noise, targets).
+            log_prior_prec_min: exponent of the grid's lower end.
+            log_prior_prec_max: exponent of the grid's upper end.
+            grid_size: points of the grid.
+            link_approx: of the scored predictive; take the one that predictions will be made with.
+            n_samples: draws of "mc" and of "nn".
+            verbose: print the result.
+            progress_bar: show progress.
+            log_prior_prec_base: base of the exponents.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: if an option is unknown, a prior for every parameter meets a Kronecker basis, there are no
+                validation data, or no grid point gives a finite loss; the prior stays as it was.
+
+        Warns:
+            UserWarning: if the best prior is at an edge of the grid, or still predicts the validation data worse than
+                the plain network (MAP), or the loss does not depend on the prior; if an argument has no effect.
+
+        References:
+            Daxberger et al. (2021), arXiv 2106.14806, section 3 (cross-validating the prior precision).
+        """
+        self._check_H_init()
+        method, structure = name_of(method), name_of(prior_structure)
+        if method not in ("marglik", "gridsearch"):
+            raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
+        one_of(structure, prior_tuning.PriorStructure, "prior_structure")
+        with torch.inference_mode(False):
+            if method == "marglik":
+                ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
+                prior_tuning.maximize_marginal_likelihood(self, ascent, progress_bar=progress_bar)
+                self._prior_search = None
+            else:
+                grid = prior_tuning.prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+                scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
+                self._prior_search = prior_tuning.search_grid(
+                    self, grid, val_loader, scoring, progress_bar=progress_bar
+                )
+        if verbose:
+            print(f"Optimized prior precision is {self.prior_precision}.")
+        cautions = [] if self._prior_search is None else self._prior_search.cautions
+        for caution in [*prior_tuning.without_effect(method, structure, val_loader), *cautions]:
+            warnings.warn(caution, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, strings and numbers from which `load_state_dict` restores the posterior."""
+        fit = self.fit_result
+        hyper_parameters = {name: getattr(self, name) for name in checkpoint.HYPER_PARAMETERS}
+        head = {
+            "cls_name": type(self).__name__,
+            "likelihood": self.likelihood,
+            "curvature": self._spec.backend.kind,
+            "open_options": " ".join(sorted(self._spec.request.open)),
+        }
+        return checkpoint.to_state(fit, {**head, **hyper_parameters})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Become the posterior that `state_dict` describes.
+
+        Raises:
+            ValueError: if it belongs to another kind of posterior, likelihood, set of parameters or trained weights;
+                the posterior stays as it was.
+        """
+        expected = {
+            "cls_name": type(self).__name__,
+            "likelihood": self.likelihood,
+            "curvature": self._spec.backend.kind,
+        }
+        fit = checkpoint.from_state(state_dict, self.model, self._selection, expected)
+        before = dict(self.__dict__)
+        try:
+            with torch.inference_mode(False):
+                self._become(fit, state_dict)
+        except Exception as error:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
+
+    def _become(self, fit: FitResult, state: dict[str, Any]) -> None:
+        """Take over a fit and the hyper-parameters of a state."""
+        request = Request(fit.options, frozenset(state["open_options"].split()))
+        self._spec = replace(self._spec, request=request, split=replace(self._spec.split, seed=fit.options.seed))
+        self._fit, self._selection, self._precision = fit, fit.selection, None
+        for name in checkpoint.HYPER_PARAMETERS:
+            value = state[name]
+            setattr(self, name, value.detach().clone().to(fit.mean) if isinstance(value, Tensor) else value)
+        self._adopt(fit)
+        self.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
+
+
+@dataclass(frozen=True, eq=False)
+class JacobianBackend:
+    """Jacobians of a fitted posterior's network, of the width P that `functional_variance` takes."""
+
+    posterior: DebiasedParametricLaplace
+
+    def chunks(
+        self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
+    ) -> Iterator[tuple[Float[Tensor, "_ C P"], Float[Tensor, "_ C"]]]:
+        """Yield Jacobians and outputs of some inputs at a time, as many as fit into a chunk of memory."""
+        inputs, _ = self.posterior._check_request(x, "glm", 1, None)
+        with self.posterior._predictive(inputs) as predictive:
+            yield from predictive.network.jacobians(predictive.inputs, create_graph=enable_backprop)
+
+    def jacobians(
+        self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
+    ) -> tuple[Float[Tensor, "n C P"], Float[Tensor, "n C"]]:
+        """Return Jacobians with respect to the parameters of the posterior, and outputs.
+
+        Args:
+            x: inputs, as of the posterior.
+            enable_backprop: keep the graph.
+        """
+        parts = list(self.chunks(x, enable_backprop))
+        return torch.cat([J for J, _ in parts]), torch.cat([f for _, f in parts])
+
+    def outputs(self, x: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n C"]:
+        """Return the outputs of the network at the mean."""
+        inputs, _ = self.posterior._check_request(x, "glm", 1, None)
+        with self.posterior._predictive(inputs) as predictive:
+            return predictive.network.outputs(predictive.inputs)
+
+    def last_layer_jacobians(
+        self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
+    ) -> tuple[Float[Tensor, "n C P"], Float[Tensor, "n C"]]:
+        """Return Jacobians with respect to the last layer, and outputs.
+
+        Raises:
+            ValueError: if the posterior is over other parameters than a layer's.
+        """
+        if self.posterior.selection.last_layer is None:
+            raise ValueError(
+                f"Expected a posterior of the last layer; this one is over {self.posterior.selection.subset}. Take "
+                "`jacobians`."
+            )
+        return self.jacobians(x, enable_backprop)
+
+
+def _check_draws(n_samples: int, generator: torch.Generator | None, device: torch.device) -> None:
+    integer(n_samples, "n_samples", minimum=1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"Expected a torch.Generator; got {type(generator).__name__}.")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"Expected a generator on {device}; got one on {generator.device}.")
+
+
+def _warn_of_no_effect(split: SplitOptions, request: Request) -> None:
+    """Warn if `direction_samples` was given and the estimator uses all samples for directions."""
+    kind = request.options.magnitudes
+    splits = kind == "held_out" or "magnitudes" in request.open
+    if not splits and split.magnitude_samples is None and split.direction_samples != 0.5:
+        warnings.warn(
+            f"direction_samples={split.direction_samples} has no effect with magnitudes={kind!r}, where every sample "
+            "gives directions: all samples are used. Expected magnitudes='held_out', or a loader of fewer samples.",
+            stacklevel=4,
+        )

@@ -1,0 +1,110 @@
+"""Predictive of a Gaussian over the parameters at a batch of inputs, linearized or by drawn networks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.inputs import Inputs
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.predictive import linearized, links, sampling
+from debiased_laplace.predictive.mean_field import GaussianLogits
+
+PredictionType = Literal["glm", "nn"]
+Link = Literal["mean_field", "probit", "mc", "bridge", "bridge_norm"]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictive:
+    """Predictive at a batch of inputs.
+
+    Attributes:
+        network: at the mean.
+        inputs: n of them, on the network's device.
+        mean: of the parameters.
+        precision: of the parameters.
+        create_graph: keep the graph, for gradients with respect to the inputs.
+    """
+
+    network: Network
+    inputs: Inputs
+    mean: Float[Tensor, " P"]
+    precision: LowRankPlusDiagonal
+    create_graph: bool = False
+
+    def moments(self, *, joint: bool = False, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of the linearized outputs.
+
+        Args:
+            joint: of all outputs of the batch together.
+            diagonal_output: variances in place of covariances between outputs.
+
+        Returns:
+            Means (n, C) and covariances (n, C, C) or variances (n, C); jointly (nC,) and (nC, nC).
+        """
+        predict = linearized.predict
+        if joint:
+            predict = linearized.predict_jointly
+        elif diagonal_output:
+            predict = linearized.predict_variances
+        return predict(self.network, self.precision, self.inputs, create_graph=self.create_graph)
+
+    def gaussian_logits(self) -> GaussianLogits:
+        """Return the Gaussian over the logits of each input."""
+        return linearized.predict_logits(self.network, self.precision, self.inputs, create_graph=self.create_graph)
+
+    def linearized_draws(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S n C"]:
+        """Draw linearized functions, each one function at all inputs."""
+        deviations = self.precision.root(standard_normal(n_samples, self.mean, generator))
+        return linearized.draw_functions(self.network, self.inputs, deviations, create_graph=self.create_graph)
+
+    def network_draws(
+        self, n_samples: int, generator: torch.Generator | None, model_kwargs: Mapping[str, Any] | None = None
+    ) -> Float[Tensor, "S n C"]:
+        """Draw parameters, and evaluate the network at each of them."""
+        weights = self.mean + self.precision.root(standard_normal(n_samples, self.mean, generator))
+        return sampling.network_draws(
+            self.network, self.inputs, weights, dict(model_kwargs or {}), create_graph=self.create_graph
+        )
+
+    def probabilities(
+        self, link: str, n_samples: int, generator: torch.Generator | None, *, diagonal_output: bool = False
+    ) -> Float[Tensor, "n C"]:
+        """Return class probabilities of the linearized network by one of the links."""
+        if link == "mean_field" and not diagonal_output:
+            return self.gaussian_logits().probabilities()
+        alone = link == "probit" or (link in ("mean_field", "mc") and diagonal_output)
+        return class_probabilities(*self.moments(diagonal_output=alone), link, n_samples, generator)
+
+
+def standard_normal(n_samples: int, like: Float[Tensor, " P"], generator: torch.Generator | None) -> Tensor:
+    """Draw standard normal vectors of a tensor's shape, dtype and device, one in a row."""
+    return torch.randn(n_samples, len(like), generator=generator, dtype=like.dtype, device=like.device)
+
+
+def class_probabilities(
+    mean: Float[Tensor, "n C"], spread: Tensor, link: str, n_samples: int, generator: torch.Generator | None
+) -> Float[Tensor, "n C"]:
+    """Return class probabilities of Gaussian logits by a link.
+
+    Args:
+        mean: of the logits.
+        spread: their covariances (n, C, C), or variances (n, C) of independent logits.
+        link: one of `Link`.
+        n_samples: draws of "mc".
+        generator: of these draws.
+    """
+    alone = spread.ndim == 2
+    if link == "mean_field":
+        of_spread = GaussianLogits.of_variances if alone else GaussianLogits.of_covariance
+        return of_spread(mean, spread).probabilities()
+    if link == "probit":
+        return links.probit(mean, spread if alone else spread.diagonal(dim1=-2, dim2=-1))
+    if link == "mc":
+        draw = links.independent_draws if alone else links.gaussian_draws
+        return torch.softmax(draw(mean, spread, n_samples=n_samples, generator=generator), dim=-1).mean(0)
+    return links.bridge(mean, spread, normalized=link == "bridge_norm")
