@@ -23,7 +23,7 @@ class RepeatedSamplesError(ValueError):
         self.positions = positions
         shown = ", ".join(str(i) for i in positions[:5].tolist())
         super().__init__(
-            f"Expected distinct samples; {len(positions)} have the same input and target as an earlier one "
+            f"Expected distinct samples; {len(positions)} samples have the same input and target as an earlier one "
             f"(positions {shown}{', …' if len(positions) > 5 else ''}), so the sub-batches for directions and for "
             "magnitudes would share them. Remove the repeats with a Subset of the data set; their positions are in "
             "the attribute `positions` of this error."

@@ -56,7 +56,7 @@ for step in range(options.steps):
     report = optimizer.last_step
     if report.accepted:
         accepted += 1
-        raised += losses[-1] - losses[-2] > report.verdict.standard_error
+        raised += losses[-1] - losses[-2] > report.acceptance.standard_error
     if step % 10 == 9:
         print(f"step {step + 1}: training loss {losses[-1]:.4f}, next damping {optimizer.damping:.2g}")
 
@@ -64,4 +64,4 @@ for step in range(options.steps):
 right = float((model(X_test).argmax(1) == y_test).float().mean())
 print(f"training loss {losses[0]:.4f} at the start, {losses[-1]:.4f} after {options.steps} steps of {options.batch}")
 print(f"test loss {loss_of(X_test, y_test):.4f}, accuracy {right:.3f}; {time.perf_counter() - started:.0f} s")
-print(f"{accepted} steps accepted; {raised} raised the training loss by more than the verdict's standard error")
+print(f"{accepted} steps accepted; {raised} raised the training loss by more than the standard error")

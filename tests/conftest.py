@@ -1,8 +1,11 @@
-"""Run-time type checks, on request, and one thread for each of several test processes."""
+"""Marks of whole files, run-time type checks on request, and one thread for each of several test processes."""
 
 import os
 
+import pytest
 import torch
+
+PAGES = ("page", "example", "benchmark", "readme")
 
 if os.environ.get("TYPECHECK"):
     from jaxtyping import install_import_hook
@@ -13,3 +16,10 @@ if os.environ.get("TYPECHECK"):
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs pages, examples and benchmark scripts, by the name of its file."""
+    for item in items:
+        if any(word in item.path.stem for word in PAGES) and "calibration" not in item.path.parts:
+            item.add_marker(pytest.mark.pages)

@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+OPTIONS = ["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 FORKS = multiprocessing.get_context("forkserver")
 
 

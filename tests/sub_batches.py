@@ -8,13 +8,13 @@ from models import MODELS, targets
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.data.sub_batch import SubBatch
@@ -24,7 +24,7 @@ from debiased_laplace.debiasing.split_curvature import SplitCurvature
 def network_of(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> Network:
     """All weights of a model."""
     with differentiable_kernels(model):
-        return meet_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X, y))
+        return prepare_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X, y))
 
 
 @cache

@@ -42,11 +42,6 @@ def test_kronecker():
     assert len({(prior, kind) for prior, kind, _ in found}) == 18
 
 
-def test_benchmarks_can_be_asked_for_help():
-    done = finished("benchmarks/speed.py", "--help")
-    assert "gram" in done.stdout
-
-
 def test_regression_to_the_mean(tmp_path):
     figure = tmp_path / "figure.png"
     done = finished("05_regression_to_the_mean.py", "--draws", "200", "--figure", str(figure))

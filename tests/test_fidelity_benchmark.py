@@ -1,8 +1,7 @@
 """The fidelity benchmark: its criteria against closed forms and dense oracles, its command on a tiny grid."""
 
-import importlib
 import json
-import sys
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +12,14 @@ import torch
 from scipy import integrate, stats
 from torch.utils.data import TensorDataset
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-criteria, posteriors, shared, results, tasks, verdicts, command, interval_coverage = (
-    importlib.import_module(name)
-    for name in (
-        "fidelity_criteria",
-        "fidelity_posteriors",
-        "fidelity_shared",
-        "fidelity_results",
-        "fidelity_tasks",
-        "fidelity_verdicts",
-        "fidelity",
-        "interval_coverage",
-    )
-)
+from benchmarks import fidelity as command
+from benchmarks import fidelity_criteria as criteria
+from benchmarks import fidelity_posteriors as posteriors
+from benchmarks import fidelity_results as results
+from benchmarks import fidelity_shared as shared
+from benchmarks import fidelity_table, interval_coverage
+from benchmarks import fidelity_tasks as tasks
+from benchmarks import fidelity_verdicts as verdicts
 
 PRIOR, SIGMA = 3.0, 0.7
 DISTANCES = ("parameter_kl", "predictive_kl", "log_variance_error", "total_variation", "log_det_difference")
@@ -336,7 +328,7 @@ def test_verdicts_name_the_cells_that_miss_the_goal():
     assert any("auto" in line and verdicts.NOT_MEASURED in line for line in lines)
 
 
-def test_summaries_have_standard_errors_rank_correlations_and_failures():
+def test_summaries_have_standard_errors_rank_correlations_and_failures(tmp_path):
     records = [record(f"c{i}", float(i), held_out_kl=v) for i, v in enumerate((5.0, 7.0, 6.0, 9.0))]
     records += [record("c1", 4.0, draw=1), {**record("bad", 0.0), "error": "ValueError: no"}]
     summary = results.summarize(records)
@@ -346,7 +338,12 @@ def test_summaries_have_standard_errors_rank_correlations_and_failures():
     # one of six pairs is discordant
     assert summary.kendall[cell].mean == pytest.approx(4 / 6)
     assert summary.errors == {"digits, B = 64, bad: ValueError: no": 1}
-    assert "c1" in json.dumps(summary.document(), allow_nan=False)
+    summary.save(tmp_path, verdicts=["one"])
+    kept = results.Summary.read(tmp_path)
+    assert kept.cells[cell]["c1"]["parameter_kl"] == mean
+    assert (kept.n_data, kept.coverage, kept.errors) == (summary.n_data, summary.coverage, summary.errors)
+    assert kept.kendall[cell].mean == pytest.approx(4 / 6, rel=1e-4)
+    assert json.loads((tmp_path / "fidelity.json").read_text())["verdicts"] == ["one"]
 
 
 def test_an_interrupted_line_is_measured_again_and_the_last_result_counts(tmp_path):
@@ -364,18 +361,18 @@ def test_an_interrupted_line_is_measured_again_and_the_last_result_counts(tmp_pa
 def test_the_command_on_a_tiny_grid(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(tasks.RECIPES, "diabetes", replace(tasks.RECIPES["diabetes"], epochs=5))
     grid = ["--tasks", "diabetes", "--sizes", "32", "--silent", "--threads", str(torch.get_num_threads())]
-    files = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "f.json"), "--table", str(tmp_path / "t.md")]
+    files = ["--cache", str(tmp_path / "cache"), "--results", str(tmp_path)]
     kinds = ["--configurations", "lowrank/[hc]*/none/25", "laplace-torch/kron"]
     command.main([*grid, *files, *kinds, "--draws", "1"])
     stored = tmp_path / "cache" / "results.jsonl"
     first = stored.read_text()
     assert len(first.splitlines()) == 3 * 3
-    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
-    document = json.loads((tmp_path / "f.json").read_text())
-    assert len(document["cells"]) == 9
+    assert (tmp_path / "fidelity.png").read_bytes()[:4] == b"\x89PNG"
+    document = json.loads((tmp_path / "fidelity.json").read_text())
     assert len(document["kendall_tau"]) == 3
     assert document["verdicts"]
-    assert "| lowrank/held_out/none/25 | " in (tmp_path / "t.md").read_text()
+    assert len(results.Summary.read(tmp_path).cells) == 3
+    assert ",lowrank/held_out/none/25," in (tmp_path / "fidelity.csv").read_text()
     assert "failed" not in capsys.readouterr().out
 
     # going on: what is there is not measured again; what fails is kept with its message
@@ -404,3 +401,15 @@ def test_the_table_of_intervals(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(interval_coverage, "fit", None)
     interval_coverage.main(arguments)
     assert capsys.readouterr().out == said
+
+
+def test_the_table_of_the_readme_is_the_one_the_benchmark_wrote():
+    """And its numbers are those of the results; these have five digits, so that a last digit may be rounded twice."""
+    top = Path(__file__).parent.parent
+    rows = [row for row in (top / "benchmarks/results/fidelity.md").read_text().splitlines() if row.startswith("|")]
+    shown = [row for row in (top / "README.md").read_text().splitlines() if row in rows]
+    assert shown == rows
+    again = fidelity_table.in_short(results.Summary.read(top / "benchmarks/results"))
+    for row, other in zip(rows, again.splitlines()[2:], strict=True):
+        numbers, expected = ([float(n) for n in re.findall(r"\d[\d.]*", r.replace(",", ""))] for r in (row, other))
+        assert numbers == pytest.approx(expected, rel=2e-3)

@@ -1,24 +1,17 @@
 """The Newton benchmark: its measurements against the public functions, its verdicts, its command on a tiny grid."""
 
-import importlib
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
+from benchmarks import newton, newton_table, newton_tasks
 from debiased_laplace import newton_step, quadratic_along
 from debiased_laplace.demo.digits import load, train
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-newton, newton_table, newton_tasks = (
-    importlib.import_module(name) for name in ("newton", "newton_table", "newton_tasks")
-)
 TINY = ["--quick", "--checkpoints", "early", "--batch-sizes", "40", "--dampings", "0.02", "--cache"]
 
 
@@ -104,8 +97,8 @@ def test_verdicts_of_known_changes():
         record(0, {"same_batch": 1.0, "held_out": -1.0, "cross_fitted": -1.0}),
         record(1, {"same_batch": 3.0, "held_out": 2.25, "cross_fitted": -1.5}, loss=-2.0),
     ]
-    lines = newton_table.verdicts(records).splitlines()
-    assert "- same_batch is above somewhere: yes: late, batch 128, damping 0.001." in lines
+    lines = newton_table.verdicts(records)
+    assert "same_batch is above somewhere: yes: late, batch 128, damping 0.001." in lines
     for text, kept in (
         ("quadratic, same_batch:", 0),
         ("held_out without", 1),
@@ -113,8 +106,10 @@ def test_verdicts_of_known_changes():
         ("near the min", 1),
     ):
         assert all(f"in {kept} of 1 cells" in line for line in lines if text in line)
-    assert "| +2 ± 1 ↑ |" in newton_table.table(records)
-    assert "| +0.62 ± 2 |" in newton_table.table(records)
+    biased, _, held_out, *_ = newton_table.rows(records)
+    assert (biased["q_10"], biased["q_10_error"], biased["above"]) == ("+2", "1", "q_1 q_3 q_10 q_20")
+    assert (held_out["q_stopped"], held_out["q_stopped_error"], held_out["above"]) == ("+0.62", "2", "")
+    assert all(set(row) <= set(newton_table.COLUMNS) for row in newton_table.rows(records))
     cells = [newton_table.Cell(checkpoint, n, 0.1) for checkpoint in ("early", "late") for n in range(4)]
     assert newton_table._listed(cells).startswith(": early, batch 0, damping 0.1; early, batch 1")
     assert newton_table._listed([*cells, newton_table.Cell("late", 9, 0.1)]) == ": early 4, late 5"
@@ -128,9 +123,11 @@ def test_command_resumes_from_its_cache(task, folder, tmp_path, capsys):
     newton.main(tiny)
     printed = capsys.readouterr().out
     assert "1 cells (checkpoint, batch size, damping), 2 draws each" in printed
-    assert (tmp_path / "newton_table.md").read_text() == f"# Single Newton steps, measured\n\n{printed}"
+    findings = json.loads((tmp_path / "newton.json").read_text())
+    assert printed == "\n- ".join([newton_tasks.TASKS[task], *findings[task]]) + "\n"
+    assert len((tmp_path / "newton.csv").read_text().splitlines()) == 1 + 6
     figure = "newton.png" if task == "digits" else f"newton_{task}.png"
-    assert (tmp_path / "figures" / figure).stat().st_size > 10_000
+    assert (tmp_path / figure).stat().st_size > 10_000
     path = tmp_path / folder / "newton.jsonl"
     lines = path.read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == [["early", 40, 0.02, draw] for draw in (0, 1)]
@@ -150,7 +147,7 @@ def test_a_task_without_whole_cells_is_left_out_of_a_report(tmp_path, capsys):
         )
     newton.main([*TINY, str(tmp_path), "--report-only"])
     printed = capsys.readouterr().out
-    assert printed.startswith("## 30 classes, label noise\n\n- Measured in 1 of 1 cells")
+    assert printed.startswith("30 classes, label noise\n- Measured in 1 of 1 cells")
     assert "Digits" not in printed
     with pytest.raises(SystemExit, match="No cell has all of its 2 draws"):
         newton.main(["--tasks", "digits", *TINY, str(tmp_path), "--report-only"])

@@ -1,23 +1,19 @@
 """The benchmark of whole training runs: what a step is charged, what a run keeps, tuning, report and command."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import newton_runs as runs
+from benchmarks import newton_runs_table as table
+from benchmarks import newton_tasks as tasks
+from benchmarks import newton_work as work_of
 from debiased_laplace.curvature.derivatives import LinearizedBatch
-from debiased_laplace.newton import judging
+from debiased_laplace.newton import acceptance
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-runs, table, tasks, work_of = (
-    importlib.import_module(n) for n in ("newton_runs", "newton_runs_table", "newton_tasks", "newton_work")
-)
 TINY = ["--tasks", "30_classes", "--passes", "0.5", "--batch", "100", "--seeds", "2", "--cache"]
 
 
@@ -43,7 +39,7 @@ def test_a_step_is_charged_with_what_the_package_does(magnitudes, shrinkage, mon
         LinearizedBatch.__init__,
         LinearizedBatch.pushed,
         LinearizedBatch.pulled,
-        judging._losses_at,
+        acceptance._losses_at,
     )
 
     def made(self, *arguments):
@@ -58,9 +54,9 @@ def test_a_step_is_charged_with_what_the_package_does(magnitudes, shrinkage, mon
         work.append(len(W) * work_of.BACKWARD)
         return pull(self, W)
 
-    def judges_losses(task, judges, d):
-        work.append(len(judges) * work_of.FORWARD)
-        return losses_at(task, judges, d)
+    def counted_losses_at(problem, batch, d):
+        work.append(len(batch) * work_of.FORWARD)
+        return losses_at(problem, batch, d)
 
     task = tiny_task()
     model = task.network()
@@ -71,10 +67,10 @@ def test_a_step_is_charged_with_what_the_package_does(magnitudes, shrinkage, mon
     monkeypatch.setattr(LinearizedBatch, "__init__", made)
     monkeypatch.setattr(LinearizedBatch, "pushed", pushed)
     monkeypatch.setattr(LinearizedBatch, "pulled", pulled)
-    monkeypatch.setattr(judging, "_losses_at", judges_losses)
+    monkeypatch.setattr(acceptance, "_losses_at", counted_losses_at)
     charged = runs.step_on(optimizer, model, batch)
     assert optimizer.last_step.outcome.products > 1
-    assert optimizer.last_step.verdict is not None
+    assert optimizer.last_step.acceptance is not None
     assert charged == pytest.approx(sum(work), rel=1e-6)
 
 
@@ -111,7 +107,7 @@ def test_a_newton_run_keeps_every_step_and_counts_those_that_raised_the_loss(mon
     assert len(kept["training"]) == kept["steps"] + 1
     changes = np.diff(kept["training"])
     assert kept["accepted"] == (changes != 0).sum() > 0
-    # judges who are sure of everything make a raised step of every accepted one whose loss rose, others of none
+    # with a standard error of 0, every accepted step whose loss rose counts as raised; with an infinite one, none
     assert (changes > 0).any()
     newton_step = runs.step_on
     for error, raised in ((0.0, (changes > 0).sum()), (np.inf, 0)):
@@ -119,7 +115,7 @@ def test_a_newton_run_keeps_every_step_and_counts_those_that_raised_the_loss(mon
         def with_error(optimizer, model, batch, error=error):
             work = newton_step(optimizer, model, batch)
             if optimizer.last_step.accepted:
-                object.__setattr__(optimizer.last_step.verdict, "standard_error", error)
+                object.__setattr__(optimizer.last_step.acceptance, "standard_error", error)
             return work
 
         monkeypatch.setattr(runs, "step_on", with_error)
@@ -158,20 +154,24 @@ def test_report_of_known_runs(tmp_path):
         "SGD": [made_up([9.0, 1.0, 1.0, 3.0], [5.0] * 4), made_up([9.0, 1.0, 1.0, 1.0], [5.0] * 4)],
         "Adam": [made_up([9.0, 1.0, 1.0, np.inf], [5.0] * 4), made_up([9.0, 1.0, 1.0, 1.0], [5.0] * 4)],
     }
-    text = table.section("A task", found, {"SGD": 1.0, "Adam": 0.3}, {"SGD": (0.1, 1.0), "Adam": (0.1, 0.3, 1.0)}, 10.0)
-    lines = text.splitlines()
-    assert "- SGD: learning rate 1, at the edge of the grid." in lines
-    assert "- Adam: learning rate 0.3, inside of the grid." in lines
-    last = next(line for line in lines if line.startswith("- Training loss after 10 passes"))
+    lines = table.tuned({"SGD": 1.0, "Adam": 0.3}, {"SGD": (0.1, 1.0), "Adam": (0.1, 0.3, 1.0)})
+    assert lines[0] == "SGD: learning rate 1, at the edge of the grid."
+    assert lines[1] == "Adam: learning rate 0.3, inside of the grid."
+    lines = table.compared(found, 10.0)
+    last = next(line for line in lines if line.startswith("Training loss after 10 passes"))
     assert "is lower than `same_batch`; not told apart from `SGD`, `Adam` (" in last
-    middle = next(line for line in lines if line.startswith("- Training loss after 2 passes"))
+    middle = next(line for line in lines if line.startswith("Training loss after 2 passes"))
     assert "is lower than `same_batch`; higher than `SGD`, `Adam` (" in middle
-    rows = {line.split(" | ")[0]: [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines if "`" in line}
-    biased = rows["| `same_batch`"]
-    assert biased[:3] == ["9.000 ± 0.000", "6.000 ± 0.000", "3.0 ± 1.0"]
-    assert biased[6:] == ["3.5 ± 1.5", "0.500 ± 0.000", "4.0", "3.0", "2.0", "1.0"]
-    assert rows["| `Adam`"][2] == "diverged"
-    assert rows["| `SGD`"][-3:] == ["3.0", "", ""]
+    rows = {row["method"]: row for row in table.rows(found, 10.0)}
+    biased = rows["same_batch"]
+    shown = [f"{biased[n]} ± {biased[f'{n}_error']}" for n in ("training_loss_0.5", "training_loss_2", "accuracy")]
+    assert shown == ["9.000 ± 0.000", "6.000 ± 0.000", "0.500 ± 0.000"]
+    assert (biased["training_loss_10"], biased["training_loss_10_error"]) == ("3.0", "1.0")
+    assert (biased["lowest_test_loss"], biased["lowest_test_loss_error"]) == ("3.5", "1.5")
+    assert [biased[name] for name in ("seconds", "steps", "accepted", "raised")] == ["4.0", "3.0", "2.0", "1.0"]
+    assert rows["Adam"]["training_loss_10"] == "diverged"
+    assert rows["SGD"]["steps"] == "3.0"
+    assert "accepted" not in rows["SGD"]
     table.draw_figure({"A task": found}, 10.0, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
 
@@ -191,10 +191,10 @@ def test_the_chosen_rate_is_the_best_on_the_tuning_seeds(tmp_path):
 
 def test_command_resumes_from_its_cache(tmp_path, capsys):
     runs.main([*TINY, str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "## 30 classes, label noise" in printed
-    assert (tmp_path / "newton_runs_table.md").read_text() == f"# Whole training runs, measured\n\n{printed}"
-    assert (tmp_path / "figures" / "newton_runs.png").stat().st_size > 10_000
+    findings = json.loads((tmp_path / "newton_runs.json").read_text())
+    printed = "\n- ".join(["30 classes, label noise", *findings["30_classes"]])
+    assert capsys.readouterr().out == f"{printed}\n"
+    assert (tmp_path / "newton_runs.png").stat().st_size > 10_000
     path = tmp_path / "30_classes.jsonl"
     lines = path.read_text().splitlines()
     seeds = [json.loads(line)["key"][3] for line in lines]
@@ -203,9 +203,10 @@ def test_command_resumes_from_its_cache(tmp_path, capsys):
     path.write_text("\n".join([*lines[:-1], lines[-1][:50]]))
     runs.main([*TINY, str(tmp_path), "--report-only"])
     assert len(path.read_text().splitlines()) == len(lines)
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `Adam`")] == []
+    results = tmp_path / "newton_runs.csv"
+    assert "30_classes,Adam," not in results.read_text()
     runs.main([*TINY, str(tmp_path)])
-    assert "| `Adam` |" in capsys.readouterr().out
+    assert "30_classes,Adam," in results.read_text()
     assert len(path.read_text().splitlines()) == len(lines) + 1
 
 

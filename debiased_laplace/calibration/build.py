@@ -102,7 +102,7 @@ def calibration_report(
     """Compare the calibration of several methods on one test set.
 
     Cost: a few passes over the predictions on their own device, then a few numbers per sample on the CPU
-    (examples/benchmarks/report_scale.py measures time and memory).
+    (benchmarks/report_scale.py measures time and memory).
 
     Args:
         predictions: method name to its predictions on the same samples in the same order, as NumPy arrays, lists, or

@@ -69,6 +69,9 @@ def evaluate(  # noqa: D417 - further options are those of the report
     anew with every batch, so that sampled networks are the same for all batches. The models and the global random state
     are left as they were. Memory: predictions on the CPU in their own dtype; samples of one batch at a time.
 
+    `n_bins` and all that follows are options of `calibration_report`; `clusters` is in the order of the loader, and
+    `temperature_scaling` is fitted on `validation_loader` where it is given.
+
     Args:
         posteriors: name to method. A Laplace posterior of this package or of laplace-torch; a network, which is the
             MAP estimate: its outputs are logits, or means; any callable that maps a batch of inputs to probabilities
@@ -94,8 +97,6 @@ def evaluate(  # noqa: D417 - further options are those of the report
         dict_key_y: of mappings: the targets; None: as the first posterior.
         seed: of everything that is drawn.
         progress_bar: show progress.
-        n_bins, ..., thresholds: as of `calibration_report`; `clusters` in the order of the loader, and
-            `temperature_scaling` on `validation_loader` where it is given.
 
     Returns:
         The report, with a section on the posteriors and on how each method predicted.

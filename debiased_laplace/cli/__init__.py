@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done or passed, 1 a threshold failed, 2 bad input, 3 inconclusive under --strict."""
+"""Command line. Exit codes: 0 done or passed, 1 a threshold failed, 2 bad input, 3 inconclusive with --strict."""
 
 import argparse
 import io
@@ -6,31 +6,31 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from debiased_laplace.cli import demo, diagnose, fit, gates, report
+from debiased_laplace.cli import model_commands, report_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `debiased-laplace`.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: arguments of the command line; None: those of the process.
 
     Returns:
         The exit code.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a console that knows no minus sign must not change the exit code
+            stream.reconfigure(errors="replace")  # an encoding without "±" must not change the exit code
     parsed = _parser().parse_args(arguments)
     try:
-        run: int = parsed.run(parsed)
+        exit_code: int = parsed.run(parsed)
     except KeyboardInterrupt:
         print("debiased-laplace: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"debiased-laplace: {error}", file=sys.stderr)
         return 2
-    return run
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("debiased-laplace"))
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, fit, report, gates, diagnose):
-        command.add_to(commands)
+    model_commands.add_to(commands)
+    report_commands.add_to(commands)
     return parser

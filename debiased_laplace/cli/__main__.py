@@ -1,4 +1,4 @@
-"""`python -m debiased_laplace.cli`."""
+"""Entry point of `python -m debiased_laplace.cli`."""
 
 import sys
 

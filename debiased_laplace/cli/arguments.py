@@ -1,4 +1,4 @@
-"""What several commands share: how objects, devices and files are named on the command line."""
+"""Arguments of several commands: seeds, devices, files, and models and loaders given as module:callable."""
 
 import argparse
 import importlib
@@ -9,24 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 Commands = Any
-"""What `add_subparsers` returns."""
+"""Type of the result of `add_subparsers`, which argparse keeps private."""
 
 
 def seed(text: str) -> int:
-    """A seed as torch takes it."""
+    """Parse a seed in the range of torch.
+
+    Raises:
+        ArgumentTypeError: if it is out of range.
+    """
     value = int(text)
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1; got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1; got {text}")
     return value
 
 
 def device_named(name: str) -> torch.device:
-    """A device that can be computed on; "auto" takes a GPU where there is one.
+    """Return a usable device; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: if it cannot be used.
+        ValueError: if the device cannot be used.
     """
     try:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -37,37 +42,12 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def called(name: str, option: str) -> Any:
-    """What the callable `module:callable` returns; modules of the working directory are found.
-
-    Raises:
-        ValueError: if there is no such module or callable, or it fails.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"{option} names a callable as module:callable; got {name!r}.")
-    try:
-        with _working_directory_importable():
-            found: Any = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option} {name!r} cannot be found: {error}") from error
-    if not isinstance(found, Callable):  # type: ignore[arg-type]
-        raise ValueError(f"{option} names a callable without arguments; {name!r} is a {type(found).__name__}.")
-    try:
-        with _working_directory_importable():
-            return found()
-    except Exception as error:
-        raise ValueError(f"{option} {name!r} failed: {type(error).__name__}: {error}") from error
-
-
-def file_to_write(path: Path, option: str) -> None:
-    """Find out now, not after the work, that a file cannot be written.
+def check_writable(path: Path, option: str) -> None:
+    """Check that a file can be written, before any long work.
 
     Raises:
         ValueError: if the path is a folder.
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     if path.is_dir():
         raise ValueError(f"{option} must be a file; {path} is a folder.")
@@ -76,6 +56,82 @@ def file_to_write(path: Path, option: str) -> None:
         pass
     if not existed:
         path.unlink()
+
+
+def check_folder(path: Path) -> None:
+    """Check that --out is not a file.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out must be a folder; {path} is a file.")
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """Add the options for a trained model, its data and its likelihood."""
+    parser.add_argument("--model", required=True, metavar="MODULE:CALLABLE", help="returns the torch.nn.Module")
+    parser.add_argument("--weights", type=Path, help="state dict of the trained model (loaded with weights_only=True)")
+    parser.add_argument("--loader", required=True, metavar="MODULE:CALLABLE", help="returns the training DataLoader")
+    parser.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
+
+
+def trained_model(parsed: argparse.Namespace) -> nn.Module:
+    """Return the model with the trained weights.
+
+    Raises:
+        ValueError: if it is not a module, or the weights do not fit it.
+    """
+    model = call(parsed.model, "--model")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {parsed.model!r} must return a torch.nn.Module; got {type(model).__name__}.")
+    if parsed.weights is not None:
+        weights = load_tensors(parsed.weights, "--weights")
+        try:
+            model.load_state_dict(weights)
+        except Exception as error:
+            raise ValueError(f"--weights {parsed.weights} does not fit the model: {error}") from error
+    return model
+
+
+def call(name: str, option: str) -> Any:
+    """Call `module:callable`, with the working directory on the import path, and return the result.
+
+    Raises:
+        ValueError: if there is no such module or callable, or the call fails.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{option} must be given as module:callable; got {name!r}.")
+    try:
+        with _working_directory_importable():
+            function: Any = importlib.import_module(module_name)
+            for part in attribute.split("."):
+                function = getattr(function, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{option} {name!r} cannot be found: {error}") from error
+    if not isinstance(function, Callable):  # type: ignore[arg-type]
+        raise ValueError(f"{option} must be a callable without arguments; {name!r} is a {type(function).__name__}.")
+    try:
+        with _working_directory_importable():
+            return function()
+    except Exception as error:
+        raise ValueError(f"{option} {name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def load_tensors(path: Path, option: str) -> Any:
+    """Load a file of tensors without executing code from it.
+
+    Raises:
+        ValueError: if it is not such a file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{option} {path} is not a file.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{option} {path} cannot be loaded with weights_only=True: {first}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Predictions in an .npz file: which arrays there may be, and what they mean."""
+"""Archives of predictions: .npz files with the arrays of `LAYOUT`."""
 
 import zipfile
 import zlib
@@ -14,12 +14,12 @@ from debiased_laplace.calibration import Gaussian, Samples
 LAYOUT = """\
 targets                          labels (n,), or regression targets (n,) or (n, outputs)
 METHOD/probs                     probabilities (n, C), or P(class 1) (n,)
-METHOD/logits                    beside them, for temperatures where probabilities are rounded to 0
+METHOD/logits                    in addition, for temperature scaling if probabilities are rounded to 0
 METHOD/mean with METHOD/std      regression, observation noise included
 METHOD/mean with METHOD/covariance, or METHOD/samples, with METHOD/observation_noise or --noise-included
 ood/SET/METHOD/...               predictions out of distribution, of every method
-clusters                         samples of one id may depend on each other
-validation/targets               with validation/probs, /logits, or /mean and /std: the baseline on other samples"""
+clusters                         id of the cluster of each sample; samples of one cluster may be dependent
+validation/targets               with validation/probs, /logits, or /mean and /std: the baseline on validation data"""
 
 FORMS = ("probs", "mean", "std", "covariance", "samples", "observation_noise", "logits")
 RESERVED = ("ood", "validation")
@@ -27,15 +27,15 @@ RESERVED = ("ood", "validation")
 
 @dataclass(frozen=True, eq=False)
 class PredictionArchive:
-    """What an archive holds, as arguments of `calibration_report`.
+    """Contents of an archive, as arguments of `calibration_report`.
 
     Attributes:
-        predictions: method to predictions.
-        targets: of the test set.
-        kind: of the task.
-        logits: method to logits.
-        ood: set to method to predictions.
-        clusters: of the samples, or None.
+        predictions: predictions by method.
+        targets: targets of the test set.
+        kind: kind of the task.
+        logits: logits by method.
+        ood: out-of-distribution predictions by set and method.
+        clusters: cluster ids of the samples, or None.
         validation: predictions and targets, or None.
     """
 
@@ -49,7 +49,7 @@ class PredictionArchive:
 
     @property
     def task(self) -> Literal["binary", "multiclass", "regression"]:
-        """Binary where there are two classes."""
+        """Task of the report: "binary" for two classes."""
         if self.kind == "regression":
             return "regression"
         shapes = [np.shape(p) for p in self.predictions.values()]
@@ -57,20 +57,23 @@ class PredictionArchive:
 
 
 def read_archive(path: Path, *, noise_included: bool = False) -> PredictionArchive:
-    """Read predictions from an .npz file; nothing in it is executed (`allow_pickle=False`).
+    """Read predictions from an .npz file, without executing code from it (`allow_pickle=False`).
 
     Args:
         path: the file.
-        noise_included: covariances and samples hold the observation noise already.
+        noise_included: whether covariances and samples include observation noise.
+
+    Returns:
+        The contents.
 
     Raises:
-        ValueError: if it is no archive, damaged, pickled, or holds too little or unknown arrays.
-        OSError: if there is no such file.
+        ValueError: if the file is not an archive, is damaged or pickled, or arrays are missing or unknown.
+        OSError: if the file cannot be read.
     """
     try:
         return _interpret(_load(path), noise_included)
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error).rstrip('.')}. An archive of predictions holds\n{LAYOUT}") from error
+        raise ValueError(f"{path}: {str(error).rstrip('.')}. Expected an archive of predictions:\n{LAYOUT}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -80,25 +83,27 @@ def _load(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
+                raise ValueError("expected an .npz file; got a single array")
             return {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         if "pickle" in str(error).lower():
-            raise ValueError("it holds pickled objects or is no .npz file; only numbers and text are read") from error
+            raise ValueError(
+                "expected an .npz file of numbers and text; got pickled objects or another format"
+            ) from error
         raise ValueError(f"it cannot be read: {error}") from error
 
 
 def _interpret(arrays: Mapping[str, Any], noise_included: bool) -> PredictionArchive:
     if "targets" not in arrays:
-        raise ValueError(f"there is no array 'targets'; there are {_list(arrays)}")
-    owners = _sort(arrays)
+        raise ValueError(f"expected an array 'targets'; got {_list(arrays)}")
+    owners = _by_owner(arrays)
     validation = owners.pop("validation", None)
     methods = {owner: forms for owner, forms in owners.items() if not owner.startswith("ood/")}
     if not methods:
-        raise ValueError(f"there are no predictions; there are {_list(arrays)}")
+        raise ValueError(f"expected predictions; got {_list(arrays)}")
     kinds = {method: "classification" if "probs" in forms else "regression" for method, forms in methods.items()}
     if len(set(kinds.values())) > 1:
-        raise ValueError(f"all methods must be of one kind; got {kinds}")
+        raise ValueError(f"expected predictions of one kind from all methods; got {kinds}")
     combined = {owner: _combine(owner, forms, noise_included) for owner, forms in owners.items()}
     ood: dict[str, dict[str, Any]] = {}
     for owner in owners:
@@ -116,8 +121,12 @@ def _interpret(arrays: Mapping[str, Any], noise_included: bool) -> PredictionArc
     )
 
 
-def _sort(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What stands before the last slash, to form, to array."""
+def _by_owner(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Group the arrays OWNER/FORM by owner and form.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
     owners: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         if name in ("targets", "clusters"):
@@ -126,13 +135,17 @@ def _sort(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         head, *rest = owner.split("/")
         is_method = (owner and head not in RESERVED) or (head == "ood" and len(rest) >= 2) or owner == "validation"
         if not (is_method and form in FORMS) and name != "validation/targets":
-            raise ValueError(f"nothing is known of an array {name!r}")
+            raise ValueError(f"unknown array {name!r}")
         owners.setdefault(owner, {})[form] = array
     return owners
 
 
 def _combine(where: str, forms: Mapping[str, Any], noise_included: bool) -> Any:
-    """Predictions in the form in which `calibration_report` takes them."""
+    """Return predictions in a form that `calibration_report` accepts.
+
+    Raises:
+        ValueError: if the arrays do not form a prediction.
+    """
     given = set(forms) - {"logits", "observation_noise"}
     noise = forms.get("observation_noise")
     noise = noise.item() if noise is not None and noise.ndim == 0 else noise
@@ -144,12 +157,12 @@ def _combine(where: str, forms: Mapping[str, Any], noise_included: bool) -> Any:
         return Gaussian(forms["mean"], None, forms["covariance"], noise, noise_included)
     if given == {"samples"}:
         return Samples(forms["samples"], noise, noise_included)
-    raise ValueError(f"the arrays {_list(forms)} of {where!r} do not go together")
+    raise ValueError(f"the arrays {_list(forms)} of {where!r} do not form a prediction")
 
 
 def _read_validation(forms: Mapping[str, Any], noise_included: bool) -> tuple[Any, Any]:
     if "targets" not in forms:
-        raise ValueError(f"validation/ has no targets; it has {_list(forms)}")
+        raise ValueError(f"expected an array 'targets' in validation/; got {_list(forms)}")
     others = {name: array for name, array in forms.items() if name != "targets"}
     predictions = others["logits"] if set(others) == {"logits"} else _combine("validation", others, noise_included)
     return predictions, forms["targets"]

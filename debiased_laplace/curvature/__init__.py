@@ -1,1 +1,1 @@
-"""The curvature of sets of samples, and how the network is differentiated for it."""
+"""Curvature of sets of samples, and the derivatives of the network that it needs."""

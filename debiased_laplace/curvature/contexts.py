@@ -1,4 +1,4 @@
-"""How the user's model is looked at without leaving a trace on it."""
+"""Contexts in which the user's model is evaluated and differentiated without side effects."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,11 +13,9 @@ from debiased_laplace.data.randomness import undisturbed_randomness
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every submodule's mode and attributes are as they were.
-
-    A forward pass that keeps something on its module (attention weights, features) would keep a tensor of a
-    transformation here, which can be neither used nor copied afterwards.
-    """
+    """Set evaluation mode; restore every submodule's mode and attributes afterwards."""
+    # attributes too: a tensor that a forward pass stores on its module (attention weights, features) may belong to a
+    # transformation, and can then be neither used nor copied
     attributes = {module: dict(module.__dict__) for module in model.modules()}
     try:
         model.eval()
@@ -31,20 +29,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Kernels that can be differentiated in both modes; the user's settings return afterwards.
-
-    Fused attention and the fast path of multi-head attention have no JVP, and cuDNN's recurrent layers no backward
-    pass in evaluation mode.
-    """
+    """Select kernels that can be differentiated in both modes; restore the user's settings afterwards."""
+    # fused attention and the fast path of multi-head attention have no JVP, and cuDNN's recurrent layers no backward
+    # pass in evaluation mode
     fast_path, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch.backends.cudnn.enabled = cudnn and not recurrent
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # vmap loops over what it has no batching rule for: slower, not wrong
+            # vmap loops over operations without a batching rule: slower, but correct
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            # torch's own forward-mode rules are scripted at their first use
+            # torch scripts its own forward-mode rules at their first use
             warnings.filterwarnings("ignore", message="`torch.jit.script")
             yield
     finally:
@@ -54,7 +50,7 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """The model in evaluation mode and differentiable, whatever the caller's modes; afterwards all is as it was."""
+    """Make the model deterministic and differentiable, whatever the caller's modes; restore all of it afterwards."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

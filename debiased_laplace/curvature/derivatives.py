@@ -1,7 +1,7 @@
 r"""Derivatives of the network's outputs: rows $S_n^\top J_n$ by VJPs, columns $J_n u$ by JVPs, and products by both.
 
-Neither mode is universal: `vmap` refuses recurrent layers and data-dependent control flow, JVPs are missing for some
-fused kernels. `Capabilities` finds out once, on one sample, what a model allows; everything has a slower way through.
+Neither mode is universal: `vmap` fails for recurrent layers and data-dependent control flow, JVPs are missing for some
+fused kernels. `find_capabilities` tests once, on two samples, which modes a model allows; each has a slower fallback.
 """
 
 import warnings
@@ -16,14 +16,14 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, one_by_one
 
-_MIXTURES = 4  # random combinations of outputs that a mode of differentiation is tried on
+_MIXTURES = 4  # random combinations of outputs that modes of differentiation are tested on
 
 Cotangents = Callable[[Tensor, Tensor], Tensor]
-"""Outputs (C,) of one sample and what else is known of it, to the columns of a (C, r) matrix."""
+"""Map from the outputs (C,) of one sample and its targets or noise to the columns of a (C, r) matrix."""
 
 
-def identity_cotangents(outputs: Tensor, side: Tensor) -> Tensor:  # noqa: ARG001
-    """Cotangents of the plain Jacobian."""
+def identity_cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the cotangents of the Jacobian itself."""
     return torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
 
 
@@ -31,36 +31,36 @@ def vmapped_rows(
     selection: ParameterSelection,
     parameters: dict[str, Tensor],
     inputs: Inputs,
-    side: Tensor,
+    targets_or_noise: Tensor,
     cotangents: Cotangents,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (n, r, P) and outputs (n, C) of a batch, all samples at once."""
+    """Compute rows (n, r, P) and outputs (n, C) of a batch, all samples at once."""
 
-    def of_one(x: Inputs, known: Tensor) -> tuple[Tensor, Tensor]:
+    def of_one(x: Inputs, aux: Tensor) -> tuple[Tensor, Tensor]:
         outputs, pullback = _vjp(lambda p: selection.call(p, as_one(x))[0], parameters)
-        rows = vmap(lambda cotangent: pullback(cotangent)[0])(cotangents(outputs, known).mT)
+        rows = vmap(lambda cotangent: pullback(cotangent)[0])(cotangents(outputs, aux).mT)
         return selection.flatten(rows, n_lead=1), outputs
 
-    found: tuple[Tensor, Tensor] = vmap(of_one)(inputs, side)
-    return found
+    rows_and_outputs: tuple[Tensor, Tensor] = vmap(of_one)(inputs, targets_or_noise)
+    return rows_and_outputs
 
 
 def looped_rows(
     selection: ParameterSelection,
     parameters: dict[str, Tensor],
     inputs: Inputs,
-    side: Tensor,
+    targets_or_noise: Tensor,
     cotangents: Cotangents,
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (n, r, P) and outputs (n, C), one sample and one output at a time: for what `vmap` refuses."""
+    """Compute rows (n, r, P) and outputs (n, C) without `vmap`, one sample and one cotangent at a time."""
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     stacked, collected = [], []
     with torch.enable_grad():
-        for x, known in zip(one_by_one(inputs), side, strict=True):
+        for x, aux in zip(one_by_one(inputs), targets_or_noise, strict=True):
             outputs = selection.call(leaves, as_one(x))[0]
-            at = cotangents(outputs if create_graph else outputs.detach(), known).mT
+            at = cotangents(outputs if create_graph else outputs.detach(), aux).mT
             rows = [
                 torch.autograd.grad(
                     outputs,
@@ -88,7 +88,7 @@ def columns(
     *,
     vmapped: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Directional derivatives J u of the outputs, (n, C, k) for tangents (P, k), and the outputs (n, C)."""
+    """Compute directional derivatives J u of the outputs, (n, C, k) for tangents (P, k), and the outputs (n, C)."""
 
     def push(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return jvp(lambda p: selection.call(p, inputs), (parameters,), (tangent,))[:2]
@@ -102,10 +102,10 @@ def columns(
 
 
 class LinearizedBatch:
-    r"""One batch's outputs, the derivatives $J_n u$ along directions and $\sum_n J_n^\top w_n$, ready for many.
+    r"""Outputs of a batch with derivatives $J_n u$ along directions and $\sum_n J_n^\top w_n$, for repeated use.
 
-    The network is linearized once where that is right, which costs the memory of one forward pass and saves that pass
-    at every use.
+    The network is linearized once if its capabilities allow that, which costs the memory of one forward pass and saves
+    that pass at every use.
 
     Attributes:
         outputs: (n, C), without a graph.
@@ -131,48 +131,48 @@ class LinearizedBatch:
         self.outputs = outputs.detach()
 
     def pushed(self, X: Tensor) -> Tensor:
-        """$J_n x$ as (n, C, k) for X (P, k); by forward mode, which the model has to allow."""
+        """Return $J_n x$ as (n, C, k) for X (P, k), by forward mode, which the model must allow."""
         if self._push is None:
             vmapped = self._vmapped and X.shape[1] > 1
             return columns(self.selection, self._parameters, self._inputs, X, vmapped=vmapped)[0]
         if self._vmapped and X.shape[1] > 1:
-            found: Tensor = torch.no_grad()(vmap(self._push, out_dims=-1))(self.selection.unflatten(X.mT))
-            return found
+            pushed: Tensor = torch.no_grad()(vmap(self._push, out_dims=-1))(self.selection.unflatten(X.mT))
+            return pushed
         return torch.stack([self._push(self.selection.unflatten(x)) for x in X.unbind(1)], dim=-1)
 
     def pulled(self, W: Tensor) -> Tensor:
-        r"""$\sum_n J_n^\top w_n$ (P,) for W (n, C)."""
+        r"""Return $\sum_n J_n^\top w_n$ (P,) for W (n, C)."""
         return self.selection.flatten(self._pull(W)[0]).detach()
 
 
 class BatchProducts:
-    r"""Products $x \mapsto \sum_n J_n^\top S_n S_n^\top J_n x$ of one batch, ready for many."""
+    r"""The map $x \mapsto \sum_n J_n^\top S_n S_n^\top J_n x$ of one batch, for repeated use."""
 
     def __init__(
         self,
         selection: ParameterSelection,
         parameters: dict[str, Tensor],
         inputs: Inputs,
-        side: Tensor,
+        targets_or_noise: Tensor,
         root: OutputRoot,
         capabilities: "Capabilities",
     ):
         self._batch = LinearizedBatch(selection, parameters, inputs, capabilities)
-        self._root, self._side = root, side
+        self._root, self._targets_or_noise = root, targets_or_noise
 
     def __call__(self, X: Tensor) -> Tensor:
-        """The product with each column of X (P, b)."""
+        """Return the product with each column of X (P, b)."""
         return torch.stack([self._single(x) for x in X.unbind(1)], dim=1)
 
     def _single(self, x: Tensor) -> Tensor:
         pushed = self._batch.pushed(x[:, None])[..., 0]
-        return self._batch.pulled(self._root.product(self._batch.outputs, self._side, pushed))
+        return self._batch.pulled(self._root.product(self._batch.outputs, self._targets_or_noise, pushed))
 
 
 def _vjp(
     network: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor]
 ) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]:
-    """Outputs, and the map from cotangents to gradients."""
+    """Return the outputs, and the map from cotangents to gradients."""
     outputs, pullback = vjp(network, parameters)[:2]
     return outputs, pullback
 
@@ -180,27 +180,27 @@ def _vjp(
 def _linearize(
     network: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor]
 ) -> tuple[Tensor, Callable[[dict[str, Tensor]], Tensor]]:
-    """Outputs, and the map from a tangent to the outputs' directional derivative."""
+    """Return the outputs, and the map from a tangent to their directional derivative."""
     with warnings.catch_warnings():
-        # tracing names constants in a way that torch.fx itself warns about
+        # torch.fx warns about the names that tracing gives to constants
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
         outputs, push = linearize(network, parameters)
 
-    # the trace remembers the model's own parameters, and not that they were detached
+    # the trace refers to the model's own parameters, which require gradients
     return outputs, torch.no_grad()(push)
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model's operations allow.
+    """Modes of differentiation that work for a model.
 
     Attributes:
         vmapped_rows: VJPs for all samples of a batch at once.
         columns: JVPs.
         vmapped_columns: JVPs for many tangents at once.
-        reasons: what was refused, and torch's words for why.
-        linearized: a network linearized once gives right products again and again; tried only where products are
-            asked for, because tracing takes longer than all other attempts together.
+        reasons: modes that failed, with torch's message.
+        linearized: `torch.func.linearize` with repeated use of its result. Tested only before products, because tracing
+            takes longer than all other tests together.
     """
 
     vmapped_rows: bool
@@ -211,7 +211,7 @@ class Capabilities:
 
 
 def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> Capabilities:
-    """Try each mode on one or two samples; the plain forward pass is known to work.
+    """Test each mode on one or two samples, for which the forward pass is known to work.
 
     Args:
         selection: the parameters.
@@ -219,18 +219,21 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         inputs: at least one sample.
 
     Returns:
-        What worked, and worked right: rows that disagree with one-at-a-time rows count as refused.
+        The modes that work and agree with rows computed one at a time.
+
+    Raises:
+        ValueError: if the outputs do not depend on the parameters or cannot be differentiated.
     """
-    some = first(inputs, 2)
-    nothing = torch.zeros(n_samples_of(some))
+    inputs = first(inputs, 2)
+    unused = torch.zeros(n_samples_of(inputs))
     reasons: dict[str, str] = {}
 
     def attempt(name: str, compute: Callable[[], bool]) -> bool:
         try:
             if compute():
                 return True
-            reasons[name] = "gave other numbers than one sample at a time"
-        # whatever torch raises for an operation it cannot transform, there is another way
+            reasons[name] = "disagreed with one sample at a time"
+        # torch raises many types for operations that it cannot transform
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         return False
@@ -238,31 +241,31 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     generator = torch.Generator().manual_seed(0)
     like = selection.vector()
     with torch.no_grad():
-        n_outputs = selection.call(parameters, some).shape[-1]
-    # a few combinations of the outputs tell as much as all outputs, of which there may be thousands
+        n_outputs = selection.call(parameters, inputs).shape[-1]
+    # a few combinations test as much as all outputs, of which there may be thousands
     mixed = torch.randn(n_outputs, min(n_outputs, _MIXTURES), generator=generator).to(like)
 
-    def cotangents(outputs: Tensor, side: Tensor) -> Tensor:  # noqa: ARG001
+    def cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
         return mixed
 
     try:
-        expected, _ = looped_rows(selection, parameters, some, nothing, cotangents)
+        expected, _ = looped_rows(selection, parameters, inputs, unused, cotangents)
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ValueError(
                 f"The outputs do not depend on the selected parameters ({selection.subset}); expected parameters that "
-                "enter them."
+                "they depend on."
             ) from error
         raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
     tangents = torch.randn(selection.n_parameters, 2, generator=generator).to(like)
     pushed = expected @ tangents
 
     def rows_agree() -> bool:
-        return _close(vmapped_rows(selection, parameters, some, nothing, cotangents)[0], expected)
+        return _close(vmapped_rows(selection, parameters, inputs, unused, cotangents)[0], expected)
 
     def columns_agree(*, vmapped: bool) -> bool:
-        found, _ = columns(selection, parameters, some, tangents, vmapped=vmapped)
-        return _close(mixed.T @ found, pushed)
+        derivatives, _ = columns(selection, parameters, inputs, tangents, vmapped=vmapped)
+        return _close(mixed.T @ derivatives, pushed)
 
     by_rows = attempt("vmapped rows", rows_agree)
     by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
@@ -271,22 +274,22 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
 
 
 def allows_linearization(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> bool:
-    """Whether a network linearized once gives right products again and again; JVPs are known to work."""
-    some = first(inputs, 2)
+    """Test whether a network linearized once gives correct products repeatedly; JVPs are known to work."""
+    inputs = first(inputs, 2)
     generator = torch.Generator().manual_seed(1)
     tangents = torch.randn(selection.n_parameters, 2, generator=generator).to(selection.vector())
-    expected, _ = columns(selection, parameters, some, tangents, vmapped=False)
+    expected, _ = columns(selection, parameters, inputs, tangents, vmapped=False)
     try:
-        _, push = _linearize(lambda p: selection.call(p, some), parameters)
-        # torch's linearization of layers that work in place spoils its own constants at the first use
+        _, push = _linearize(lambda p: selection.call(p, inputs), parameters)
+        # torch's linearization of in-place layers overwrites its own constants at the first use
         uses = (0, 1, 0)
         return all(_close(push(selection.unflatten(tangents[:, i])), expected[..., i]) for i in uses)
-    # whatever torch raises for an operation it cannot trace, there is another way
+    # torch raises many types for operations that it cannot trace
     except Exception:
         return False
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding, relative to the largest entry."""
+    """Return whether tensors are equal up to rounding, relative to the largest entry."""
     rounding = 1000 * torch.finfo(expected.dtype).eps * expected.abs().max()
     return bool(((found - expected).abs() <= rounding + 1e-3 * expected.abs()).all())

@@ -1,10 +1,9 @@
 r"""The Hessian of the loss as curvature, $H = \frac1n \sum_n \nabla^2 \ell_n$: indefinite away from a minimum.
 
-It has no root, and so no rows. Where a posterior needs curvature, negative values along a direction are floored at 0
-and counted.
+It has no root, and so no rows. For a posterior, negative values along a direction are floored at 0 and counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
-from debiased_laplace.curvature.sub_batch import DirectionalMoments, Residual, RunningMoments, SubBatchCurvature
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, ResidualRequest, RunningMoments, SubBatchCurvature
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -27,7 +26,7 @@ _PANEL = 64  # basis vectors at once
 
 
 class HessianCurvature(SubBatchCurvature):
-    """Mean Hessian of some samples."""
+    """Mean Hessian of a set of samples."""
 
     def __init__(
         self,
@@ -40,15 +39,15 @@ class HessianCurvature(SubBatchCurvature):
         self.network = network
         self.samples = samples
         self.derivatives = derivatives
-        foreign = network.foreign
-        self.foreign = foreign if foreign is not None and foreign.offers_hessian() else None
+        backend = network.backend
+        self.backend = backend if backend is not None and backend.offers_hessian() else None
         self.progress_bar = progress_bar
         self._dense: Tensor | None = None
 
     @property
     def source(self) -> str:
-        """Who computed the curvature."""
-        return "torch.func products" if self.foreign is None else self.foreign.name
+        """Engine or backend that computes the curvature."""
+        return "torch.func products" if self.backend is None else self.backend.name
 
     @property
     def n_samples(self) -> int:
@@ -57,17 +56,17 @@ class HessianCurvature(SubBatchCurvature):
 
     @property
     def n_rows(self) -> int:
-        """The largest rank that H can have: there is no root to bound it."""
+        """Upper bound P on the rank of H."""
         return self.network.n_parameters
 
     @property
     def dense_is_affordable(self) -> bool:
-        """Whether H fits into a quarter of the free memory, with what its eigenvectors take."""
+        """Whether H and its eigenvectors fit into a quarter of the free memory."""
         P = self.network.n_parameters
         return free_memory(self.network.like.device) // 4 >= 3 * 8 * P * P
 
     def dense(self) -> Float[Tensor, "P P"]:
-        """H itself in double precision, computed once.
+        """Return H as a matrix in double precision, computed once.
 
         Raises:
             ValueError: if it does not fit into a quarter of the free memory.
@@ -81,12 +80,12 @@ class HessianCurvature(SubBatchCurvature):
                     "('last_layer', 'subnetwork'), or a GGN backend."
                 )
             H = like.new_zeros(P, P, dtype=accumulation_dtype(like))
-            unit = None if self.foreign is not None else torch.eye(P, dtype=like.dtype, device=like.device)
-            for some in self._chunks("[Computing the Hessian]"):
-                if self.foreign is not None:
-                    H += self.foreign.hessian(some)
+            unit = None if self.backend is not None else torch.eye(P, dtype=like.dtype, device=like.device)
+            for chunk in self._chunks("[Computing the Hessian]"):
+                if self.backend is not None:
+                    H += self.backend.hessian(chunk)
                 elif unit is not None:
-                    H += self.derivatives.products(some, unit)
+                    H += self.derivatives.products(chunk, unit)
             self._dense = (H + H.T) / (2 * self.n_samples)
         return self._dense
 
@@ -95,36 +94,38 @@ class HessianCurvature(SubBatchCurvature):
         return HessianCurvature(self.network, samples, self.derivatives)
 
     def part(self, positions: Int64[Tensor, " m"]) -> "HessianCurvature":
-        """The mean Hessian of some of the samples."""
+        """Return the mean Hessian of a subset."""
         return HessianCurvature(self.network, self.samples.at(positions), self.derivatives)
 
-    def moments(
-        self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
-    ) -> DirectionalMoments:
-        """Curvature along directions, its spread over samples, and what is left outside."""
-        found = self._quadratic_moments(directions)
-        if self.foreign is None and residual == "none":
-            return found
+    def nested_moments(
+        self, directions: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
+    ) -> list[DirectionalMoments]:
+        """Measure the moments of several requests, one after the other."""
+        return [self._moments(directions[:, : request.rank], request) for request in requests]
+
+    def _moments(self, directions: Float[Tensor, "P k"], request: ResidualRequest) -> DirectionalMoments:
+        sums = RunningMoments(directions.shape[1], directions)
+        for chunk in self._chunks("[Curvature along directions]"):
+            sums.add(self.derivatives.quadratics(chunk, directions))
+        moments = sums.moments()
+        if self.backend is None and request.residual == "none":
+            return moments
         H = self.dense()
         U = directions.to(H.dtype)
         HU = H @ U
         diagonal = None
-        if residual == "diagonal":
-            outside = H - HU @ U.T
-            outside = outside - U @ (U.T @ outside)
-            if basis is not None:
-                rotated = basis.coordinates(outside.to(directions.dtype))
-                outside = basis.coordinates(rotated.T).to(H.dtype)
-            diagonal = outside.diagonal()
-        return replace(
-            found,
-            means=(U * HU).sum(0),
-            trace=H.trace() if residual == "trace" else None,
-            residual_diagonal=diagonal,
-        )
+        if request.residual == "diagonal":
+            residual = H - HU @ U.T
+            residual = residual - U @ (U.T @ residual)
+            if request.basis is not None:
+                rotated = request.basis.coordinates(residual.to(directions.dtype))
+                residual = request.basis.coordinates(rotated.T).to(H.dtype)
+            diagonal = residual.diagonal()
+        trace = H.trace() if request.residual == "trace" else None
+        return replace(moments, means=(U * HU).sum(0), trace=trace, residual_diagonal=diagonal)
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
-        """Curvature along every vector of a basis, and its spread over samples."""
+        """Measure the curvature along every vector of a basis, and its spread over samples."""
         P, like = self.network.n_parameters, self.network.like
         units = torch.eye(P, dtype=like.dtype, device=like.device).split(_PANEL)
         parts = [self.moments(basis.vectors(rows).T) for rows in units]
@@ -136,35 +137,30 @@ class HessianCurvature(SubBatchCurvature):
         )
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
-        r"""$\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
-        return torch.cat([hessian_traces(self.derivatives, some, precision) for some in self._chunks("[Held-out KL]")])
+        r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
+        chunks = self._chunks("[Held-out KL]")
+        return torch.cat([hessian_traces(self.derivatives, chunk, precision) for chunk in chunks])
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
-        """Products H X."""
-        if self.foreign is not None:
+        """Return the map from X to H X."""
+        if self.backend is not None:
             H = self.dense()
             return lambda X: (H @ X.to(H.dtype)).to(X.dtype)
 
         def product(X: Tensor) -> Tensor:
             total = torch.zeros_like(X, dtype=accumulation_dtype(X))
-            for some in self._chunks("[Hessian products]", quiet=True):
-                total += self.derivatives.products(some, X)
+            for chunk in self._chunks("[Hessian products]", quiet=True):
+                total += self.derivatives.products(chunk, X)
             return (total / self.n_samples).to(X.dtype)
 
         return product
 
-    def _quadratic_moments(self, directions: Tensor) -> DirectionalMoments:
-        sums = RunningMoments(directions.shape[1], directions)
-        for some in self._chunks("[Curvature along directions]"):
-            sums.add(self.derivatives.quadratics(some, directions))
-        return sums.moments()
-
     def _chunks(self, description: str, *, quiet: bool = False) -> Iterator[Batch]:
         with tqdm(total=self.n_samples, disable=quiet or not self.progress_bar, desc=description) as bar:
             for batch in self.samples:
-                for some in batch.chunks(_BATCH):
-                    yield some
-                    bar.update(len(some))
+                for chunk in batch.chunks(_BATCH):
+                    yield chunk
+                    bar.update(len(chunk))
 
 
 def hessian_traces(derivatives: SecondDerivatives, batch: Batch, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:

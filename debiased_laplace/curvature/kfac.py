@@ -1,7 +1,7 @@
 r"""K-FAC's factors: second moments of a layer's inputs and of the gradients at its outputs.
 
-Where a layer's weights act at several positions of a sample (sequences, images), "expand" counts every position as a
-sample of its own, and "reduce" averages inputs and sums gradients over positions first.
+If a layer's weights act at several positions of a sample (sequences, images), "expand" treats every position as a
+sample, and "reduce" first averages inputs and sums gradients over positions.
 
 References:
     Martens & Grosse (2015), arXiv 1503.05671; Grosse & Martens (2016), arXiv 1602.01407 (convolutions); Eschenhagen,
@@ -22,7 +22,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 KfacApproximation = Literal["expand", "reduce"]
 
-_BATCH = 64  # samples whose layer inputs are held at once
+_BATCH = 64  # samples whose layer inputs are in memory at once
 
 
 class KfacSums:
@@ -45,40 +45,40 @@ class KfacSums:
         self._inputs: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
-        # layers whose first dimension does not count samples, or through which no gradient comes
-        self._strange: set[str] = set()
+        # layers whose inputs do not separate samples, or that get no gradient
+        self._unsupported: set[str] = set()
 
-    def add(self, batch: Batch, side: Tensor) -> None:
-        """Some more samples; the model's hooks are removed again."""
-        for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
-            self._add(some, known)
+    def add(self, batch: Batch, targets_or_noise: Tensor) -> None:
+        """Add the samples of a batch."""
+        for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
+            self._add(chunk, part)
 
     def factors(self) -> dict[str, KroneckerFactors]:
-        """Factors by the parameter's name, means over samples."""
-        found: dict[str, KroneckerFactors] = {}
+        """Return the factors by parameter name, as means over samples."""
+        factors: dict[str, KroneckerFactors] = {}
         for layer, G in self._gradients.items():
-            if layer in self._strange:
+            if layer in self._unsupported:
                 continue
             G = G / self.n
             if layer in self._weights:
                 A = self._inputs[layer] / max(self._positions[layer], 1)
-                found[self._weights[layer]] = KroneckerFactors(G, A)
+                factors[self._weights[layer]] = KroneckerFactors(G, A)
             if layer in self._biases:
-                found[self._biases[layer]] = KroneckerFactors(G, G.new_ones(1))
-        return found
+                factors[self._biases[layer]] = KroneckerFactors(G, G.new_ones(1))
+        return factors
 
-    def _add(self, batch: Batch, side: Tensor) -> None:
+    def _add(self, batch: Batch, targets_or_noise: Tensor) -> None:
         seen: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Any:
                 a = (arguments[0] if arguments else named["input"]).detach()
-                if not output.requires_grad or not self._understands(module, a, output, len(batch)):
-                    self._strange.add(name)
+                if not output.requires_grad or not self._separates_samples(module, a, output, len(batch)):
+                    self._unsupported.add(name)
                     return output
                 self._add_inputs(name, a)
                 seen.append((name, output))
-                # what comes next may work in place, and would put its own output in the place of this one
+                # the next layer may work in place, and would overwrite this output
                 return output.clone()
 
             return hook
@@ -95,7 +95,7 @@ class KfacSums:
         if not seen:
             return
         at = [output for _, output in seen]
-        S = self.root.columns(outputs.detach(), side, slice(None))
+        S = self.root.columns(outputs.detach(), targets_or_noise, slice(None))
         for cotangent in S.unbind(-1):
             gradients = torch.autograd.grad(outputs, at, cotangent, retain_graph=True, materialize_grads=True)
             for (name, _), g in zip(seen, gradients, strict=True):
@@ -103,15 +103,15 @@ class KfacSums:
                 G = G.sum(1, keepdim=True) if self.approximation == "reduce" else G
                 _accumulate(self._gradients, name, G)
 
-    def _understands(self, layer: nn.Module, a: Tensor, output: Tensor, n: int) -> bool:
-        """Whether a layer is called in a way that tells samples from positions, as far as the approximation has to."""
+    def _separates_samples(self, layer: nn.Module, a: Tensor, output: Tensor, n: int) -> bool:
+        """Return whether a layer's inputs separate samples from positions, as far as the approximation requires."""
         dimensions = {nn.Conv1d: 3, nn.Conv2d: 4}
         expected = next((d for kind, d in dimensions.items() if isinstance(layer, kind)), None)
         if a.ndim < 2 or (expected is not None and a.ndim != expected):
             return False
         if self.approximation == "reduce":
             return len(a) == n == len(output)
-        # every position counts as a sample: only inputs that all samples share cannot be counted
+        # every position counts as a sample; only inputs that all samples share are not supported
         positions = a.shape[0] if expected is not None else a.shape[:-1].numel()
         return positions % n == 0
 

@@ -1,4 +1,4 @@
-"""Layers that K-FAC knows, and what goes in and comes out of them as samples and positions."""
+"""Layers that K-FAC supports, and their inputs and output gradients as samples and positions."""
 
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
@@ -7,7 +7,7 @@ KfacLayer = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
 def kfac_layers(model: nn.Module) -> dict[str, KfacLayer]:
-    """Layers that K-FAC knows, each parameter in one place only."""
+    """Return the layers that K-FAC supports, by name; their weights are used in one place only."""
     places: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
@@ -23,7 +23,7 @@ def kfac_layers(model: nn.Module) -> dict[str, KfacLayer]:
 
 
 def positions_of_inputs(layer: KfacLayer, a: Tensor) -> Tensor:
-    """A layer's inputs as (samples, positions, columns of its weight as a matrix)."""
+    """Return a layer's inputs as (samples, positions, columns of its weight matrix)."""
     if isinstance(layer, nn.Linear):
         return a.reshape(len(a), -1, a.shape[-1])
     before_and_after = layer._reversed_padding_repeated_twice
@@ -37,7 +37,7 @@ def positions_of_inputs(layer: KfacLayer, a: Tensor) -> Tensor:
 
 
 def positions_of_outputs(layer: KfacLayer, g: Tensor) -> Tensor:
-    """Gradients at a layer's outputs as (samples, positions, rows of its weight)."""
+    """Return gradients at a layer's outputs as (samples, positions, rows of its weight matrix)."""
     if isinstance(layer, nn.Linear):
         return g.reshape(len(g), -1, g.shape[-1])
     return g.flatten(2).mT

@@ -1,8 +1,8 @@
-r"""Kronecker factors of a curvature, one pair per parameter: those of the parameters' row matrices.
+r"""Kronecker factors of a curvature, one pair per parameter, from the parameters' row matrices.
 
-The rows of a curvature's root, seen per parameter as matrices M of the parameter's own shape, give
-$L = \sum M M^\top$ and $R = \sum M^\top M$, the partial traces of the parameter's block. No hooks and no list of
-layers: every parameter with the shape of a matrix has them.
+The rows of a curvature's root, reshaped per parameter to matrices M, give $L = \sum M M^\top$ and
+$R = \sum M^\top M$, the partial traces of the parameter's block. They need no hooks and no supported layers: every
+parameter of two or more dimensions has them.
 """
 
 from collections.abc import Iterable
@@ -22,15 +22,15 @@ from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
 
 _LARGEST_SIDE = 4096
-"""A side longer than this keeps its axes: its eigenvectors would cost its cube."""
+"""Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
 
 _SUPPORTED = 1e-10
-"""Eigenvalues of a factor below this fraction of its largest are rounding."""
+"""Fraction of a factor's largest eigenvalue below which eigenvalues are rounding errors."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a parameter as a matrix: its length, and whether it gets a basis of its own."""
+    """One side of a parameter as a matrix: its length, and whether it gets an eigenbasis."""
 
     size: int
     full: bool
@@ -38,7 +38,7 @@ class Side:
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """A parameter as a matrix: first dimension against all others."""
+    """A parameter as a matrix: its first dimension against all others."""
 
     rows: Side
     columns: Side
@@ -49,37 +49,37 @@ class KroneckerFactors:
     """The curvature of one parameter as left ⊗ right.
 
     Attributes:
-        left: of the rows, (o, o); only its diagonal, (o,), where that side keeps its axes.
-        right: of the columns, (i, i) or (i,).
+        left: factor of the rows, (o, o); only its diagonal, (o,), if that side keeps its axes.
+        right: factor of the columns, (i, i) or (i,).
     """
 
     left: Tensor
     right: Tensor
 
     def scaled(self, weight: float) -> "KroneckerFactors":
-        """The same curvature times a number."""
+        """Multiply the curvature by a number."""
         return KroneckerFactors(self.left * weight, self.right)
 
     def without(self, part: "KroneckerFactors", share: float) -> "KroneckerFactors":
-        """Those of the other samples, where a share of all have factors of their own; of row matrices only."""
+        """Return the factors of the other samples, given those of a part; for factors of row matrices only."""
         left = (self.left - share * part.left) / (1 - share)
-        # the right one of each is over its trace, which the left one has
+        # right factors are divided by their traces, which equal those of the left factors
         return _trace_preserving(left, _trace(self.left) * self.right - share * _trace(part.left) * part.right)
 
     def basis(self, dtype: torch.dtype) -> BasisBlock:
-        """Eigenvectors of both sides, by decreasing eigenvalue."""
+        """Return the eigenvectors of both sides, by decreasing eigenvalue."""
         left, right = (None if pairs is None else pairs[1].to(dtype) for pairs in self._eigenpairs)
         return BasisBlock(len(self.left), len(self.right), left, right)
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """How many eigenvectors of each side the samples support; all of a side that keeps its axes."""
+        """Number of eigenvectors of each side that the samples support; all for a side that keeps its axes."""
         sides = zip((self.left, self.right), self._eigenpairs, strict=True)
         left, right = (len(side) if pairs is None else numerical_rank(pairs[0], _SUPPORTED) for side, pairs in sides)
         return left, right
 
     def averaged_over_null(self, values: Tensor) -> Tensor:
-        """Values along the basis, (o · i,), with their mean wherever eigenvectors have no support in the samples."""
+        """Average values along the basis, (o · i,), over the eigenvectors that the samples do not support."""
         left, right = self.ranks
         M = values.reshape(len(self.left), len(self.right)).clone()
         if left < len(M):
@@ -93,17 +93,17 @@ class KroneckerFactors:
         return [None if side.ndim == 1 else _decreasing(side) for side in (self.left, self.right)]
 
     def diagonal_in(self, block: BasisBlock) -> Tensor:
-        """Curvature along the vectors of a basis, (o · i,)."""
+        """Return the curvature along the vectors of a basis, (o · i,)."""
         return torch.outer(_diagonal_in(self.left, block.left), _diagonal_in(self.right, block.right)).flatten()
 
 
 def matrix_shapes(selection: ParameterSelection, *, layers_only: bool) -> list[MatrixShape]:
-    """How each parameter is seen as a matrix, and which sides get a basis.
+    """Return the shape of each parameter as a matrix, and which sides get an eigenbasis.
 
     Args:
-        selection: the parameters; one of which only some entries are selected keeps its axes.
-        layers_only: only weights and biases of linear layers and convolutions that K-FAC knows get a basis; without it
-            every parameter of two or more dimensions does, and the biases of such layers.
+        selection: the parameters; a partly selected one keeps its axes.
+        layers_only: whether only weights and biases of layers that K-FAC supports get a basis. Otherwise every
+            parameter of two or more dimensions does, and the biases of such layers.
     """
     parameters = dict(selection.model.named_parameters())
     layers = kfac_layers(selection.model)
@@ -112,8 +112,8 @@ def matrix_shapes(selection: ParameterSelection, *, layers_only: bool) -> list[M
     shapes = []
     for name, shape, entries in zip(selection.names, selection.shapes, selection.entries, strict=True):
         p = parameters[name]
-        known = id(p) in weights if layers_only else p.ndim >= 2
-        if entries is None and known and shape.numel():
+        matrix = id(p) in weights if layers_only else p.ndim >= 2
+        if entries is None and matrix and shape.numel():
             o, i = shape[0], shape.numel() // shape[0]
             shapes.append(MatrixShape(Side(o, 1 < o <= _LARGEST_SIDE), Side(i, 1 < i <= _LARGEST_SIDE)))
         else:
@@ -123,12 +123,15 @@ def matrix_shapes(selection: ParameterSelection, *, layers_only: bool) -> list[M
 
 
 def kronecker_basis(factors: Iterable[KroneckerFactors], dtype: torch.dtype) -> KroneckerBasis:
-    """The eigenbasis of every pair of factors."""
+    """Return the eigenbasis of every pair of factors."""
     return KroneckerBasis(tuple(f.basis(dtype) for f in factors))
 
 
 def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> list[KroneckerFactors]:
-    r"""$L = \frac1n \sum M M^\top$ and $R = \sum M^\top M / \sum \|M\|^2$ of every parameter: L ⊗ R keeps the trace."""
+    r"""Compute $L = \frac1n \sum M M^\top$ and $R = \sum M^\top M / \sum \|M\|^2$ of every parameter.
+
+    Their Kronecker product has the trace of the parameter's block.
+    """
     if curvature.linear_layer is not None:
         return _outer_product_factors(curvature, curvature.linear_layer, shapes)
     like = curvature.network.like
@@ -140,7 +143,7 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
     ]
     for block in curvature.rows("[Kronecker factors]"):
         for part, shape, (left, right) in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
-            # a parameter may be empty: no -1 in its shape
+            # no -1 in the shape, because a parameter may be empty
             M = part.reshape(part.shape[0] * part.shape[1], shape.rows.size, shape.columns.size)
             factors = outer_factors(M)
             if factors is not None:
@@ -156,7 +159,7 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
 def _outer_product_factors(
     curvature: RowCurvature, layer: LinearLayer, shapes: list[MatrixShape]
 ) -> list[KroneckerFactors]:
-    r"""The same of a last linear layer, where M is $s \varphi^\top$ and a row of the bias s."""
+    r"""Compute `row_matrix_factors` of a last linear layer, where M is $s \varphi^\top$ (bias: s)."""
     exact = accumulation_dtype(curvature.network.like)
     sums: list[tuple[Tensor, Tensor]] = []
     for features, columns in curvature.outer_products("[Kronecker factors]"):
@@ -180,13 +183,13 @@ def _outer_product_factors(
 
 
 def _weighted_gram(x: Tensor, weights: Tensor, *, full: bool) -> Tensor:
-    """Sum over rows of w x x' (its diagonal only, unless full)."""
+    """Return the sum over rows of w x x' (its diagonal only, unless full)."""
     weighted = x * weights[:, None]
     return x.T @ weighted if full else (x * weighted).sum(0)
 
 
 def partial_trace_factors(H: Tensor, shapes: list[MatrixShape]) -> list[KroneckerFactors]:
-    """The same from a dense curvature (P, P): the partial traces of every parameter's block."""
+    """Compute the factors from a dense curvature (P, P), as partial traces of every parameter's block."""
     factors, start = [], 0
     for shape in shapes:
         o, i = shape.rows.size, shape.columns.size

@@ -1,4 +1,4 @@
-r"""Likelihoods: the loss on the outputs, its gradient, and its second derivative and a root of that.
+r"""Likelihoods: the loss of the outputs, its gradient, its second derivative and a root of the latter.
 
 The loss of a sample is the negative log-likelihood up to constants, with unit noise: cross entropy for
 classification, $\tfrac12 \|y - f\|^2$ for regression. Observation noise and temperature multiply it later.
@@ -14,44 +14,48 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """What curvature needs to know of a likelihood."""
+    """Interface of likelihoods."""
 
     name: str
 
     def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Raise a ValueError if the targets do not fit the outputs."""
+        """Check that the targets fit the outputs.
+
+        Raises:
+            ValueError: if they do not.
+        """
         ...
 
     def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
-        """The sum of the samples' losses, in nats."""
+        """Return the sum of the samples' losses, in nats."""
         ...
 
     def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
-        """Each sample's loss, in nats."""
+        """Return the loss of each sample, in nats."""
         ...
 
     def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        r"""Some columns of $S$, with $S S^\top = \Lambda = \partial^2 \ell / \partial f^2$."""
+        r"""Return columns of $S$, with $S S^\top = \Lambda = \partial^2 \ell / \partial f^2$."""
         ...
 
     def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:
-        r"""$S^\top X$, without forming $S$."""
+        r"""Return $S^\top X$ without forming $S$."""
         ...
 
     def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
-        r"""$\Lambda x$, without forming $\Lambda$."""
+        r"""Return $\Lambda x$ without forming $\Lambda$."""
         ...
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        r"""$\partial \ell / \partial f$."""
+        r"""Return $\partial \ell / \partial f$."""
         ...
 
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
-        """What `drawn_targets` turns into targets, on the generator's device."""
+        """Draw the noise that `drawn_targets` converts to targets, on the generator's device."""
         ...
 
     def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
-        """Targets drawn from the model's own likelihood."""
+        """Return targets drawn from the model's own likelihood."""
         ...
 
 
@@ -61,7 +65,7 @@ class Classification:
     name = "classification"
 
     def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Labels are integers of shape (n,) in [0, C), C at least 2."""
+        """Check that labels are integers of shape (n,) in [0, C), and C is at least 2."""
         n, C = outputs.shape
         if C < 2:
             raise ValueError(f"Classification expects at least 2 outputs (logits); the model has {C}.")
@@ -75,41 +79,41 @@ class Classification:
             raise ValueError(f"Expected class labels between 0 and {C - 1} for {C} outputs; got {low} to {high}.")
 
     def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
-        """Cross entropy, summed."""
+        """Return the summed cross entropy."""
         return cross_entropy(outputs, targets.long(), reduction="sum")
 
     def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
-        """Cross entropy."""
+        """Return the cross entropy of each sample."""
         return cross_entropy(outputs, targets.long(), reduction="none")
 
     def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        r"""$S = \mathrm{diag}(\sqrt p) - p \sqrt p^\top$, so that $S S^\top = \mathrm{diag}(p) - p p^\top$."""
+        r"""Return columns of $S = \mathrm{diag}(\sqrt p) - p \sqrt p^\top$, a root of $\mathrm{diag}(p) - p p^\top$."""
         p = torch.softmax(outputs, dim=-1)
         chosen = p[..., columns].sqrt()
         unit = torch.eye(outputs.shape[-1], dtype=p.dtype, device=p.device)[:, columns]
         return (unit - p[..., :, None]) * chosen[..., None, :]
 
     def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:
-        r"""$\sqrt p \circ (X - p^\top X)$."""
+        r"""Return $\sqrt p \circ (X - p^\top X)$."""
         p = torch.softmax(outputs, dim=-1)[..., None]
         return p.sqrt() * (X - (p * X).sum(-2, keepdim=True))
 
     def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
-        r"""$p \circ (x - p^\top x)$."""
+        r"""Return $p \circ (x - p^\top x)$."""
         p = torch.softmax(outputs, dim=-1)
         return p * (x - (p * x).sum(-1, keepdim=True))
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        """Probabilities minus the label's unit vector."""
+        """Return the probabilities minus the label's unit vector."""
         p = torch.softmax(outputs, dim=-1)
         return p - one_hot(targets.long(), outputs.shape[-1]).to(p.dtype)
 
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:  # noqa: ARG002
-        """One uniform number a sample."""
+        """Draw one uniform number per sample."""
         return torch.rand(n, 1, generator=generator, dtype=torch.float64)
 
     def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
-        """Labels by the inverse of the distribution function."""
+        """Return labels by the inverse distribution function."""
         below = torch.softmax(outputs, dim=-1).to(noise.dtype).cumsum(-1)
         return (below < noise * below[..., -1:]).sum(-1).clamp_max(outputs.shape[-1] - 1)
 
@@ -120,7 +124,7 @@ class Regression:
     name = "regression"
 
     def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Targets have the shape of the outputs."""
+        """Check that the targets are floating-point and have the shape of the outputs."""
         if not targets.is_floating_point() or targets.shape != outputs.shape:
             raise ValueError(
                 f"Expected regression targets as floats of the outputs' shape {tuple(outputs.shape)}; got "
@@ -128,36 +132,36 @@ class Regression:
             )
 
     def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
-        """Half the squared error, summed."""
+        """Return half the summed squared error."""
         return 0.5 * mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
 
     def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
-        """Half the squared error."""
+        """Return half the squared error of each sample."""
         return 0.5 * (outputs - targets.to(outputs.dtype)).square().sum(-1)
 
     def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        """Columns of the identity."""
+        """Return columns of the identity."""
         unit = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)[:, columns]
         return unit.expand(*outputs.shape[:-1], *unit.shape)
 
     def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:  # noqa: ARG002
-        """X itself."""
+        """Return X."""
         return X
 
     def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:  # noqa: ARG002
-        """The vector itself."""
+        """Return x."""
         return x
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        """Output minus target."""
+        """Return output minus target."""
         return outputs - targets.to(outputs.dtype)
 
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
-        """One standard normal number an output."""
+        """Draw one standard normal number per output."""
         return torch.randn(n, n_outputs, generator=generator, dtype=torch.float64)
 
     def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
-        """Outputs plus unit noise."""
+        """Return outputs plus unit noise."""
         return outputs + noise.to(outputs.dtype)
 
 
@@ -170,7 +174,7 @@ _LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def likelihood_named(name: str) -> Likelihood:
-    """The likelihood of that name.
+    """Return the likelihood of a name.
 
     Raises:
         ValueError: if there is none.

@@ -1,8 +1,7 @@
-r"""Rows with respect to a last linear layer, which are outer products: $s \varphi^\top$ for a column s of the root.
+r"""Rows with respect to a last linear layer, which are outer products $s \varphi^\top$ for columns s of the root.
 
-With features $\varphi$ and outputs $W \varphi + b$, the Jacobian is $I \otimes \varphi^\top$, and neither it nor the
-parameters' squares have to be formed: a Kronecker basis and the curvature along it need the root of the outputs'
-curvature and the features only.
+With features $\varphi$ and outputs $W \varphi + b$, the Jacobian is $I \otimes \varphi^\top$ and is never formed: a
+Kronecker basis and the curvature along it need the root of the outputs' curvature and the features only.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from debiased_laplace.data.inputs import Inputs
 
 @dataclass(frozen=True, eq=False)
 class LinearLayer:
-    """A linear layer whose output is the network's, and whose parameters alone are selected.
+    """A linear layer that computes the network's outputs and has all selected parameters.
 
     Attributes:
         network: the network.
@@ -33,7 +32,7 @@ class LinearLayer:
 
     @classmethod
     def of(cls, network: Network, inputs: Inputs) -> "LinearLayer | None":
-        """The layer, if the selection is one, and its output on some inputs is the network's."""
+        """Return the layer, if the selection is one that gives the network's outputs on these inputs; else None."""
         selection = network.selection
         if selection.last_layer is None or any(entries is not None for entries in selection.entries):
             return None
@@ -45,15 +44,15 @@ class LinearLayer:
         parts = tuple(own[name] or "" for name in selection.names)
         if "" in parts:
             return None
-        found = cls(network, layer, parts)
+        result = cls(network, layer, parts)
         try:
-            features, outputs = found.features(inputs)
+            features, outputs = result.features(inputs)
         except ValueError:
             return None
-        return found if torch.equal(found._applied(features), outputs) and found._is_all_there_is(inputs) else None
+        return result if torch.equal(result._applied(features), outputs) and result._has_all_uses(inputs) else None
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The layer's inputs (n, d), and the outputs (n, C).
+        """Return the layer's inputs (n, d) and the outputs (n, C).
 
         Raises:
             ValueError: if the layer is not called exactly once, with one vector for each sample.
@@ -71,29 +70,29 @@ class LinearLayer:
             raise ValueError("Expected a layer that is called once, with one vector for each sample.")
         return seen[0], outputs
 
-    def root_columns(self, outputs: Tensor, root: OutputRoot, side: Tensor) -> Iterator[Tensor]:
-        """Columns of the root (n, C, r), in blocks that bound the memory."""
+    def root_columns(self, outputs: Tensor, root: OutputRoot, targets_or_noise: Tensor) -> Iterator[Tensor]:
+        """Yield columns of the root (n, C, r), in blocks that bound the memory."""
         r = root.n_columns(self.network.n_outputs)
         step = max(1, CHUNK_BYTES // (outputs.numel() * outputs.element_size()))
         for start in range(0, r, step):
-            yield root.columns(outputs, side, slice(start, min(start + step, r)))
+            yield root.columns(outputs, targets_or_noise, slice(start, min(start + step, r)))
 
-    def _is_all_there_is(self, inputs: Inputs) -> bool:
-        """Whether gradients are those of the layer alone; its weights may be used elsewhere too."""
+    def _has_all_uses(self, inputs: Inputs) -> bool:
+        """Return whether the layer is the only use of its weights, by comparing gradients."""
         leaves = {name: p.detach().requires_grad_() for name, p in self.network.parameters.items()}
         features, outputs = self.features(inputs)
         generator = torch.Generator().manual_seed(0)
         cotangents = torch.randn(outputs.shape, generator=generator).to(outputs)
         with torch.enable_grad():
             loss = (self.network.selection.call(leaves, inputs) * cotangents).sum()
-        found = torch.autograd.grad(loss, list(leaves.values()))
-        ours = {"weight": cotangents.T @ features, "bias": cotangents.sum(0)}
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        expected = {"weight": cotangents.T @ features, "bias": cotangents.sum(0)}
         return all(
-            torch.allclose(g, ours[part], rtol=1e-3, atol=1e-4 * float(ours[part].abs().max()))
-            for g, part in zip(found, self.parts, strict=True)
+            torch.allclose(g, expected[part], rtol=1e-3, atol=1e-4 * float(expected[part].abs().max()))
+            for g, part in zip(gradients, self.parts, strict=True)
         )
 
     def _applied(self, features: Tensor) -> Tensor:
-        """The layer on these features."""
+        """Return the layer's outputs for these features."""
         with torch.no_grad():
             return self.layer(features)

@@ -1,4 +1,4 @@
-"""How much memory there is to spend."""
+"""Memory limits and the free memory of a device."""
 
 import os
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 KEEP_BYTES = 256 * 2**20
-"""Samples are held in memory rather than loaded again up to this size."""
+"""Size up to which samples are held in memory instead of being loaded again."""
 
 CHUNK_BYTES = 128 * 2**20
-"""Per-sample rows are computed in chunks of about this size."""
+"""Approximate size of the chunks in which per-sample rows are computed."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, as far as the system tells."""
+    """Return the bytes that can be allocated on a device, as reported by the system."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

@@ -1,4 +1,4 @@
-"""A network at its trained weights: how its outputs and their derivatives are computed."""
+"""A network at its trained weights, with its outputs and their derivatives."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from debiased_laplace.curvature import derivatives
+from debiased_laplace.curvature.backend import CurvatureBackend
 from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch
-from debiased_laplace.curvature.foreign import ForeignDerivatives
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -18,12 +18,12 @@ from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, split
 
-_MOST_SAMPLES = 256  # of a chunk: activations are not in the byte count
-_MOST_SAMPLES_OF_A_BACKEND = 32  # its Jacobians may cost the square of that
+_MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
+_MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
 _TANGENTS = 32  # directions pushed forward at once
 
 RowBlocks = Iterator[Tensor]
-"""Rows (n, r, P) of the same n samples, their r rows in one or more blocks."""
+"""Rows (n, r, P) of n samples, in one or more blocks along r."""
 
 TORCH_ROWS = "torch.func rows"
 
@@ -32,15 +32,15 @@ _Columns = Callable[[Tensor, Tensor, slice], Tensor]  # as OutputRoot.columns
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its likelihood, and what can be differentiated how.
+    """A network, its likelihood, and its ways of differentiation.
 
     Attributes:
-        selection: the parameters that count.
+        selection: parameters that the posterior is over.
         parameters: their values.
-        likelihood: of the outputs.
-        n_outputs: C.
-        capabilities: found by trying.
-        foreign: another library's derivatives, where they are to be used; None: torch.func's.
+        likelihood: likelihood of the outputs.
+        n_outputs: number C of outputs.
+        capabilities: modes of differentiation that work.
+        backend: another library's derivatives to use; None for torch.func's.
     """
 
     selection: ParameterSelection
@@ -48,61 +48,62 @@ class Network:
     likelihood: Likelihood
     n_outputs: int
     capabilities: Capabilities
-    foreign: ForeignDerivatives | None = None
+    backend: CurvatureBackend | None = None
 
     @property
     def n_parameters(self) -> int:
-        """P."""
+        """Number P of parameters."""
         return self.selection.n_parameters
 
     @property
     def like(self) -> Tensor:
-        """Any flat vector of the parameters' dtype and device."""
-        some = next(p for p in self.parameters.values() if p.numel())
-        return some.reshape(-1)[:1].expand(self.n_parameters)
+        """A flat vector (P,) of the parameters' dtype and device."""
+        p = next(p for p in self.parameters.values() if p.numel())
+        return p.reshape(-1)[:1].expand(self.n_parameters)
 
     @property
     def bytes_of_a_row(self) -> int:
-        """Memory that a row takes while it is computed: of a subnetwork, whole parameters, and what is pulled back."""
+        """Memory of a row while it is computed, in bytes; for a subnetwork, of whole parameters."""
         return max(self.selection.n_differentiated, self.n_outputs) * self.like.element_size()
 
     def rows_per_chunk(self, n_rows: int) -> int:
-        """Samples of so many rows each that fit into one chunk; 0 where a single one does not."""
+        """Return how many samples with `n_rows` rows each fit into one chunk; 0 if a single one does not."""
         return min(_MOST_SAMPLES, CHUNK_BYTES // (n_rows * self.bytes_of_a_row))
 
     def outputs(self, inputs: Inputs) -> Tensor:
-        """Outputs (n, C) of a batch, without a graph."""
+        """Return the outputs (n, C) of a batch, without a graph."""
         with torch.no_grad():
             return self.selection.call(self.parameters, inputs)
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """Evaluate the first sample, where a failure can still be told from one inside a transformation.
+        """Evaluate the first sample.
 
         Raises:
             ValueError: if the model cannot be evaluated on it.
         """
+        # outside a transformation, where the model's own errors are readable
         with torch.no_grad():
             self.selection.evaluated(self.parameters, first(inputs, 1))
 
     def jacobians(self, inputs: Inputs, *, create_graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Jacobians (n, C, P) and outputs (n, C), chunk by chunk, all outputs of a sample at once."""
+        """Yield Jacobians (n, C, P) and outputs (n, C), chunk by chunk, all outputs of a sample at once."""
         size = max(1, self.rows_per_chunk(self.n_outputs))
         for chunk in split(inputs, size):
-            side = torch.zeros(n_samples_of(chunk))
-            yield self._rows(chunk, side, derivatives.identity_cotangents, create_graph=create_graph)
+            unused = torch.zeros(n_samples_of(chunk))
+            yield self._rows(chunk, unused, derivatives.identity_cotangents, create_graph=create_graph)
 
     def jacobian_blocks(self, inputs: Inputs, n_outputs: int) -> Iterator[RowBlocks]:
-        """Rows of the Jacobian, for each group of samples in blocks of outputs that bound the memory."""
-        side = torch.zeros(n_samples_of(inputs))
-        return (blocks for _, blocks in self._grouped(inputs, side, Identity().columns, n_outputs))
+        """Yield rows of the Jacobian for groups of samples, in blocks of outputs that bound the memory."""
+        unused = torch.zeros(n_samples_of(inputs))
+        return (blocks for _, blocks in self._grouped(inputs, unused, Identity().columns, n_outputs))
 
     def difference_blocks(self, inputs: Inputs, order: Tensor, *, leading: int) -> Iterator[RowBlocks]:
-        """Rows of the differences of each input's outputs to one of them.
+        """Yield Jacobian rows of the differences between each input's outputs and one of them.
 
         Args:
             inputs: a batch.
-            order: outputs (n, C) of each input; the differences are to the first, in this order.
-            leading: rows that the first block holds at least.
+            order: indices (n, C) of each input's outputs; differences are to the first, in this order.
+            leading: minimum number of rows in the first block.
 
         Yields:
             C - 1 rows of each group of samples, in blocks that bound the memory.
@@ -110,86 +111,95 @@ class Network:
         groups = self._grouped(inputs, order, _difference_columns, order.shape[1] - 1, leading=leading)
         return (blocks for _, blocks in groups)
 
-    def root_rows(self, batch: Batch, root: OutputRoot, side: Tensor) -> Iterator[tuple[int, RowBlocks, str]]:
-        r"""Rows $S_n^\top J_n$ of a curvature's root.
+    def root_rows(
+        self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor
+    ) -> Iterator[tuple[int, RowBlocks, str]]:
+        r"""Yield rows $S_n^\top J_n$ of a curvature's root.
 
         Args:
             batch: samples.
-            root: of the curvature with respect to the outputs.
-            side: what the root needs to know of each sample.
+            root: root of the curvature with respect to the outputs.
+            targets_or_noise: input of the root for each sample; see `OutputRoot.targets_or_noise`.
 
         Yields:
-            The number of samples of a group, their rows in blocks that bound the memory, and who computed them.
+            Number of samples of a group, their rows in blocks that bound the memory, and the engine's name.
         """
         r = root.n_columns(self.n_outputs)
-        foreign = self.foreign
-        if foreign is None or not foreign.offers_rows(root):
-            for n, blocks in self._grouped(batch.inputs, side, root.columns, r):
+        backend = self.backend
+        if backend is None or not backend.offers_rows(root):
+            for n, blocks in self._grouped(batch.inputs, targets_or_noise, root.columns, r):
                 yield n, blocks, TORCH_ROWS
             return
         size = max(1, min(self.rows_per_chunk(self.n_outputs), _MOST_SAMPLES_OF_A_BACKEND))
-        for chunk, known in zip(batch.chunks(size), side.split(size), strict=True):
-            yield len(chunk), iter([foreign.rows(chunk, root, known)]), foreign.name
+        for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
+            yield len(chunk), iter([backend.rows(chunk, root, part)]), backend.name
 
     def _grouped(
-        self, inputs: Inputs, side: Tensor, columns: _Columns, n_rows: int, *, leading: int = 0
+        self, inputs: Inputs, targets_or_noise: Tensor, columns: _Columns, n_rows: int, *, leading: int = 0
     ) -> Iterator[tuple[int, RowBlocks]]:
         size = self.rows_per_chunk(n_rows)
-        # where one sample's rows are too many, its rows come in blocks
+        # if the rows of one sample do not fit into a chunk, they come in blocks
         step = n_rows if size else max(1, CHUNK_BYTES // self.bytes_of_a_row)
         edges = [0, *range(max(step, leading), n_rows, step), n_rows]
-        for chunk, known in zip(split(inputs, max(size, 1)), side.split(max(size, 1)), strict=True):
-            yield len(known), self._blocks(chunk, known, columns, [slice(*ends) for ends in pairwise(edges)])
+        for chunk, part in zip(split(inputs, max(size, 1)), targets_or_noise.split(max(size, 1)), strict=True):
+            yield len(part), self._blocks(chunk, part, columns, [slice(*ends) for ends in pairwise(edges)])
 
-    def _blocks(self, inputs: Inputs, side: Tensor, columns: _Columns, blocks: list[slice]) -> RowBlocks:
+    def _blocks(self, inputs: Inputs, targets_or_noise: Tensor, columns: _Columns, blocks: list[slice]) -> RowBlocks:
         for chosen in blocks:
-            yield self._rows(inputs, side, partial(_chosen_columns, columns, chosen))[0]
+            yield self._rows(inputs, targets_or_noise, partial(_chosen_columns, columns, chosen))[0]
 
     def _rows(
-        self, inputs: Inputs, side: Tensor, cotangents: derivatives.Cotangents, *, create_graph: bool = False
+        self,
+        inputs: Inputs,
+        targets_or_noise: Tensor,
+        cotangents: derivatives.Cotangents,
+        *,
+        create_graph: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        side = side.to(self.like.device)
-        # vmap's backward pass of normalization layers is right once, but not differentiable: it takes mean and
-        # deviation for constants
+        targets_or_noise = targets_or_noise.to(self.like.device)
+        # vmap's backward pass of normalization layers is correct, but its derivative treats mean and deviation as
+        # constants
         if self.capabilities.vmapped_rows and not create_graph:
-            rows, outputs = derivatives.vmapped_rows(self.selection, self.parameters, inputs, side, cotangents)
+            rows, outputs = derivatives.vmapped_rows(
+                self.selection, self.parameters, inputs, targets_or_noise, cotangents
+            )
             return rows.detach(), outputs.detach()
         return derivatives.looped_rows(
-            self.selection, self.parameters, inputs, side, cotangents, create_graph=create_graph
+            self.selection, self.parameters, inputs, targets_or_noise, cotangents, create_graph=create_graph
         )
 
-    def root_columns(self, inputs: Inputs, root: OutputRoot, side: Tensor, directions: Tensor) -> Tensor:
-        r"""$S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""
+    def root_columns(self, inputs: Inputs, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
+        r"""Return $S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""
         parts = []
         for tangents in directions.split(_TANGENTS, dim=1):
             pushed, outputs = self.pushed(inputs, tangents)
-            parts.append(root.transposed(outputs, side, pushed))
+            parts.append(root.transposed(outputs, targets_or_noise, pushed))
         return torch.cat(parts, dim=-1)
 
     def pushed(self, inputs: Inputs, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """$J_n u_i$ as (n, C, k) for a few tangents (P, k), and the outputs (n, C)."""
+        """Return $J_n u_i$ as (n, C, k) for a few tangents (P, k), and the outputs (n, C)."""
         vmapped = self.capabilities.vmapped_columns
         return derivatives.columns(self.selection, self.parameters, inputs, tangents, vmapped=vmapped)
 
     def ready_for_products(self, inputs: Inputs) -> "Network":
-        """The network, having tried on some inputs whether linearizing it once is right."""
+        """Return the network with the result of testing `torch.func.linearize` on a few inputs."""
         linear = derivatives.allows_linearization(self.selection, self.parameters, inputs)
         return replace(self, capabilities=replace(self.capabilities, linearized=linear))
 
-    def products(self, inputs: Inputs, root: OutputRoot, side: Tensor) -> BatchProducts:
-        """The batch made ready for many products with the curvature."""
-        return BatchProducts(self.selection, self.parameters, inputs, side, root, self.capabilities)
+    def products(self, inputs: Inputs, root: OutputRoot, targets_or_noise: Tensor) -> BatchProducts:
+        """Prepare a batch for repeated products with its curvature."""
+        return BatchProducts(self.selection, self.parameters, inputs, targets_or_noise, root, self.capabilities)
 
     def linearized(self, inputs: Inputs) -> LinearizedBatch:
-        """The batch made ready for many derivatives along directions and gradients."""
+        """Prepare a batch for repeated derivatives along directions and gradients."""
         return LinearizedBatch(self.selection, self.parameters, inputs, self.capabilities)
 
 
-def _chosen_columns(columns: _Columns, chosen: slice, outputs: Tensor, side: Tensor) -> Tensor:
-    return columns(outputs, side, chosen)
+def _chosen_columns(columns: _Columns, chosen: slice, outputs: Tensor, targets_or_noise: Tensor) -> Tensor:
+    return columns(outputs, targets_or_noise, chosen)
 
 
-def _difference_columns(outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:
-    """Cotangents (C, r) of differences of outputs to the first of an order."""
+def _difference_columns(outputs: Tensor, order: Tensor, chosen: slice) -> Tensor:
+    """Return cotangents (C, r) of the differences to the first output of an order."""
     classes = torch.arange(outputs.shape[-1], device=outputs.device)[:, None]
-    return (classes == side[1:][chosen]).to(outputs.dtype) - (classes == side[:1]).to(outputs.dtype)
+    return (classes == order[1:][chosen]).to(outputs.dtype) - (classes == order[:1]).to(outputs.dtype)

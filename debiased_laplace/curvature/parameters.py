@@ -1,4 +1,4 @@
-"""Which parameters the posterior is over, and the one place that flattens them."""
+"""The parameters that a posterior is over, and their flattening."""
 
 import inspect
 from collections.abc import Iterable
@@ -17,18 +17,18 @@ from debiased_laplace.data.inputs import Inputs, dtype_of, shape_of
 
 @dataclass(frozen=True, eq=False)
 class ParameterSelection:
-    """The parameters of a model that the posterior is over, in `named_parameters` order.
+    """The selected parameters of a model, in `named_parameters` order.
 
-    All weights, the last layer and a subnetwork are three values of this type; a subnetwork may hold some entries of a
-    parameter and not the others.
+    All weights, the last layer and a subnetwork are three values of this type; a subnetwork may select single entries
+    of a parameter.
 
     Attributes:
         model: the user's model, never written to.
-        names: of the parameters that have selected entries.
-        shapes: of the selected entries: the parameter's own where all of it is selected, (n,) where n entries are.
-        entries: flat positions of the selected entries in each parameter; None where all of it is selected.
-        subset: what was selected, in words, for messages.
-        last_layer: name of the module, where one layer was selected.
+        names: names of the parameters with selected entries.
+        shapes: shapes of the selected entries: the parameter's own if all are selected, (n,) for n of them.
+        entries: flat positions of the selected entries in each parameter; None if all are selected.
+        subset: description of the selection for messages.
+        last_layer: name of the module, if one layer is selected.
     """
 
     model: nn.Module
@@ -40,16 +40,17 @@ class ParameterSelection:
 
     @classmethod
     def all_weights(cls, model: nn.Module) -> "ParameterSelection":
-        """All parameters with `requires_grad`.
+        """Select all parameters with `requires_grad`.
 
         Raises:
-            ValueError: if there are none, or they differ in dtype or device.
+            ValueError: if the model is no `torch.nn.Module` or is wrapped for parallelism, or there are no such
+                parameters, or they differ in device or dtype, or are not in single or double precision.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected model as a torch.nn.Module; got {type(model).__name__}.")
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise ValueError(f"Expected the model itself; got it inside {type(model).__name__}: pass model.module.")
-        # a compiled model is differentiated as it was written
+        # a compiled model is differentiated through the original one
         model = getattr(model, "_orig_mod", model)
         selected = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not selected:
@@ -65,7 +66,7 @@ class ParameterSelection:
         return cls(model, tuple(selected), shapes, (None,) * len(shapes), "all weights")
 
     def layer(self, name: str) -> "ParameterSelection":
-        """Those of these parameters that belong to one module.
+        """Select those of these parameters that belong to one module.
 
         Raises:
             ValueError: if there is no module of that name, or it has none of these parameters.
@@ -91,18 +92,18 @@ class ParameterSelection:
         )
 
     def subnetwork(self, indices: Int64[Tensor, " n"]) -> "ParameterSelection":
-        """Some entries of these parameters, by their increasing positions in the flat vector."""
+        """Select entries of these parameters by their increasing positions in the flat vector."""
         names, shapes, entries = [], [], []
         start = 0
         for name, shape in zip(self.names, self.shapes, strict=True):
-            inside = indices[(indices >= start) & (indices < start + shape.numel())] - start
+            selected = indices[(indices >= start) & (indices < start + shape.numel())] - start
             start += shape.numel()
-            if len(inside) == 0:
+            if len(selected) == 0:
                 continue
-            whole = len(inside) == shape.numel()
+            whole = len(selected) == shape.numel()
             names.append(name)
-            shapes.append(shape if whole else torch.Size([len(inside)]))
-            entries.append(None if whole else inside)
+            shapes.append(shape if whole else torch.Size([len(selected)]))
+            entries.append(None if whole else selected)
         return replace(
             self, names=tuple(names), shapes=tuple(shapes), entries=tuple(entries), subset=f"{len(indices)} entries"
         )
@@ -114,12 +115,12 @@ class ParameterSelection:
 
     @property
     def n_parameters(self) -> int:
-        """Number P of entries altogether."""
+        """Total number P of selected entries."""
         return sum(self.sizes)
 
     @cached_property
     def n_differentiated(self) -> int:
-        """Number of entries of all parameters that have selected ones: a backward pass computes them all."""
+        """Number of entries that a backward pass computes: all those of parameters with selected ones."""
         return sum(self._by_name[name].numel() for name in self.names)
 
     @cached_property
@@ -138,15 +139,15 @@ class ParameterSelection:
 
     @property
     def description(self) -> str:
-        """What is selected, in one string that two equal selections share."""
+        """Description as one string that equal selections share."""
         parts = []
         for name, shape, entries in zip(self.names, self.shapes, self.entries, strict=True):
-            held = "" if entries is None else "@" + sha256(entries.cpu().numpy().tobytes()).hexdigest()[:16]
-            parts.append(f"{name}{tuple(shape)}{held}")
+            digest = "" if entries is None else "@" + sha256(entries.cpu().numpy().tobytes()).hexdigest()[:16]
+            parts.append(f"{name}{tuple(shape)}{digest}")
         return "\n".join(parts)
 
     def vector(self) -> Float[Tensor, " P"]:
-        """A flat copy of the model's current values."""
+        """Return a flat copy of the model's current values."""
         current = dict(self.model.named_parameters())
         flat = {name: current[name].detach().reshape(-1) for name in self.names}
         parts = [
@@ -156,17 +157,17 @@ class ParameterSelection:
         return torch.cat(parts)
 
     def check_finite(self) -> None:
-        """Refuse weights that are NaN or infinite.
+        """Check that all weights are finite.
 
         Raises:
-            ValueError: naming the first such parameter.
+            ValueError: if some are NaN or infinite; it names the first such parameter.
         """
         for name, p in self.model.named_parameters():
             if not bool(p.isfinite().all()):
                 raise ValueError(f"Expected finite weights; parameter {name!r} has NaN or infinity.")
 
     def unflatten(self, vectors: Float[Tensor, "*batch P"]) -> dict[str, Tensor]:
-        """Flat vectors as a dictionary of parameters, with the leading dimensions kept."""
+        """Convert flat vectors to a dictionary of parameters; leading dimensions are kept."""
         parts = vectors.split(self.sizes, dim=-1)
         lead = vectors.shape[:-1]
         return {
@@ -174,17 +175,15 @@ class ParameterSelection:
         }
 
     def flatten(self, parameters: dict[str, Tensor], n_lead: int = 0) -> Tensor:
-        """A dictionary of parameters as flat vectors; the first `n_lead` dimensions are kept."""
-        # not `flatten`, which has no answer to a scalar parameter with leading dimensions
-        found = [parameters[name] for name in self.names]
-        return torch.cat([p.reshape(*p.shape[:n_lead], -1) for p in found], dim=-1)
+        """Convert a dictionary of parameters to flat vectors; the first `n_lead` dimensions are kept."""
+        # Tensor.flatten fails for a scalar parameter with leading dimensions
+        ordered = [parameters[name] for name in self.names]
+        return torch.cat([p.reshape(*p.shape[:n_lead], -1) for p in ordered], dim=-1)
 
     @cached_property
     def _places(self) -> dict[str, str]:
-        """Every place at which a trainable parameter stands, each module once, and the parameter's own name.
-
-        `functional_call`'s own handling of ties does not put a module back that is registered under two names.
-        """
+        """Name of the trainable parameter at each of its places in the model, each module once."""
+        # functional_call's own handling of ties fails to restore a module that is registered under two names
         own = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad or name in self.names}
         return {
             f"{path}.{local}" if path else local: own[id(p)]
@@ -194,10 +193,10 @@ class ParameterSelection:
         }
 
     def call(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None = None) -> Tensor:
-        """The model's outputs with these values in place of the selected entries.
+        """Return the model's outputs with these values in place of the selected entries.
 
-        A mapping goes in as keyword arguments where the model's `forward` names its keys, as Hugging Face models do,
-        and as one argument where it does not, as laplace-torch's examples do. Of Hugging Face outputs the logits count.
+        A mapping is passed as keyword arguments if the model's `forward` names its keys, as in Hugging Face models, and
+        otherwise as one argument, as in laplace-torch's examples. Of Hugging Face outputs, the logits are returned.
 
         Raises:
             ValueError: if the model returns anything but a tensor or an output with logits.
@@ -205,10 +204,10 @@ class ParameterSelection:
         return _logits(self._returned(parameters, inputs, model_kwargs))
 
     def evaluated(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        """As `call`, where a failure is the caller's to mend.
+        """Return the same as `call`, with errors of the model as `ValueError`.
 
         Raises:
-            ValueError: if the model cannot be evaluated, in terms of what was given.
+            ValueError: if the model cannot be evaluated; it names the shape and dtype of the inputs.
         """
         try:
             returned = self._returned(parameters, inputs, None)
@@ -229,7 +228,7 @@ class ParameterSelection:
         return returned
 
     def _whole(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
-        """A parameter with the selected entries replaced by these values; the others are constants."""
+        """Return a parameter with its selected entries replaced; the others are constants."""
         p = self._by_name[name].detach()
         if name not in parameters:
             return p
@@ -247,7 +246,7 @@ class ParameterSelection:
         return dict(self.model.named_parameters())
 
     def fingerprint(self) -> str:
-        """A hash of all weights and buffers: two models that compute the same have the same one."""
+        """Return a hash of all weights and buffers."""
         digest = sha256()
         # a buffer that is not saved with the model still enters its outputs
         tensors = {**self.model.state_dict(), **dict(self.model.named_buffers())}
@@ -270,10 +269,10 @@ def _logits(returned: object) -> Tensor:
 
 
 def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:
-    """Whether a model's `forward` takes the entries of a mapping by name rather than the mapping itself.
+    """Return whether a model's `forward` takes the entries of a mapping by name, not the mapping itself.
 
-    It does where it names one of them and asks for nothing else; an entry that it does not know is then its own to
-    refuse, by name.
+    It does if it names at least one key, or takes any keywords, and requires no other arguments. It then raises its own
+    error for keys that it does not name.
     """
     signature = inspect.signature(model.forward).parameters
     kinds = inspect.Parameter

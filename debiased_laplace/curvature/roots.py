@@ -1,8 +1,8 @@
-r"""Roots of a curvature with respect to the outputs: $\Lambda_n = S_n S_n^\top$, of which the rest of the house asks.
+r"""Roots of a curvature with respect to the outputs, $\Lambda_n = S_n S_n^\top$.
 
 The GGN has as many columns as the model has outputs, the empirical Fisher one (the gradient of the loss), the
-Monte-Carlo GGN one for each drawn target. Everything downstream, rows $S_n^\top J_n$, columns $S_n^\top J_n u$ and
-products, is the same for all of them.
+Monte-Carlo GGN one per drawn target. Rows $S_n^\top J_n$, columns $S_n^\top J_n u$ and products are computed from any
+root in the same way.
 
 References:
     Martens (2020), arXiv 1412.1193, §9 (the GGN as a Fisher matrix); Kunstner, Balles & Hennig (2019),
@@ -19,29 +19,29 @@ from debiased_laplace.curvature.likelihoods import Likelihood
 
 
 class OutputRoot(ABC):
-    """A root of the curvature with respect to the outputs, given what it needs to know of each sample."""
+    """A root of the curvature with respect to the outputs, given targets or noise of each sample."""
 
     kind: str
 
     @abstractmethod
     def n_columns(self, n_outputs: int) -> int:
-        """Number r of columns."""
+        """Return the number r of columns."""
 
     @abstractmethod
-    def side(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:
-        """What the root needs to know of each sample beside its outputs; (n, …)."""
+    def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:
+        """Return the input of the root beside the outputs, (n, …): targets, noise of drawn targets, or unused zeros."""
 
     @abstractmethod
-    def columns(self, outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:
-        """Some columns (C, r) of S for one sample's outputs (C,)."""
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
+        """Return the chosen columns (C, r) of S for one sample's outputs (C,)."""
 
     @abstractmethod
-    def transposed(self, outputs: Tensor, side: Tensor, X: Tensor) -> Tensor:
-        r"""$S^\top X$ (n, r, k) of a batch, for X (n, C, k)."""
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:
+        r"""Return $S^\top X$ (n, r, k) of a batch, for X (n, C, k)."""
 
     @abstractmethod
-    def product(self, outputs: Tensor, side: Tensor, x: Tensor) -> Tensor:
-        r"""$S S^\top x$ (n, C) of a batch, for x (n, C)."""
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
+        r"""Return $S S^\top x$ (n, C) of a batch, for x (n, C)."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,23 @@ class Identity(OutputRoot):
     kind: str = "Jacobian"
 
     def n_columns(self, n_outputs: int) -> int:
-        """C."""
+        """Return C."""
         return n_outputs
 
-    def side(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Nothing."""
+    def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        """Return zeros, which are unused."""
         return targets.new_zeros(len(targets))
 
-    def columns(self, outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:  # noqa: ARG002
-        """Unit vectors."""
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:  # noqa: ARG002
+        """Return unit vectors."""
         return torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)[:, chosen]
 
-    def transposed(self, outputs: Tensor, side: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
-        """X."""
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
+        """Return X."""
         return X
 
-    def product(self, outputs: Tensor, side: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
-        """The vector itself."""
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """Return x."""
         return x
 
 
@@ -79,23 +79,23 @@ class GaussNewton(OutputRoot):
     kind: str = "GGN"
 
     def n_columns(self, n_outputs: int) -> int:
-        """C."""
+        """Return C."""
         return n_outputs
 
-    def side(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Nothing: the targets do not enter."""
+    def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        """Return zeros, which are unused."""
         return targets.new_zeros(len(targets))
 
-    def columns(self, outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:  # noqa: ARG002
-        """Those of the likelihood's root."""
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:  # noqa: ARG002
+        """Return columns of the likelihood's root."""
         return self.likelihood.root(outputs, chosen)
 
-    def transposed(self, outputs: Tensor, side: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
-        """By the likelihood's formula."""
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
+        r"""Return $S^\top X$ by the likelihood's formula."""
         return self.likelihood.root_transposed(outputs, X)
 
-    def product(self, outputs: Tensor, side: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
-        """By the likelihood's formula."""
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        r"""Return $\Lambda x$ by the likelihood's formula."""
         return self.likelihood.hessian_product(outputs, x)
 
 
@@ -107,36 +107,36 @@ class EmpiricalFisher(OutputRoot):
     kind: str = "EF"
 
     def n_columns(self, n_outputs: int) -> int:  # noqa: ARG002
-        """One."""
+        """Return 1."""
         return 1
 
-    def side(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """The targets."""
+    def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        """Return the targets."""
         return targets
 
-    def columns(self, outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:
-        """The gradient."""
-        return self.likelihood.gradient(outputs, side)[..., None][..., chosen]
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
+        """Return the gradient as the only column."""
+        return self.likelihood.gradient(outputs, targets_or_noise)[..., None][..., chosen]
 
-    def transposed(self, outputs: Tensor, side: Tensor, X: Tensor) -> Tensor:
-        """One row a sample."""
-        return self.columns(outputs, side, slice(None)).mT @ X
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:
+        r"""Return $S^\top X$, one row per sample."""
+        return self.columns(outputs, targets_or_noise, slice(None)).mT @ X
 
-    def product(self, outputs: Tensor, side: Tensor, x: Tensor) -> Tensor:
-        """Gradient times its product with x."""
-        g = self.likelihood.gradient(outputs, side)
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient times its inner product with x."""
+        g = self.likelihood.gradient(outputs, targets_or_noise)
         return g * (g * x).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class MonteCarloGaussNewton(OutputRoot):
-    """The GGN as the mean outer product of gradients at targets that the model itself draws.
+    """The mean outer product of gradients at targets drawn from the model, an unbiased estimate of the GGN.
 
-    Unbiased for the GGN, with one backward pass per draw instead of one per output.
+    It costs one backward pass per draw instead of one per output.
 
     Attributes:
-        likelihood: of the outputs.
-        n_draws: targets drawn for each sample.
+        likelihood: likelihood of the outputs.
+        n_draws: number of targets drawn for each sample.
     """
 
     likelihood: Likelihood
@@ -144,26 +144,26 @@ class MonteCarloGaussNewton(OutputRoot):
     kind: str = "Monte-Carlo GGN"
 
     def n_columns(self, n_outputs: int) -> int:  # noqa: ARG002
-        """One per draw."""
+        """Return the number of draws."""
         return self.n_draws
 
-    def side(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:
-        """The noise (n, draws, …) of the drawn targets."""
+    def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:
+        """Return the noise (n, draws, …) of the drawn targets."""
         draws = [self.likelihood.noise(len(targets), n_outputs, generator) for _ in range(self.n_draws)]
         return torch.stack(draws, dim=1).to(targets.device)
 
-    def columns(self, outputs: Tensor, side: Tensor, chosen: slice) -> Tensor:
-        """Gradients at drawn targets, each over the root of the number of draws."""
-        noise = side[..., chosen, :]
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
+        """Return gradients at drawn targets, divided by the square root of the number of draws."""
+        noise = targets_or_noise[..., chosen, :]
         at = outputs[..., None, :].expand(*noise.shape[:-1], outputs.shape[-1])
         gradients = self.likelihood.gradient(at, self.likelihood.drawn_targets(at, noise))
         return gradients.mT / self.n_draws**0.5
 
-    def transposed(self, outputs: Tensor, side: Tensor, X: Tensor) -> Tensor:
-        """One row per draw."""
-        return self.columns(outputs, side, slice(None)).mT @ X
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:
+        r"""Return $S^\top X$, one row per draw."""
+        return self.columns(outputs, targets_or_noise, slice(None)).mT @ X
 
-    def product(self, outputs: Tensor, side: Tensor, x: Tensor) -> Tensor:
-        """Through the rows."""
-        S = self.columns(outputs, side, slice(None))
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
+        r"""Return $S S^\top x$ from the columns."""
+        S = self.columns(outputs, targets_or_noise, slice(None))
         return (S @ (S.mT @ x[..., None]))[..., 0]

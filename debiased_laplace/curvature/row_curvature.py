@@ -1,7 +1,7 @@
 r"""Curvatures with a root, $H = \frac1n \sum_n V_n^\top V_n$ with rows $V_n = S_n^\top J_n$: GGN, empirical Fisher.
 
-Two engines answer: *rows* (one VJP per row) and *products* (JVPs along directions, or one JVP and one VJP per
-matrix-vector product). Which one ran is chosen by what the model allows, then by cost, and is said in `source`.
+Two engines compute them: *rows* (one VJP per row) and *products* (JVPs along directions, or one JVP and one VJP per
+matrix-vector product). The model's capabilities decide first, then cost; `source` names the engine that ran.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +16,11 @@ from debiased_laplace.curvature.derivatives import BatchProducts
 from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
-from debiased_laplace.curvature.outside import OutsideDiagonals
+from debiased_laplace.curvature.residual import ResidualDiagonal
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.sub_batch import (
-    Aspect,
     DirectionalMoments,
-    Residual,
+    ResidualRequest,
     RunningMoments,
     SubBatchCurvature,
 )
@@ -35,12 +34,12 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
 
-NOBODY = "nobody yet"
-"""The source of what was not asked for yet."""
+UNUSED = "unused"
+"""Source of a curvature that nothing was computed of yet."""
 
 
 class RowCurvature(SubBatchCurvature):
-    """Mean curvature of some samples through a root of it."""
+    """Mean curvature of a set of samples, given a root of it."""
 
     def __init__(
         self, network: Network, samples: SubBatch, root: OutputRoot, *, seed: int = 0, progress_bar: bool = False
@@ -56,8 +55,8 @@ class RowCurvature(SubBatchCurvature):
 
     @property
     def source(self) -> str:
-        """Who computed what was asked for so far."""
-        return " and ".join(sorted(self._used)) if self._used else NOBODY
+        """Engines and backends that computed the curvature so far."""
+        return " and ".join(sorted(self._used)) if self._used else UNUSED
 
     @property
     def n_samples(self) -> int:
@@ -66,60 +65,60 @@ class RowCurvature(SubBatchCurvature):
 
     @property
     def rows_per_sample(self) -> int:
-        """Columns r of the root."""
+        """Number r of columns of the root."""
         return self.root.n_columns(self.network.n_outputs)
 
     @property
     def n_rows(self) -> int:
-        """Rows of the root: r times samples."""
+        """Number of rows of all samples, which bounds the rank of H."""
         return self.n_samples * self.rows_per_sample
 
     @property
     def bytes_of_rows(self) -> int:
-        """Memory that all rows together take."""
+        """Memory of all rows together, in bytes."""
         return self.n_rows * self.network.n_parameters * self.network.like.element_size()
 
     @property
     def is_random(self) -> bool:
-        """Whether targets are drawn."""
+        """Whether targets are drawn (Monte Carlo)."""
         return isinstance(self.root, MonteCarloGaussNewton)
 
     def redrawn(self) -> "RowCurvature":
-        """The same samples with other drawn targets; itself where none are drawn."""
+        """Return the curvature of the same samples with new drawn targets; itself if none are drawn."""
         if not self.is_random:
             return self
         return RowCurvature(self.network, self.samples, self.root, seed=self.seed + 1, progress_bar=self.progress_bar)
 
     def of_samples(self, samples: SubBatch, seed: int) -> "RowCurvature":
-        """Return the same kind of curvature of other samples, with Monte-Carlo draws of their own."""
+        """Return the same kind of curvature of other samples; the seed is that of Monte-Carlo draws."""
         return RowCurvature(self.network, samples, self.root, seed=seed)
 
     def part(self, positions: Int64[Tensor, " m"]) -> "RowCurvature":
-        """The mean curvature of some of the samples, with the same draws; kept rows are shared out."""
-        some = self.samples.at(positions)
-        part = RowCurvature(self.network, some, self.root, seed=self.seed, progress_bar=False)
+        """Return the mean curvature of a subset, with the same draws; rows held in memory are reused."""
+        part = RowCurvature(self.network, self.samples.at(positions), self.root, seed=self.seed)
         if self._stacked is not None:
             rows = self._stacked.rows.unflatten(0, (-1, self.rows_per_sample))[positions.to(self._stacked.rows.device)]
             part._hold(rows.flatten(0, 1))
         if self.is_random:
-            # whoever goes through the samples again, for factors say, must not see draws of another sample
-            part._drawn = torch.cat([side for _, side in self.batches()])[positions.to(self.network.like.device)]
+            # a later pass over the part, such as for Kronecker factors, must have the draws of its samples
+            drawn = torch.cat([noise for _, noise in self.batches()])
+            part._drawn = drawn[positions.to(self.network.like.device)]
         part._used = self._used
         return part
 
     def batches(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches, and what the root needs to know of each sample: the same draws at every pass."""
+        """Yield batches with the targets or noise that the root needs; every pass has the same draws."""
         generator = torch.Generator().manual_seed(self.seed)
         start = 0
         for batch in self.samples:
             if self._drawn is None:
-                yield batch, self.root.side(batch.targets, self.network.n_outputs, generator)
+                yield batch, self.root.targets_or_noise(batch.targets, self.network.n_outputs, generator)
             else:
                 yield batch, self._drawn[start : start + len(batch)]
             start += len(batch)
 
     def row_groups(self, description: str = "[Computing rows]") -> Iterator[tuple[int, RowBlocks]]:
-        """The rows of every sample: number of samples of each group, and their rows in one or more blocks."""
+        """Yield groups of samples: their number, and their rows in one or more blocks."""
         if self._stacked is not None:
             r = self.rows_per_sample
             stacked = self._stacked.rows.unflatten(0, (-1, r))
@@ -127,19 +126,19 @@ class RowCurvature(SubBatchCurvature):
                 yield len(rows), iter([rows])
             return
         with self._progress(description) as bar:
-            for batch, side in self.batches():
-                for n, blocks, who in self.network.root_rows(batch, self.root, side):
-                    self._used.add(who)
+            for batch, targets_or_noise in self.batches():
+                for n, blocks, source in self.network.root_rows(batch, self.root, targets_or_noise):
+                    self._used.add(source)
                     yield n, blocks
                     bar.update(n)
 
     def rows(self, description: str = "[Computing rows]") -> Iterator[Float[Tensor, "n r P"]]:
-        """All rows, block by block."""
+        """Yield all rows, block by block."""
         for _, blocks in self.row_groups(description):
             yield from blocks
 
     def stacked_rows(self) -> GramFactor:
-        """All rows in one matrix, kept; those of a sample are next to each other."""
+        """Return all rows as one matrix, held in memory; the rows of a sample are adjacent."""
         if self._stacked is None:
             rows = self.network.like.new_empty(self.n_rows, self.network.n_parameters)
             start = 0
@@ -155,44 +154,31 @@ class RowCurvature(SubBatchCurvature):
         return self._stacked
 
     def keep_rows(self) -> None:
-        """Hold all rows in memory, where they fit into a quarter of what is free: they are needed more than once."""
+        """Hold all rows in memory for repeated use, if they fit into a quarter of the free memory."""
         if self.bytes_of_rows <= free_memory(self.network.like.device) // 4:
             self.stacked_rows()
 
     def dense(self) -> Float[Tensor, "P P"]:
-        """H itself in double precision."""
+        """Return H as a matrix in double precision."""
         H = dense_curvature(self.rows(), self.network.n_parameters, self.network.like)
         return H / self.n_samples
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
-        """Products with H, each batch made ready once and kept."""
+        """Return the map from X to H X, with every batch linearized once and kept."""
         return RowProducts(self)
 
-    def moments(
-        self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
-    ) -> DirectionalMoments:
-        """Curvature along directions, its spread over samples, and what is left outside, in one pass.
-
-        Args:
-            directions: orthonormal columns.
-            residual: what to say about the complement of the directions.
-            basis: in whose coordinates the residual's diagonal is; None for the axes.
-
-        Returns:
-            The moments; sums are kept in double precision.
-        """
-        return self.nested_moments(directions, [Aspect(directions.shape[1], residual, basis)])[0]
-
-    def nested_moments(self, directions: Float[Tensor, "P k"], aspects: Sequence[Aspect]) -> list[DirectionalMoments]:
-        """Moments along several numbers of leading directions, in one pass."""
-        U = directions[:, : max((aspect.rank for aspect in aspects), default=0)]
-        if all(aspect.residual == "none" for aspect in aspects) and self._columns_are_cheaper(U.shape[1]):
-            found = self._moments_by_columns(U)
-            return [found.leading(aspect.rank, None, None) for aspect in aspects]
+    def nested_moments(
+        self, directions: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
+    ) -> list[DirectionalMoments]:
+        """Measure the moments of several requests in one pass; sums are kept in double precision."""
+        U = directions[:, : max((request.rank for request in requests), default=0)]
+        if all(request.residual == "none" for request in requests) and self._columns_are_cheaper(U.shape[1]):
+            moments = self._moments_by_columns(U)
+            return [moments.leading(request.rank, None, None) for request in requests]
         sums = RunningMoments(U.shape[1], directions)
-        with_trace = any(aspect.residual == "trace" for aspect in aspects)
+        with_trace = any(request.residual == "trace" for request in requests)
         trace = sums.first.new_zeros(())
-        outside = OutsideDiagonals(aspects, sums.first.new_zeros(len(directions)))
+        residual = ResidualDiagonal(requests, sums.first.new_zeros(len(directions)))
         for n, blocks in self.row_groups("[Curvature along directions]"):
             quadratics = sums.first.new_zeros(n, U.shape[1])
             for rows in blocks:
@@ -200,37 +186,37 @@ class RowCurvature(SubBatchCurvature):
                 quadratics += projections.to(quadratics.dtype).square().sum(1)
                 if with_trace:
                     trace += rows.to(trace.dtype).square().sum()
-                for k in outside.ranks:
-                    outside.add(k, rows - projections[..., :k] @ U[:, :k].T)
+                for k in residual.ranks:
+                    residual.add(k, rows - projections[..., :k] @ U[:, :k].T)
             sums.add(quadratics)
-        found = sums.moments()
+        moments = sums.moments()
         return [
-            found.leading(a.rank, trace / sums.n if a.residual == "trace" else None, outside.mean(i, sums.n))
-            for i, a in enumerate(aspects)
+            moments.leading(r.rank, trace / sums.n if r.residual == "trace" else None, residual.mean(r, sums.n))
+            for r in requests
         ]
 
     @cached_property
     def linear_layer(self) -> LinearLayer | None:
-        """The last linear layer that the parameters are of, whose rows need not be formed; None where they are not."""
-        foreign = self.network.foreign
-        if foreign is not None and foreign.offers_rows(self.root):
+        """Last linear layer that all parameters belong to, whose rows need not be formed; None if there is none."""
+        backend = self.network.backend
+        if backend is not None and backend.offers_rows(self.root):
             return None
         return LinearLayer.of(self.network, next(iter(self.samples)).first(2).inputs)
 
     def outer_products(self, description: str) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-        r"""Features (n, d) and columns (n, C, r) of a last linear layer, whose rows are $s \varphi^\top$."""
+        r"""Yield features (n, d) and root columns (n, C, r) of a last linear layer, whose rows are $s \varphi^\top$."""
         layer = self.linear_layer
         assert layer is not None  # for the type checker
         self._used.add(TORCH_ROWS)
         with self._progress(description) as bar:
-            for batch, side in self.batches():
-                for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
-                    features, outputs = layer.features(some.inputs)
-                    yield features, layer.root_columns(outputs, self.root, known)
-                    bar.update(len(some))
+            for batch, targets_or_noise in self.batches():
+                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
+                    features, outputs = layer.features(chunk.inputs)
+                    yield features, layer.root_columns(outputs, self.root, part)
+                    bar.update(len(chunk))
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
-        """Curvature along every vector of a basis, and its spread over samples: the sum over rows of squares."""
+        """Measure the curvature along every vector of a basis, and its spread over samples."""
         if self.linear_layer is not None:
             return self._moments_of_outer_products(basis, self.linear_layer)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
@@ -242,14 +228,16 @@ class RowCurvature(SubBatchCurvature):
         return sums.moments()
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
-        r"""$\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
-        found = []
-        for n, blocks in self.row_groups("[Held-out KL]"):
-            found.append(sum((precision.variance_trace(rows) for rows in blocks), start=self.network.like.new_zeros(n)))
-        return torch.cat(found)
+        r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
+        zeros = self.network.like.new_zeros
+        groups = [
+            sum((precision.variance_trace(rows) for rows in blocks), start=zeros(n))
+            for n, blocks in self.row_groups("[Held-out KL]")
+        ]
+        return torch.cat(groups)
 
     def _moments_of_outer_products(self, basis: KroneckerBasis, layer: LinearLayer) -> DirectionalMoments:
-        r"""The same for rows $s \varphi^\top$: of a sample, $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
+        r"""Measure the curvature of rows $s \varphi^\top$ as $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         exact = sums.first.dtype
         for features, columns in self.outer_products("[Curvature along the basis]"):
@@ -275,29 +263,28 @@ class RowCurvature(SubBatchCurvature):
         self._used.add("torch.func products")
         sums = RunningMoments(directions.shape[1], directions)
         with self._progress("[Curvature along directions]") as bar:
-            for batch, side in self.batches():
-                for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
-                    projections = self.network.root_columns(some.inputs, self.root, known, directions)
+            for batch, targets_or_noise in self.batches():
+                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
+                    projections = self.network.root_columns(chunk.inputs, self.root, part, directions)
                     sums.add(projections.to(sums.first.dtype).square().sum(1))
-                    bar.update(len(some))
+                    bar.update(len(chunk))
         return sums.moments()
 
     def _columns_are_cheaper(self, k: int) -> bool:
-        able = self.network.capabilities
-        foreign = self.network.foreign
-        offered = foreign is not None and foreign.offers_rows(self.root)
-        if self._stacked is not None or offered or not able.columns or k == 0:
+        capabilities, backend = self.network.capabilities, self.network.backend
+        offered = backend is not None and backend.offers_rows(self.root)
+        if self._stacked is not None or offered or not capabilities.columns or k == 0:
             return False
-        if not able.vmapped_rows:
+        if not capabilities.vmapped_rows:
             return True
-        return able.vmapped_columns and k <= _ROWS_WIN_ABOVE * self.rows_per_sample
+        return capabilities.vmapped_columns and k <= _ROWS_WIN_ABOVE * self.rows_per_sample
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
 
 
 class RowProducts:
-    """The map X to H X of a set of samples, ready for many products."""
+    """The map from X to H X of a set of samples, prepared for repeated use."""
 
     def __init__(self, curvature: RowCurvature):
         self.curvature = curvature
@@ -305,13 +292,13 @@ class RowProducts:
         self._batches: list[BatchProducts] = []
         if network.capabilities.columns:
             curvature._used.add("torch.func products")
-            for batch, side in curvature.batches():
+            for batch, targets_or_noise in curvature.batches():
                 network = network if self._batches else network.ready_for_products(batch.inputs)
-                for some, known in zip(batch.chunks(_BATCH), side.split(_BATCH), strict=True):
-                    self._batches.append(network.products(some.inputs, curvature.root, known))
+                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
+                    self._batches.append(network.products(chunk.inputs, curvature.root, part))
 
     def __call__(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
-        """H X."""
+        """Return H X."""
         exact = accumulation_dtype(X)
         total = torch.zeros_like(X, dtype=exact)
         for products in self._batches:

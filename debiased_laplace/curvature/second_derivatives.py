@@ -1,7 +1,7 @@
 r"""Second derivatives of losses: $u^\top \nabla^2 \ell_n u$ of each sample, and products $\sum_n \nabla^2 \ell_n x$.
 
-Forward mode twice gives the quadratics of all samples of a batch at once; not every operation has it, and backward mode
-twice is the way through that all have.
+Forward mode twice gives the quadratics of all samples of a batch at once. Operations without it fall back to backward
+mode twice.
 """
 
 from collections.abc import Callable
@@ -18,32 +18,32 @@ _TOGETHER = 16  # directions at once
 
 
 class SecondDerivatives:
-    """Hessians of the samples' losses with respect to the selected parameters, by the fastest mode that is right."""
+    """Hessians of the samples' losses with respect to the selected parameters, by the fastest mode that works."""
 
     def __init__(
-        self, selection: ParameterSelection, parameters: dict[str, Tensor], likelihood: Likelihood, some: Batch
+        self, selection: ParameterSelection, parameters: dict[str, Tensor], likelihood: Likelihood, batch: Batch
     ):
         self.selection, self.parameters, self.likelihood = selection, parameters, likelihood
         generator = torch.Generator().manual_seed(0)
         U = torch.randn(selection.n_parameters, 2, generator=generator).to(selection.vector())
-        some = some.first(2)
+        batch = batch.first(2)
         self.forward_quadratics = _agrees(
-            lambda: self._forward_bilinears(some, U, U.flip(1)), self._looped_bilinears(some, U, U.flip(1))
+            lambda: self._forward_bilinears(batch, U, U.flip(1)), self._looped_bilinears(batch, U, U.flip(1))
         )
-        self.forward_products = _agrees(lambda: self._forward_products(some, U), self._looped_products(some, U))
+        self.forward_products = _agrees(lambda: self._forward_products(batch, U), self._looped_products(batch, U))
 
     def quadratics(self, batch: Batch, directions: Tensor) -> Tensor:
-        """Per-sample quadratics (n, k) along directions (P, k)."""
+        r"""Return per-sample $u_i^\top \nabla^2 \ell_n u_i$ (n, k) along directions (P, k)."""
         return self.bilinears(batch, directions, directions)
 
     def bilinears(self, batch: Batch, left: Tensor, right: Tensor) -> Tensor:
-        r"""Per-sample $u_i^\top \nabla^2 \ell_n v_i$ (n, k), for the columns of two matrices (P, k)."""
+        r"""Return per-sample $u_i^\top \nabla^2 \ell_n v_i$ (n, k), for the columns of two matrices (P, k)."""
         how = self._forward_bilinears if self.forward_quadratics else self._looped_bilinears
         pairs = zip(left.split(_TOGETHER, dim=1), right.split(_TOGETHER, dim=1), strict=True)
         return torch.cat([how(batch, U, V) for U, V in pairs], dim=1)
 
     def products(self, batch: Batch, X: Tensor) -> Tensor:
-        """The sum over the samples of their Hessians times X (P, b)."""
+        """Return the sum over the samples of their Hessians times X (P, b)."""
         how = self._forward_products if self.forward_products else self._looped_products
         return torch.cat([how(batch, part) for part in X.split(_TOGETHER, dim=1)], dim=1)
 
@@ -57,8 +57,8 @@ class SecondDerivatives:
 
             return jvp(slope, (self.parameters,), (v,))[1]  # type: ignore[no-any-return]
 
-        found: Tensor = vmap(along, out_dims=1)(self.selection.unflatten(U.mT), self.selection.unflatten(V.mT))
-        return found
+        values: Tensor = vmap(along, out_dims=1)(self.selection.unflatten(U.mT), self.selection.unflatten(V.mT))
+        return values
 
     def _looped_bilinears(self, batch: Batch, U: Tensor, V: Tensor) -> Tensor:
         rows = []
@@ -73,8 +73,8 @@ class SecondDerivatives:
         def along(x: dict[str, Tensor]) -> Tensor:
             return self.selection.flatten(jvp(gradient, (self.parameters,), (x,))[1])
 
-        found: Tensor = vmap(along, out_dims=1)(self.selection.unflatten(X.mT))
-        return found
+        products: Tensor = vmap(along, out_dims=1)(self.selection.unflatten(X.mT))
+        return products
 
     def _looped_products(self, batch: Batch, X: Tensor) -> Tensor:
         leaves = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
@@ -93,10 +93,10 @@ class SecondDerivatives:
 
 
 def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Whether the fast mode runs and gives the numbers of the slow one."""
+    """Return whether the fast mode runs and agrees with the slow one."""
     try:
         found = compute()
-    # whatever torch raises for an operation it cannot transform, there is another way
+    # torch raises many types for operations that it cannot transform
     except Exception:
         return False
     rounding = 1e4 * torch.finfo(expected.dtype).eps * expected.abs().max()

@@ -1,4 +1,4 @@
-"""What a set of samples can be asked about its curvature, whatever kind of curvature it is."""
+"""The mean curvature of a set of samples: the interface that every kind of curvature implements."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,20 +18,37 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 Residual = Literal["none", "trace", "diagonal"]
 
 
+@dataclass(frozen=True)
+class ResidualRequest:
+    """Leading directions along which curvature is measured, and the residual outside their span.
+
+    Attributes:
+        rank: number of leading directions.
+        residual: "trace" of the whole curvature, "diagonal" of the residual, or "none".
+        basis: coordinates of the diagonal; None for the axes.
+        threshold: smallest eigenvalue that counts, relative to the largest, where each fold has directions of its own.
+    """
+
+    rank: int
+    residual: Residual = "none"
+    basis: KroneckerBasis | None = None
+    threshold: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class DirectionalMoments:
-    r"""What a set of samples says along given directions $u_i$, and about what they do not span.
+    r"""Curvature of n samples along directions $u_i$, its spread over samples, and the residual outside their span.
 
     Attributes:
         n_samples: number n of samples.
         means: $u_i^\top H u_i$.
         standard_deviations: of the per-sample values $u_i^\top H_n u_i$ (ddof 1).
-        trace: of H; only where it was asked for.
-        residual_diagonal: diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis if one was given; only where it was
-            asked for.
-        third_moments: central ones of the per-sample values, mean of $(u_i^\top H_n u_i - u_i^\top H u_i)^3$; None
-            where nobody asked for them.
-        n_folds: of which they were pooled.
+        trace: of H; None unless requested.
+        residual_diagonal: diagonal of $(I - UU^\top) H (I - UU^\top)$, in the basis of the request; None unless
+            requested.
+        third_moments: central moments $E(u_i^\top H_n u_i - u_i^\top H u_i)^3$ of the per-sample values; None if not
+            computed.
+        n_folds: number of folds that were pooled.
     """
 
     n_samples: int
@@ -44,19 +61,20 @@ class DirectionalMoments:
 
     @property
     def third_cumulants(self) -> Float[Tensor, " k"] | None:
-        r"""Of the mean over the samples, $\frac{1}{n^2} E(q_n - q)^3$; None where nobody asked for third moments.
+        r"""Third cumulants $\frac{1}{n^2} E(q_n - q)^3$ of the means; None without third moments.
 
-        Kept within what n values can have at their spread: sums of cubes of nearly equal values are mostly rounding.
+        They are clamped to the range that n values with this spread can have.
         """
         if self.third_moments is None:
             return None
         n = self.n_samples
-        # all values equal but one; the spread has ddof 1
+        # sums of cubes of nearly equal values are mostly rounding; the extreme case is n - 1 equal values and another
+        # one, and the spread has ddof 1
         most = max(n - 2, 0) * (n - 1) / n**1.5 * self.standard_deviations.pow(3)
         return torch.minimum(torch.maximum(self.third_moments, -most), most) / n**2
 
     def leading(self, k: int, trace: Tensor | None, diagonal: Tensor | None) -> "DirectionalMoments":
-        """Along the first k directions only, with what those leave outside."""
+        """Return the moments along the first k directions, with the residual outside their span."""
         third = None if self.third_moments is None else self.third_moments[:k]
         return replace(
             self,
@@ -68,23 +86,8 @@ class DirectionalMoments:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Aspect:
-    """What to find out about the leading ones of some directions.
-
-    Attributes:
-        rank: how many of them.
-        residual: what to say about all others.
-        basis: in whose coordinates the residual's diagonal is; None for the axes.
-    """
-
-    rank: int
-    residual: Residual = "none"
-    basis: KroneckerBasis | None = None
-
-
 class SubBatchCurvature(ABC):
-    """The mean curvature H of some samples, never formed unless asked for."""
+    """The mean curvature H of a set of samples, never formed unless `dense` is called."""
 
     network: Network
     progress_bar: bool
@@ -92,7 +95,7 @@ class SubBatchCurvature(ABC):
     @property
     @abstractmethod
     def source(self) -> str:
-        """Who computed what was asked for so far."""
+        """Engine or backend that computed the curvature so far."""
 
     @property
     @abstractmethod
@@ -102,58 +105,66 @@ class SubBatchCurvature(ABC):
     @property
     @abstractmethod
     def n_rows(self) -> int:
-        """The largest rank that H can have."""
+        """Upper bound on the rank of H."""
 
     @property
     def is_random(self) -> bool:
-        """Whether H itself is drawn (Monte Carlo), so that a sample may say something else the next time."""
+        """Whether H is a Monte-Carlo estimate."""
         return False
 
     def redrawn(self) -> "SubBatchCurvature":
-        """The same samples with other draws; itself where nothing is drawn."""
+        """Return the curvature of the same samples with new Monte-Carlo draws; itself if nothing is drawn."""
         return self
 
     @abstractmethod
     def of_samples(self, samples: SubBatch, seed: int) -> "SubBatchCurvature":
         """Return the same kind of curvature of other samples; the seed is that of Monte-Carlo draws."""
 
-    def seen_from(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":  # noqa: ARG002
-        """The same curvature in the coordinates that some of the samples give; itself where none depend on samples."""
+    def in_coordinates_of(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":  # noqa: ARG002
+        """Return the curvature in coordinates computed from a subset; itself if coordinates depend on no samples."""
         return self
 
     @abstractmethod
     def part(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":
-        """The mean curvature of some of the samples, by their increasing positions among them."""
+        """Return the mean curvature of a subset, given by increasing positions among the samples."""
 
-    @abstractmethod
     def moments(
         self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
     ) -> DirectionalMoments:
-        """Curvature along directions, its spread over samples, and what is left outside (its diagonal in a basis)."""
+        """Measure the curvature along directions, its spread over samples, and the residual outside their span.
 
-    def nested_moments(self, directions: Float[Tensor, "P k"], aspects: Sequence[Aspect]) -> list[DirectionalMoments]:
-        """Moments along several numbers of leading directions."""
-        return [self.moments(directions[:, : a.rank], a.residual, a.basis) for a in aspects]
+        Args:
+            directions: orthonormal columns.
+            residual: as in `ResidualRequest`.
+            basis: as in `ResidualRequest`.
+        """
+        return self.nested_moments(directions, [ResidualRequest(directions.shape[1], residual, basis)])[0]
+
+    @abstractmethod
+    def nested_moments(
+        self, directions: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
+    ) -> list[DirectionalMoments]:
+        """Measure the moments of several requests, each for its number of leading directions."""
 
     @abstractmethod
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
-        """Curvature along every vector of a basis, and its spread over samples."""
+        """Measure the curvature along every vector of a basis, and its spread over samples."""
 
     @abstractmethod
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
-        r"""$\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
+        r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "P P"]:
-        """H itself in double precision; for few parameters."""
+        """Return H as a matrix in double precision; for few parameters."""
 
     @abstractmethod
     def linear_map(self) -> Callable[[Tensor], Tensor]:
-        """Products H X for X (P, b), ready for many."""
+        """Return the map from X (P, b) to H X, prepared for repeated use."""
 
 
 class RunningMoments:
-    """Sums of per-sample values over one pass, in double precision."""
+    """Sums of the first three powers of per-sample values, accumulated in double precision."""
 
     def __init__(self, k: int, like: Tensor):
         exact = accumulation_dtype(like)
@@ -163,23 +174,17 @@ class RunningMoments:
         self.third = like.new_zeros(k, dtype=exact)
 
     def add(self, values: Float[Tensor, "n k"]) -> None:
-        """Values of some more samples."""
+        """Add the values of n more samples."""
         values = values.to(self.first.dtype)
         self.n += len(values)
         self.first += values.sum(0)
         self.second += values.square().sum(0)
         self.third += values.pow(3).sum(0)
 
-    def moments(self, trace: Tensor | None = None, diagonal: Tensor | None = None) -> DirectionalMoments:
-        """Means and spreads of what was added, with sums over the same samples of what is left outside."""
+    def moments(self) -> DirectionalMoments:
+        """Return the moments of the values added so far."""
         means = self.first / self.n
         squares = (self.second - self.n * means.square()).clamp_min(0)
         cubes = self.third - 3 * means * squares - self.n * means.pow(3)
-        return DirectionalMoments(
-            self.n,
-            means,
-            (squares / max(self.n - 1, 1)).sqrt(),
-            None if trace is None else trace / self.n,
-            None if diagonal is None else diagonal / self.n,
-            cubes / self.n,
-        )
+        deviations = (squares / max(self.n - 1, 1)).sqrt()
+        return DirectionalMoments(self.n, means, deviations, third_moments=cubes / self.n)

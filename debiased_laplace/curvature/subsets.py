@@ -1,4 +1,4 @@
-"""All weights, the last layer, or a subnetwork: which parameters of a model a posterior is over."""
+"""Subsets of a model's weights: all, the last layer, or a subnetwork."""
 
 import warnings
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ SubsetOfWeights = Literal["all", "last_layer", "subnetwork"]
 
 @dataclass(frozen=True, eq=False)
 class WeightSubset:
-    """What the user asked for; the names are those of the public constructor.
+    """The subset as given to the constructor, with the same names.
 
     Attributes:
         kind: all weights, the last layer or a subnetwork.
-        last_layer_name: of `named_modules`; None: the last module with parameters that a forward pass goes through.
-        subnetwork_indices: different positions in the flat vector of the trainable parameters; sorted on the way.
+        last_layer_name: as in `named_modules`; None: the last module with parameters that a forward pass calls.
+        subnetwork_indices: distinct positions in the flat vector of the trainable parameters; sorted on creation.
 
     Warns:
-        UserWarning: if the indices had to be sorted.
+        UserWarning: if the indices were not sorted.
     """
 
     kind: SubsetOfWeights
@@ -46,16 +46,17 @@ class WeightSubset:
             )
 
     def select(self, model: nn.Module) -> ParameterSelection | None:
-        """The parameters; None where only a forward pass can tell which they are.
+        """Select the parameters; return None if the last layer must be found by a forward pass.
 
         Raises:
-            ValueError: if there is no such layer, or the indices are not different positions in the flat vector.
+            ValueError: if an option belongs to another subset, there is no such layer, or the indices are not distinct
+                positions in the flat vector.
         """
         everything = ParameterSelection.all_weights(model)
         if self.kind != "last_layer" and self.last_layer_name is not None:
-            raise ValueError(f"last_layer_name is of subset_of_weights='last_layer'; got it with {self.kind!r}.")
+            raise ValueError(f"last_layer_name requires subset_of_weights='last_layer'; got it with {self.kind!r}.")
         if self.kind != "subnetwork" and self.subnetwork_indices is not None:
-            raise ValueError(f"subnetwork_indices are of subset_of_weights='subnetwork'; got them with {self.kind!r}.")
+            raise ValueError(f"subnetwork_indices require subset_of_weights='subnetwork'; got them with {self.kind!r}.")
         if self.kind == "last_layer":
             return None if self.last_layer_name is None else everything.layer(self.last_layer_name)
         if self.kind == "subnetwork":
@@ -63,22 +64,22 @@ class WeightSubset:
         return everything
 
     def select_by(self, model: nn.Module, inputs: Inputs) -> ParameterSelection:
-        """The parameters, with a forward pass where that has to tell.
+        """Select the parameters, with a forward pass if needed.
 
         Raises:
-            ValueError: as `select`, or if the model cannot be evaluated or has no layer to find.
+            ValueError: as `select`, or if the model cannot be evaluated or no last layer is found.
         """
-        known = self.select(model)
-        if known is not None:
-            return known
+        selection = self.select(model)
+        if selection is not None:
+            return selection
         everything = ParameterSelection.all_weights(model)
         return everything.layer(last_layer_of(everything, inputs))
 
 
 def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
-    """Name of the last module with trainable parameters of its own that a forward pass goes through.
+    """Return the name of the last module with trainable parameters of its own that a forward pass calls.
 
-    A module that holds parameters and other layers too counts only where none of those was called inside it.
+    A module with parameters and submodules counts only if none of its submodules was called.
 
     Raises:
         ValueError: if there is none.
@@ -95,7 +96,7 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
     handles = [
         module.register_forward_hook(note(name))
         for name, module in selection.model.named_modules()
-        # a parametrized weight is held by a module inside the layer that it belongs to
+        # a parametrized weight belongs to a submodule of its layer
         if name
         and ".parametrizations." not in f".{name}"
         and any(p.requires_grad for p in module.parameters(recurse=is_parametrized(module)))
@@ -108,23 +109,23 @@ def last_layer_of(selection: ParameterSelection, inputs: Inputs) -> str:
         for handle in handles:
             handle.remove()
     if not called and not list(selection.model.children()):
-        # the model is itself a layer, whose name among its own modules is empty
+        # the model is a single layer, whose name among its own modules is empty
         return ""
     if not called:
         raise ValueError(
             "The model's last layer could not be found: no module with trainable parameters of its own was called. "
             "Pass last_layer_name, or take subset_of_weights='all'."
         )
-    # an auxiliary head may be called last, and enter nothing
+    # an auxiliary head may be called last without entering the outputs
     gradients = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-    entering = {name for name, g in zip(leaves, gradients, strict=True) if g is not None}
-    own = {name: {p for p in entering if p.startswith(f"{name}.")} for name in called}
+    used = {name for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    own = {name: {p for p in used if p.startswith(f"{name}.")} for name in called}
     return next((name for name in reversed(called) if own[name]), called[-1])
 
 
 def _checked(indices: Tensor | None, n: int) -> Tensor:
-    """Indices as an increasing LongTensor on the CPU."""
-    expected = f"subnetwork_indices must be different positions (a 1-D LongTensor) in the {n} trainable parameters"
+    """Return the indices on the CPU, if they are distinct positions among n parameters."""
+    expected = f"subnetwork_indices must be distinct positions (a 1-D LongTensor) in the {n} trainable parameters"
     if indices is None:
         raise ValueError(f"{expected}; got none.")
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:
@@ -134,5 +135,5 @@ def _checked(indices: Tensor | None, n: int) -> Tensor:
     if int(indices.min()) < 0 or int(indices.max()) >= n:
         raise ValueError(f"{expected}; got {int(indices.min())} to {int(indices.max())}.")
     if bool((indices.diff() == 0).any()):
-        raise ValueError(f"{expected}; got some twice: pass indices.unique().")
+        raise ValueError(f"{expected}; got duplicates: pass indices.unique().")
     return indices

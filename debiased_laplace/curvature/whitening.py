@@ -18,7 +18,7 @@ from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """The change of coordinates.
+    """A change of coordinates.
 
     Attributes:
         basis: K.
@@ -29,16 +29,16 @@ class Whitening:
     metric: Float[Tensor, " P"]
 
     def rows(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
-        r"""Rows V of a curvature's root as $V K S^{-1/2}$."""
+        r"""Transform rows V of a curvature's root to $V K S^{-1/2}$."""
         return self.basis.coordinates(rows) / self.metric.sqrt()
 
     def vectors(self, coordinates: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        r"""Vectors of parameters $K S^{-1/2} U$ from columns of coordinates."""
+        r"""Transform columns U of coordinates to vectors of parameters $K S^{-1/2} U$."""
         return self.basis.vectors(coordinates.T / self.metric.sqrt()).T
 
 
 class WhitenedRowCurvature(RowCurvature):
-    """Mean curvature of some samples in whitened coordinates."""
+    """Mean curvature of a set of samples in whitened coordinates."""
 
     def __init__(self, inner: RowCurvature, whitening_of: Callable[[RowCurvature], Whitening], whitening: Whitening):
         super().__init__(inner.network, inner.samples, inner.root, seed=inner.seed, progress_bar=inner.progress_bar)
@@ -47,24 +47,24 @@ class WhitenedRowCurvature(RowCurvature):
         self._whitening_of = whitening_of
         self._used = inner._used
 
-    linear_layer = None  # rows have no structure here
+    linear_layer = None  # whitened rows are not outer products
 
-    def seen_from(self, positions: Int64[Tensor, " m"]) -> "WhitenedRowCurvature":
-        """The same curvature in the coordinates that some of the samples give."""
+    def in_coordinates_of(self, positions: Int64[Tensor, " m"]) -> "WhitenedRowCurvature":
+        """Return the curvature in coordinates computed from a subset."""
         return WhitenedRowCurvature(self.inner, self._whitening_of, self._whitening_of(self.inner.part(positions)))
 
     def part(self, positions: Int64[Tensor, " m"]) -> "WhitenedRowCurvature":
-        """The mean curvature of some of the samples, in the same coordinates."""
+        """Return the mean curvature of a subset, in the same coordinates."""
         return WhitenedRowCurvature(self.inner.part(positions), self._whitening_of, self.whitening)
 
     def redrawn(self) -> "RowCurvature":
-        """The same samples with other drawn targets; itself where none are drawn."""
+        """Return the curvature of the same samples with new drawn targets; itself if none are drawn."""
         if not self.is_random:
             return self
         return WhitenedRowCurvature(self.inner.redrawn(), self._whitening_of, self.whitening)
 
     def row_groups(self, description: str = "[Computing rows]") -> Iterator[tuple[int, RowBlocks]]:
-        """The rows of every sample."""
+        """Yield groups of samples: their number, and their rows in one or more blocks."""
         if self._stacked is not None:
             yield from super().row_groups(description)
             return
@@ -72,7 +72,7 @@ class WhitenedRowCurvature(RowCurvature):
             yield n, (self.whitening.rows(block) for block in blocks)
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
-        """Products with the curvature in these coordinates."""
+        """Return the map from X to H X in these coordinates."""
         product, whitening = self.inner.linear_map(), self.whitening
         return lambda X: whitening.rows(product(whitening.vectors(X)).T).T
 

@@ -17,7 +17,7 @@ from debiased_laplace.data.source import SampleSource, root_length
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """All samples that loaders have yielded so far, divided into those read by an estimate and fresh ones.
+    """All samples that loaders have yielded so far, with those used by an estimate and those added last.
 
     Attributes:
         source: source of all samples.
@@ -38,12 +38,13 @@ class Pool:
         n = len(self.source.indices)
         if self.size < n:
             raise ValueError(
-                f"n_data is the size of the data set, including the given samples: expected at least {n}, got {self.size}."
+                "n_data is the size of the data set, including the given samples: expected at least "
+                f"{n}, got {self.size}."
             )
 
     @classmethod
     def of(cls, source: SampleSource, n_data: int | None) -> "Pool":
-        """Return a pool of samples none of which was read."""
+        """Return a pool of unread samples."""
         return cls(source, source.indices[:0], source.indices, n_data)
 
     # Data sets and collate functions often cannot be copied or pickled: copies share the pool, a pickle has None.
@@ -80,7 +81,7 @@ class Pool:
         Positions in the new pool are positions in
 
         - the new loader's data set, if it yields all earlier samples;
-        - the data set of both loaders, or the root of its `Subset`s, if they have the same;
+        - the data set of both loaders or the common root of their `Subset`s, if there is one;
         - the earlier data set followed by the new one otherwise. Samples are then identified by hash, for which all are
           loaded, and each is loaded by its own loader; in the other cases by the new one.
 
@@ -103,8 +104,8 @@ class Pool:
         fresh = ~torch.isin(new_keys, read_keys)
         if not bool(fresh.any()):
             raise ValueError(
-                f"The loader yields {len(new_keys)} samples, all of them fitted before; override=False expects at least "
-                "one new sample."
+                f"The loader yields {len(new_keys)} samples, all of them fitted before; expected new samples with "
+                "override=False."
             )
         if bool(torch.isin(old_keys, new_keys).all()):
             return Pool(new, new.indices[~fresh], new.indices[fresh], n_data)

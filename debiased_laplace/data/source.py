@@ -66,8 +66,8 @@ class SampleSource:
             expected = min(self.batch_size, len(indices) - start)
             if len(batch) != expected:
                 raise ValueError(
-                    f"The loader's collate function made {len(batch)} samples out of {expected}; a sample must stay one "
-                    "sample, as sub-batches could overlap otherwise."
+                    f"The loader's collate function made {len(batch)} samples out of {expected}; a sample must stay "
+                    "one sample, as sub-batches could overlap otherwise."
                 )
             start += expected
             yield batch

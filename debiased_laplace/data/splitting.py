@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from debiased_laplace.checks import integer
 from debiased_laplace.errors import OverlapError
 
 Amount = int | float
@@ -142,12 +143,11 @@ def deal(n: int, n_folds: int, generator: torch.Generator) -> Tensor:
 
 def _count(amount: Amount, n: int, name: str) -> int:
     """Return an amount as a number of samples."""
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise ValueError(f"Expected {name} to be a number of samples (int) or a share of them (float); got {amount!r}.")
     if isinstance(amount, float):
         if not 0 < amount < 1:
             raise ValueError(f"{name} as a share must be between 0 and 1; got {amount}.")
         return max(1, round(amount * n))
-    if not 1 <= amount <= n:
-        raise ValueError(f"{name} must be between 1 and the {n} samples of the loader; got {amount}.")
-    return amount
+    number = integer(amount, name, also=" (number of samples) or a float (share of them)")
+    if not 1 <= number <= n:
+        raise ValueError(f"{name} must be between 1 and the {n} samples of the loader; got {number}.")
+    return number

@@ -1,1 +1,1 @@
-"""Directions from some samples, magnitudes from others: the idea of the package."""
+"""The debiased estimator: directions from some samples, magnitudes from others."""

@@ -1,9 +1,8 @@
-r"""The estimator that suits the data, chosen by held-out KL on samples that are set aside in turn and then used.
+r"""Choice of the estimator by held-out KL, cross-validated on the samples that the posterior is then fitted to.
 
-The samples are dealt into parts. Without each part, every trial is fitted on the rest, as if the rest were as large a
-share of its data set as all samples are of theirs, and judged by its KL to the full batch, which the part set aside
-stands for. Where the samples are all the data, nothing is left to stand for and the KL is exact. The winner is then
-fitted on all samples.
+The samples are dealt into parts. For each part, every trial is fitted to the other parts, with N reduced so that they
+are the same share of it as all samples are of N. The trial's KL to the full batch is then estimated on the part set
+aside; it is exact if the samples are all the data. The best trial is fitted to all samples.
 """
 
 import math
@@ -21,27 +20,26 @@ from debiased_laplace.data.splitting import deal
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import each_fold
 from debiased_laplace.debiasing.directions import LANCZOS_RANK, choose_solver
-from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
+from debiased_laplace.debiasing.estimate import estimate, estimate_variants
 from debiased_laplace.debiasing.held_out_kl import prior_trace
-from debiased_laplace.debiasing.lowrank import LowRankChoice
 from debiased_laplace.debiasing.options import Trial
 from debiased_laplace.debiasing.split_curvature import SplitCurvature
 
 _PARTS = 4
 _PARTS_OF_LANCZOS = 2  # every part costs a Lanczos run for each trial and fold
-_SMALLEST = 4  # samples a part
-_ENOUGH = 64  # samples set aside in all: differences are paired, and each part costs a fit of every trial
-_FOLDS = 4  # of a trial, which only has to be ranked: each fold costs an eigendecomposition
+_SMALLEST = 4  # samples in a part
+_ENOUGH = 64  # samples set aside in total: differences are paired, and each part costs a fit of every trial
+_FOLDS = 4  # folds of a trial, which is only ranked: each fold costs an eigendecomposition
 
 
 @dataclass(frozen=True, eq=False)
 class Weighting:
-    r"""What turns a curvature into a posterior.
+    r"""Weight of the likelihood and prior precision, which turn a curvature into a posterior precision.
 
     Attributes:
         likelihood_weight: $N \tau$.
-        prior: $P_0$: one number, or one per parameter.
-        of_blocks: whether the prior is the same for all entries of a parameter, as a Kronecker basis wants it.
+        prior: prior precision $P_0$, one number or one per parameter.
+        of_blocks: whether the prior is constant in each parameter tensor, which a Kronecker basis requires.
     """
 
     likelihood_weight: float
@@ -54,9 +52,9 @@ class RunnerUp:
     """A trial that was not chosen.
 
     Attributes:
-        trial: what it was.
-        excess: its KL to the full batch, less the chosen one's, in nats.
-        standard_error: of the excess, paired by sample.
+        trial: the trial.
+        excess: its KL to the full batch minus that of the chosen one, in nats.
+        standard_error: standard error of the excess, paired by sample.
     """
 
     trial: Trial
@@ -66,12 +64,12 @@ class RunnerUp:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and by how much.
+    """The chosen trial, and by how much the others are worse.
 
     Attributes:
-        chosen: the winner. That it came out best of many makes its lead look larger than it is.
+        chosen: the best trial. Its lead is optimistic, because it was selected among many.
         runners_up: the others, best first.
-        n_samples: set aside in turn, which the values rest on.
+        n_samples: number of samples that were set aside in turn.
     """
 
     chosen: Trial
@@ -79,7 +77,7 @@ class Choice:
     n_samples: int
 
     def found(self, rank: int) -> "Choice":
-        """The same, knowing that the samples have no more directions than so many."""
+        """Return the choice with the rank that the samples turned out to support."""
         options = self.chosen.options
         if options.rank is None or not 0 < rank < options.rank:
             return self
@@ -87,7 +85,7 @@ class Choice:
 
     def __str__(self) -> str:
         if not self.runners_up:
-            return f"nothing else to choose: {self.chosen}"
+            return f"the only candidate: {self.chosen}"
         lines = [f"chosen by held-out KL on {self.n_samples} samples (optimistic): {self.chosen}"]
         lines += [f"  + {r.excess:.2f} ± {r.standard_error:.2f} nats: {r.trial}" for r in self.runners_up]
         return "\n".join(lines)
@@ -96,17 +94,17 @@ class Choice:
 def choose(
     batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weighting, *, n_data: int, seed: int
 ) -> Choice:
-    """The trial whose posterior comes closest to the full batch's.
+    """Choose the trial whose posterior comes closest to that of the full batch.
 
     Args:
         batch: curvature of all samples.
-        trials: what to choose from.
-        weighting: prior and likelihood of the posteriors.
-        n_data: N.
-        seed: of the parts, and of the splits within.
+        trials: candidates.
+        weighting: prior and likelihood weight of the posteriors.
+        n_data: size N of the data set.
+        seed: of the parts, and of the splits within them.
 
     Returns:
-        The choice, with what the others would have cost.
+        The choice, with the excess KL of the others.
 
     Raises:
         ValueError: if there are too few samples to set any aside.
@@ -120,17 +118,17 @@ def choose(
 def trial_terms(
     batch: SubBatchCurvature, trials: Sequence[Trial], weightings: Sequence[Weighting], *, n_data: int, seed: int
 ) -> Float[Tensor, "w t n"]:
-    """What samples set aside say of the KL of every trial's posterior to the full batch, for every weighting.
+    """Compute the terms of the samples set aside in the KL of every trial's posterior to the full batch.
 
     Args:
         batch: curvature of all samples.
-        trials: what to choose from.
-        weightings: prior and likelihood of the posteriors; an estimate serves them all.
-        n_data: N.
-        seed: of the parts, and of the splits within.
+        trials: candidates.
+        weightings: priors and likelihood weights of the posteriors; all share the curvature estimates.
+        n_data: size N of the data set.
+        seed: of the parts, and of the splits within them.
 
     Returns:
-        In nats, up to a constant that the trials of a weighting share.
+        Terms in nats, up to a constant that the trials of a weighting share.
 
     Raises:
         ValueError: if there are too few samples to set any aside.
@@ -145,27 +143,27 @@ def trial_terms(
     parts = deal(n, n_parts, torch.Generator().manual_seed(seed))
     terms: list[list[list[Tensor]]] = [[[] for _ in trials] for _ in weightings]
     with warnings.catch_warnings():
-        # what a trial cannot have for want of samples is no news
+        # trials may lack samples for their rank, which the user did not ask for
         warnings.simplefilter("ignore", UserWarning)
         for part in each_fold(parts, first=enough, progress_bar=batch.progress_bar, description="[Choosing]"):
             rest, held = batch.part(part.others), batch.part(part.held)
-            judges = _judging(rest)
+            evaluation = _evaluation_curvature(rest)
             n_rest = max(rest.n_samples, round(n_data * rest.n_samples / n))
             for i, curvature in _fitted(rest, trials, n_rest, seed):
-                for of_weighting, weighting in zip(terms, weightings, strict=True):
-                    of_weighting[i].append(_terms(curvature, judges, held, weighting, share=n / n_data))
-    return torch.stack([torch.stack([torch.cat(of_trial) for of_trial in some]) for some in terms])
+                for by_trial, weighting in zip(terms, weightings, strict=True):
+                    by_trial[i].append(_terms(curvature, evaluation, held, weighting, share=n / n_data))
+    return torch.stack([torch.stack([torch.cat(of_trial) for of_trial in by_trial]) for by_trial in terms])
 
 
 def ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
-    """The trials by their mean terms, the lowest first.
+    """Rank the trials by their mean terms, the lowest first.
 
     Args:
-        trials: what there was.
+        trials: candidates.
         values: `trial_terms` of one weighting.
 
     Returns:
-        The choice, with what the others would have cost.
+        The choice, with the excess KL of the others.
     """
     order = values.mean(1).argsort(stable=True).tolist()
     best, n = order[0], values.shape[1]
@@ -177,10 +175,10 @@ def ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
 
 
 def _offered(batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weighting) -> list[Trial]:
-    """The trials that can be had; of those that the samples cannot tell apart the first one."""
+    """Select the feasible trials; of those that give the same estimate, the first."""
     rows = batch.n_rows / batch.n_samples
     limited = any(t.options.rank is None for t in trials) and _by_lanczos(batch, trials[0])
-    found: dict[Trial, Trial] = {}
+    distinct: dict[Trial, Trial] = {}
     for trial in trials:
         options, limit = trial.options, batch.network.n_parameters
         if options.complement == "kron" and not weighting.of_blocks:
@@ -194,9 +192,9 @@ def _offered(batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weigh
         if limited:
             limit = min(limit, LANCZOS_RANK)
         rank = None if options.rank is None else min(options.rank, limit)
-        found.setdefault(replace(trial, options=replace(options, rank=rank)), trial)
-    # who asks for what cannot be had is told so by whoever would have to do it
-    return list(found.values()) or list(trials)
+        distinct.setdefault(replace(trial, options=replace(options, rank=rank)), trial)
+    # if no trial is feasible, keep them all: the estimator raises the error
+    return list(distinct.values()) or list(trials)
 
 
 def _by_lanczos(batch: SubBatchCurvature, trial: Trial) -> bool:
@@ -205,49 +203,48 @@ def _by_lanczos(batch: SubBatchCurvature, trial: Trial) -> bool:
     return options.structure == "lowrank" and solver == "lanczos"
 
 
-def _judging(rest: SubBatchCurvature) -> SubBatchCurvature:
-    """The samples of the posteriors as their judges: where draws are drawn, with draws that none was fitted to."""
-    # an estimate has two draws a sample: one for directions, and another for the samples' own share
-    judges = rest.redrawn().redrawn()
-    if isinstance(judges, RowCurvature) and judges.is_random:
-        judges.keep_rows()
-    return judges
+def _evaluation_curvature(rest: SubBatchCurvature) -> SubBatchCurvature:
+    """Return the curvature of the fitted samples for evaluation, with Monte-Carlo draws that no estimate has used."""
+    # an estimate uses two draws a sample: one for directions, one for the samples' own share
+    evaluation = rest.redrawn().redrawn()
+    if isinstance(evaluation, RowCurvature) and evaluation.is_random:
+        evaluation.keep_rows()
+    return evaluation
 
 
 def _terms(
-    curvature: LowRankCurvature, inside: SubBatchCurvature, held: SubBatchCurvature, weighting: Weighting, share: float
+    curvature: LowRankCurvature, fitted: SubBatchCurvature, held: SubBatchCurvature, weighting: Weighting, share: float
 ) -> Float[Tensor, " h"]:
-    """What every sample set aside says of a posterior's KL to the full batch, in nats, up to a constant."""
+    """Compute the term of every sample set aside in a posterior's KL to the full batch, in nats, up to a constant."""
     precision = curvature.precision(weighting.likelihood_weight, weighting.prior)
     prior = weighting.prior.expand(held.network.n_parameters)
     own = 0.5 * (prior_trace(precision, prior) + float(precision.log_det))
-    known, unseen = inside.traces(precision).double().mean(), held.traces(precision).double()
-    return (own + 0.5 * weighting.likelihood_weight * (share * known + (1 - share) * unseen)).cpu()
+    seen, unseen = fitted.traces(precision).double().mean(), held.traces(precision).double()
+    return (own + 0.5 * weighting.likelihood_weight * (share * seen + (1 - share) * unseen)).cpu()
 
 
 def _fitted(
     rest: SubBatchCurvature, trials: Sequence[Trial], n_data: int, seed: int
 ) -> list[tuple[int, LowRankCurvature]]:
-    """Every trial's estimate; those that differ only in rank and complement share what they can."""
+    """Fit every trial; those that differ only in rank and complement share their directions."""
     groups: dict[tuple[str, str, float], list[int]] = {}
     for i, trial in enumerate(trials):
         share = trial.direction_share if trial.options.magnitudes == "held_out" else 1.0
         groups.setdefault((trial.options.magnitudes, trial.options.metric, share), []).append(i)
-    found = []
+    fitted = []
     for members in groups.values():
-        options = trials[members[0]].options
+        variants = [trials[i].options for i in members]
         split = split_for(rest, trials[members[0]], n_data, seed)
-        if options.structure == "lowrank":
-            choices = [LowRankChoice(trials[i].options.rank, trials[i].options.complement or "kron") for i in members]
-            estimates = estimates_of_ranks(split, options, choices)
+        if variants[0].structure == "lowrank":
+            estimates = estimate_variants(split, variants)
         else:
-            estimates = [estimate(split, trials[i].options) for i in members]
-        found += [(i, one.curvature) for i, one in zip(members, estimates, strict=True)]
-    return found
+            estimates = [estimate(split, options) for options in variants]
+        fitted += [(i, each.curvature) for i, each in zip(members, estimates, strict=True)]
+    return fitted
 
 
 def split_for(batch: SubBatchCurvature, trial: Trial, n_data: int, seed: int) -> SplitCurvature:
-    """The samples of a batch, by what a trial uses them for."""
+    """Split the samples of a batch as a trial requires."""
     n, options = batch.n_samples, trial.options
     generator = torch.Generator().manual_seed(seed)
     if options.magnitudes == "held_out":
@@ -261,5 +258,5 @@ def split_for(batch: SubBatchCurvature, trial: Trial, n_data: int, seed: int) ->
 
 
 def _n_directions(n: int, share: float) -> int:
-    """Of n samples, those for directions; the others are at least two, for a value and its error."""
+    """Return how many of n samples give directions; at least two are left, for a value and its error."""
     return min(max(1, round(share * n)), n - 2)

@@ -1,4 +1,4 @@
-"""The curvature that the directions do not span."""
+"""Low-rank curvature, and the complement that its directions do not span."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.curvature.sub_batch import Residual
-from debiased_laplace.debiasing.inverse_bias import second_order
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
@@ -20,7 +19,7 @@ RESIDUAL_OF: dict[ComplementKind, Residual] = {
     "diagonal": "diagonal",
     "kron": "diagonal",
 }
-"""What has to be measured on the samples for each kind."""
+"""Residual that each kind is computed from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +29,11 @@ class LowRankCurvature:
     Attributes:
         diagonal: D; one number where it is isotropic.
         directions: U, unit vectors in the coordinates of the basis, orthogonal in the metric: $U^\top S U$ is diagonal.
-        weights: m, which is not the curvature along the directions where D adds to it, or there is a metric.
+        weights: m; the curvature along the directions only if D is 0 and there is no metric.
         basis: K; None for the axes.
         metric: diagonal of S; None for the identity.
-        error_variances: of m, or of D where there are no directions, by which the precision is corrected for the bias
-            of its inverse; None for no correction.
+        error_variances: variances of m (without directions, of D), for the correction of the inverse's bias; None for
+            no correction.
     """
 
     diagonal: Float[Tensor, ""] | Float[Tensor, " P"]
@@ -46,20 +45,20 @@ class LowRankCurvature:
 
     @property
     def factor(self) -> Float[Tensor, "P k"]:
-        """F."""
+        """The matrix F."""
         return self.directions if self.metric is None else self.directions * self.metric[:, None]
 
     def precision(
         self, likelihood_weight: float, prior: Float[Tensor, ""] | Float[Tensor, " P"]
     ) -> LowRankPlusDiagonal:
-        r"""The posterior precision $N \tau H + P_0$, the prior a number, or one per coordinate."""
+        r"""Return the posterior precision $N \tau H + P_0$; the prior is one number, or one per coordinate."""
         diagonal, weights = self.diagonal_and_weights(likelihood_weight, prior)
         return LowRankPlusDiagonal(diagonal, self.factor, weights, self.basis)
 
     def diagonal_and_weights(
         self, likelihood_weight: float | Tensor, prior: Float[Tensor, ""] | Float[Tensor, " P"]
     ) -> tuple[Tensor, Tensor]:
-        """Those of the precision, differentiable in both arguments."""
+        """Return the diagonal and the weights of the precision, differentiable in both arguments."""
         diagonal, weights = likelihood_weight * self.diagonal + prior, likelihood_weight * self.weights
         if self.error_variances is None:
             return diagonal, weights
@@ -73,14 +72,14 @@ class LowRankCurvature:
 
 
 def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"]) -> LowRankCurvature:
-    """Nothing outside the directions: there the posterior is the prior."""
+    """Return the low rank with no curvature outside its directions, where the posterior is the prior."""
     return LowRankCurvature(directions.new_zeros(()), directions, magnitudes)
 
 
 def isotropic(
     directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"], trace: Float[Tensor, ""]
 ) -> LowRankCurvature:
-    r"""The same curvature c in every direction outside, $c = (\mathrm{tr} H - \sum m) / (P - k)$.
+    r"""Add the average curvature $c = (\mathrm{tr} H - \sum m) / (P - k)$ in every direction outside the span.
 
     Written as $c I + U \mathrm{diag}(m - c) U^\top$, so that the curvature along the directions stays m.
     """
@@ -96,16 +95,38 @@ def diagonal(
     residual: Float[Tensor, " P"],
     basis: KroneckerBasis | None = None,
 ) -> LowRankCurvature:
-    r"""The diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis: non-negative, and the trace of H is kept.
+    r"""Add the diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis; the trace of H is preserved.
 
-    It adds curvature along the directions too, $u_i^\top D u_i$; taking that off the magnitudes would keep their values
-    and lose as much of the trace.
+    The diagonal D also adds $u_i^\top D u_i$ along the directions. Subtracting that from the magnitudes would preserve
+    the curvature along the directions instead of the trace.
     """
     rotated = directions if basis is None else _without_traces(basis.coordinates(directions.T).T.contiguous())
-    # a Hessian's may be negative: floored once all samples have had their say, not fold by fold
+    # a Hessian's may be negative: floored after the mean over all samples, not in each fold
     return LowRankCurvature(residual.to(magnitudes.dtype).clamp_min(0), rotated, magnitudes, basis)
 
 
 def _without_traces(x: Tensor) -> Tensor:
-    """Zeros in place of entries whose products underflow: they add nothing, and processors are slow with them."""
+    """Replace entries whose products underflow by zeros, because arithmetic with subnormal numbers is slow."""
     return x.masked_fill(x.abs() < torch.finfo(x.dtype).tiny ** 0.5, 0.0)
+
+
+def second_order(
+    weights: Float[Tensor, " k"], variances: Float[Tensor, " k"], rest: Float[Tensor, " k"] | Float[Tensor, ""]
+) -> Float[Tensor, " k"]:
+    r"""Correct curvatures to second order for the bias of the inverse of a precision.
+
+    If v estimates a precision along a direction without bias, $E[1/v] \approx (1 + \mathrm{var}(v)/v^2) / E[v]$ by
+    Jensen's inequality: variances are too large on average. Raising the precision to $v + \mathrm{var}(v)/v$ removes
+    that bias. With a known variance it would also lower the expected KL to the posterior of the true precision;
+    estimated from skewed samples, the variance is large where v is, and most of the gain is lost.
+
+    Args:
+        weights: estimated curvatures m, in the unit of the precision.
+        variances: variances of the estimates, in the squared unit.
+        rest: the other terms of the precision along each direction, $v = m + rest$.
+
+    Returns:
+        $m + \mathrm{var}/v$, at most $m + v$: the expansion is invalid beyond.
+    """
+    v = weights + rest
+    return weights + torch.minimum(variances / v, v)

@@ -1,7 +1,7 @@
-r"""Cross-fitting: every sample gives directions and magnitudes, but never both at once.
+r"""Cross-fitting: every sample contributes to directions and to magnitudes, but never to both at once.
 
-The samples are dealt into folds. Of each fold the curvature is measured along the eigenvectors of all other folds;
-values of the same index are then averaged over folds and belong to the eigenvectors of all samples.
+The samples are dealt into folds, and the curvature of each fold is measured along the eigenvectors of all other folds.
+Values of the same index are averaged over folds and assigned to the eigenvectors of all samples.
 
 References:
     Lam (2016), doi 10.1214/15-AOS1393; Lamrani, Bongiorno & Potters (2025), arXiv 2503.15186 (both for covariances).
@@ -16,12 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.outside import OutsideDiagonals
+from debiased_laplace.curvature.residual import ResidualDiagonal
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import (
-    Aspect,
     DirectionalMoments,
-    Residual,
+    ResidualRequest,
     RunningMoments,
     SubBatchCurvature,
 )
@@ -31,17 +30,17 @@ from debiased_laplace.linalg.held_out_rows import HeldOutRows
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 TAIL = 0.05
-"""Share of a fold's trailing values whose mean stands for the directions that the other folds do not have."""
+"""Share of a fold's trailing values whose mean replaces the values of directions that the other folds lack."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One fold among all samples.
+    """A fold of the samples.
 
     Attributes:
         number: 0, 1, …
-        held: positions of its samples among all.
-        others: positions of all other samples.
+        held: positions of its samples.
+        others: positions of the samples of the other folds.
     """
 
     number: int
@@ -56,78 +55,61 @@ def each_fold(
     progress_bar: bool = False,
     description: str = "[Cross-fitting]",
 ) -> Iterator[Fold]:
-    """The folds, one after the other; only the first ones if asked for."""
+    """Iterate over the folds; over the first few only, if `first` is given."""
     for number in tqdm(folds.unique()[:first], disable=not progress_bar, desc=description):
         yield Fold(int(number), (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten())
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of every fold.
-
-    Attributes:
-        rank: number of leading directions.
-        threshold: directions of a fold's others below this fraction of their largest eigenvalue do not count.
-        residual: what to say about all others.
-        in_basis: whether the residual's diagonal is in the basis of the fold's others, or along the axes.
-    """
-
-    rank: int
-    threshold: float
-    residual: Residual
-    in_basis: bool
 
 
 def cross_fitted_moments(
     batch: SubBatchCurvature,
     folds: Int64[Tensor, " n"],
     pairs: Eigenpairs,
-    questions: Sequence[Question],
+    requests: Sequence[ResidualRequest],
     *,
     seed: int = 0,
     basis_of: Callable[[Fold], KroneckerBasis] | None = None,
 ) -> list[DirectionalMoments]:
-    r"""What each fold says along the directions of the others, matched by index and averaged.
+    r"""Measure each fold along the directions of the other folds, matched by index and averaged.
 
-    With the Gram solver no network pass and no product of all pairs of rows is repeated, but for whitened coordinates,
-    which are other ones for every fold; with the dense one the samples are gone through twice more at most; Lanczos
-    runs once for every fold.
+    Cost beyond the eigenpairs of all samples: with the Gram solver, no network pass and no product of all pairs of rows
+    (except in whitened coordinates, which differ between folds); with the dense one, at most two passes over the
+    samples; with Lanczos, one run per fold.
 
     Args:
         batch: curvature of all samples.
-        folds: the fold of every sample.
-        pairs: eigenpairs of the batch's curvature, whose indices the values are matched to.
-        questions: what to find out; several cost little more than one.
+        folds: fold of every sample.
+        pairs: eigenpairs of the batch's curvature, to whose indices the values are matched.
+        requests: what to measure; several cost little more than one. The basis of a request is replaced by each fold's.
         seed: of Lanczos' start vectors.
-        basis_of: a basis from the others of a fold, for questions in one.
+        basis_of: map from a fold to the basis computed from the other folds; for requests with a basis.
 
     Returns:
-        The moments, for each question as many as its rank.
+        The moments of each request, as many as its rank.
     """
-    k = max((question.rank for question in questions), default=0)
-    threshold = min((question.threshold for question in questions), default=0.0)
+    k = max((request.rank for request in requests), default=0)
+    threshold = min((request.threshold for request in requests), default=0.0)
 
-    def look_at(seen: SubBatchCurvature) -> Look:
-        if pairs.outcome.solver == "gram" and isinstance(seen, RowCurvature):
-            return _through_gram(seen, k, threshold)
+    def evaluator_of(curvature: SubBatchCurvature) -> FoldEvaluator:
+        if pairs.outcome.solver == "gram" and isinstance(curvature, RowCurvature):
+            return _through_gram(curvature, k, threshold)
         if pairs.outcome.solver == "lanczos":
-            return _through_lanczos(seen, k, threshold, seed)
-        return _through_dense(seen, k, threshold)
+            return _through_lanczos(curvature, k, threshold, seed)
+        return _through_dense(curvature, k, threshold)
 
-    look: Look | None = None
-    found: list[list[DirectionalMoments]] = [[] for _ in questions]
+    evaluate: FoldEvaluator | None = None
+    by_request: list[list[DirectionalMoments]] = [[] for _ in requests]
     for fold in each_fold(folds, progress_bar=batch.progress_bar):
         basis = None if basis_of is None else basis_of(fold)
-        # where coordinates come from samples, those of a fold must not be among them
-        seen = batch.seen_from(fold.others)
-        look = look_at(seen) if look is None or seen is not batch else look
-        for question, answers, answer in zip(questions, found, look(fold, questions, basis), strict=True):
-            answers.append(extended(answer, question.rank))
-    return [pooled(answers) for answers in found]
+        # coordinates that are computed from samples must not depend on those of the fold
+        curvature = batch.in_coordinates_of(fold.others)
+        evaluate = evaluator_of(curvature) if evaluate is None or curvature is not batch else evaluate
+        for request, moments, measured in zip(requests, by_request, evaluate(fold, requests, basis), strict=True):
+            moments.append(extended(measured, request.rank))
+    return [pooled(moments) for moments in by_request]
 
 
 def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
-    """Moments of all samples from those of the folds: spread and skewness include how much the folds differ."""
+    """Combine the moments of the folds; spread and skewness include the differences between folds."""
     n = sum(fold.n_samples for fold in folds)
     means = sum((fold.n_samples * fold.means for fold in folds), start=torch.zeros_like(folds[0].means)) / n
     within = torch.zeros_like(means)
@@ -141,8 +123,8 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
             cubes += fold.n_samples * (fold.third_moments + shift.pow(3)) + 3 * shift * squares
 
     def mean_of(parts: list[Tensor | None]) -> Tensor | None:
-        known = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
-        return torch.stack(known).sum(0) / n if known else None
+        weighted = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
+        return torch.stack(weighted).sum(0) / n if weighted else None
 
     return DirectionalMoments(
         n,
@@ -156,17 +138,17 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
 
 
 def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
-    """As many values as all samples have directions: the missing ones take the mean of the trailing ones, not zero.
+    """Extend the moments of a fold to k directions; missing values become the mean of the trailing ones, not zero.
 
-    The standard deviations do likewise, which is a little too large for a mean, and so do the third moments.
+    The mean of trailing standard deviations is slightly too large for the deviation of such a mean.
     """
-    known = len(fold.means)
-    if known == k:
+    present = len(fold.means)
+    if present == k:
         return fold
-    tail = max(1, math.ceil(TAIL * known))
+    tail = max(1, math.ceil(TAIL * present))
 
     def filled(values: Tensor) -> Tensor:
-        return torch.cat([values, values[-tail:].mean().expand(k - known)]) if known else values.new_zeros(k)
+        return torch.cat([values, values[-tail:].mean().expand(k - present)]) if present else values.new_zeros(k)
 
     return replace(
         fold,
@@ -176,38 +158,44 @@ def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
     )
 
 
-Look = Callable[[Fold, Sequence[Question], KroneckerBasis | None], list[DirectionalMoments]]
-"""A fold's moments along the directions of the others, the residual's diagonal in a basis where that is asked for."""
+FoldEvaluator = Callable[[Fold, Sequence[ResidualRequest], KroneckerBasis | None], list[DirectionalMoments]]
+"""Map from a fold, requests and a basis to the fold's moments along the directions of the other folds."""
 
 
-def _through_gram(batch: RowCurvature, k: int, threshold: float) -> Look:
-    """Sub-blocks of the one Gram matrix."""
+def _through_gram(batch: RowCurvature, k: int, threshold: float) -> FoldEvaluator:
+    """Evaluate folds from sub-blocks of the Gram matrix of all rows."""
     factor, r = batch.stacked_rows(), batch.rows_per_sample
 
-    def look(fold: Fold, questions: Sequence[Question], basis: KroneckerBasis | None) -> list[DirectionalMoments]:
+    def evaluate(
+        fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
+    ) -> list[DirectionalMoments]:
         held = torch.isin(factor.sample_of_row, fold.held.to(factor.rows.device))
         rows = HeldOutRows.of(factor, held, threshold, k)
-        aspects = _aspects(questions, rows.values, basis)
+        requests = _of_fold(requests, rows.values, basis)
         sums = RunningMoments(rows.projections.shape[1], factor.rows)
         sums.add(rows.projections.square().unflatten(0, (-1, r)).sum(1))
         trace = factor.gram.diagonal()[held].sum() * factor.n_samples / sums.n
-        outside = OutsideDiagonals(aspects, sums.first.new_zeros(factor.rows.shape[1]))
-        for rank in outside.ranks:
-            outside.add(rank, rows.residual(factor, rank).unflatten(0, (-1, r)))
-        found = sums.moments()
+        residual = ResidualDiagonal(requests, sums.first.new_zeros(factor.rows.shape[1]))
+        for rank in residual.ranks:
+            residual.add(rank, rows.residual(factor, rank).unflatten(0, (-1, r)))
+        moments = sums.moments()
         return [
-            found.leading(a.rank, trace if a.residual == "trace" else None, outside.mean(i, sums.n))
-            for i, a in enumerate(aspects)
+            moments.leading(
+                request.rank, trace if request.residual == "trace" else None, residual.mean(request, sums.n)
+            )
+            for request in requests
         ]
 
-    return look
+    return evaluate
 
 
-def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
-    """The dense curvature of the others: the whole minus the fold's."""
+def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> FoldEvaluator:
+    """Evaluate folds with the dense curvature of the other folds, the whole minus the fold's."""
     H, n = batch.dense(), batch.n_samples
 
-    def look(fold: Fold, questions: Sequence[Question], basis: KroneckerBasis | None) -> list[DirectionalMoments]:
+    def evaluate(
+        fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
+    ) -> list[DirectionalMoments]:
         held = batch.part(fold.held)
         if isinstance(held, RowCurvature):
             held.keep_rows()
@@ -216,24 +204,28 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> Look:
         values, U = values.flip(0), U.flip(1)
         m = min(numerical_rank(values, threshold), k)
         U = U[:, :m].to(batch.network.like.dtype)
-        return held.nested_moments(U, _aspects(questions, values[:m], basis))
+        return held.nested_moments(U, _of_fold(requests, values[:m], basis))
 
-    return look
+    return evaluate
 
 
-def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: int) -> Look:
-    """Another run for the others of every fold."""
+def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: int) -> FoldEvaluator:
+    """Evaluate folds with one Lanczos run each."""
 
-    def look(fold: Fold, questions: Sequence[Question], basis: KroneckerBasis | None) -> list[DirectionalMoments]:
+    def evaluate(
+        fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
+    ) -> list[DirectionalMoments]:
         pairs = lanczos_pairs(batch.part(fold.others), max(k, 1), threshold, seed)
-        return batch.part(fold.held).nested_moments(pairs.vectors, _aspects(questions, pairs.values, basis))
+        return batch.part(fold.held).nested_moments(pairs.vectors, _of_fold(requests, pairs.values, basis))
 
-    return look
+    return evaluate
 
 
-def _aspects(questions: Sequence[Question], values: Float[Tensor, " k"], basis: KroneckerBasis | None) -> list[Aspect]:
-    """The questions to one fold, whose others have these eigenvalues."""
+def _of_fold(
+    requests: Sequence[ResidualRequest], values: Float[Tensor, " k"], basis: KroneckerBasis | None
+) -> list[ResidualRequest]:
+    """Return the requests to a fold, given the eigenvalues and the basis of the other folds."""
     return [
-        Aspect(min(q.rank, numerical_rank(values, q.threshold)), q.residual, basis if q.in_basis else None)
-        for q in questions
+        replace(r, rank=min(r.rank, numerical_rank(values, r.threshold)), basis=None if r.basis is None else basis)
+        for r in requests
     ]

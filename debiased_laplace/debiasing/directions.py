@@ -1,4 +1,4 @@
-"""Leading eigenvectors of the direction samples' curvature, by whichever solver suits."""
+"""Leading eigenvectors of the direction samples' curvature, by the cheapest suitable solver."""
 
 import warnings
 from typing import Literal
@@ -13,37 +13,36 @@ from debiased_laplace.linalg.lanczos import lanczos
 Solver = Literal["auto", "gram", "lanczos"]
 
 SUPPORTED = 1e-6
-"""Directions count as supported by the data above this fraction of the largest eigenvalue."""
+"""Eigenvalues above this fraction of the largest count as supported by the data."""
 
 REQUESTED = 1e-10
-"""A rank asked for by number may reach down to this fraction."""
+"""Smallest fraction of the largest eigenvalue that counts if the rank is given."""
 
 LANCZOS_RANK = 100
-"""Directions that `rank=None` means where only Lanczos is affordable."""
+"""Number of directions for `rank=None` if only Lanczos is affordable."""
 
 _LARGEST_BLOCK = 16
-_LARGEST_SIDE = 12_000  # of the matrix whose eigenvectors `rank=None` asks for: a minute or more of all cores
+_LARGEST_SIDE = 12_000  # of a matrix with all eigenvectors (`rank=None`): a minute or more on all cores
 
 
 def find_directions(
     curvature: SubBatchCurvature, *, rank: int | None, solver: Solver, seed: int, threshold: float | None = None
 ) -> Eigenpairs:
-    """Leading eigenpairs of a sub-batch's mean curvature.
+    """Compute the leading eigenpairs of a sub-batch's mean curvature.
 
     Args:
         curvature: of the direction samples.
         rank: number of directions; None keeps every direction that the samples support.
-        solver: "gram" works with all rows at once (on the smaller of its two sides), "lanczos" with products only,
-            "auto" takes the cheaper one that fits into a quarter of the free memory.
+        solver: "gram" uses all rows at once (on the smaller side of their matrix), "lanczos" products only, "auto" the
+            cheaper one that fits into a quarter of the free memory.
         seed: of Lanczos' start vectors.
-        threshold: smallest eigenvalue that counts, relative to the largest; None: what the rank implies.
+        threshold: smallest eigenvalue that counts, relative to the largest; None: as the rank implies.
 
     Returns:
-        The eigenpairs, of rank 0 where there is no curvature at all.
+        The eigenpairs, of rank 0 if the curvature is zero.
 
     Warns:
-        UserWarning: if `rank=None` had to be limited, fewer directions than asked for exist, or Lanczos did not
-            converge.
+        UserWarning: if `rank=None` was limited, fewer than `rank` directions exist, or Lanczos did not converge.
     """
     if threshold is None:
         threshold = threshold_of(rank)
@@ -64,20 +63,18 @@ def find_directions(
 
 
 def threshold_of(rank: int | None) -> float:
-    """The smallest eigenvalue that counts, relative to the largest."""
+    """Return the smallest eigenvalue that counts for a rank, relative to the largest."""
     return SUPPORTED if rank is None else REQUESTED
 
 
 def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gram", "lanczos"]:
-    """The cheaper solver that fits into a quarter of the free memory.
-
-    The Gram side costs a product of all pairs of rows, Lanczos some 3 products per direction, each about two
-    backward passes over the samples; with convolutions a pass costs some 25 times its parameters.
-    """
+    """Choose the cheaper solver that fits into a quarter of the free memory."""
+    # Gram costs a product of all pairs of rows; Lanczos about 3 products per direction, each about two backward passes
+    # over the samples; with convolutions a pass costs about 25 times its parameters
     P = curvature.network.n_parameters
     budget = free_memory(curvature.network.like.device) // 4
     if not isinstance(curvature, RowCurvature):
-        # a Hessian has no rows, and as many products as parameters give all of it
+        # a Hessian has no rows, and P products give all of it
         fits = budget >= 3 * 8 * P * P
         return "gram" if fits and (rank is None or 6 * rank + 40 >= P) else "lanczos"
     R, r = curvature.n_rows, curvature.rows_per_sample
@@ -99,7 +96,7 @@ def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eig
 
 
 def lanczos_pairs(curvature: SubBatchCurvature, k: int, threshold: float, seed: int) -> Eigenpairs:
-    """At most k leading eigenpairs above the threshold, by products only.
+    """Compute at most k leading eigenpairs above the threshold, from products only.
 
     Warns:
         UserWarning: if Lanczos did not converge.

@@ -1,4 +1,4 @@
-r"""The distance of a posterior to the full-batch posterior, estimated without computing the latter.
+r"""The KL divergence of a posterior to the full-batch posterior, estimated without computing the latter.
 
 For an approximation with precision $\hat P$, and the full-batch posterior with precision $N \tau H_D + P_0$ at the same
 mean,
@@ -6,8 +6,8 @@ mean,
 $$KL = J(\hat P) + const,$$
 $$J = \tfrac12 [ N\tau\, \mathrm{tr}(\hat P^{-1} H_D) + \mathrm{tr}(\hat P^{-1} P_0) + \log\det \hat P ],$$
 
-with one constant for all approximations. J is linear in $H_D$, so samples that $\hat P$ has not seen estimate it
-without bias. On samples that it was fitted to, J prefers the biased posterior: there it must not be computed.
+with the same constant for all approximations. J is linear in $H_D$, so samples that $\hat P$ has not seen estimate it
+without bias. On samples that it was fitted to, J favours the biased posterior.
 """
 
 import math
@@ -27,13 +27,13 @@ class HeldOutKL:
 
     Attributes:
         value: in nats.
-        standard_error: of the value, from the spread over the held-out samples; 0 where the value is exact.
+        standard_error: from the spread over the held-out samples; 0 if the value is exact.
         n: number of held-out samples.
-        terms: what each held-out sample says, whose mean enters the value.
-        sample_keys: by which the samples are known.
-        context: model, mean, prior, temperature and N in one string; only equal ones compare.
-        exact: whether all data were used, so that nothing is left to estimate.
-        unseen: the share of the population, from which the held-out samples were drawn, that is not among them.
+        terms: term of each held-out sample; their mean enters the value.
+        sample_keys: identities of the samples.
+        context: model, mean, prior, temperature and N as one string; only values with the same context compare.
+        exact: whether the posterior was fitted to all data, so that nothing is estimated.
+        unseen: share of the held-out samples' population that is not among them.
     """
 
     value: float
@@ -51,10 +51,10 @@ class HeldOutKL:
         )
 
     def __sub__(self, other: "HeldOutKL") -> "KLDifference":
-        """The difference of two posteriors' KL to the full batch, paired by sample.
+        """Return the difference of two posteriors' KL to the full batch, paired by sample.
 
         Raises:
-            ValueError: if the posteriors do not share the constant, or the samples differ.
+            ValueError: if the contexts or the samples differ.
         """
         if not isinstance(other, HeldOutKL):
             return NotImplemented
@@ -66,17 +66,17 @@ class HeldOutKL:
             )
         terms = _paired(self, other)
         n = len(terms)
-        # populations differ where the fitted samples do; the larger one errs on the safe side
+        # populations differ if the fitted samples do; the larger one is conservative
         unseen = max([kl.unseen for kl in (self, other) if not kl.exact], default=0.0)
         return KLDifference(self.value - other.value, _error_of_mean(terms, unseen), n)
 
 
 @dataclass(frozen=True)
 class KLDifference:
-    """How much further one posterior is from the full batch than another.
+    """Difference of two posteriors' KL to the full batch.
 
     Attributes:
-        value: in nats; negative where the first one is closer.
+        value: in nats; negative if the first posterior is closer.
         standard_error: from the paired spread over the held-out samples.
         n: number of held-out samples.
     """
@@ -87,7 +87,7 @@ class KLDifference:
 
 
 def _paired(left: HeldOutKL, right: HeldOutKL) -> Tensor:
-    """Differences of the terms of the same samples; an exact value has no sampling error to pair."""
+    """Return differences of the terms of the same samples; an exact value has no sampling error to pair."""
     if left.exact or right.exact:
         return right.terms if left.exact else left.terms
     order_left, order_right = left.sample_keys.argsort(), right.sample_keys.argsort()
@@ -101,7 +101,7 @@ def _paired(left: HeldOutKL, right: HeldOutKL) -> Tensor:
 
 @dataclass(frozen=True)
 class KLTerms:
-    r"""What $J$ needs to know of a posterior, whatever it is.
+    r"""Terms of $J$ that depend on the posterior alone.
 
     Attributes:
         prior_trace: $\mathrm{tr}(\hat P^{-1} P_0)$.
@@ -115,11 +115,8 @@ class KLTerms:
 
 
 def prior_trace(precision: LowRankPlusDiagonal, prior: Float[Tensor, " P"]) -> float:
-    r"""$\mathrm{tr}(P^{-1} P_0)$ for a diagonal prior.
-
-    Where the prior is constant in each block of a basis, the trace is the same in the coordinates of the basis, in
-    which no difference of large numbers is needed.
-    """
+    r"""Return $\mathrm{tr}(P^{-1} P_0)$ for a diagonal prior."""
+    # for a prior that is constant in each block of the basis, coordinates in the basis avoid cancellation
     variances = precision.coordinate_variances
     if precision.basis is not None:
         parts = prior.split([block.size for block in precision.basis.blocks])
@@ -129,13 +126,13 @@ def prior_trace(precision: LowRankPlusDiagonal, prior: Float[Tensor, " P"]) -> f
 
 
 def sample_terms(posterior: KLTerms, traces: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, " n"]:
-    r"""$\tfrac12 N \tau\, \mathrm{tr}(\hat P^{-1} H_n)$ of each sample, in double precision on the CPU.
+    r"""Return $\tfrac12 N \tau\, \mathrm{tr}(\hat P^{-1} H_n)$ of each sample, in double precision on the CPU.
 
     Args:
-        posterior: the posterior's own terms.
-        traces: $\mathrm{tr}(\hat P^{-1} H_n)$ of some samples after others.
+        posterior: terms of the posterior.
+        traces: $\mathrm{tr}(\hat P^{-1} H_n)$ of consecutive batches of samples.
     """
-    parts = [some.double().cpu() for some in traces]
+    parts = [batch.double().cpu() for batch in traces]
     return 0.5 * posterior.likelihood_weight * (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64))
 
 
@@ -149,16 +146,16 @@ def estimate_held_out_kl(
     sample_keys: Int64[Tensor, " n"],
     context: str,
 ) -> HeldOutKL:
-    """Put J together: the fitted samples' exact share, the held-out samples for the rest.
+    """Estimate J from the fitted samples with their exact share, and the held-out samples for the rest.
 
     Args:
-        posterior: the posterior's own terms.
+        posterior: terms of the posterior.
         held_out: `sample_terms` of the held-out samples.
-        fitted: `sample_terms` of all samples that it was fitted to; None leaves their share to the held-out ones.
-        n_data: N.
+        fitted: `sample_terms` of all fitted samples; None: the held-out samples estimate their share too.
+        n_data: size N of the data set.
         n_fitted: number of samples that the posterior was fitted to.
-        sample_keys: by which the held-out samples are known.
-        context: what has to agree for two values to compare.
+        sample_keys: identities of the held-out samples.
+        context: string that must agree for two values to be compared.
 
     Returns:
         The estimate.
@@ -166,20 +163,20 @@ def estimate_held_out_kl(
     share = n_fitted / n_data if fitted is not None else 0.0
     n = len(held_out)
     own = 0.5 * posterior.prior_trace + 0.5 * posterior.log_det
-    inside = share * float(fitted.mean()) if fitted is not None else 0.0
+    seen = share * float(fitted.mean()) if fitted is not None else 0.0
     terms = (1 - share) * held_out
-    # drawing without replacement leaves less to chance: from the samples outside the fit, or, where these stand for
-    # the fitted ones too, from all
+    # finite-population correction: held-out samples are drawn from those outside the fit, or, if they estimate the
+    # fitted samples' share too, from all
     population = n_data - n_fitted if fitted is not None else n_data
     unseen = max(1 - n / population, 0.0) if population else 0.0
     terms_mean = float(terms.mean()) if n else 0.0
     exact = fitted is not None and n_fitted == n_data
     error = _error_of_mean(terms, unseen)
-    return HeldOutKL(own + inside + terms_mean, error, n, terms, sample_keys, context, exact, unseen)
+    return HeldOutKL(own + seen + terms_mean, error, n, terms, sample_keys, context, exact, unseen)
 
 
 def _error_of_mean(terms: Float[Tensor, " n"], unseen: float) -> float:
-    """Standard error of the mean of a sample, of whose population this share is unseen."""
+    """Return the standard error of a sample's mean, given the share of the population outside the sample."""
     n = len(terms)
     if n > 1:
         return float(terms.std(correction=1)) * math.sqrt(unseen / n)

@@ -1,18 +1,18 @@
-r"""Confidence intervals for the full batch's curvature along directions, where a few samples carry most of it.
+r"""Confidence intervals for the full batch's curvature along directions, for skewed per-sample curvatures.
 
-Per-sample curvatures are not negative, nearly zero for many samples and large for a few. Their mean is then most often
-too small, and its standard error with it, so that $\pm 1.96$ standard errors miss the truth on one side: above. With
-$\gamma$ the skewness over samples, n samples out of a population of which they are the share $\phi$, the studentized
-error $T = (\hat m - m) / \mathrm{se}$ has, for a standard normal's distribution $\Phi$ and density $\varphi$,
+Per-sample curvatures are non-negative, nearly zero for many samples and large for a few. Their mean is then mostly too
+small, and so is its standard error: $\pm 1.96$ standard errors miss the truth too often, above the interval. For n
+samples, a share $\phi$ of the population, with skewness $\gamma$, the studentized error
+$T = (\hat m - m) / \mathrm{se}$ has the expansion
 
 $$P(T \le x) = \Phi(x) + g\,(A x^2 + B)\,\varphi(x) + O(1/n), \quad g = \frac{\gamma}{\sqrt n}, \quad
 A = \frac{2 - \phi}{6 \sqrt{1 - \phi}}, \quad B = \frac{\sqrt{1 - \phi}}{2} - A$$
 
-($A = 1/3$ and $B = 1/6$ for independent samples), and Hall's monotone transformation
-$(e^{2 A g T} - 1) / (2 A g) + B g$ is normal to that order. Turned round, it says how far above and below the truth is.
-Two things are added. The correction only ever widens the plain interval: the skewness of a heavy tail is itself far
-from certain, and its estimate too small more often than not. And cross-fitted values have an error that is no matter
-of samples: they belong to directions of other folds, which know a little less (`mismatch_of_folds`).
+($\Phi$ and $\varphi$ the standard normal distribution and density; $A = 1/3$ and $B = 1/6$ for independent samples).
+Hall's monotone transformation $(e^{2 A g T} - 1) / (2 A g) + B g$ is normal to that order, and its inverse gives the
+ends of the interval. Two things are added. The correction only widens the plain interval, because the estimated
+skewness of a heavy tail is uncertain and mostly too small. And cross-fitted values have a bias from using directions
+estimated on (K - 1)/K of the samples (`mismatch_of_folds`).
 
 References:
     Hall (1992), J. R. Stat. Soc. B 54(1), 221-228 (skewness removed by a monotone transformation; the exponential
@@ -30,19 +30,19 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 _LEAST = 0.05
-"""Least argument of the logarithm: more skewness than that is taken for as much, or there were no upper end."""
+"""Lower bound of the logarithm's argument: larger skewness is clipped, or the upper end would be infinite."""
 
 
 @dataclass(frozen=True, eq=False)
 class ErrorShape:
-    r"""What is known of the errors of magnitudes besides their standard errors.
+    r"""Skewness, bias and sampling of magnitudes, beside their standard errors.
 
     Attributes:
-        skewness: $g$, the skewness over samples divided by $\sqrt n$; of a sum, its third cumulant over its
+        skewness: $g$, the skewness over samples divided by $\sqrt n$; for a sum, its third cumulant divided by its
             standard error cubed.
-        mismatch: how much too large the values are expected to be because they were measured along other directions.
+        mismatch: expected excess of the values from measuring them along other directions.
         n_samples: number n of samples that the standard errors come from.
-        sampled_share: the share $\phi$ of the population that they are; 1 where the values are exact.
+        sampled_share: their share $\phi$ of the population; 1 if the values are exact.
     """
 
     skewness: Float[Tensor, " k"]
@@ -51,25 +51,25 @@ class ErrorShape:
     sampled_share: float
 
     def to(self, dtype: torch.dtype) -> "ErrorShape":
-        """The same in another precision."""
+        """Convert to another precision."""
         return ErrorShape(self.skewness.to(dtype), self.mismatch.to(dtype), self.n_samples, self.sampled_share)
 
 
 def mismatch_of_folds(
     measured: Float[Tensor, " k"], in_sample: Float[Tensor, " k"], n_folds: int
 ) -> Float[Tensor, " k"]:
-    r"""How much too large values are that folds measured along the directions of the other folds.
+    r"""Return the expected excess of curvatures that folds measured along the directions of the other folds.
 
-    To second order in the noise of H, an eigenvalue of n samples is $a_i / n$ above and the full batch's curvature
-    along its eigenvector $a_i / n$ below the full batch's own eigenvalue, leading ones having $a_i > 0$. The others of
-    a fold are $n (1 - 1/K)$ samples, so that what the fold says is $a_i / (n (K - 1))$ below the curvature along the
-    eigenvectors of all n, and $a_i (2K - 1) / (n (K - 1))$ below their eigenvalue, which is known. In a finite
-    population the same is true.
+    To second order in the noise of H, an eigenvalue of n samples is $a_i / n$ above the full batch's eigenvalue, and
+    the full batch's curvature along its eigenvector $a_i / n$ below; $a_i > 0$ for leading ones. Directions from the
+    $n (1 - 1/K)$ samples outside a fold give values $a_i / (n (K - 1))$ below the curvature along the eigenvectors of
+    all n, and $a_i (2K - 1) / (n (K - 1))$ below their eigenvalue, which is known. The same holds in a finite
+    population.
 
     Args:
-        measured: what folds say.
-        in_sample: the eigenvalues of all samples.
-        n_folds: K.
+        measured: cross-fitted curvatures.
+        in_sample: eigenvalues of all samples.
+        n_folds: number K of folds.
 
     Returns:
         (measured - in_sample) / (2K - 1): negative for leading directions, positive for trailing ones.
@@ -80,26 +80,25 @@ def mismatch_of_folds(
 def confidence_intervals(
     values: Float[Tensor, " k"], standard_errors: Float[Tensor, " k"], shape: ErrorShape, *, level: float
 ) -> Float[Tensor, "k 2"]:
-    r"""Intervals for non-negative curvatures that allow for skewness and for directions that do not quite match.
+    r"""Compute intervals for non-negative curvatures that include skewness and the mismatch of directions.
 
-    Valid only as far as the samples show their tail: where the few samples that carry the curvature are missing, no
-    interval from the others can know.
+    Valid only if the samples contain some of the few that carry the curvature; the others do not reveal these.
 
     Args:
-        values: the estimates.
-        standard_errors: of the estimates.
-        shape: what else is known of their errors.
+        values: estimates.
+        standard_errors: standard errors of the estimates.
+        shape: other properties of the errors.
         level: nominal coverage, above 0 and below 1.
 
     Returns:
-        Lower and upper ends, 0 <= lower <= value <= upper; both are the value where it is exact, and 0 and infinity
-        where a single sample says nothing about spread.
+        Lower and upper ends, 0 <= lower <= value <= upper. Both equal the value if it is exact; they are 0 and infinity
+        for a single sample.
 
     Raises:
-        ValueError: for another level.
+        ValueError: if the level is not between 0 and 1.
     """
     if not isinstance(level, int | float) or not 0 < level < 1:
-        raise ValueError(f"Expected a level between 0 and 1, 0.95 say; got {level!r}.")
+        raise ValueError(f"Expected a level between 0 and 1, such as 0.95; got {level!r}.")
     if shape.sampled_share >= 1:
         return torch.stack([values, values], 1)
     if shape.n_samples < 2:
@@ -114,7 +113,7 @@ def confidence_intervals(
 
 
 def _errors_below(g: Float[Tensor, " k"], z: float, share: float) -> Float[Tensor, " k"]:
-    """How many standard errors an estimate may be below the truth, for its quantile z; above it, with -g for g."""
+    """Return how many standard errors an estimate may be below the truth, for quantile z; with -g: above the truth."""
     rest = (1 - share) ** 0.5
     A = (2 - share) / (6 * rest)
     B = rest / 2 - A

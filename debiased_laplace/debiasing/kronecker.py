@@ -1,4 +1,4 @@
-"""The Kronecker posterior's curvature: an eigenbasis from some samples, the curvature along it from others."""
+"""Curvature of the Kronecker posterior: an eigenbasis from some samples, the curvature along it from others."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from debiased_laplace.curvature.kronecker import (
     partial_trace_factors,
     row_matrix_factors,
 )
-from debiased_laplace.curvature.row_curvature import NOBODY, RowCurvature
+from debiased_laplace.curvature.row_curvature import UNUSED, RowCurvature
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import Fold, each_fold, pooled
@@ -25,18 +25,18 @@ from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
 def estimate_kronecker(split: SplitCurvature, options: EstimatorOptions) -> CurvatureEstimate:
-    """An eigenbasis, then magnitudes: from other samples, from other folds, or from the same samples.
+    """Estimate an eigenbasis, then magnitudes along it: from other samples, from other folds, or from the same samples.
 
     Args:
-        split: curvature of the samples, by what they are used for.
-        options: basis, magnitudes and K-FAC's approximation.
+        split: curvature of the direction and magnitude samples.
+        options: of the basis, the magnitudes and K-FAC.
 
     Returns:
         The estimate, with the magnitudes as a diagonal in the basis.
     """
     a, b = split.directions, split.magnitudes
     keep_rows_for_factors(a, options)
-    factors, who = factors_of(a, options)
+    factors, source = factors_of(a, options)
     basis = kronecker_basis(factors, a.network.like.dtype)
     if options.kron_magnitudes == "exact":
         magnitudes = _exact(split, basis, options)
@@ -46,28 +46,28 @@ def estimate_kronecker(split: SplitCurvature, options: EstimatorOptions) -> Curv
     magnitudes = magnitudes.to(like.dtype)
     curvature = LowRankCurvature(magnitudes.values, like.new_zeros(len(like), 0), like.new_zeros(0), basis)
     outcome = SolverOutcome("dense", True, 0, "all eigenvectors of every pair of Kronecker factors")
-    source = joined(who, (a if b is None else b).source)
-    return CurvatureEstimate(curvature, magnitudes, outcome, source)
+    return CurvatureEstimate(curvature, magnitudes, outcome, joined(source, (a if b is None else b).source))
 
 
 def keep_rows_for_factors(curvature: SubBatchCurvature, options: EstimatorOptions) -> None:
-    """Rows that give the factors are needed again; those of a last linear layer need no forming."""
+    """Hold the rows in memory if the factors are computed from rows, which are needed again."""
+    # rows of a last linear layer are never formed
     if isinstance(curvature, RowCurvature) and options.kron_basis == "row_matrices" and curvature.linear_layer is None:
         curvature.keep_rows()
 
 
 def basis_from(curvature: SubBatchCurvature, options: EstimatorOptions) -> KroneckerBasis:
-    """The Kronecker eigenbasis of some samples."""
+    """Return the Kronecker eigenbasis of a set of samples."""
     return kronecker_basis(factors_of(curvature, options)[0], curvature.network.like.dtype)
 
 
 def basis_without(
     batch: SubBatchCurvature, factors: list[KroneckerFactors], fold: Fold, options: EstimatorOptions
 ) -> KroneckerBasis:
-    """The Kronecker eigenbasis of all samples but a fold's, given the factors of all."""
+    """Return the Kronecker eigenbasis of all samples but a fold's, given the factors of all."""
     if not isinstance(batch, RowCurvature) or options.kron_basis != "row_matrices":
         return basis_from(batch.part(fold.others), options)
-    # sums over samples: those of the fold are fewer to go through than those of the others
+    # factors are sums over samples, and the fold has fewer samples than the others
     share = len(fold.held) / batch.n_samples
     held = factors_of(batch.part(fold.held), options)[0]
     others = [whole.without(part, share) for whole, part in zip(factors, held, strict=True)]
@@ -75,84 +75,83 @@ def basis_without(
 
 
 def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple[list[KroneckerFactors], str]:
-    """The factors of every parameter, in order, and who computed them."""
+    """Return the factors of every parameter, in order, and the engine or backend that computed them."""
     selection = curvature.network.selection
     shapes = matrix_shapes(selection, layers_only=options.kron_basis == "kfac")
     if not isinstance(curvature, RowCurvature):
         return partial_trace_factors(curvature.dense(), shapes), curvature.source
     if options.kron_basis == "row_matrices":
         return row_matrix_factors(curvature, shapes), curvature.source
-    found, who = _kfac(curvature, options)
-    # K-FAC knows nothing of the other parameters: they get the exact diagonal
-    if set(selection.names) <= set(found) and not any(e is not None for e in selection.entries):
-        return [found[name] for name in selection.names], who
+    by_name, source = _kfac(curvature, options)
+    if set(selection.names) <= set(by_name) and not any(e is not None for e in selection.entries):
+        return [by_name[name] for name in selection.names], source
+    # K-FAC does not cover the other parameters: they get the exact diagonal
     rest = row_matrix_factors(curvature, shapes)
     chosen = [
-        found.get(name, other) if entries is None else other
+        by_name.get(name, other) if entries is None else other
         for name, other, entries in zip(selection.names, rest, selection.entries, strict=True)
     ]
-    return chosen, joined(who, curvature.source)
+    return chosen, joined(source, curvature.source)
 
 
 def _kfac(curvature: RowCurvature, options: EstimatorOptions) -> tuple[dict[str, KroneckerFactors], str]:
     network = curvature.network
-    if network.foreign is not None and network.foreign.offers_kfac(curvature.root, options.kfac_approx):
-        pairs = network.foreign.kfac(curvature.samples, curvature.n_samples)
-        return {name: KroneckerFactors(left, right) for name, (left, right) in pairs.items()}, network.foreign.name
+    if network.backend is not None and network.backend.offers_kfac(curvature.root, options.kfac_approx):
+        pairs = network.backend.kfac(curvature.samples, curvature.n_samples)
+        return {name: KroneckerFactors(left, right) for name, (left, right) in pairs.items()}, network.backend.name
     sums = KfacSums(network, curvature.root, options.kfac_approx)
-    for batch, side in curvature.batches():
-        sums.add(batch, side)
+    for batch, targets_or_noise in curvature.batches():
+        sums.add(batch, targets_or_noise)
     return sums.factors(), "torch.func rows"
 
 
 def joined(*sources: str) -> str:
-    """The names of all who computed something."""
+    """Join the names of engines and backends, each once."""
     names = {name for source in sources for name in source.split(" and ")}
-    return " and ".join(sorted(names - {NOBODY}))
+    return " and ".join(sorted(names - {UNUSED}))
 
 
 def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptions) -> Magnitudes:
     a, b, n_data = split.directions, split.magnitudes, split.n_data
-    seen_by_a = a.coordinate_moments(basis)
-    in_sample = seen_by_a.means
+    own = a.coordinate_moments(basis)
+    in_sample = own.means
     if b is None and split.effective_folds is None:
-        return same_batch(in_sample, seen_by_a, n_data=n_data, drawn=a.is_random)
+        return same_batch(in_sample, own, n_data=n_data, drawn=a.is_random)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
     if b is not None:
         return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
     assert split.effective_folds is not None  # for the type checker
-    found = []
-    for fold in each_fold(split.effective_folds, progress_bar=a.progress_bar):
-        found.append(_fold_along_others(a, fold, options))
-    return cross_fitted(in_sample, pooled(found), n_data=n_data, redrawn=redrawn, decreasing=False)
+    folds = each_fold(split.effective_folds, progress_bar=a.progress_bar)
+    moments = pooled([_fold_along_others(a, fold, options) for fold in folds])
+    return cross_fitted(in_sample, moments, n_data=n_data, redrawn=redrawn, decreasing=False)
 
 
 def _fold_along_others(batch: SubBatchCurvature, fold: Fold, options: EstimatorOptions) -> DirectionalMoments:
-    """A fold's curvature along the other folds' basis; where that has no support, vectors are anybody's: their mean."""
+    """Measure a fold along the basis of the other folds; in the null space of their factors, use the average."""
     factors, _ = factors_of(batch.part(fold.others), options)
-    seen = batch.part(fold.held).coordinate_moments(kronecker_basis(factors, batch.network.like.dtype))
+    moments = batch.part(fold.held).coordinate_moments(kronecker_basis(factors, batch.network.like.dtype))
 
     def averaged(values: Tensor) -> Tensor:
         blocks = values.split([len(f.left) * len(f.right) for f in factors])
         return torch.cat([f.averaged_over_null(block) for f, block in zip(factors, blocks, strict=True)])
 
     return replace(
-        seen,
-        means=averaged(seen.means),
-        standard_deviations=averaged(seen.standard_deviations.square()).sqrt(),
-        third_moments=None if seen.third_moments is None else averaged(seen.third_moments),
+        moments,
+        means=averaged(moments.means),
+        standard_deviations=averaged(moments.standard_deviations.square()).sqrt(),
+        third_moments=None if moments.third_moments is None else averaged(moments.third_moments),
     )
 
 
 def _from_factors(
     split: SplitCurvature, factors: list[KroneckerFactors], basis: KroneckerBasis, options: EstimatorOptions
 ) -> Magnitudes:
-    """Products of the factors' own curvatures along the basis: unbiased factor by factor only."""
+    """Return products of the factors' curvatures along the basis, which are unbiased factor by factor only."""
     a, b, f = split.directions, split.magnitudes, split.share
     in_sample = _diagonal(factors, basis)
     if b is None and split.effective_folds is None:
         return floored(in_sample, None, in_sample)
-    # draws that the basis has been chosen by would count twice
+    # the basis depends on the draws that it was computed from
     share_of_a = _diagonal(factors_of(a.redrawn(), options)[0], basis) if a.is_random else in_sample
     if b is not None:
         return floored(f * share_of_a + (1 - f) * _diagonal(factors_of(b, options)[0], basis), None, in_sample)

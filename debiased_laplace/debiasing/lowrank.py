@@ -1,16 +1,15 @@
-"""Low rank plus diagonal: directions of some samples, magnitudes from others, and what is outside the directions."""
+"""Low rank plus diagonal: directions from some samples, magnitudes from others, and a complement."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from debiased_laplace.curvature.kronecker import KroneckerFactors, kronecker_basis
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.sub_batch import Aspect, DirectionalMoments
-from debiased_laplace.debiasing import complement as outside
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, ResidualRequest
+from debiased_laplace.debiasing import complement
 from debiased_laplace.debiasing.complement import RESIDUAL_OF, ComplementKind, LowRankCurvature
-from debiased_laplace.debiasing.cross_fitting import Question, cross_fitted_moments
+from debiased_laplace.debiasing.cross_fitting import cross_fitted_moments
 from debiased_laplace.debiasing.directions import REQUESTED, find_directions, threshold_of
 from debiased_laplace.debiasing.kronecker import basis_without, factors_of
 from debiased_laplace.debiasing.magnitudes import (
@@ -26,162 +25,126 @@ from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
-@dataclass(frozen=True)
-class LowRankChoice:
-    """In what low-rank estimates from the same samples can differ without much being computed twice.
-
-    Attributes:
-        rank: number of directions; None: all that the samples support.
-        complement: of the directions.
-        in_sample: the biased way, what the direction samples say themselves, whatever other samples there are; of a
-            curvature that draws nothing.
-    """
-
-    rank: int | None
-    complement: ComplementKind
-    in_sample: bool = False
-
-
-def estimate_low_ranks(
-    split: SplitCurvature, options: EstimatorOptions, choices: Sequence[LowRankChoice]
-) -> list[CurvatureEstimate]:
-    """Several low-rank estimates that share their directions, those of smaller rank taking the leading ones.
+def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOptions]) -> list[CurvatureEstimate]:
+    """Estimate several low ranks from one eigendecomposition; smaller ranks take its leading directions.
 
     Args:
-        split: curvature of the samples, by what they are used for.
-        options: all but what the choices say.
-        choices: of each.
+        split: curvature of the direction and magnitude samples.
+        variants: options that differ in rank, complement and magnitudes only. "same_batch" uses the direction samples
+            alone; it cannot be mixed with other magnitudes for a Monte-Carlo curvature.
 
     Returns:
-        An estimate for each choice.
+        An estimate for each of the options.
     """
-    a = split.directions
-    in_basis = any(choice.complement == "kron" for choice in choices)
-    if (in_basis or len(choices) > 1) and isinstance(a, RowCurvature):
+    a, options = split.directions, variants[0]
+    kinds = [_complement_of(variant) for variant in variants]
+    with_basis = "kron" in kinds
+    if (with_basis or len(variants) > 1) and isinstance(a, RowCurvature):
         a.keep_rows()
-    ranks = [choice.rank for choice in choices]
-    largest = None if None in ranks else max((rank for rank in ranks if rank is not None), default=None)
-    threshold = min(_threshold(options, rank) for rank in ranks)
-    # first: a Hessian that does not fit is found out before Lanczos has done its work
-    factors = factors_of(a, options)[0] if in_basis else None
+    given = [variant.rank for variant in variants if variant.rank is not None]
+    thresholds = [REQUESTED if v.structure == "full" else threshold_of(v.rank) for v in variants]
+    # factors first: a Hessian that does not fit into memory fails here, before a Lanczos run
+    factors = factors_of(a, options)[0] if with_basis else None
     basis = None if factors is None else kronecker_basis(factors, a.network.like.dtype)
-    pairs = find_directions(a, rank=largest, solver=options.solver, seed=options.seed, threshold=threshold)
-    questions = []
-    for choice in choices:
-        threshold = _threshold(options, choice.rank)
-        k = min(len(pairs.values) if choice.rank is None else choice.rank, numerical_rank(pairs.values, threshold))
-        questions.append(Question(k, threshold, RESIDUAL_OF[choice.complement], choice.complement == "kron"))
-    asked = list(dict.fromkeys(questions))
-    owns = dict(zip(asked, _owns(split, pairs, asked, basis), strict=True))
-    asked = list(dict.fromkeys(q for q, choice in zip(questions, choices, strict=True) if not choice.in_sample))
-    others = dict(zip(asked, _others(split, pairs, asked, factors, basis, options), strict=True))
+    rank = max(given) if len(given) == len(variants) else None
+    pairs = find_directions(a, rank=rank, solver=options.solver, seed=options.seed, threshold=min(thresholds))
+    requests = []
+    for variant, kind, threshold in zip(variants, kinds, thresholds, strict=True):
+        k = min(len(pairs.values) if variant.rank is None else variant.rank, numerical_rank(pairs.values, threshold))
+        requests.append(ResidualRequest(k, RESIDUAL_OF[kind], basis if kind == "kron" else None, threshold))
+    own_moments = _own_moments(split, pairs, list(dict.fromkeys(requests)))
+    biased = [variant.magnitudes == "same_batch" for variant in variants]
+    debiased = list(dict.fromkeys(r for r, same in zip(requests, biased, strict=True) if not same))
+    other_moments = _other_moments(split, pairs, debiased, factors, options)
     estimates = []
-    for choice, question in zip(choices, questions, strict=True):
-        leading = pairs if question.rank == len(pairs.values) else pairs.leading(question.rank)
-        along = None if choice.in_sample else others[question]
-        evidence = Evidence(owns[question], along, basis if question.in_basis else None)
-        magnitudes = _magnitudes(split, leading, evidence)
-        curvature = _with_complement(leading, magnitudes, evidence, choice.complement, split.share)
+    for kind, request, same in zip(kinds, requests, biased, strict=True):
+        leading = pairs if request.rank == len(pairs.values) else pairs.leading(request.rank)
+        own, others = own_moments.get(request), None if same else other_moments.get(request)
+        magnitudes = _magnitudes(split, leading, own, others)
+        weighted = [(split.share if others is not None else 1.0, own), (1 - split.share, others)]
+        curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis)
         source = (a if split.magnitudes is None else split.magnitudes).source
         estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
     return estimates
 
 
-def _threshold(options: EstimatorOptions, rank: int | None) -> float:
-    return REQUESTED if options.structure == "full" else threshold_of(rank)
+def _complement_of(options: EstimatorOptions) -> ComplementKind:
+    if options.structure == "full":
+        # in the null space of H_a, where eigenvectors are arbitrary, one average curvature
+        return "isotropic"
+    if options.metric == "kron":
+        # the axes of the whitened coordinates are those of the Kronecker basis
+        return "diagonal"
+    return options.complement or "kron"
 
 
-def _others(
-    split: SplitCurvature,
-    pairs: Eigenpairs,
-    questions: list[Question],
-    factors: list[KroneckerFactors] | None,
-    basis: KroneckerBasis | None,
-    options: EstimatorOptions,
-) -> list[DirectionalMoments | None]:
-    """What other samples say: those of the magnitudes, or every fold along the directions of the other folds."""
-    b = split.magnitudes
-    if not questions:
-        return []
-    if b is not None:
-        if len(questions) > 1 and isinstance(b, RowCurvature):
-            b.keep_rows()
-        return list(b.nested_moments(pairs.vectors, [_aspect(q, basis) for q in questions]))
-    if split.effective_folds is None:
-        return [None] * len(questions)
-    a = split.directions
-    basis_of = None if factors is None else lambda fold: basis_without(a, factors, fold, options)
-    found = cross_fitted_moments(a, split.effective_folds, pairs, questions, seed=options.seed, basis_of=basis_of)
-    return list(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What the samples say along the directions and outside them.
-
-    Attributes:
-        own: of the samples that the directions come from, where their eigenvalues are not all of it.
-        others: of the samples that the magnitudes come from, or of the folds; None for the biased estimate.
-        basis: in which the diagonal outside is; None for the axes.
-    """
-
-    own: DirectionalMoments | None
-    others: DirectionalMoments | None
-    basis: KroneckerBasis | None
-
-
-def _aspect(question: Question, basis: KroneckerBasis | None) -> Aspect:
-    return Aspect(question.rank, question.residual, basis if question.in_basis else None)
-
-
-def _owns(
-    split: SplitCurvature, pairs: Eigenpairs, questions: list[Question], basis: KroneckerBasis | None
-) -> list[DirectionalMoments | None]:
-    """What the direction samples say, where their eigenvalues are not all of it."""
+def _own_moments(
+    split: SplitCurvature, pairs: Eigenpairs, requests: list[ResidualRequest]
+) -> dict[ResidualRequest, DirectionalMoments]:
+    """Measure the direction samples, for the requests that their eigenvalues do not answer."""
     a = split.directions
     has_others = split.magnitudes is not None or split.effective_folds is not None
-    # the draws that the directions were chosen by would count twice
+    # the directions depend on the draws that they were computed from
     again = a.redrawn() if has_others else a
-    wanted = [q.residual != "none" or again is not a for q in questions]
-    found = iter(
-        again.nested_moments(
-            pairs.vectors, [_aspect(q, basis) for q, want in zip(questions, wanted, strict=True) if want]
-        )
-        if any(wanted)
-        else []
-    )
-    return [next(found) if want else None for want in wanted]
+    requests = [request for request in requests if request.residual != "none" or again is not a]
+    moments = again.nested_moments(pairs.vectors, requests) if requests else []
+    return dict(zip(requests, moments, strict=True))
 
 
-def _magnitudes(split: SplitCurvature, pairs: Eigenpairs, evidence: Evidence) -> Magnitudes:
-    a, others = split.directions, evidence.others
-    redrawn = evidence.own if a.is_random else None
+def _other_moments(
+    split: SplitCurvature,
+    pairs: Eigenpairs,
+    requests: list[ResidualRequest],
+    factors: list[KroneckerFactors] | None,
+    options: EstimatorOptions,
+) -> dict[ResidualRequest, DirectionalMoments]:
+    """Measure the magnitude samples, or every fold along the directions of the others; empty if there are neither."""
+    a, b = split.directions, split.magnitudes
+    if not requests or (b is None and split.effective_folds is None):
+        return {}
+    if b is not None:
+        if len(requests) > 1 and isinstance(b, RowCurvature):
+            b.keep_rows()
+        moments = b.nested_moments(pairs.vectors, requests)
+    else:
+        assert split.effective_folds is not None  # for the type checker
+        basis_of = None if factors is None else lambda fold: basis_without(a, factors, fold, options)
+        folds = split.effective_folds
+        moments = cross_fitted_moments(a, folds, pairs, requests, seed=options.seed, basis_of=basis_of)
+    return dict(zip(requests, moments, strict=True))
+
+
+def _magnitudes(
+    split: SplitCurvature, pairs: Eigenpairs, own: DirectionalMoments | None, others: DirectionalMoments | None
+) -> Magnitudes:
+    a = split.directions
+    redrawn = own if a.is_random else None
     if split.magnitudes is not None and others is not None:
         return held_out(pairs.values, others, n_a=a.n_samples, n_data=split.n_data, a_redrawn=redrawn)
     if others is not None:
         return cross_fitted(pairs.values, others, n_data=split.n_data, redrawn=redrawn, decreasing=True)
-    if evidence.own is not None:
-        own = evidence.own
-    elif pairs.projections is not None:
+    if own is None and pairs.projections is not None:
         own = moments_from_projections(pairs.projections, a.n_samples)
-    else:
+    elif own is None:
         own = a.moments(pairs.vectors)
     return same_batch(pairs.values, own, n_data=split.n_data, drawn=a.is_random)
 
 
 def _with_complement(
-    pairs: Eigenpairs, magnitudes: Magnitudes, evidence: Evidence, kind: ComplementKind, share: float
+    pairs: Eigenpairs,
+    magnitudes: Magnitudes,
+    kind: ComplementKind,
+    weighted: list[tuple[float, DirectionalMoments | None]],
+    basis: KroneckerBasis | None,
 ) -> LowRankCurvature:
-    """The low rank with what is outside it, weighted as a finite population wants it."""
+    """Complete the low rank with the weighted sum of the residuals."""
     U, m = pairs.vectors, magnitudes.values
-    own, others = evidence.own, evidence.others
-    weighted = [(share if others is not None else 1.0, own), (1 - share, others)]
     parts = [(weight, part) for weight, part in weighted if part is not None]
     if kind == "none":
-        return outside.without_complement(U, m)
+        return complement.without_complement(U, m)
     if kind == "isotropic":
-        return outside.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]))
-    return outside.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), evidence.basis)
+        return complement.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]))
+    return complement.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), basis)
 
 
 def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor:

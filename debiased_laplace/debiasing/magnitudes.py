@@ -1,4 +1,4 @@
-r"""Estimates of the full-batch curvature along directions: the biased one that everybody uses, and the split.
+r"""Estimates of the full-batch curvature along directions: the usual biased one, held-out and cross-fitted ones.
 
 References:
     Tatzel, Mucsányi, Hackel & Hennig (2025), arXiv 2410.14325 (directions and magnitudes from different halves);
@@ -23,11 +23,11 @@ class Magnitudes:
 
     Attributes:
         values: the estimate of $u_i^\top H_D u_i$ of the full batch.
-        standard_errors: of the values, from the spread over samples; 0 where every sample was used; None where no
-            per-sample values were computed.
+        standard_errors: standard errors from the spread over samples; 0 if every sample was used; None without
+            per-sample values.
         in_sample: $u_i^\top H_a u_i$ of the samples that the directions come from.
-        n_floored: how many values had to be raised to 0.
-        error_shape: what else is known of the errors; None where there are none, or nobody asked for third moments.
+        n_floored: number of negative values that were raised to 0.
+        error_shape: skewness and other properties of the errors; None without standard errors or third moments.
     """
 
     values: Float[Tensor, " k"]
@@ -37,13 +37,13 @@ class Magnitudes:
     error_shape: ErrorShape | None = None
 
     def to(self, dtype: torch.dtype) -> "Magnitudes":
-        """The same in another precision."""
+        """Convert to another precision."""
         errors = None if self.standard_errors is None else self.standard_errors.to(dtype)
         shape = None if self.error_shape is None else self.error_shape.to(dtype)
         return Magnitudes(self.values.to(dtype), errors, self.in_sample.to(dtype), self.n_floored, shape)
 
     def scaled(self, factors: Float[Tensor, " k"]) -> "Magnitudes":
-        """The same along directions of other lengths: each curvature times a positive number."""
+        """Rescale for directions of other lengths: multiply each curvature by a positive number."""
         errors, shape = self.standard_errors, self.error_shape
         if shape is not None:
             shape = replace(shape, mismatch=shape.mismatch * factors)
@@ -64,19 +64,19 @@ def held_out(
     n_data: int,
     a_redrawn: DirectionalMoments | None = None,
 ) -> Magnitudes:
-    r"""$u_i^\top [f H_a + (1 - f) H_b] u_i$ with $f = |a| / N$: unbiased for the full batch.
+    r"""Estimate $u_i^\top [f H_a + (1 - f) H_b] u_i$ with $f = |a| / N$, which is unbiased for the full batch.
 
-    Valid only if b is drawn from the samples outside a. Weighting by the known share of a makes the estimate exact
-    where a and b are all the data.
+    Valid only if b is drawn from the samples outside a. The weight f makes the estimate exact if a and b are all the
+    data.
 
     Args:
         in_sample: $u_i^\top H_a u_i$.
         b: moments of the magnitude samples along the directions.
         n_a: number of direction samples.
-        n_data: N.
-        a_redrawn: for a Monte-Carlo curvature, whose draws the directions have chosen among: moments of the direction
-            samples with fresh draws, which take the place of `in_sample` in the share of a. Then no sample is known
-            exactly, and the standard errors do without the finite population (they are a little too large).
+        n_data: size N of the data set.
+        a_redrawn: for a Monte-Carlo curvature: moments of the direction samples with fresh draws, which replace
+            `in_sample` in the share of a. Standard errors are then without finite-population correction, because no
+            sample's curvature is exact (slightly too large).
 
     Returns:
         The magnitudes.
@@ -103,22 +103,22 @@ def cross_fitted(
     redrawn: DirectionalMoments | None = None,
     decreasing: bool,
 ) -> Magnitudes:
-    r"""$f \lambda_i(H_B) + (1 - f) c_i$ with $f = |B| / N$: $c_i$ is what folds say along others' i-th direction.
+    r"""Estimate $f \lambda_i(H_B) + (1 - f) c_i$ with $f = |B| / N$ and $c_i$ the cross-fitted curvature.
 
-    Valid only if folds are of samples and B is drawn from all N. At B = N it is the full batch itself.
+    Valid only if folds are of samples and B is drawn from all N. Exact if B is all the data.
 
     Args:
         in_sample: $u_i^\top H_B u_i$.
-        folds: pooled moments of the folds, matched by index.
-        n_data: N.
-        redrawn: for a Monte-Carlo curvature, moments along the directions with fresh draws, in place of `in_sample`.
-        decreasing: whether the true values are known to decrease with the index, as those of eigenvectors do on
-            average: $c_i$ is made non-increasing by isotonic regression, which keeps its sum.
+        folds: pooled moments $c_i$ of the folds, each along the i-th direction of the others.
+        n_data: size N of the data set.
+        redrawn: for a Monte-Carlo curvature: moments along the directions with fresh draws, in place of `in_sample`.
+        decreasing: whether the true values decrease with the index, as those of eigenvectors do on average: $c_i$ is
+            then made non-increasing by isotonic regression, which preserves its sum.
 
     Returns:
-        The magnitudes; their standard errors, from the spread of all samples, are approximate: B stands for the rest
-        of the data, of which it is no part, so that $\sqrt{(1 - f) / |B|}$ takes the place of $1 / \sqrt{|B|}$.
+        The magnitudes. Standard errors, from the spread of all samples, are approximate.
     """
+    # standard errors use sqrt((1 - f) / |B|), as B estimates the mean of the other N - |B| samples
     n = folds.n_samples
     f = n / n_data
     c = _non_increasing(folds.means) if decreasing else folds.means
@@ -136,16 +136,16 @@ def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
 
 
 def same_batch(values: Float[Tensor, " k"], own: DirectionalMoments, *, n_data: int, drawn: bool = False) -> Magnitudes:
-    r"""The eigenvalues of $H_B$ themselves: too large for the leading directions, too small for the trailing ones.
+    r"""Return the eigenvalues of $H_B$, which are too large for leading directions and too small for trailing ones.
 
     Args:
         values: $u_i^\top H_B u_i$.
         own: moments over the samples of B of the curvature along each direction.
-        n_data: N.
-        drawn: the curvature is a Monte-Carlo one, which is not known exactly even on all the data.
+        n_data: size N of the data set.
+        drawn: whether the curvature is a Monte-Carlo estimate, which is inexact even on all the data.
 
     Returns:
-        The magnitudes; their standard errors, and intervals from these, know nothing of the bias.
+        The magnitudes. Standard errors, and intervals from them, do not include the bias.
     """
     sampled = 0.0 if drawn else own.n_samples / n_data
     errors = (1 - sampled) ** 0.5 * _spread([(1.0, own)])
@@ -153,14 +153,14 @@ def same_batch(values: Float[Tensor, " k"], own: DirectionalMoments, *, n_data: 
 
 
 def moments_from_projections(projections: Float[Tensor, "R k"], n_samples: int) -> DirectionalMoments:
-    """Moments over samples of the curvature along directions, from the rows' projections on them."""
+    """Compute moments over samples of the curvature along directions from the rows' projections on them."""
     sums = RunningMoments(projections.shape[1], projections)
     sums.add(projections.to(sums.first.dtype).square().unflatten(0, (n_samples, -1)).sum(1))
     return sums.moments()
 
 
 def _spread(parts: Sequence[tuple[float, DirectionalMoments]]) -> Float[Tensor, " k"]:
-    """Standard error of a weighted sum of means of independent samples."""
+    """Return the standard error of a weighted sum of means of independent samples."""
     variances = [weight**2 * part.standard_deviations.square() / part.n_samples for weight, part in parts]
     return torch.stack(variances).sum(0).sqrt()
 
@@ -168,7 +168,7 @@ def _spread(parts: Sequence[tuple[float, DirectionalMoments]]) -> Float[Tensor, 
 def _error_shape(
     parts: Sequence[tuple[float, DirectionalMoments]], mismatch: Float[Tensor, " k"], sampled_share: float
 ) -> ErrorShape | None:
-    """Skewness of a weighted sum of means of independent samples, and the rest as given."""
+    """Return the error shape with the skewness of a weighted sum of means of independent samples."""
     cumulants = [weight**3 * part.third_cumulants for weight, part in parts if part.third_cumulants is not None]
     if len(cumulants) < len(parts):
         return None
@@ -178,6 +178,6 @@ def _error_shape(
 
 
 def floored(values: Tensor, errors: Tensor | None, in_sample: Tensor, shape: ErrorShape | None = None) -> Magnitudes:
-    """Magnitudes with negative values raised to 0 and counted: a posterior precision cannot have them."""
+    """Return magnitudes with negative values raised to 0 and counted, as a precision cannot be negative."""
     negative = int((values < 0).sum())
     return Magnitudes(values.clamp_min(0), errors, in_sample, negative, shape).to(values.dtype)

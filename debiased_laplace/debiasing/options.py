@@ -45,8 +45,8 @@ class EstimatorOptions:
     """Options of the estimate, with the names of the public constructor and checked against each other.
 
     Attributes:
-        complement: None becomes "none" where the directions span everything ("kron", "full"). For "lowrank" it stays
-            None until `resolved` for a prior.
+        complement: None becomes "none" if the directions span the whole space ("kron", "full"). For "lowrank" it stays
+            None until `resolved`.
 
     Raises:
         ValueError: if an option is out of range, or belongs to another structure.
@@ -78,14 +78,14 @@ class EstimatorOptions:
         self._check_structure()
 
     def _check_structure(self) -> None:
-        """Refuse an option that the structure would silently ignore."""
+        """Raise if an option is given that the structure ignores."""
         for field in fields(self):
             value, structure = getattr(self, field.name), _STRUCTURE_OF.get(field.name, self.structure)
             unused = value in (field.default, "none") if field.name == "complement" else value == field.default
             of_complement = self.complement in (None, "kron") and field.name in ("kron_basis", "kfac_approx")
             if structure != self.structure and not unused and not of_complement:
                 raise ValueError(
-                    f"{field.name} is of hessian_structure={structure!r}; got {field.name}={value!r} with "
+                    f"{field.name} requires hessian_structure={structure!r}; got {field.name}={value!r} with "
                     f"{self.structure!r}."
                 )
         if self.inverse_correction != "none" and self.kron_magnitudes == "kronecker":
@@ -94,7 +94,7 @@ class EstimatorOptions:
                 "'exact'."
             )
         if self.kfac_approx != "expand" and self.kron_basis != "kfac":
-            raise ValueError(f"kfac_approx is of kron_basis='kfac'; got it with {self.kron_basis!r}.")
+            raise ValueError(f"kfac_approx requires kron_basis='kfac'; got it with {self.kron_basis!r}.")
 
     def resolved(self, *, prior_of_blocks: bool) -> "EstimatorOptions":
         """Return the options with the default complement: "kron", or "diagonal" under a prior per parameter.
@@ -108,19 +108,19 @@ class EstimatorOptions:
 
 
 RANKS = (25, 100, 400, None)
-"""The ranks among which `rank="auto"` chooses."""
+"""Candidates of `rank="auto"`."""
 
 SHARES = (0.25, 0.5, 0.75)
-"""The shares of the directions among which `direction_samples="auto"` chooses."""
+"""Candidates of `direction_samples="auto"`, as shares of the samples."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One kind of estimate among those to choose from.
+    """A candidate of an automatic choice.
 
     Attributes:
-        options: what kind.
-        direction_share: the share of the samples that the directions come from, of `held_out`.
+        options: options of its estimate.
+        direction_share: share of the samples that give directions; for "held_out".
     """
 
     options: EstimatorOptions
@@ -139,11 +139,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for: options, some of them left to be chosen by held-out KL.
+    """Options of the constructor, some of them to be chosen by held-out KL.
 
     Attributes:
-        options: as given; where they are open, what stands in their place until they are chosen.
-        open: names of the constructor's arguments given as "auto".
+        options: as given, with placeholders for the open ones.
+        open: names of the arguments that were given as "auto".
     """
 
     options: EstimatorOptions
@@ -151,59 +151,59 @@ class Request:
 
     @classmethod
     def of(cls, structure: Structure, direction_samples: object, given: Mapping[str, Any]) -> "Request":
-        """Read the constructor's options.
+        """Create a request from the constructor's arguments.
 
         Args:
             structure: of the curvature.
-            direction_samples: as given; it can be open too.
+            direction_samples: as given, possibly "auto".
             given: options of the estimator by name; missing ones take their defaults.
 
         Raises:
-            ValueError: if an option is out of range, or open where the structure has no use for it.
+            ValueError: if an option is out of range, or "auto" although the structure ignores it.
         """
         values = {**{f.name: f.default for f in fields(EstimatorOptions)}, **given, "structure": structure}
-        left = {name for name in _UNTIL_CHOSEN if isinstance(values[name], str) and values[name] == "auto"}
-        for name in left:
+        opened = {name for name in _UNTIL_CHOSEN if isinstance(values[name], str) and values[name] == "auto"}
+        for name in opened:
             if structure != _STRUCTURE_OF.get(name, structure):
-                raise ValueError(f"{name} is of hessian_structure='lowrank'; got {name}='auto' with {structure!r}.")
+                raise ValueError(f"{name} requires hessian_structure='lowrank'; got {name}='auto' with {structure!r}.")
         if values["metric"] in ("kron", "auto") and values["complement"] not in (None, "kron", "auto"):
             raise ValueError(
-                f"metric={values['metric']!r} is of complement='kron', which it takes its coordinates from; got "
+                f"metric={values['metric']!r} requires complement='kron', whose basis gives its coordinates; got "
                 f"complement={values['complement']!r}."
             )
         if isinstance(direction_samples, str) and direction_samples == "auto":
             if values["magnitudes"] not in ("auto", "held_out"):
                 raise ValueError(
-                    "direction_samples='auto' is of magnitudes='held_out' or 'auto'; with "
-                    f"{values['magnitudes']!r} every sample gives directions."
+                    "direction_samples='auto' requires magnitudes='held_out' or 'auto'; got magnitudes="
+                    f"{values['magnitudes']!r}, for which every sample gives directions."
                 )
-            left.add("direction_samples")
-        values.update({name: _UNTIL_CHOSEN[name] for name in left if name in _UNTIL_CHOSEN})
+            opened.add("direction_samples")
+        values.update({name: _UNTIL_CHOSEN[name] for name in opened if name in _UNTIL_CHOSEN})
         if values["metric"] == "kron":
             values["complement"] = "kron"
-        return cls(EstimatorOptions(**values), frozenset(left))
+        return cls(EstimatorOptions(**values), frozenset(opened))
 
     def resolved(self, *, prior_of_blocks: bool) -> "Request":
         """Return the request with the default complement of a prior; see `EstimatorOptions.resolved`."""
         return replace(self, options=self.options.resolved(prior_of_blocks=prior_of_blocks))
 
     def trials(self, direction_share: float, largest_rank: int) -> list[Trial]:
-        """Every combination of what is open.
+        """Return every combination of the open options.
 
         Args:
-            direction_share: of `held_out`, where that is not open.
-            largest_rank: that there can be; larger ones all mean the same.
+            direction_share: share of the directions for "held_out", unless it is open.
+            largest_rank: upper bound of the rank; larger candidates are left out.
         """
         given = self.options
         kinds = get_args(MagnitudesKind) if "magnitudes" in self.open else (given.magnitudes,)
         complements = get_args(ComplementKind) if "complement" in self.open else (given.complement,)
         ranks = [r for r in RANKS if r is None or r < largest_rank] if "rank" in self.open else [given.rank]
         metrics = get_args(Metric) if "metric" in self.open else (given.metric,)
-        found = []
+        trials = []
         for kind, complement, rank, metric in product(kinds, complements, ranks, metrics):
             if metric == "kron" and complement != "kron":
                 continue
             options = replace(given, magnitudes=kind, complement=complement, rank=rank, metric=metric)
             open_share = kind == "held_out" and "direction_samples" in self.open
-            found += [Trial(options, share) for share in (SHARES if open_share else (direction_share,))]
-        return found
+            trials += [Trial(options, share) for share in (SHARES if open_share else (direction_share,))]
+        return trials

@@ -1,4 +1,4 @@
-"""The samples' curvature by what it is used for, and the estimate made from it."""
+"""Curvature of the direction and magnitude samples, and the estimate computed from it."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ class SplitCurvature:
     """Curvature of the direction samples and of the magnitude samples.
 
     Attributes:
-        directions: of the samples for the directions.
-        magnitudes: of the samples for the magnitudes, disjoint from the direction samples; None where there are none.
+        directions: curvature of the direction samples.
+        magnitudes: curvature of the magnitude samples, disjoint from them; None if there are none.
         folds: fold of each direction sample; None without cross-fitting.
         n_data: size N of the data set.
     """
@@ -29,7 +29,7 @@ class SplitCurvature:
 
     @property
     def effective_folds(self) -> Int64[Tensor, " a"] | None:
-        """Fold of each sample; None where the samples are all the data, whose own curvature is exact."""
+        """Fold of each sample; None if the samples are all the data, whose in-sample curvature is exact."""
         return self.folds if self.share < 1 or self.directions.is_random else None
 
     @property
@@ -44,9 +44,9 @@ class CurvatureEstimate:
 
     Attributes:
         curvature: low rank plus diagonal.
-        magnitudes: curvatures along the directions (of a Kronecker structure, along the basis) with standard errors.
-        outcome: of the eigensolver.
-        source: the engine or backend that computed the curvature along the directions.
+        magnitudes: curvatures along the directions (Kronecker structure: along the basis), with standard errors.
+        outcome: outcome of the eigensolver.
+        source: engine or backend that computed the curvature along the directions.
         dropped: largest eigenvalue below the threshold of `rank=None`.
     """
 

@@ -1,8 +1,8 @@
-r"""How many samples are enough: they are doubled until that gains less held-out KL than is asked for.
+r"""Stopping rule for the number of samples, which is doubled until the gain in held-out KL is below a tolerance.
 
-The smaller of two posteriors was fitted to some of the n samples that the larger one has read. Both are judged by their
-KL to the full batch, for which stands $f H_B + (1 - f) H_c$: the n samples B with their exact share $f = n / N$, and
-samples c that neither has seen. Only c is subject to chance, and the two are paired on it.
+The smaller of two posteriors was fitted to a subset of the n samples B of the larger one. The KL of both to the full
+batch is evaluated with $f H_B + (1 - f) H_c$: B with its exact share $f = n / N$, and samples c that neither has seen.
+Only c is random, and the two are paired on it.
 """
 
 import math
@@ -15,27 +15,27 @@ from torch import Tensor
 from debiased_laplace.debiasing.held_out_kl import KLTerms
 
 FIRST_STAGE = 32
-"""Samples of the first stage, where the estimator can take so few."""
+"""Samples of the first stage, if the estimator works with so few."""
 
 ENOUGH_UNSEEN = 128
-"""Unseen samples by which a gain is judged where it is made of fewer: a few of them carry most of it."""
+"""Minimum number of unseen samples to evaluate a gain on, if there are as many: a few carry most of it."""
 
 FEWEST_UNSEEN = 8
-"""Unseen samples below which a gain is not judged at all: their spread says too little."""
+"""Number of unseen samples below which a gain is not evaluated, because their spread is too uncertain."""
 
 _CAUTION = 2
-"""Standard errors between a gain and the tolerance: of many noisy gains, one would soon be small by luck."""
+"""Standard errors between a gain and the tolerance: of several noisy gains, one is soon small by chance."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An estimate on the way.
+    """An estimate from part of the samples.
 
     Attributes:
-        n_samples: that were read for it.
-        gain: how much closer to the full batch it is than the one before it, in nats of held-out KL; None for the
-            first one, and where too few samples were left to tell.
-        standard_error: of the gain, in nats; 0 where all data were used, and the gain is exact.
+        n_samples: number of samples that it read.
+        gain: decrease of the KL to the full batch from the estimate before it, in nats; None for the first estimate,
+            and if too few unseen samples were left.
+        standard_error: standard error of the gain, in nats; 0 if all data were used and the gain is exact.
     """
 
     n_samples: int
@@ -44,25 +44,25 @@ class Stage:
 
     @property
     def at_most(self) -> float:
-        """What the gain may still be, by its error; infinite where it is not known."""
+        """Upper confidence limit of the gain; infinite if it is unknown."""
         if self.gain is None or self.standard_error is None:
             return math.inf
         return self.gain + _CAUTION * self.standard_error
 
     @property
     def shown_gain(self) -> str:
-        """The gain and its error, in nats."""
-        return "not known" if self.gain is None else f"{self.gain:.3g} ± {self.standard_error:.2g} nats"
+        """Gain and standard error as text, in nats."""
+        return "unknown" if self.gain is None else f"{self.gain:.3g} ± {self.standard_error:.2g} nats"
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """Why no more samples were read.
+    """The reason why no more samples were read.
 
     Attributes:
-        stages: the estimates on the way, the last one of which was kept.
+        stages: estimates from more and more samples; the last one was kept.
         tolerance: in nats.
-        n_available: samples that there were.
+        n_available: number of available samples.
     """
 
     stages: tuple[Stage, ...]
@@ -71,26 +71,26 @@ class Stopping:
 
     @property
     def enough(self) -> bool:
-        """Whether the last doubling gained less than the tolerance, and not only by luck: by two standard errors."""
+        """Whether the last doubling gained less than the tolerance, by at least two standard errors."""
         return self.stages[-1].at_most < self.tolerance
 
     @property
     def reason(self) -> str:
-        """In a sentence."""
+        """Reason as a sentence."""
         last = self.stages[-1]
         if len(self.stages) == 1:
-            return f"all {last.n_samples} samples were used: too few to double any."
+            return f"all {last.n_samples} samples were used: too few to double them."
         before = self.stages[-2].n_samples
         verb = "doubling" if last.n_samples == 2 * before else "going"
         step = f"{verb} from {before} to {last.n_samples} samples"
         gained = f"{step} gained {last.shown_gain}"
         if last.gain is None:
-            gained = f"what {step} gained is not known, with too few left to tell"
+            gained = f"the gain of {step} is unknown, because too few unseen samples were left"
         if last.n_samples == self.n_available:
             return f"all {last.n_samples} samples were used: {gained} (tolerance {self.tolerance:g})."
         if last.at_most < 0:
-            lost = "more samples brought this estimator no closer; another one may gain from them"
-            return f"stopped: {gained}, less than nothing by over two standard errors: {lost}."
+            lost = "more samples brought this estimator no closer to the full batch; another one may gain from them"
+            return f"stopped: {gained}, below zero by over two standard errors: {lost}."
         return f"stopped: {gained}, less than the tolerance of {self.tolerance:g} by over two standard errors."
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class Stopping:
 
 
 def stage_sizes(first: int, n: int) -> Iterator[int]:
-    """Numbers of samples, doubled until there are no more."""
+    """Yield numbers of samples, doubled up to n."""
     while first < n:
         yield first
         first *= 2
@@ -115,16 +115,15 @@ def stage(
     n_data: int,
     drawn: bool,
 ) -> Stage:
-    """What the larger of two posteriors gains.
+    """Estimate the gain of the larger of two posteriors.
 
     Args:
-        smaller: terms of the posterior of fewer samples.
-        larger: terms of the other one.
-        read: `sample_terms` of all samples that the larger one has read, those of the smaller less those of the larger.
-        unseen: likewise, of samples that neither has seen; may be empty where all data were read.
-        n_data: N.
-        drawn: whether the curvature was drawn (Monte Carlo). Then a sample would say something else the next time, and
-            no share of the full batch is known exactly.
+        smaller: terms of the posterior fitted to fewer samples.
+        larger: terms of the other posterior.
+        read: `sample_terms` of all samples that the larger one has read, for the smaller minus those for the larger.
+        unseen: the same for samples that neither has seen; may be empty if all data were read.
+        n_data: size N of the data set.
+        drawn: whether the curvature is a Monte-Carlo estimate, for which no share of the full batch is exact.
 
     Returns:
         The stage, with the gain and its standard error.
@@ -135,12 +134,12 @@ def stage(
     gain, variance = own + f * float(read.mean()), 0.0
     if m:
         gain += (1 - f) * float(unseen.mean())
-    # drawing without replacement leaves less to chance, and nothing where the unseen samples are all the others
+    # finite-population correction; 0 if the unseen samples are all the others
     left_out = 1.0 if drawn else 1 - m / max(n_data - n, m, 1)
     if m and left_out > 0:
         variance += left_out * _variance_of_mean((1 - f) * unseen)
     if drawn:
-        # too large by the spread over samples, which are not drawn
+        # an upper bound: it includes the spread over samples, which are fixed
         variance += _variance_of_mean(f * read)
     return Stage(n, gain, math.sqrt(variance))
 

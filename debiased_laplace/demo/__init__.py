@@ -1,4 +1,4 @@
-"""The main job on real data: train, fit three posteriors, compare them, write a report."""
+"""Demo on real data: train a network, fit three posteriors, compare them, write a report."""
 
 from debiased_laplace.demo.presentation import run
 

@@ -1,4 +1,4 @@
-"""The demo's posteriors, and how far they are from the full batch."""
+"""Posteriors of the demo, and their distances from the full-batch posterior."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ PRIOR_PRECISION = 40.0
 
 
 def fit_posteriors(model: nn.Module, data: Digits, seed: int) -> dict[str, DebiasedParametricLaplace]:
-    """The biased one, the debiased one, and the full-batch reference; equal but for the samples and their use."""
+    """Fit the biased, the debiased and the full-batch posterior, which differ in their samples and magnitudes only."""
 
-    def fitted(
+    def fit(
         magnitudes: Literal["held_out", "same_batch"],
         samples: Subset[tuple[Tensor, ...]] | TensorDataset,
         complement: Literal["none", "diagonal"],
@@ -37,16 +37,16 @@ def fit_posteriors(model: nn.Module, data: Digits, seed: int) -> dict[str, Debia
         la.fit(DataLoader(samples, batch_size=64), n_data=N_TRAIN, progress_bar=True)
         return la
 
-    # the full batch first: the report compares held-out KLs with the first posterior
+    # the full batch is first, as the report compares held-out KLs with those of the first posterior
     return {
-        "full batch": fitted("same_batch", data.train, "none"),
-        "same_batch": fitted("same_batch", data.curvature, "diagonal"),
-        "debiased": fitted("held_out", data.curvature, "diagonal"),
+        "full batch": fit("same_batch", data.train, "none"),
+        "same_batch": fit("same_batch", data.curvature, "diagonal"),
+        "debiased": fit("held_out", data.curvature, "diagonal"),
     }
 
 
 def predict(model: nn.Module, posteriors: dict[str, DebiasedParametricLaplace], inputs: Tensor) -> dict[str, Tensor]:
-    """Class probabilities of the network itself and of each posterior."""
+    """Return the class probabilities of the network and of each posterior."""
     with torch.no_grad():
         predictions = {"MAP": model(inputs).softmax(-1)}
     for name, la in tqdm(posteriors.items(), desc="[Predicting]", leave=False):
@@ -58,11 +58,11 @@ def predict(model: nn.Module, posteriors: dict[str, DebiasedParametricLaplace], 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a posterior is from the full batch, over the parameters, in nats.
+    """KL divergence of a posterior over the parameters from the full-batch posterior, in nats.
 
     Attributes:
-        estimated: from held-out samples; None for the full batch itself.
-        true: the KL divergence.
+        estimated: estimate from held-out samples; None for the full batch itself.
+        true: exact value.
     """
 
     estimated: HeldOutDifference | None
@@ -72,7 +72,7 @@ class Distance:
 def distances(
     posteriors: dict[str, DebiasedParametricLaplace], summaries: Mapping[str, PosteriorSummary]
 ) -> dict[str, Distance]:
-    """KL to the full batch, as the held-out samples tell and as it is."""
+    """Return the estimated and exact KL divergence of each posterior from the full batch."""
     full = posteriors["full batch"].posterior_precision
     return {
         name: Distance(summaries[name].held_out, float(kl_divergence(la.posterior_precision, full)))
@@ -81,13 +81,13 @@ def distances(
 
 
 def total_variations(predictions: dict[str, Tensor]) -> dict[str, float]:
-    """Mean total variation between each method's class probabilities and the full batch's."""
+    """Return the mean total variation between the class probabilities of each method and of the full batch."""
     full = predictions["full batch"]
     return {name: float((p - full).abs().sum(1).mean()) / 2 for name, p in predictions.items()}
 
 
 def inflation(la: DebiasedParametricLaplace, full: DebiasedParametricLaplace) -> Tensor:
-    """The curvature that a posterior uses along its directions, over the full batch's along the same ones, (k,)."""
+    """Return the ratio (k,) of a posterior's curvatures along its directions to the full-batch curvatures there."""
     overlap = (full.directions.T @ la.directions).double().square()
     truth = full.directional_curvatures.double() @ overlap
     return la.directional_curvatures.double() / truth

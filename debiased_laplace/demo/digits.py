@@ -1,7 +1,7 @@
-"""The demo's data and network.
+"""Data and network of the demo.
 
-A fifth of the training labels is replaced at random. On the clean digits a trained network is already calibrated and no
-posterior helps; with wrong labels it becomes over-confident, as networks in use often are.
+A fifth of the training labels is replaced at random. Trained on the clean digits, the network is calibrated and no
+posterior improves it; trained with wrong labels it is overconfident, as networks in use often are.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,15 @@ EPOCHS = 450
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """scikit-learn's digits, split; training labels partly wrong, test labels right."""
+    """Split of scikit-learn's digits; some training labels are wrong, the test labels are correct.
+
+    Attributes:
+        train: training images and labels.
+        test_inputs: test images.
+        test_targets: test labels.
+        curvature: training samples for the curvature of the two mini-batch posteriors.
+        held_out: other training samples, for the held-out KL.
+    """
 
     train: TensorDataset
     test_inputs: Tensor
@@ -29,18 +37,18 @@ class Digits:
 
     @property
     def test(self) -> TensorDataset:
-        """The test images with their labels."""
+        """Test images with their labels."""
         return TensorDataset(self.test_inputs, self.test_targets)
 
     @property
     def scrambled(self) -> Tensor:
-        """The test images with their pixels in another order, the same for all: as bright as digits, and none."""
+        """Test images with one random permutation of the pixels: out of distribution, with the brightness of digits."""
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
         return self.test_inputs.flatten(1)[:, order].reshape(self.test_inputs.shape)
 
 
 def load(seed: int) -> Digits:
-    """Split the 1,797 images: 1,200 to train on, of which 128 are affordable for curvature, the rest to test on."""
+    """Split the 1,797 images: 1,200 for training, of which 128 for the curvature, and the rest for the test."""
     generator = torch.Generator().manual_seed(seed)
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=generator)
@@ -61,7 +69,7 @@ def load(seed: int) -> Digits:
 
 
 def network(seed: int) -> nn.Module:
-    """A convolutional network of 3,254 parameters, not trained."""
+    """Return an untrained convolutional network of 3,254 parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -77,7 +85,7 @@ def network(seed: int) -> nn.Module:
 
 
 def train(data: Digits, seed: int, device: torch.device, epochs: int = EPOCHS) -> nn.Module:
-    """The network, trained until it has learnt many of the wrong labels too."""
+    """Train the network until it has memorized many of the wrong labels."""
     model = network(seed).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
     X, y = (t.to(device) for t in data.train.tensors)

@@ -1,4 +1,4 @@
-"""What the demo shows: tables, a picture, a report."""
+"""Tables, figure and report of the demo."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,13 +26,13 @@ SHOWN_DIRECTIONS = ((0, 1), (1, 3), (3, 10), (10, 30), (30, 100))
 
 DESCRIPTION = f"""
 A convolutional network of 3,254 parameters, trained on {N_TRAIN:,} images of scikit-learn's digits with
-{WRONG_LABELS:.0%} of the labels replaced at random. The curvature of the first two posteriors comes from the same
-{N_CURVATURE} training images: same_batch takes directions and magnitudes from all of them, the debiased one directions
-from one half and magnitudes from the other. The full batch uses all training images.
+{WRONG_LABELS:.0%} of the labels replaced at random. The curvature of two posteriors is estimated on the same
+{N_CURVATURE} training images: same_batch uses all of them for directions and magnitudes, debiased uses one half for
+directions and the other for magnitudes. The full batch uses all training images.
 
-Prior precision {PRIOR_PRECISION:g} for all, the curvature outside the directions as a diagonal, linearized predictions
-with the mean-field link. The test labels are right. The images out of distribution are the test images with their
-pixels in another order.
+All have prior precision {PRIOR_PRECISION:g}, a diagonal for the curvature outside the directions, and linearized
+predictions with the mean-field link. The test labels are correct. The out-of-distribution images are the test images
+with permuted pixels.
 """.strip()
 
 
@@ -42,33 +42,33 @@ def run(
     device: torch.device,
     *,
     epochs: int = EPOCHS,
-    say: Callable[[str], None] = print,
+    print_line: Callable[[str], None] = print,
 ) -> CalibrationReport:
-    """Train, fit, compare, report.
+    """Run the demo: train a network, fit and compare posteriors, save the report.
 
     Args:
-        out: folder of the report; made if it is not there.
-        seed: of the data split, the wrong labels, the training and the posteriors.
-        device: where to compute.
-        epochs: of the training.
-        say: prints a line.
+        out: folder of the report; created if missing.
+        seed: seed of the data split, the wrong labels, the training and the posteriors.
+        device: device of the computation.
+        epochs: number of training epochs.
+        print_line: called with each line of output.
 
     Returns:
         The report, saved as HTML, JSON and Markdown.
     """
     data = load(seed)
     model = train(data, seed, device, epochs)
-    say(f"Trained a CNN on {N_TRAIN:,} digits, {WRONG_LABELS:.0%} of the labels wrong; fitting three posteriors …")
+    print_line(f"Trained a CNN on {N_TRAIN:,} digits with {WRONG_LABELS:.0%} wrong labels; fitting three posteriors …")
     posteriors = fit_posteriors(model, data, seed)
     variations = total_variations(predict(model, posteriors, data.test_inputs.to(device)))
-    say("Predicting, and measuring distances to the full batch …")
+    print_line("Predicting, and computing distances from the full batch …")
     report = report_on(model, posteriors, data, seed=seed, device=device)
     distance = distances(posteriors, report.posteriors)
     report = replace(report, tables=(table_of(report.metrics, distance, variations), *report.tables))
     for shown in report.tables:
-        say(f"\n{shown.title}\n{text_of(shown)}\n{shown.note}")
+        print_line(f"\n{shown.title}\n{text_of(shown)}\n{shown.note}")
     paths = report.save(out, formats=("html", "json", "md"))
-    say("\nReport: " + ", ".join(str(path) for path in paths))
+    print_line("\nReport: " + ", ".join(str(path) for path in paths))
     return report
 
 
@@ -80,7 +80,7 @@ def report_on(
     seed: int,
     device: torch.device,
 ) -> CalibrationReport:
-    """The network and its posteriors on the test images, and on images that are no digits."""
+    """Evaluate the network and its posteriors on the test images and on the out-of-distribution images."""
     batches = {name: DataLoader(d, batch_size=200) for name, d in (("test", data.test), ("held out", data.held_out))}
     fitted = {name: data.train if name == "full batch" else data.curvature for name in posteriors}
     full = posteriors["full batch"]
@@ -108,14 +108,14 @@ def table_of(
     distance: dict[str, Distance],
     variations: dict[str, float],
 ) -> ReportTable:
-    """The demo's table: predictions against test labels, and parameters against the full batch."""
+    """Return the table of test metrics and of distances from the full batch."""
     rows = []
     for name, metrics in metrics_of.items():
         kl = distance.get(name)
         h = kl.estimated if kl else None
         estimated = f"{h.difference:.0f} ± {h.standard_error:.0f}" if h else "–"
         if name != "MAP" and kl is None:
-            continue  # what the report adds by itself
+            continue  # methods added by the report
         rows.append(
             (
                 name,
@@ -130,28 +130,28 @@ def table_of(
         )
     columns = ("", "accuracy", "NLL", "Brier", "ECE (floor)", "held-out KL", "KL to full batch", "TV to full batch")
     note = (
-        "KL in nats over the parameters. The held-out KL estimates the column after it "
-        f"from {N_HELD_OUT} training samples outside the curvature batch; that of the full batch is subtracted. "
-        "TV: mean total variation between the predicted probabilities."
+        f"KL in nats over the parameters. The held-out KL, with that of the full batch subtracted, estimates the next "
+        f"column from {N_HELD_OUT} training samples outside the curvature batch. TV: mean total variation between the "
+        "predicted probabilities."
     )
     return ReportTable("Four methods", columns, rows, note)
 
 
 def inflation_table(ratios: Mapping[str, Tensor]) -> ReportTable:
-    """Curvature used over full-batch curvature, by place in the spectrum."""
+    """Return the table of the ratios of curvature used to full-batch curvature, by position in the spectrum."""
     rows = []
     for start, stop in SHOWN_DIRECTIONS:
-        place = f"{start + 1}" if stop == start + 1 else f"{start + 1}–{stop}"
-        rows.append((place, *(f"{ratio[start:stop].mean():.2f}" for ratio in ratios.values())))
+        position = f"{start + 1}" if stop == start + 1 else f"{start + 1}–{stop}"
+        rows.append((position, *(f"{ratio[start:stop].mean():.2f}" for ratio in ratios.values())))
     note = (
-        "1 is right. Leading directions of a batch look more curved on that batch than on all data (above 1); "
-        "magnitudes from other samples do not know the batch's noise."
+        "1 is correct. Leading directions of a batch have a larger curvature on that batch than on all data (above 1); "
+        "magnitudes from other samples are independent of the batch's noise."
     )
     return ReportTable("Curvature used / full-batch curvature", ("direction", *ratios), rows, note)
 
 
 def inflation_figure(ratios: Mapping[str, Tensor]) -> ReportFigure:
-    """The same per direction, as a picture."""
+    """Return the figure of these ratios by direction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.6, 3.2), layout="constrained")
@@ -173,7 +173,7 @@ def inflation_figure(ratios: Mapping[str, Tensor]) -> ReportFigure:
     means = [float(ratios[name][:10].mean()) for name in ("same_batch", "debiased")]
     alt = (
         "Curvature used over full-batch curvature along the leading directions, on logarithmic axes. Over the first "
-        f"ten directions the ratio averages {means[0]:.2f} for same_batch and {means[1]:.2f} for the debiased one."
+        f"ten directions the mean ratio is {means[0]:.2f} for same_batch and {means[1]:.2f} for debiased."
     )
     return ReportFigure.from_matplotlib(
         "Inflated curvatures", figure, alt=alt, note="One draw of the curvature batch; the line at 1 is the full batch."
@@ -181,7 +181,7 @@ def inflation_figure(ratios: Mapping[str, Tensor]) -> ReportFigure:
 
 
 def text_of(table: ReportTable) -> str:
-    """A table for a terminal."""
+    """Format a table for a terminal."""
     lines = [[str(c) for c in table.columns], *([str(c) for c in row] for row in table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""How biased the quadratic of a mini-batch is for a given model, and what debiasing would change."""
+"""Diagnosis of the mini-batch bias of a model, and of what debiasing changes."""
 
 from debiased_laplace.diagnosis.diagnose import diagnose
 from debiased_laplace.diagnosis.diagnosis import Diagnosis

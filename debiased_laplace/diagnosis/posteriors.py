@@ -1,36 +1,79 @@
-r"""What debiasing gains a posterior from one batch, in nats of its KL to the full batch.
+r"""Gain of debiasing a posterior that is fitted to one batch, in nats of its KL to the full batch.
 
-Two posteriors differ in nothing but their magnitudes: the batch's own ones, and the cross-fitted ones. They share the
-rows, directions and Kronecker basis of the batch, and what judges them is put into that basis once.
+Two posteriors differ in their magnitudes alone, the batch's own or the cross-fitted ones. They share the rows,
+directions and Kronecker basis of the batch, and their held-out KLs share the rows in that basis.
+
+References:
+    Hutchinson (1990), Comm. Statist. Simulation Comput. 19(2), doi 10.1080/03610919008812866 (estimate of a trace).
 """
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.splitting import draw_sub_batches
-from debiased_laplace.debiasing.estimate import estimates_of_ranks
+from debiased_laplace.debiasing.estimate import estimate_variants
 from debiased_laplace.debiasing.held_out_kl import prior_trace
-from debiased_laplace.debiasing.lowrank import LowRankChoice
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import SplitCurvature
-from debiased_laplace.diagnosis.mixtures import MixedGaussNewton
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 RANK = 100
-"""Directions of the posteriors, at most."""
+"""Largest number of directions of the posteriors."""
 
 MIXTURES = 2
-"""Of the rows of a sample, in place of all of them: samples differ by far more than mixtures of the same one."""
+"""Mixtures per sample in place of its rows; traces vary far more between samples than between mixtures of one."""
 
 
-def mixed(samples: RowCurvature, seed: int) -> RowCurvature:
-    """The same curvature on average, with fewer rows, mixed by the seed, where there are many."""
+@dataclass(frozen=True)
+class MixedGaussNewton(OutputRoot):
+    r"""Root of the GGN with its columns mixed by random signs, $S Z / \sqrt m$, which is unbiased for the GGN.
+
+    $\mathrm{tr}(V^\top A V) = E \|A^{1/2} V^\top z\|^2$ for a vector z of random signs: a trace takes one backward pass
+    per mixture, where the rows take one per output.
+
+    Attributes:
+        likelihood: of the outputs.
+        n_mixtures: m.
+    """
+
+    likelihood: Likelihood
+    n_mixtures: int
+    kind: str = "GGN"
+
+    def n_columns(self, n_outputs: int) -> int:  # noqa: ARG002
+        """Return the number of mixtures."""
+        return self.n_mixtures
+
+    def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:
+        """Draw the signs Z (n, C, m)."""
+        shape = (len(targets), n_outputs, self.n_mixtures)
+        return torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).to(targets.device)
+
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
+        """Return the chosen mixtures."""
+        signs = targets_or_noise[..., chosen].to(outputs.dtype)
+        return self.likelihood.root(outputs, slice(None)) @ signs / self.n_mixtures**0.5
+
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:
+        """Return the transposed root times X, by the formula of the likelihood."""
+        return targets_or_noise.to(X.dtype).mT @ self.likelihood.root_transposed(outputs, X) / self.n_mixtures**0.5
+
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
+        """Return the root times its transpose times x."""
+        S = self.columns(outputs, targets_or_noise, slice(None))
+        return (S @ (S.mT @ x[..., None]))[..., 0]
+
+
+def with_mixed_rows(samples: RowCurvature, seed: int) -> RowCurvature:
+    """Return a curvature with the same expectation and at most two rows per sample, drawn by the seed."""
     if samples.rows_per_sample <= MIXTURES:
         return samples
     root = MixedGaussNewton(samples.network.likelihood, MIXTURES)
@@ -40,37 +83,38 @@ def mixed(samples: RowCurvature, seed: int) -> RowCurvature:
 def gain_of_debiasing(
     batch: RowCurvature, reference: RowCurvature, *, prior_precision: float, n_data: int, seed: int
 ) -> float:
-    r"""Nats by which the biased posterior is further from the full batch than the cross-fitted one, unbiasedly.
+    r"""Estimate by how much debiasing lowers the KL of a posterior to the full batch, without bias.
 
-    The difference of two held-out KLs, of the posteriors that `DebiasedLaplace(magnitudes="same_batch")` and
-    `"cross_fitted"` fit with a rank of 100 and the Kronecker complement: half of $N \tau$ times the difference of
-    $\mathrm{tr}(\hat P^{-1} [f H_a + (1 - f) H_c])$, of $\mathrm{tr}(\hat P^{-1} P_0)$ and of $\log\det \hat P$.
+    The gain is the difference of the held-out KLs of the posteriors that `DebiasedLaplace(magnitudes="same_batch")` and
+    `"cross_fitted"` fit with at most 100 directions and the Kronecker complement: half of $N \tau$ times the difference
+    of $\mathrm{tr}(\hat P^{-1} [f H_a + (1 - f) H_c])$, of $\mathrm{tr}(\hat P^{-1} P_0)$ and of $\log\det \hat P$.
 
     Args:
         batch: curvature of the samples a that the posteriors are fitted to.
-        reference: `mixed` curvature of samples c that are none of these.
+        reference: curvature of disjoint samples c, see `with_mixed_rows`.
         prior_precision: of the posteriors, above 0.
         n_data: N.
         seed: of folds and mixtures.
 
     Returns:
-        The gain; negative where debiasing does harm.
+        The gain in nats; negative if debiasing raises the KL.
     """
     biased, debiased, basis = _posteriors(batch, prior_precision, n_data, seed)
     pair = (biased, debiased)
-    share = batch.n_samples / n_data
-    traces = share * _mean_traces(mixed(batch, seed), pair, basis) + (1 - share) * _mean_traces(reference, pair, basis)
+    f = batch.n_samples / n_data
+    own_traces = _mean_traces(with_mixed_rows(batch, seed), pair, basis)
+    traces = f * own_traces + (1 - f) * _mean_traces(reference, pair, basis)
     prior = batch.network.like.new_tensor(prior_precision).expand(batch.network.n_parameters)
-    own = [prior_trace(precision, prior) + float(precision.log_det) for precision in pair]
+    rest = [prior_trace(precision, prior) + float(precision.log_det) for precision in pair]
     # temperature and observation noise are 1
-    values = 0.5 * (n_data * traces + traces.new_tensor(own))
+    values = 0.5 * (n_data * traces + traces.new_tensor(rest))
     return float(values[0] - values[1])
 
 
 def _posteriors(
     batch: RowCurvature, prior_precision: float, n_data: int, seed: int
 ) -> tuple[LowRankPlusDiagonal, LowRankPlusDiagonal, KroneckerBasis | None]:
-    """The precisions of both posteriors in coordinates of the basis that they share, and the basis."""
+    """Return the precisions of both posteriors in coordinates of their common basis, and the basis."""
     options = EstimatorOptions(rank=RANK, complement="kron", seed=seed)
     folds = draw_sub_batches(
         torch.arange(batch.n_samples),
@@ -81,23 +125,23 @@ def _posteriors(
         seed=seed,
         n_folds=options.n_folds,
     ).folds
-    choices = [LowRankChoice(RANK, "kron", in_sample=True), LowRankChoice(RANK, "kron")]
+    variants = [replace(options, magnitudes="same_batch"), options]
     with warnings.catch_warnings():
-        # fewer directions than asked for are all there are
+        # a small batch supports fewer directions than asked for
         warnings.filterwarnings("ignore", message=f"rank={RANK} was asked for")
-        found = estimates_of_ranks(SplitCurvature(batch, None, folds, n_data), options, choices)
+        estimates = estimate_variants(SplitCurvature(batch, None, folds, n_data), variants)
     prior = batch.network.like.new_tensor(prior_precision)
-    biased, debiased = (replace(one.curvature, basis=None).precision(float(n_data), prior) for one in found)
-    return biased, debiased, found[0].curvature.basis
+    biased, debiased = (replace(e.curvature, basis=None).precision(float(n_data), prior) for e in estimates)
+    return biased, debiased, estimates[0].curvature.basis
 
 
 def _mean_traces(
     samples: RowCurvature, precisions: tuple[LowRankPlusDiagonal, ...], basis: KroneckerBasis | None
 ) -> Float[Tensor, " p"]:
-    r"""$\mathrm{tr}(\hat P^{-1} H)$ of samples' mean curvature H, for each posterior, in double precision."""
+    r"""Return $\mathrm{tr}(\hat P^{-1} H)$ for each posterior in double precision, H being the mean curvature."""
     total = torch.zeros(len(precisions), dtype=torch.float64)
     for block in samples.rows():
-        # one matrix: a stack of small ones is multiplied one by one
+        # one matrix, as a stack of small ones would be multiplied one by one
         rows = block.flatten(0, 1)
         coordinates = rows if basis is None else basis.coordinates(rows)
         for i, precision in enumerate(precisions):

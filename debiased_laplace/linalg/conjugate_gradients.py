@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.checks import integer
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -246,7 +247,6 @@ def _check(b: Tensor, x0: Tensor | None, max_iterations: int, tolerance: float) 
         )
     if not bool(b.isfinite().all()) or (x0 is not None and not bool(x0.isfinite().all())):
         raise ValueError("Expected finite b and x0; got NaN or infinity.")
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 0:
-        raise ValueError(f"Expected max_iterations to be an integer of at least 0; got {max_iterations!r}.")
+    integer(max_iterations, "max_iterations", minimum=0)
     if not (isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"Expected tolerance to be finite and at least 0; got {tolerance!r}.")

@@ -144,7 +144,7 @@ class LowRankPlusDiagonal:
         return (outside + inside) / self.diagonal
 
     def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
-        r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$, draws with covariance $P^{-1}$ from standard normal rows."""
+        r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$: draws with covariance $P^{-1}$ from standard normals."""
         V, s, _ = self._spectrum
         shrunk = noise + ((noise @ V) * ((1 + s).rsqrt() - 1)) @ V.T
         return self._vectors(shrunk / self.diagonal.sqrt())

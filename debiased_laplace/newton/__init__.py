@@ -1,1 +1,1 @@
-"""Newton steps whose directions and step lengths come from different samples, and an optimizer made of them."""
+"""Newton steps with directions and step lengths from different samples, and an optimizer that takes them."""

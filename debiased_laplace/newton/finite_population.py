@@ -1,28 +1,28 @@
-"""What some samples say about all N of a data set, when others of it have had another part."""
+"""Finite-population weights for combining two disjoint samples of a data set."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Share:
-    r"""Weights of samples that count themselves only and of samples that stand for all others.
+class FinitePopulation:
+    r"""Weights to estimate a mean over N values from n observed ones and a sample of m of the others.
 
-    The mean of N values is $f \cdot$ (mean of the n own ones) $+ (1 - f) \cdot$ (mean of the others), and a sample of m
-    of those, drawn without replacement, leaves a standard error of $(1 - f) \sqrt{1 - m / (N - n)}$ times the one that
-    it has by itself.
+    The mean is $f \cdot$ (mean of the n observed) $+ (1 - f) \cdot$ (mean of the others), $f = n / N$. With the second
+    mean estimated from m values drawn without replacement, its standard error is $(1 - f) \sqrt{1 - m / (N - n)}$ times
+    that of the sample mean.
 
     Attributes:
-        own: f.
-        error: factor of the standard error.
+        observed_fraction: f.
+        error_factor: factor of the standard error.
     """
 
-    own: float
-    error: float
+    observed_fraction: float
+    error_factor: float
 
     @classmethod
-    def of(cls, n_own: int, n_standing: int, n_data: int | None) -> "Share":
-        """Of n samples that count themselves and m that stand for the rest of N; 0 and 1 where N is unknown."""
+    def of(cls, n_observed: int, n_sampled: int, n_data: int | None) -> "FinitePopulation":
+        """Return the weights for n observed and m sampled values of N; 0 and 1 if N is None, unknown or infinite."""
         if n_data is None:
             return cls(0.0, 1.0)
-        own = n_own / n_data
-        return cls(own, (1 - own) * (1 - n_standing / (n_data - n_own)) ** 0.5)
+        f = n_observed / n_data
+        return cls(f, (1 - f) * (1 - n_sampled / (n_data - n_observed)) ** 0.5)

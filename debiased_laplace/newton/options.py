@@ -1,27 +1,27 @@
-"""How a step is taken, checked where the options are given."""
+"""Options of a Newton step and their checks."""
 
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+from debiased_laplace.checks import boolean, integer, one_of
 from debiased_laplace.linalg.conjugate_gradients import LinearMap
-from debiased_laplace.quadratics.given import Curvature, check_curvature
+from debiased_laplace.quadratics.preparation import Curvature
 
 StepMagnitudes = Literal["cross_fitted", "held_out", "same_batch"]
-_MAGNITUDES = ("cross_fitted", "held_out", "same_batch")
 Stopping = Literal["held_out", "none"]
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is taken.
+    """Options of a pass of conjugate gradients and its steps.
 
     Attributes:
-        shrinkage: shrink every step by how much of its slope is noise.
-        max_iterations: of conjugate gradients.
-        tolerance: conjugate gradients have converged at this residual, relative to the gradient.
-        stopping: "held_out": once slopes of the samples that say the steps are not beyond three standard errors; along
-            those there is no step, and directions are taken together in segments. "none": at the cap, one by one.
+        shrinkage: shrink each step by the noise in its slope.
+        max_iterations: cap on the iterations of conjugate gradients.
+        tolerance: residual, relative to the gradient, at which conjugate gradients have converged.
+        stopping: "held_out": take no step along a direction whose slope is not beyond three standard errors, stop after
+            two of these in a row, and combine directions into segments; "none": one step per direction, to the cap.
         preconditioner: of conjugate gradients.
     """
 
@@ -33,39 +33,29 @@ class StepOptions:
 
 
 def check_n_data(n_data: int | None, n_samples: int) -> None:
-    """Refuse an N that is none, or smaller than its part.
+    """Check the size of a data set that the samples are part of.
 
     Raises:
-        ValueError: saying so.
+        ValueError: if it is not an integer of at least the number of samples.
     """
-    if n_data is None:
-        return
-    if isinstance(n_data, bool) or not isinstance(n_data, int) or n_data < n_samples:
-        raise ValueError(
-            f"n_data must be a whole number, of at least the {n_samples} samples given, which are part of it; got "
-            f"{n_data!r}."
-        )
+    if n_data is not None:
+        integer(n_data, "n_data", minimum=n_samples)
 
 
 def checked_options(
     damping: float, magnitudes: StepMagnitudes, curvature: Curvature, options: StepOptions
 ) -> StepOptions:
-    """Refuse options that are out of range.
+    """Check the options of a step and return them.
 
     Raises:
-        ValueError: saying which.
+        ValueError: if one is out of range.
     """
-    check_curvature(curvature)
-    if magnitudes not in _MAGNITUDES:
-        raise ValueError(f"magnitudes must be one of {list(_MAGNITUDES)}; got {magnitudes!r}.")
-    if options.stopping not in ("held_out", "none"):
-        raise ValueError(f"stopping must be 'held_out' or 'none'; got {options.stopping!r}.")
+    one_of(curvature, Curvature, "curvature")
+    one_of(magnitudes, StepMagnitudes, "magnitudes")
+    one_of(options.stopping, Stopping, "stopping")
     for name, value in (("damping", damping), ("tolerance", options.tolerance)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not (isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
-    n = options.max_iterations
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"max_iterations must be a whole number of at least 1; got {n!r}.")
-    if not isinstance(options.shrinkage, bool):
-        raise ValueError(f"shrinkage must be True or False; got {options.shrinkage!r}.")
+    integer(options.max_iterations, "max_iterations", minimum=1)
+    boolean(options.shrinkage, "shrinkage")
     return options

@@ -1,4 +1,4 @@
-"""One damped Newton step whose directions and step lengths are not read off the same samples."""
+"""Damped Newton step with directions and step lengths from different samples."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,6 @@ from debiased_laplace.newton.directional_steps import (
     StepStatus,
     directional_steps,
 )
-from debiased_laplace.newton.halves import draw_halves
 from debiased_laplace.newton.options import (
     StepMagnitudes,
     StepOptions,
@@ -28,9 +27,10 @@ from debiased_laplace.newton.options import (
     check_n_data,
     checked_options,
 )
+from debiased_laplace.newton.split import disjoint_halves
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
-from debiased_laplace.quadratics.given import Curvature, check_outputs, met
-from debiased_laplace.quadratics.regularizer import Penalty, Regularizer, RegularizerLike, penalty_of
+from debiased_laplace.quadratics.preparation import Curvature, check_outputs, prepare_network_and_batch
+from debiased_laplace.quadratics.regularizer import Penalty, Regularizer, RegularizerLike, as_penalty
 
 _BY_SEVERITY: tuple[StepStatus, ...] = (
     "breakdown",
@@ -43,12 +43,12 @@ _BY_SEVERITY: tuple[StepStatus, ...] = (
 
 @dataclass(frozen=True, eq=False)
 class NewtonStep:
-    """A step, and all that it rests on.
+    """A Newton step and the passes it was computed from.
 
     Attributes:
-        update: add it to the flattened trainable parameters.
-        loss: mean loss of all samples at the weights, the regularizer included.
-        passes: one, or with cross-fitting two, whose updates are averaged.
+        update: change of the flattened trainable parameters.
+        loss: regularized mean loss of all samples at the weights.
+        passes: one pass, or with cross-fitting two, whose updates are averaged.
     """
 
     update: Float[Tensor, " P"]
@@ -57,73 +57,67 @@ class NewtonStep:
 
     @property
     def directions(self) -> Float[Tensor, "P k"]:
-        """Of all passes, one after another; likewise everything else along directions."""
-        return torch.cat([one.directions for one in self.passes], dim=1)
+        """Directions of all passes, one after another, as in all values per direction."""
+        return torch.cat([steps.directions for steps in self.passes], dim=1)
 
     @property
     def step_lengths(self) -> Float[Tensor, " k"]:
-        """Each pass's share of the update: the update is the directions times these."""
-        return self._of("step_lengths") / len(self.passes)
+        """Step lengths divided by the number of passes: the update is the directions times these."""
+        return self._joined("step_lengths") / len(self.passes)
 
     @property
     def slopes(self) -> Float[Tensor, " k"]:
-        """Along each direction, where the steps before it have led."""
-        return self._of("slopes")
+        """Slope along each direction, at the point that the steps before it have reached."""
+        return self._joined("slopes")
 
     @property
     def slope_standard_errors(self) -> Float[Tensor, " k"]:
-        """Of the slopes."""
-        return self._of("slope_standard_errors")
+        """Standard errors of the slopes."""
+        return self._joined("slope_standard_errors")
 
     @property
     def curvatures(self) -> Float[Tensor, " k"]:
-        """Along each direction, damping and regularizer included."""
-        return self._of("curvatures")
+        """Curvature along each direction, damping and regularizer included."""
+        return self._joined("curvatures")
 
     @property
     def curvature_standard_errors(self) -> Float[Tensor, " k"]:
-        """Of the curvatures."""
-        return self._of("curvature_standard_errors")
+        """Standard errors of the curvatures."""
+        return self._joined("curvature_standard_errors")
 
     @property
     def predicted_decreases(self) -> Float[Tensor, " k"]:
-        """Of the damped quadratic, by each step, averaged over the passes: their sum is that of the update or less."""
-        return self._of("predicted_decreases") / len(self.passes)
+        """Expected decrease of the damped quadratic by each step, divided by the number of passes."""
+        return self._joined("predicted_decreases") / len(self.passes)
 
     @property
     def predicted_decrease(self) -> float:
-        """Of the damped quadratic by the update, at least: a convex function falls more at an average."""
+        """Sum of the expected decreases, a lower bound on that by the update."""
+        # a convex function falls by at least as much at the average of two points as on average at them
         return float(self.predicted_decreases.sum())
 
     @property
     def reliability(self) -> float:
-        """The predicted decrease as a share of what the directions' own samples promise; 1 if these say the steps."""
-        if all(one.outcome.derivatives == 0 for one in self.passes):
+        """Ratio of the predicted decrease to the in-sample decrease; 1 without held-out samples."""
+        if all(steps.outcome.derivatives == 0 for steps in self.passes):
             return 1.0
-        promised = sum(float(one.in_sample_decreases.sum()) for one in self.passes) / len(self.passes)
-        return self.predicted_decrease / promised if promised > 0 else 0.0
-
-    @property
-    def leading_curvature(self) -> float:
-        """The largest curvature along a direction of unit length, damping and regularizer included; 0 without any."""
-        if self.iterations == 0:
-            return 0.0
-        return float((self.curvatures / self.directions.square().sum(0, dtype=self.curvatures.dtype)).max())
+        in_sample = sum(float(steps.in_sample_decreases.sum()) for steps in self.passes) / len(self.passes)
+        return self.predicted_decrease / in_sample if in_sample > 0 else 0.0
 
     @property
     def iterations(self) -> int:
-        """Of conjugate gradients, in all passes."""
-        return sum(sum(one.iterations) for one in self.passes)
+        """Number of iterations of conjugate gradients in all passes."""
+        return sum(sum(steps.iterations) for steps in self.passes)
 
     @property
     def products(self) -> int:
-        """With the curvature, of all passes."""
+        """Number of curvature products in all passes."""
         return self.outcome.products
 
     @property
     def outcome(self) -> StepOutcome:
-        """How the passes ended: the gravest status, every reason, and sums of what was counted."""
-        outcomes = [one.outcome for one in self.passes]
+        """How the passes ended: the most severe status, all reasons, and the sums of the counts."""
+        outcomes = [steps.outcome for steps in self.passes]
         return StepOutcome(
             min((o.status for o in outcomes), key=_BY_SEVERITY.index),
             "; ".join(o.reason for o in outcomes),
@@ -138,8 +132,9 @@ class NewtonStep:
             f"predicted decrease {self.predicted_decrease:.3g}, {self.outcome.status})"
         )
 
-    def _of(self, name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in self.passes])
+    def _joined(self, name: str) -> Tensor:
+        """Return the values of all passes."""
+        return torch.cat([getattr(steps, name) for steps in self.passes])
 
 
 def newton_step(
@@ -159,34 +154,33 @@ def newton_step(
     n_data: int | None = None,
     seed: int = 0,
 ) -> NewtonStep:
-    r"""A damped Newton step at the model's weights, by conjugate gradients whose steps are debiased.
+    r"""Compute a damped Newton step at the model's weights by debiased conjugate gradients.
 
-    The batch is split in two. Conjugate gradients on one half give directions; the other half, which they have never
-    seen, says how far to go along each, and when to stop. The step minimizes the mean loss's quadratic with
-    $\tfrac12 \lambda \|d\|^2$ added. Cost: a forward-mode derivative and a backward pass on one half for every
-    direction, and a forward-mode derivative on the other for every step; with held-out stopping steps are fewer than
-    directions.
+    The batch is split in two. Conjugate gradients on one half give directions; the other half, independent of them,
+    gives the step along each and the stopping point. The step minimizes the quadratic model of the mean loss plus
+    $\tfrac12 \lambda \|d\|^2$. Cost: a forward-mode derivative and a backward pass on one half per direction, and a
+    forward-mode derivative on the other half per step; with held-out stopping, steps are fewer than directions.
 
     Args:
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
         likelihood: "classification", "regression" or "reward_modeling".
         batch: (inputs, targets), or a mapping with both.
         damping: λ, added to the mean curvature; at least 0.
-        magnitudes: "held_out": directions from one half, steps from the other; "cross_fitted": that, and again with the
-            halves swapped, the two updates averaged; "same_batch": both from all samples, the biased way.
-        shrinkage: shrink each step by how much of its slope is noise.
-        max_iterations: directions of a pass at most; a cap, where "held_out" stopping has not ended it before.
-        regularizer: a prior precision, a pair of precision and mean, or a `Regularizer`; None: none.
-        curvature: "ggn", "ef" or "hessian"; a pass ends where the latter is not positive.
-        preconditioner: of conjugate gradients: maps a vector r to M r, M close to the inverse of $H + \lambda I$.
-        stopping: "held_out" takes no step along a direction whose slope is not beyond three standard errors, and ends
-            a pass after two of those in a row; as long as slopes are clear, steps are along the sum of more and more
-            directions of conjugate gradients. "none" goes on to the cap, a step along each direction. Of no effect on
+        magnitudes: "held_out": directions from one half, steps from the other; "cross_fitted": both ways round, the two
+            updates averaged; "same_batch": directions and steps from all samples, biased.
+        shrinkage: shrink each step by the noise in its slope.
+        max_iterations: largest number of directions of a pass.
+        regularizer: a prior precision, a pair of precision and mean, or a `Regularizer`; None: no regularizer.
+        curvature: "ggn", "ef" or "hessian"; with "hessian", a pass ends at a direction of negative curvature.
+        preconditioner: for conjugate gradients: maps a vector r to M r, M close to the inverse of $H + \lambda I$.
+        stopping: "held_out": take no step along a direction whose slope is not beyond three standard errors, and end a
+            pass after two of these in a row; after a clear slope, the next step is along the sum of four times as many
+            directions of conjugate gradients. "none": one step per direction, up to `max_iterations`. No effect with
             "same_batch".
-        tolerance: a pass has converged at this residual, relative to the gradient.
-        n_data: size N of the training set that the batch is drawn from, and to whose mean loss the step is fitted:
-            the directions' own samples then count with their share of N, the others for the rest; also the N of the
-            regularizer. None: the batch's share of N is taken as 0, and for the regularizer N is the batch.
+        tolerance: residual, relative to the gradient, at which a pass has converged.
+        n_data: size N of the training set that the batch is drawn from and whose mean loss the step is to lower: the
+            samples of the directions then count with their share of N, the others for the rest. Also the N of the
+            regularizer. None: the share is taken as 0, and the N of the regularizer is the size of the batch.
         seed: of the split.
 
     Returns:
@@ -202,33 +196,33 @@ def newton_step(
     options = checked_options(
         damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, tolerance, stopping, preconditioner)
     )
-    given = as_batch(batch, DEFAULT_KEYS)
+    checked_batch = as_batch(batch, DEFAULT_KEYS)
     with at_weights(model):
-        network, samples = met(model, likelihood, given)
+        network, samples = prepare_network_and_batch(model, likelihood, checked_batch)
         sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
         check_n_data(n_data, len(samples))
         of_prior = regularizer.n_data if isinstance(regularizer, Regularizer) else None
         if n_data is not None and of_prior not in (None, n_data):
-            raise ValueError(f"Expected one N; got n_data={n_data} and a regularizer with n_data={of_prior}.")
-        penalty = penalty_of(regularizer, network.selection.vector(), n_data or len(samples))
+            raise ValueError(f"Expected the same n_data twice; got {n_data}, and {of_prior} in the regularizer.")
+        penalty = as_penalty(regularizer, network.selection.vector(), n_data or len(samples))
         second = None
         if curvature == "hessian":
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, samples)
-        task = StepTask(network, penalty.damped(damping), curvature, second, n_data)
-        return step_on(task, [samples.at(indices) for indices in sets], magnitudes, options)
+        problem = StepProblem(network, penalty.damped(damping), curvature, second, n_data)
+        return step_on(problem, [samples.at(indices) for indices in sets], magnitudes, options)
 
 
 @dataclass(frozen=True, eq=False)
-class StepTask:
-    """Of what the quadratic is that a step is to lower.
+class StepProblem:
+    """The quadratic model that a step is to lower.
 
     Attributes:
-        network: at the weights.
+        network: the network, at the weights of the expansion.
         penalty: damping and regularizer.
-        curvature: of which kind.
-        derivatives: second ones, where the curvature is the Hessian.
-        n_data: N; None: infinite.
+        curvature: "ggn", "ef" or "hessian".
+        derivatives: second derivatives if the curvature is "hessian", else None.
+        n_data: N; None: unknown or infinite.
     """
 
     network: Network
@@ -238,49 +232,52 @@ class StepTask:
     n_data: int | None
 
 
-def step_on(task: StepTask, sets: list[Batch], magnitudes: StepMagnitudes, options: StepOptions) -> NewtonStep:
-    """A step from one set of samples that does everything, or from two that take turns.
+def step_on(problem: StepProblem, sets: list[Batch], magnitudes: StepMagnitudes, options: StepOptions) -> NewtonStep:
+    """Compute a step from one set of samples (same_batch) or from two.
 
     Raises:
-        ValueError: if outputs are not finite, or targets do not fit them.
+        ValueError: if outputs are not finite, targets are invalid for them, or the preconditioner returns the wrong
+            shape.
     """
     quadratics = []
     for samples in sets:
-        found = batch_quadratic(task.network, samples, task.curvature, derivatives=task.derivatives)
-        check_outputs(task.network, found.outputs, samples)
-        quadratics.append(found)
+        quadratic = batch_quadratic(problem.network, samples, problem.curvature, derivatives=problem.derivatives)
+        check_outputs(problem.network, quadratic.outputs, samples)
+        quadratics.append(quadratic)
     pairs = {
         "same_batch": [(0, 0)],
         "held_out": [(0, 1)],
         "cross_fitted": [(0, 1), (1, 0)],
     }[magnitudes]
-    passes = [directional_steps(quadratics[a], quadratics[b], task.penalty, options, task.n_data) for a, b in pairs]
+    penalty, n_data = problem.penalty, problem.n_data
+    passes = [directional_steps(quadratics[a], quadratics[b], penalty, options, n_data) for a, b in pairs]
     losses = torch.cat([q.losses for q in quadratics])
-    update = sum((one.update for one in passes[1:]), passes[0].update) / len(passes)
-    return NewtonStep(update, float(losses.mean(dtype=accumulation_dtype(losses))) + task.penalty.value, tuple(passes))
+    update = sum((steps.update for steps in passes[1:]), passes[0].update) / len(passes)
+    loss = float(losses.mean(dtype=accumulation_dtype(losses))) + penalty.value
+    return NewtonStep(update, loss, tuple(passes))
 
 
 def index_sets(samples: Batch, magnitudes: StepMagnitudes, seed: int, *, shrinkage: bool) -> list[Tensor]:
-    """Which samples do what.
+    """Return the positions of the one or two sets of samples that a step takes.
 
     Raises:
-        ValueError: if there are too few for a slope and its standard error.
+        ValueError: if there are too few samples for a slope and its standard error.
     """
     n = len(samples)
     if magnitudes == "same_batch":
         if n < 1 + shrinkage:
-            raise ValueError(f"Expected at least 2 samples for a slope and its standard error; got {n}.")
+            raise ValueError(f"Expected at least 2 samples, for a slope and its standard error; got {n}.")
         return [torch.arange(n)]
     smallest = 3 if magnitudes == "held_out" else 4
     if n < smallest:
         raise ValueError(
-            f"magnitudes={magnitudes!r} takes at least {smallest} samples: 2 of them say a step and its standard "
-            f"error, others the direction; got {n}. magnitudes='same_batch' does not split."
+            f"Expected at least {smallest} samples for magnitudes={magnitudes!r}, 2 of them for a slope and its "
+            f"standard error; got {n}. magnitudes='same_batch' does not split them."
         )
-    a, b = draw_halves(samples, seed)
+    a, b = disjoint_halves(samples, seed)
     if len(b) < 2 or (magnitudes == "cross_fitted" and len(a) < 2):
         raise ValueError(
-            f"Expected at least 2 samples in a half that says steps; got halves of {len(a)} and {len(b)} samples, "
-            "because equal samples stay in one half."
+            f"Expected at least 2 samples in a half that gives steps; got halves of {len(a)} and {len(b)} samples. "
+            "Equal samples stay in one half."
         )
     return [a, b]

@@ -28,7 +28,7 @@ from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, MappingKeys
 
-Task = Literal["rows", "kfac", "hessian"]
+BackendFeature = Literal["rows", "kfac", "hessian"]
 Drawn = Literal["drawn kfac"]
 
 
@@ -54,12 +54,14 @@ class BackendDerivatives:
         self._backends: dict[str, CurvatureInterface] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
         self._factored: tuple[str, ...] = ()
-        self._right: set[Task] = set()
+        self._right: set[BackendFeature] = set()
         self._approximation: str | None = None
 
-    def try_task(self, task: Task, network: Network, some: Batch, kfac: KfacApproximation | None) -> str | None:
-        """Use the backend for a task if it does it right on some samples; else say why not."""
-        agrees = {"rows": self._rows_agree, "kfac": self._kfac_agrees, "hessian": self._hessian_agrees}[task]
+    def try_feature(
+        self, feature: BackendFeature, network: Network, some: Batch, kfac: KfacApproximation | None
+    ) -> str | None:
+        """Use the backend for a feature if it does it right on some samples; else say why not."""
+        agrees = {"rows": self._rows_agree, "kfac": self._kfac_agrees, "hessian": self._hessian_agrees}[feature]
         try:
             fine = agrees(network, some, kfac)
         # whatever a backend raises for a model that it does not know
@@ -68,7 +70,7 @@ class BackendDerivatives:
             return f"{type(error).__name__}: {first_line}"
         if not fine:
             return "its numbers are not those of one sample at a time"
-        self._right.add(task)
+        self._right.add(feature)
         self._approximation = kfac
         return None
 
@@ -84,7 +86,7 @@ class BackendDerivatives:
         """Of the loss."""
         return "hessian" in self._right
 
-    def rows(self, batch: Batch, root: OutputRoot, side: Tensor) -> Tensor:
+    def rows(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor) -> Tensor:
         """Rows through the backend's Jacobians (GGN) or gradients (empirical Fisher).
 
         Raises:
@@ -101,7 +103,7 @@ class BackendDerivatives:
             J, outputs = (t.detach() for t in ask(batch.inputs))
             J = self._own(J)
             _check_shape(J, (n, C, P), "Jacobians")
-            return root.transposed(outputs, side, J)
+            return root.transposed(outputs, targets_or_noise, J)
 
     def kfac(self, batches: Iterable[Batch], n_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
         """The backend's factors of every parameter, as a mean over samples."""
@@ -116,11 +118,11 @@ class BackendDerivatives:
         return {name: found[name] for name in self._factored}
 
     def _factors(
-        self, task: Task | Drawn, batches: Iterable[Batch], n_samples: int, options: dict[str, Any]
+        self, feature: BackendFeature | Drawn, batches: Iterable[Batch], n_samples: int, options: dict[str, Any]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
-            with self._asked(task) as backend:
+            with self._asked(feature) as backend:
                 # Curvlinops would draw the same for every batch
                 seed = {"seed": int(torch.randint(2**31 - 1, ()))} if "mc_samples" in options else {}
                 factors = backend.kron(batch.inputs, batch.targets, N=n_samples, **options, **seed)[1].kfacs
@@ -146,25 +148,25 @@ class BackendDerivatives:
         return H[own][:, own]
 
     @contextmanager
-    def _asked(self, task: Task | Drawn) -> Iterator[CurvatureInterface]:
-        """The backend for a task, while it computes.
+    def _asked(self, feature: BackendFeature | Drawn) -> Iterator[CurvatureInterface]:
+        """The backend for a feature, while it computes.
 
         Gradients are on, and the backends' own warnings (deprecated hooks, scripted functions) kept to themselves.
         BackPACK keeps the handles of all models' hooks in one list, and removes all of them after computing Jacobians:
-        every task has a list of its own.
+        every feature has a list of its own.
         """
-        elsewhere, CTX.hook_handles = CTX.hook_handles, self._hooks.get(task, [])
+        elsewhere, CTX.hook_handles = CTX.hook_handles, self._hooks.get(feature, [])
         try:
             with torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                yield self._backend(task)
+                yield self._backend(feature)
         finally:
-            self._hooks[task], CTX.hook_handles = CTX.hook_handles, elsewhere
+            self._hooks[feature], CTX.hook_handles = CTX.hook_handles, elsewhere
 
-    def _backend(self, task: Task | Drawn) -> CurvatureInterface:
-        if task not in self._backends:
+    def _backend(self, feature: BackendFeature | Drawn) -> CurvatureInterface:
+        if feature not in self._backends:
             model = copy.deepcopy(self._selection.model).eval()
-            options: dict[str, Any] = {"stochastic": True} if task == "drawn kfac" else {}
+            options: dict[str, Any] = {"stochastic": True} if feature == "drawn kfac" else {}
             name = self._selection.last_layer
             if self._of_mappings:
                 model, name = _TakesMapping(model), f"model.{name}"
@@ -174,8 +176,8 @@ class BackendDerivatives:
             model.output_size = self._n_outputs  # type: ignore[assignment]
             likelihood = "classification" if self._likelihood.name == "classification" else "regression"
             keys = {"dict_key_x": self._keys.dict_key_x, "dict_key_y": self._keys.dict_key_y}
-            self._backends[task] = self._cls(model, likelihood, **keys, **options)
-        return self._backends[task]
+            self._backends[feature] = self._cls(model, likelihood, **keys, **options)
+        return self._backends[feature]
 
     @property
     def _is_curvlinops(self) -> bool:
@@ -203,13 +205,13 @@ class BackendDerivatives:
         root = self._root
         assert root is not None  # for the type checker
         some = some.first(2)
-        side = root.side(some.targets, network.n_outputs, torch.Generator().manual_seed(0))
+        targets_or_noise = root.targets_or_noise(some.targets, network.n_outputs, torch.Generator().manual_seed(0))
 
         def cotangents(outputs: Tensor, known: Tensor) -> Tensor:
             return root.columns(outputs, known, slice(None))
 
-        expected, _ = looped_rows(network.selection, network.parameters, some.inputs, side, cotangents)
-        return _close(self.rows(some, root, side), expected)
+        expected, _ = looped_rows(network.selection, network.parameters, some.inputs, targets_or_noise, cotangents)
+        return _close(self.rows(some, root, targets_or_noise), expected)
 
     def _hessian_agrees(self, network: Network, some: Batch, kfac: KfacApproximation | None) -> bool:  # noqa: ARG002
         whole = network.selection if self._last_layer else ParameterSelection.all_weights(network.selection.model)
@@ -232,7 +234,7 @@ class BackendDerivatives:
         options = {"kfac_approx": kfac} if self._is_curvlinops else {}
         found = self._factors("kfac", [some], len(some), options)
         sums = KfacSums(network, known, kfac)
-        sums.add(some, known.side(some.targets, network.n_outputs, torch.Generator().manual_seed(0)))
+        sums.add(some, known.targets_or_noise(some.targets, network.n_outputs, torch.Generator().manual_seed(0)))
         ours = sums.factors()
         self._factored = tuple(ours)
         if self._n_draws:

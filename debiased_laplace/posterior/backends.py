@@ -1,7 +1,7 @@
-"""laplace-torch's curvature backends: which curvature each stands for, and what becomes of it.
+"""Curvature backends of laplace-torch: the kind of curvature of each, and where it is used.
 
-A backend computes what it computes right; where it fails or disagrees with torch.func on a few samples, torch.func
-computes instead, a warning says why, and `curvature_source` names who did.
+A backend is used where it agrees with torch.func on a few samples. Where it fails or disagrees, torch.func is used
+instead, a warning gives the reason, and `curvature_source` names the engine.
 """
 
 import warnings
@@ -21,14 +21,14 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import MappingKeys
-from debiased_laplace.posterior.backend_derivatives import BackendDerivatives, Task
+from debiased_laplace.posterior.backend_derivatives import BackendDerivatives, BackendFeature
 
 CurvatureKind = Literal["GGN", "Monte-Carlo GGN", "EF", "Hessian"]
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend that the user asked for.
+    """Requested backend.
 
     Attributes:
         backend: a class of laplace-torch's; None: torch.func.
@@ -42,7 +42,7 @@ class BackendChoice:
 
     @classmethod
     def of(cls, backend: Any, kwargs: Any) -> "BackendChoice":
-        """What the constructor's `backend` and `backend_kwargs` say.
+        """Read the constructor's `backend` and `backend_kwargs`.
 
         Raises:
             ValueError: if it is no backend that can be used, or an option is not known.
@@ -73,7 +73,7 @@ class BackendChoice:
 
     @classmethod
     def of_laplace_torch(cls, backend: type, kwargs: Mapping[str, Any]) -> "BackendChoice":
-        """Which curvature a posterior of laplace-torch's is of, to be computed by torch.func.
+        """Return the kind of curvature of a laplace-torch posterior, to be computed by torch.func.
 
         Raises:
             ValueError: if the backend does not say.
@@ -85,7 +85,7 @@ class BackendChoice:
         return cls(None, "Monte-Carlo GGN" if kind == "GGN" and kwargs.get("stochastic") else kind, 1)
 
     def root(self, likelihood: Likelihood) -> OutputRoot | None:
-        """The root of the curvature; None for the Hessian, which has none."""
+        """Return the root of the curvature; None for the Hessian, which has none."""
         if self.kind == "GGN":
             return GaussNewton(likelihood)
         if self.kind == "EF":
@@ -95,37 +95,39 @@ class BackendChoice:
         return None
 
     def attached(self, network: Network, some: Batch, keys: MappingKeys, *, kfac: KfacApproximation | None) -> Network:
-        """The network with the backend's derivatives, as far as they are right on some samples.
+        """Return the network with the backend's derivatives where they are right on some samples.
 
         Args:
-            network: as met.
+            network: without a backend.
             some: a few samples.
-            keys: where a mapping holds what.
+            keys: of batches that are mappings.
             kfac: K-FAC's approximation, if its factors are needed.
 
         Warns:
-            UserWarning: for each task that torch.func has to do instead, and why.
+            UserWarning: for each feature that torch.func has to do instead, and why.
         """
         if self.backend is None:
             return network
         root = self.root(network.likelihood)
-        tasks: list[Task] = ["hessian"] if root is None else ["rows"] if self.kind != "Monte-Carlo GGN" else []
+        features: list[BackendFeature] = (
+            ["hessian"] if root is None else ["rows"] if self.kind != "Monte-Carlo GGN" else []
+        )
         if kfac is not None and root is not None:
-            tasks.append("kfac")
-        if not tasks:
+            features.append("kfac")
+        if not features:
             return network
-        foreign = BackendDerivatives(self.backend, root, network, keys, of_mappings=isinstance(some.inputs, dict))
-        for task in tasks:
-            reason = foreign.try_task(task, network, some, kfac)
+        derivatives = BackendDerivatives(self.backend, root, network, keys, of_mappings=isinstance(some.inputs, dict))
+        for feature in features:
+            reason = derivatives.try_feature(feature, network, some, kfac)
             if reason is not None:
-                what = {"rows": "Jacobians or gradients", "kfac": "Kronecker factors", "hessian": "Hessian"}[task]
+                what = {"rows": "Jacobians or gradients", "kfac": "Kronecker factors", "hessian": "Hessian"}[feature]
                 quiet = " backend=None does so without a warning." if self.kind == "GGN" else ""
                 warnings.warn(
                     f"{self.backend.__name__} cannot compute the {what} of this model ({reason}); torch.func computes "
                     f"the same instead.{quiet}",
                     stacklevel=7,
                 )
-        return replace(network, foreign=foreign)
+        return replace(network, backend=derivatives)
 
 
 def _kind(backend: Any) -> CurvatureKind:

@@ -21,12 +21,12 @@ from debiased_laplace.posterior.backends import BackendChoice
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    r"""The full-batch posterior, of precision $N \tau H + P_0$ with $\tau = 1 / (\sigma^2 T)$ at the trained weights.
+    r"""Full-batch posterior of precision $N \tau H + P_0$ with $\tau = 1 / (\sigma^2 T)$ at the trained weights.
 
     Attributes:
-        selection: the parameters that it is over.
+        selection: its parameters.
         likelihood: of the outputs.
-        choice: which curvature H is the mean of.
+        choice: kind of the curvature H.
         prior_precision: diagonal of $P_0$.
         sigma_noise: $\sigma$.
         temperature: T.
@@ -43,9 +43,9 @@ class Target:
 
     @property
     def root(self) -> OutputRoot | None:
-        """The root of the curvature; None for a Hessian.
+        """Root of the curvature; None for a Hessian.
 
-        A Monte-Carlo posterior is judged by the GGN that it estimates: fresh draws would add nothing but noise.
+        For a Monte-Carlo posterior it is that of the GGN, which it estimates: fresh draws would only add noise.
         """
         if self.choice.kind == "Monte-Carlo GGN":
             return GaussNewton(self.likelihood)
@@ -58,7 +58,7 @@ class Target:
 
     @property
     def context(self) -> str:
-        """Everything that the constant of the KL depends on, in one string that equal targets share."""
+        """Description of everything that the constant of the KL depends on; the same for equal targets."""
         kind = self.choice.kind.removeprefix("Monte-Carlo ")
         over = self.selection.subset
         if over != "all weights":
@@ -73,24 +73,24 @@ class Target:
         prior = self.prior_precision
         if bool((prior == prior[0]).all()):
             return f"{float(prior[0]):.6g}"
-        # in single precision: the same numbers may have come through either
+        # equal numbers may have come in single or double precision
         digest = sha256(prior.float().cpu().contiguous().numpy().tobytes()).hexdigest()
         return f"{len(prior)} entries {digest[:8]}"
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A posterior to be judged.
+    """Posterior whose held-out KL is estimated.
 
     Attributes:
         precision: of the posterior.
-        target: what it is judged against.
-        model: to be looked at without leaving a trace.
-        network: at the posterior's mean, given a first batch.
-        keys: where a mapping holds what.
-        seed: of the loading.
-        n_fitted: number of samples that it was fitted to.
-        identities: of these samples; None where the posterior does not remember them.
+        target: full-batch posterior that it approximates.
+        model: never written to.
+        network: function from a first batch to the network at the posterior's mean.
+        keys: of batches that are mappings.
+        seed: of loading.
+        n_fitted: number of fitted samples.
+        identities: of the fitted samples; None for posteriors of laplace-torch, which do not store them.
     """
 
     precision: LowRankPlusDiagonal
@@ -104,6 +104,6 @@ class Candidate:
 
     @property
     def terms(self) -> KLTerms:
-        """The posterior's own terms of the KL."""
+        """Terms of the KL that do not depend on samples."""
         trace = prior_trace(self.precision, self.target.prior_precision)
         return KLTerms(trace, float(self.precision.log_det), self.target.likelihood_weight)

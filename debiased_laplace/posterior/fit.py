@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.first_pass import FirstPass, first_pass, prepare_network
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
@@ -17,7 +18,6 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.curvature.subsets import WeightSubset
-from debiased_laplace.curvature.survey import Survey, meet_network, survey
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import MappingKeys
@@ -202,16 +202,16 @@ def fit_curvature(
         selection = spec.subset.select_by(spec.model, some.inputs)
         weighting = weighting_of(selection, split.n_data)
         request = request.resolved(prior_of_blocks=weighting.of_blocks)
-        network = _prepare_network(spec, selection, some, request.options)
+        network = _network_with_backend(spec, selection, some, request.options)
         augmented = source.augments(seed)
-        surveys = [
+        passes = [
             load(network, source, indices, seed, keep=first, progress_bar=progress_bar)
             for first, indices in _sets(split)
         ]
         # same_batch has no sets of samples to keep apart
         biased = request.options.magnitudes == "same_batch" and not request.open
-        identities = _identify(source, split, surveys, augmented=augmented, tolerates_repeats=biased)
-        curvatures = _curvatures(spec, network, some, surveys, progress_bar=progress_bar)
+        identities = _identify(source, split, passes, augmented=augmented, tolerates_repeats=biased)
+        curvatures = _curvatures(spec, network, some, passes, progress_bar=progress_bar)
         options, choice = request.options, None
         if request.open:
             choice, split, curvatures = _choose(spec, request, weighting, source, split, curvatures[0], n_data)
@@ -232,11 +232,11 @@ def fit_curvature(
         split=split,
         identities=identities,
         estimate=estimated,
-        loss=sum(found.loss for found in surveys) * split.n_data / split.n_samples,
+        loss=sum(found.loss for found in passes) * split.n_data / split.n_samples,
         n_outputs=network.n_outputs,
         options=options,
         # without a backend's copies of the model, which are large and cannot always be pickled
-        network=replace(network, foreign=None),
+        network=replace(network, backend=None),
         choice=choice,
     )
     return result, curvatures
@@ -272,10 +272,10 @@ def load(
     *,
     keep: bool = False,
     progress_bar: bool = False,
-) -> Survey:
+) -> FirstPass:
     """Load the samples at some positions once, with their losses and hashes."""
     samples = SubBatch(source, indices, network.like.device, seed)
-    return survey(network, samples, keep=keep, progress_bar=progress_bar)
+    return first_pass(network, samples, keep=keep, progress_bar=progress_bar)
 
 
 def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
@@ -290,24 +290,26 @@ def _first_samples(spec: FitSpec, source: SampleSource, split: SubBatches) -> Ba
     return next(iter(SubBatch(source, split.direction_indices[:8], device, spec.split.seed)))
 
 
-def _prepare_network(spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions) -> Network:
+def _network_with_backend(
+    spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions
+) -> Network:
     """The network, with the backend's derivatives where they agree with torch.func on some samples."""
-    network = meet_network(selection, spec.likelihood, some)
+    network = prepare_network(selection, spec.likelihood, some)
     uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
     return spec.backend.attached(network, some, spec.keys, kfac=options.kfac_approx if uses_kfac else None)
 
 
 def _curvatures(
-    spec: FitSpec, network: Network, some: Batch, surveys: list[Survey], *, progress_bar: bool
+    spec: FitSpec, network: Network, some: Batch, passes: list[FirstPass], *, progress_bar: bool
 ) -> list[SubBatchCurvature]:
     """Curvature of each set of samples; Monte-Carlo draws differ between the sets."""
     root = spec.backend.root(network.likelihood)
     if root is None:
         second = SecondDerivatives(network.selection, network.parameters, network.likelihood, some)
-        return [HessianCurvature(network, found.samples, second, progress_bar=progress_bar) for found in surveys]
+        return [HessianCurvature(network, found.samples, second, progress_bar=progress_bar) for found in passes]
     return [
         RowCurvature(network, found.samples, root, seed=seed_of_draws(spec.split.seed, i), progress_bar=progress_bar)
-        for i, found in enumerate(surveys)
+        for i, found in enumerate(passes)
     ]
 
 
@@ -317,7 +319,7 @@ def seed_of_draws(seed: int, i: int) -> int:
 
 
 def _identify(
-    source: SampleSource, split: SubBatches, surveys: list[Survey], *, augmented: bool, tolerates_repeats: bool
+    source: SampleSource, split: SubBatches, passes: list[FirstPass], *, augmented: bool, tolerates_repeats: bool
 ) -> SampleIdentities:
     """Identify the used samples by hash and position.
 
@@ -325,7 +327,7 @@ def _identify(
         RepeatedSamplesError: if samples of a split have the same input and target.
     """
     root, positions = source.root()
-    hashes = torch.cat([found.hashes for found in surveys])
+    hashes = torch.cat([found.hashes for found in passes])
     identities = SampleIdentities(hashes, positions[split.used_indices], root_length(root, positions), augmented, root)
     if identities.n_repeated and not tolerates_repeats:
         positions, order = split.used_indices.sort()

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.first_pass import evaluated
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
-from debiased_laplace.curvature.survey import evaluated
 from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -40,10 +40,10 @@ def held_out_kl(
     temperature: int | float | None = None,
     progress_bar: bool = False,
 ) -> HeldOutKL:
-    r"""Distance of a posterior to the full-batch posterior in nats, up to a constant; laplace-torch's own included.
+    r"""Estimate the distance of a posterior to the full-batch posterior in nats, up to a constant.
 
     The full-batch posterior has the precision $N \tau H + P_0$, $\tau = 1 / (\sigma^2 T)$, with the prior precision and
-    the noise of the posterior that is judged. Posteriors that share weights, parameters, kind of curvature, $P_0$,
+    the noise of the given posterior. Posteriors that share weights, parameters, kind of curvature, $P_0$,
     $\sigma$, T and N share the constant, whichever library they come from: the difference of their values is paired by
     sample, and is the difference of their KL divergences to the full batch.
 
@@ -53,13 +53,12 @@ def held_out_kl(
         posterior: one of this package, or a parametric one of laplace-torch 0.3 (diag, kron, full or lowrank; all
             weights, last layer or subnetwork).
         loader: training samples left out of the fit; None only where all N samples were fitted.
-        fitted_loader: the samples that were fitted, for the overlap check and for their exact share. Posteriors of
-            laplace-torch do not remember theirs, and need it.
-        n_data: N. A posterior of this package knows it. For one of laplace-torch, None: the samples that it was fitted
-            to.
-        temperature: T of the full batch. A posterior of this package knows it. For one of laplace-torch, None: its own;
-            with an n_data other than the number of fitted samples it has to be given, because laplace-torch's users set
-            their temperature to n / N to scale the curvature of n samples up to N.
+        fitted_loader: the fitted samples, for the overlap check and for their exact share; required for posteriors of
+            laplace-torch, which do not store theirs.
+        n_data: N, for a posterior of laplace-torch; None: the number of samples that it was fitted to.
+        temperature: T of the full batch, for a posterior of laplace-torch; None: its own. It is required if n_data is
+            not the number of fitted samples, because laplace-torch's users set the temperature to n / N to scale the
+            curvature of n samples up to N.
         progress_bar: show progress.
 
     Returns:
@@ -81,8 +80,8 @@ def held_out_kl(
         candidate = candidate_of(posterior, n_data, temperature)
         if candidate.identities is None and fitted_loader is None:
             raise ValueError(
-                "laplace-torch's posteriors do not remember their samples: expected the fitted ones as fitted_loader, "
-                "to tell them from the held-out ones and for their exact share."
+                "Posteriors of laplace-torch do not store their samples: expected the fitted ones as fitted_loader, to "
+                "tell them from the held-out ones and for their exact share."
             )
         with plain_model(candidate.model):
             return estimate_for(candidate, loader, fitted_loader, progress_bar=progress_bar)
@@ -108,8 +107,8 @@ def candidate_of(posterior: Any, n_data: int | None = None, temperature: int | f
     for name, given in (("n_data", n_data), ("temperature", temperature)):
         if given is not None and given != known[name]:
             raise ValueError(
-                f"This {type(posterior).__name__} has {name}={known[name]}; expected the same or None, got {given!r}. "
-                "Only laplace-torch's posteriors need to be told."
+                f"This {type(posterior).__name__} has {name}={known[name]}; expected the same or None, got {given!r}; "
+                f"{name} is for posteriors of laplace-torch."
             )
     return candidate
 
@@ -124,9 +123,9 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
             "missing: pass fitted_loader for an unbiased estimate.",
             stacklevel=3,
         )
-    # both loaders are looked at before any row is computed
-    given = None if fitted_loader is None else _known(candidate, fitted_loader)
-    held_out = None if loader is None else _known(candidate, loader)
+    # both loaders are checked before any row is computed
+    given = None if fitted_loader is None else _identify(candidate, fitted_loader)
+    held_out = None if loader is None else _identify(candidate, loader)
     if given is not None:
         _check_fitted(candidate, given.identities)
     fitted = candidate.identities if given is None or candidate.identities is not None else given.identities
@@ -152,14 +151,15 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """Samples of a loader, and what they are known by."""
+class _Identified:
+    """Samples of a loader with their identities."""
 
     samples: SubBatch
     identities: SampleIdentities
 
 
-def _known(candidate: Candidate, loader: Any) -> _Known:
+def _identify(candidate: Candidate, loader: Any) -> _Identified:
+    """Load the samples of a loader once, and identify them."""
     seed = candidate.seed
     source = sample_source(loader, seed, candidate.keys)
     samples = SubBatch(source, source.indices, candidate.precision.directions.device, seed)
@@ -167,20 +167,20 @@ def _known(candidate: Candidate, loader: Any) -> _Known:
     augmented = source.augments(seed)
     with undisturbed_randomness(seed):
         hashes = torch.cat([sample_hashes(batch) for batch in samples])
-    return _Known(
+    return _Identified(
         samples, SampleIdentities(hashes, positions[source.indices], root_length(root, positions), augmented, root)
     )
 
 
-def _terms_of(candidate: Candidate, terms: KLTerms, known: _Known, bar: Any) -> Tensor:
-    """Terms of the samples, in the order of their positions."""
+def _terms_of(candidate: Candidate, terms: KLTerms, given: _Identified, bar: Any) -> Tensor:
+    """Return the terms of the samples, in the order of their positions."""
     with (
         torch.enable_grad(),
         evaluating(candidate.model),
         differentiable_kernels(candidate.model),
         undisturbed_randomness(candidate.seed),
     ):
-        return sample_terms(terms, _curvature_traces(candidate, known.samples, bar))
+        return sample_terms(terms, _curvature_traces(candidate, given.samples, bar))
 
 
 def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iterator[Tensor]:
@@ -197,14 +197,14 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
             yield hessian_traces(second, batch, precision)
             bar.update(len(batch))
             continue
-        side = root.side(batch.targets, network.n_outputs, torch.Generator())
-        for n, blocks, _ in network.root_rows(batch, root, side):
+        targets_or_noise = root.targets_or_noise(batch.targets, network.n_outputs, torch.Generator())
+        for n, blocks, _ in network.root_rows(batch, root, targets_or_noise):
             yield sum((precision.variance_trace(rows) for rows in blocks), start=precision.directions.new_zeros(n))
             bar.update(n)
 
 
 def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> None:
-    """Whether there is anything to hold out, and whether it is given."""
+    """Check that there are samples left out of the fit, and that they are given."""
     n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
     if loader is None and (n_fitted < n_data or fitted_loader is None):
         raise ValueError(
@@ -219,24 +219,24 @@ def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> Non
                 "of that."
             )
         raise ValueError(
-            f"All {n_data} samples were fitted: nothing is left to hold out. Pass loader=None and "
+            f"All {n_data} samples were fitted: no sample is left out. Pass loader=None and "
             f"fitted_loader, which gives the exact value.{hint}"
         )
 
 
 def _check_held_out(fitted: SampleIdentities, given: SampleIdentities, n_left_out: int) -> None:
-    """The loader of the held-out samples has to yield none that was fitted, and no more than there are."""
+    """Check that no held-out sample was fitted, and that there are not more of them than n_data allows."""
     if n := given.shared_with(fitted):
         raise OverlapError(
-            f"{n} of the {len(given)} samples of the loader were fitted; on those the held-out KL "
-            "prefers the biased posterior. Pass training samples left out of the fit."
+            f"{n} of the {len(given)} samples of the loader were fitted. On fitted samples the "
+            "held-out KL favours the biased posterior: pass training samples left out of the fit."
         )
     if len(given) > n_left_out:
         raise ValueError(f"n_data leaves {n_left_out} samples out of the fit; the loader yields {len(given)}.")
 
 
 def _check_fitted(candidate: Candidate, given: SampleIdentities) -> None:
-    """The loader of the fitted samples has to yield exactly these; where they are not known, as many."""
+    """Check that a loader yields exactly the fitted samples; where they are unknown, as many."""
     expected = candidate.identities
     if expected is None:
         if len(given) != candidate.n_fitted:

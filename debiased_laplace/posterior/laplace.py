@@ -48,10 +48,8 @@ from debiased_laplace.predictive.predictive import Link, PredictionType, Predict
 class DebiasedParametricLaplace(ParametricLaplace):
     """A Laplace posterior whose curvature is estimated on split samples.
 
-    Args:
-        model, ..., backend_kwargs: as of laplace-torch's classes, in their order.
-        last_layer_name, subnetwork_indices, feature_reduction, direction_samples, magnitude_samples, estimator: as of
-            `DebiasedLaplace`.
+    Arguments up to `backend_kwargs` are those of laplace-torch's classes, in their order; all others are those of
+    `DebiasedLaplace`, which makes the posterior.
     """
 
     _key: tuple[SubsetOfWeights, str]

@@ -1,7 +1,7 @@
-"""laplace-torch's own posteriors as candidates of the held-out KL.
+"""Posteriors of laplace-torch as candidates of the held-out KL.
 
-Their precision is brought into the one form that this package computes with, and checked on the way: nothing is taken
-from their `functional_variance`, which for a full posterior can be that of hyper-parameters since changed.
+Their precision is converted to this package's operator and checked. Their `functional_variance` is not used: that of a
+full posterior can be outdated after a change of hyper-parameters.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from debiased_laplace.checks import integer, name_of, one_positive
 from debiased_laplace.curvature.contexts import evaluating
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.errors import NotFittedError
@@ -36,7 +36,7 @@ _SEED = 0  # of random loaders; a debiased posterior of the default seed loads t
 
 
 def laplace_torch_candidate(la: Any, n_data: int | None, temperature: int | float | None) -> Candidate:
-    """One of laplace-torch's posteriors over parameters.
+    """Convert a posterior of laplace-torch over parameters.
 
     Args:
         la: the posterior.
@@ -73,7 +73,7 @@ def laplace_torch_candidate(la: Any, n_data: int | None, temperature: int | floa
 
     def network(batch: Batch) -> Network:
         if not met:
-            met.append(meet_network(selection, likelihood, batch))
+            met.append(prepare_network(selection, likelihood, batch))
         return met[0]
 
     keys = MappingKeys(la.dict_key_x, la.dict_key_y)

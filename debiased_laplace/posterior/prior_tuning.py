@@ -33,12 +33,14 @@ _FLAT = 1e-6  # relative range of losses that is rounding in single precision
 
 @dataclass(frozen=True)
 class AgainstMap:
-    """Negative log-likelihoods on the same validation samples, in nats a sample; in regression also per output.
+    """Negative log-likelihoods of posterior and network on the same validation samples, in nats per sample.
+
+    In regression they are also per output.
 
     Attributes:
         map_loss: of the plain network; in regression with the observation noise.
         laplace_loss: of the posterior predictive under the chosen prior.
-        difference: the posterior's less the network's; 0 where it is rounding.
+        difference: the posterior's minus the network's; 0 where it is rounding.
         standard_error: of the difference, paired by sample; NaN from a single sample.
     """
 
@@ -54,7 +56,7 @@ class AgainstMap:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the difference is below two standard errors, or these are not known."""
+        """Whether the difference is below two standard errors, or its standard error is unknown."""
         return not abs(self.difference) >= 2 * self.standard_error
 
     def __str__(self) -> str:
@@ -67,17 +69,17 @@ class AgainstMap:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PriorSearch:
-    """A grid of prior precisions and what they scored on validation data.
+    """Result of a grid search over the prior precision.
 
     Attributes:
         grid: increasing.
         losses: on the validation data; NaN or infinite where a prior could not be scored.
         standard_errors: of the losses, from their spread over samples; None for the user's own loss.
-        chosen: the prior precision with the lowest finite loss. That it was the best of many on these very data makes
-            its loss look lower than it is.
-        against_map: how it compares with the plain network; None where the targets are not the likelihood's.
-        loss_name: what was minimised.
-        n: validation samples.
+        chosen: prior precision with the lowest finite loss. As the best of many on the same data, its loss is
+            optimistic.
+        against_map: comparison with the plain network; None where the targets are not those of the likelihood.
+        loss_name: name of the minimised loss.
+        n: number of validation samples.
     """
 
     grid: Float[Tensor, " g"]
@@ -90,37 +92,37 @@ class PriorSearch:
 
     @property
     def map_loss(self) -> float | None:
-        """Negative log-likelihood of the plain network; None where it could not be had."""
+        """Negative log-likelihood of the plain network; None where it is unknown."""
         return None if self.against_map is None else self.against_map.map_loss
 
     @property
     def worse_than_map(self) -> bool | None:
-        """Whether the best prior still predicts detectably worse than the plain network; None where that is unknown."""
+        """Whether the best prior predicts detectably worse than the plain network; None where that is unknown."""
         known = self.against_map is not None and not math.isnan(self.against_map.standard_error)
         return self.against_map.worse if known else None  # type: ignore[union-attr]
 
     @property
     def at_edge(self) -> Edge | None:
-        """The edge of the grid that the chosen prior lies at; None inside, and for a grid of one."""
+        """Edge of the grid at which the chosen prior lies; None inside, and for a grid of one."""
         if len(self.grid) == 1:
             return None
         return {0: "lower", len(self.grid) - 1: "upper"}.get(self._position)  # type: ignore[return-value]
 
     @property
     def flat(self) -> bool:
-        """Whether the loss is the same for all priors but for rounding, so that it chooses nothing."""
+        """Whether the loss is the same for all priors up to rounding."""
         usable = self.losses[self.losses.isfinite()]
         spread = float(usable.max() - usable.min())
         return len(self.grid) > 1 and spread <= _FLAT * max(1.0, abs(float(usable.min())))
 
     @property
     def cautions(self) -> list[str]:
-        """What the user has to know, in words: a flat loss or an edge of the grid, and a posterior that does harm."""
+        """Warnings: a flat loss or an edge of the grid, and predictions worse than the plain network's."""
         found = []
         if self.flat:
             found.append(
                 f"The loss ({self.loss_name}) is the same for every prior precision {self._range}, up to rounding: "
-                f"{self.chosen:.3g} was not chosen by the data. Expected a loss that looks at the variance; the "
+                f"{self.chosen:.3g} was not chosen by the data. Expected a loss that depends on the variance; the "
                 "squared error of the mean does not."
             )
         elif self.at_edge is not None:
@@ -132,7 +134,7 @@ class PriorSearch:
         if self.against_map is not None and self.against_map.worse:
             found.append(
                 f"Even the best prior precision, {self.chosen:.3g} {self._range}, predicts the validation data "
-                f"{self.against_map} ({self.n} samples). It is set all the same. Try a larger "
+                f"{self.against_map} ({self.n} samples). It is set nevertheless. Try a larger "
                 "log_prior_prec_max, another link_approx or (regression) another sigma_noise; otherwise keep the plain "
                 "network's predictions."
             )
@@ -166,7 +168,7 @@ class PriorSearch:
 
 
 def best_of(losses: Float[Tensor, " g"]) -> int:
-    """The position of the lowest finite loss, of equal ones the first.
+    """Return the position of the lowest finite loss, the first among equals.
 
     Raises:
         ValueError: if none is finite.
@@ -182,7 +184,7 @@ def against_map(laplace: Float[Tensor, " n"], plain: Float[Tensor, " n"], roundi
     Args:
         laplace: of the posterior predictive.
         plain: of the network.
-        rounding: relative error of a prediction; differences below it are none.
+        rounding: relative error of a prediction; smaller differences count as 0.
 
     Returns:
         Means, their difference and its standard error.
@@ -198,7 +200,7 @@ def against_map(laplace: Float[Tensor, " n"], plain: Float[Tensor, " n"], roundi
 
 
 def standard_error_of_mean(values: Float[Tensor, " n"]) -> float:
-    """From the spread over samples; NaN for a single one."""
+    """Return the standard error of the mean of some values; NaN for a single one."""
     n = len(values)
     return float(values.std(correction=1)) / n**0.5 if n > 1 else float("nan")
 
@@ -214,7 +216,7 @@ class Ascent:
 
 
 def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, progress_bar: bool) -> None:
-    """Set the prior precision that ascent on the log marginal likelihood ends at.
+    """Set the prior precision by gradient ascent on the log marginal likelihood.
 
     Args:
         la: a fitted posterior.
@@ -259,12 +261,12 @@ def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, progress_bar:
 
 
 def prior_grid(lower: int | float, upper: int | float, n_points: int, base: int | float) -> Float[Tensor, " g"]:
-    """Prior precisions between two powers of a base, equally far apart in the exponent.
+    """Return prior precisions between two powers of a base, equally spaced in the exponent.
 
     Args:
         lower: exponent of the smallest.
         upper: exponent of the largest.
-        n_points: how many, at least 1; one alone is the smallest.
+        n_points: number of priors, at least 1; a single one is the smallest.
         base: above 1.
 
     Returns:
@@ -294,7 +296,7 @@ def search_grid(
     *,
     progress_bar: bool,
 ) -> PriorSearch:
-    """Set the scalar prior precision whose predictions on validation data score best.
+    """Set the scalar prior precision with the best predictions of validation data.
 
     Args:
         la: a fitted posterior.
@@ -304,7 +306,7 @@ def search_grid(
         progress_bar: show progress.
 
     Returns:
-        All losses, and how the best prior compares with the plain network.
+        All losses, and the comparison of the best prior with the plain network.
 
     Raises:
         ValueError: if there are no validation data, or no grid point scores finitely; the prior stays as it was.
@@ -350,7 +352,7 @@ def _scores(
     *,
     progress_bar: bool,
 ) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"] | None]:
-    """The loss of every prior, and where it is a mean over samples its standard error."""
+    """Return the loss of every prior, and its standard error where the loss is a mean over samples."""
     losses, errors = [], []
     bar = tqdm(grid, disable=not progress_bar, desc="[Grid search]")
     for prior in bar:
@@ -358,7 +360,7 @@ def _scores(
         try:
             loss, of_samples = score(la, data, scoring)
         except torch.linalg.LinAlgError:
-            # as laplace-torch: this prior cannot be used, another may
+            # as in laplace-torch: another prior may be usable
             loss, of_samples = float("nan"), None
         losses.append(loss)
         errors.append(float("nan") if of_samples is None else standard_error_of_mean(of_samples))
@@ -368,7 +370,7 @@ def _scores(
 
 
 def without_effect(method: str, structure: str, val_loader: object) -> Iterator[str]:
-    """Arguments of the other method, which the user may have meant."""
+    """Yield warnings of arguments that have no effect with the method."""
     if method == "marglik" and val_loader is not None:
         yield "val_loader has no effect with method='marglik'. Expected method='gridsearch', or no val_loader."
     if method == "gridsearch" and structure != "scalar":

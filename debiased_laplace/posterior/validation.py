@@ -34,7 +34,7 @@ _SEED = 0  # of every pass, so that two priors differ by their predictions and n
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a prior is scored by.
+    """Predictive and loss by which priors are scored.
 
     Attributes:
         pred_type: "glm" or "nn".
@@ -60,12 +60,12 @@ class Scoring:
 
     @property
     def link(self) -> str:
-        """The link that the predictive has."""
+        """Link of the predictive."""
         return "mc" if self.pred_type == "nn" else self.link_approx
 
     @property
     def name(self) -> str:
-        """The loss in words."""
+        """Name of the loss."""
         if self.loss is None:
             return "negative log-likelihood"
         return str(getattr(self.loss, "__name__", type(self.loss).__name__))
@@ -73,7 +73,7 @@ class Scoring:
 
 @dataclass(frozen=True, eq=False)
 class ValidationBatch:
-    """A batch with what no prior changes.
+    """Validation batch with everything that does not depend on the prior.
 
     Attributes:
         batch: as loaded.
@@ -87,7 +87,7 @@ class ValidationBatch:
 
 
 def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> list[ValidationBatch]:
-    """Read validation data once, and compute once what does not depend on the prior.
+    """Load validation data once, and compute everything that does not depend on the prior.
 
     Jacobians are kept as long as they fit into a quarter of the free memory, batch by batch, and the outputs are not
     too many.
@@ -110,7 +110,7 @@ def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> l
         raise ValueError("val_loader yields no batches with samples; expected validation data.")
     for batch in batches:
         batch.check_finite()
-    # one call through the front door, so that options and inputs are checked as anywhere else
+    # one public call, which checks options and inputs
     _predict_anew(la, batches[0].first(1), scoring, _generator(la))
     if scoring.loss is None:
         for batch in batches:
@@ -129,7 +129,7 @@ def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> l
 
 
 def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> Iterator[Predicted]:
-    """Predictions under the present prior, batch by batch, with the same draws at every call."""
+    """Yield predictions under the present prior by batch, with the same draws at every call."""
     generator = _generator(la)
     for held in data:
         if scoring.pred_type == "nn":
@@ -142,7 +142,7 @@ def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring
 
 
 def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterator[Predicted]:
-    """What the network says without a posterior (MAP): no function variance, only the observation noise."""
+    """Yield the predictions of the network without a posterior (MAP): no function variance, only noise."""
     for held in data:
         f = held.outputs
         out = (f, torch.zeros_like(f)) if la.likelihood == "regression" else torch.softmax(f, dim=-1)
@@ -150,7 +150,7 @@ def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterato
 
 
 def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float[Tensor, " n"]:
-    """Each sample's negative log-likelihood in nats; in regression per output, with the observation noise.
+    """Return each sample's negative log-likelihood in nats; in regression per output, with observation noise.
 
     A probability that underflows counts as the smallest normal number of its type.
     """
@@ -165,10 +165,10 @@ def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float
 
 
 def score(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> tuple[float, Float[Tensor, " n"] | None]:
-    """The loss under the present prior; a metric starts empty.
+    """Return the loss under the present prior; a metric is reset first.
 
     Returns:
-        The loss, and each sample's where it is their mean.
+        The loss, and the loss of each sample where it is their mean.
 
     Raises:
         ValueError: if the user's loss is not a single number.
@@ -192,7 +192,7 @@ def score(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> t
 
 
 def fit_the_likelihood(la: Posterior, data: Sequence[ValidationBatch]) -> bool:
-    """Whether the targets are such as the likelihood takes; those of the user's own loss need not be."""
+    """Return whether the targets fit the likelihood; those of a user's own loss need not."""
     try:
         for held in data:
             _check_targets(la, held.batch)
@@ -241,12 +241,12 @@ def _predict(
 
 
 def _outputs_alone(la: Posterior, scoring: Scoring) -> bool:
-    """The default loss of regression has no use for covariances between outputs."""
+    """Return whether variances are enough: the default loss of regression uses no covariances."""
     return la.likelihood == "regression" and scoring.loss is None
 
 
 def _gaussian(mean: Tensor, variance: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-    """Under function variance plus observation noise, averaged over outputs."""
+    """Return Gaussian losses under function variance plus observation noise, averaged over outputs."""
     exact = accumulation_dtype(mean)
     of_outputs = variance if variance.ndim == 2 else variance.diagonal(dim1=-2, dim2=-1)
     total = of_outputs.to(exact) + sigma.to(exact).square()
@@ -255,7 +255,7 @@ def _gaussian(mean: Tensor, variance: Tensor, y: Tensor, sigma: Tensor) -> Tenso
 
 
 def _update(metric: torchmetrics.Metric, out: Prediction, y: Tensor) -> None:
-    """Metrics of a regression take (mean, variance, target), or only (mean, target)."""
+    """Update a metric; those of regression take (mean, variance, target), or only (mean, target)."""
     if not isinstance(out, tuple):
         metric.update(out, y)
         return
@@ -266,6 +266,6 @@ def _update(metric: torchmetrics.Metric, out: Prediction, y: Tensor) -> None:
 
 
 def _joined(pairs: Sequence[Predicted]) -> tuple[Tensor, ...]:
-    """All batches as one: (predictions, targets), or (means, variances, targets)."""
+    """Return all batches as one: (predictions, targets), or (means, variances, targets)."""
     parts = [(*out, y) if isinstance(out, tuple) else (out, y) for out, y in pairs]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

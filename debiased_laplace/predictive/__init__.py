@@ -1,1 +1,1 @@
-"""From a network and a posterior precision to predictions."""
+"""Predictions from a network and a posterior precision."""

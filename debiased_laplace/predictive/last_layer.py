@@ -1,8 +1,9 @@
-r"""Logits of a last linear layer under a Kronecker posterior, in closed form from features: no Jacobian is formed.
+r"""Logits of a last linear layer under a Kronecker posterior, in closed form from features.
 
-With features $\varphi$ a row of the weight's Jacobian is $e_k \otimes \varphi$. In the basis $Q_G \otimes Q_A$ and with
-the precision's diagonal D, the covariance of all logits is $Q_G\,\mathrm{diag}(w)\,Q_G^\top$, where
-$w_c = \sum_a (Q_A^\top \varphi)_a^2 / D_{ca}$; a bias is a weight whose only feature is 1.
+With features $\varphi$, a row of the weight's Jacobian is $e_k \otimes \varphi$ and is never formed. In the basis
+$Q_G \otimes Q_A$, with the precision's diagonal D, the covariance of the logits is
+$Q_G\,\mathrm{diag}(w)\,Q_G^\top$, where $w_c = \sum_a (Q_A^\top \varphi)_a^2 / D_{ca}$; a bias is a weight whose only
+feature is 1.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from debiased_laplace.data.inputs import Inputs, first
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits, sorted_differences
 
-_WORTHWHILE = 33  # outputs: of fewer, their rows cost less than finding out whether the layer is one
+_WORTHWHILE = 33  # outputs: for fewer, rows cost less than the test for a linear layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class KroneckerLogits:
 
     Attributes:
         means: of the logits.
-        terms: Q and w of the weight and of the bias, where there is one; a Q of None is the identity.
+        terms: Q and w of the weight and of the bias, if there is one; Q is None for the identity.
     """
 
     means: Float[Tensor, "n C"]
@@ -36,7 +37,7 @@ class KroneckerLogits:
 
     @classmethod
     def of(cls, network: Network, precision: LowRankPlusDiagonal, inputs: Inputs) -> "KroneckerLogits | None":
-        """The logits, if the posterior is a Kronecker one over a last linear layer of many outputs."""
+        """Compute the logits if the posterior is a Kronecker one over a linear layer of many outputs; else None."""
         if network.n_outputs < _WORTHWHILE or precision.rank > 0 or precision.basis is None:
             return None
         layer = LinearLayer.of(network, first(inputs, 2))
@@ -53,19 +54,19 @@ class KroneckerLogits:
         return cls(means, tuple(terms))
 
     def variances(self) -> Float[Tensor, "n C"]:
-        """Variance of every logit."""
+        """Return the variance of every logit."""
         return sum(  # type: ignore[return-value]
             (w if Q is None else w @ Q.square().T for Q, w in self.terms), start=torch.zeros_like(self.means)
         )
 
     def differences(self) -> GaussianLogits:
-        """The logits by differences to each input's first class."""
+        """Return the Gaussian over the logits, by differences to each input's first class."""
         means, order = sorted_differences(self.means)
         C, own, lead = means.shape[1], self.variances().gather(1, order), order[:, 0]
         to_lead, of_sum = torch.zeros_like(own), torch.zeros_like(own[:, 0])
         for Q, w in self.terms:
             if Q is None:
-                # of two different logits the covariance is 0
+                # different logits have covariance 0
                 to_lead.scatter_add_(1, lead[:, None], w.gather(1, lead[:, None]))
                 of_sum = of_sum + w.sum(1)
             else:
@@ -77,11 +78,11 @@ class KroneckerLogits:
         return GaussianLogits(order, means, covariance, variances[:, LEADING:].clamp_min(0), total)
 
     def _covariances(self, leading: Int64[Tensor, "n T"]) -> Iterator[Float[Tensor, "m D D"]]:
-        """Covariances of the differences of the leading classes to the first one, some inputs at a time."""
+        """Yield covariances of the leading classes' differences to the first one, for chunks of inputs."""
         C, T = self.means.shape[1], leading.shape[1]
         size = max(1, CHUNK_BYTES // (2 * T * C * self.means.element_size()))
-        for some in range(0, len(leading), size):
-            rows = slice(some, some + size)
+        for start in range(0, len(leading), size):
+            rows = slice(start, start + size)
             chosen, total = leading[rows], torch.zeros((), dtype=self.means.dtype, device=self.means.device)
             for Q, w in self.terms:
                 if Q is None:

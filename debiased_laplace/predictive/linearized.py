@@ -1,4 +1,4 @@
-r"""The linearized predictive $N(f(x), J(x) P^{-1} J(x)^\top)$, in chunks of samples.
+r"""The linearized predictive $N(f(x), J(x) P^{-1} J(x)^\top)$, computed in chunks of samples.
 
 References:
     Immer, Korzepa & Bauer (2021), arXiv 2008.08400.
@@ -16,7 +16,7 @@ from debiased_laplace.predictive.last_layer import KroneckerLogits
 from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits, sorted_differences
 
 _BATCH, _DRAWS = 128, 32  # samples and draws pushed forward at once
-_FEWEST_LEADING = 32  # classes whose rows are held at once, however large
+_FEWEST_LEADING = 32  # classes whose rows are in memory at once, whatever their size
 
 
 def predict(
@@ -26,11 +26,11 @@ def predict(
     *,
     create_graph: bool = False,
 ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C C"]]:
-    """Mean and covariance of each input's outputs; no more than one chunk of Jacobians is held at a time.
+    """Compute mean and covariance of each input's outputs, with one chunk of Jacobians in memory at a time.
 
     Args:
-        network: the network at the posterior's mean.
-        precision: of the posterior.
+        network: network at the posterior's mean.
+        precision: posterior precision.
         inputs: a batch.
         create_graph: keep the graph, for gradients with respect to the inputs.
 
@@ -51,7 +51,7 @@ def predict_variances(
     *,
     create_graph: bool = False,
 ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
-    """Mean and variance of each output on its own: Jacobians of a sample may come a few outputs at a time."""
+    """Compute mean and variance of each output; Jacobians of a sample may come in blocks of outputs."""
     if create_graph:
         means, covariances = predict(network, precision, inputs, create_graph=True)
         return means, covariances.diagonal(dim1=-2, dim2=-1)
@@ -72,13 +72,13 @@ def predict_logits(
     *,
     create_graph: bool = False,
 ) -> GaussianLogits:
-    """Gaussian over each input's logits, by differences to its first class where the classes are many."""
+    """Compute the Gaussian over each input's logits; for many classes, by differences to its first class."""
     if not create_graph and (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
         return closed.differences()
     if create_graph or network.n_outputs <= LEADING:
         return GaussianLogits.of_covariance(*predict(network, precision, inputs, create_graph=create_graph))
     means, order = sorted_differences(network.outputs(inputs))
-    # rows of the leading classes are needed at once
+    # rows of the leading classes are in memory at once
     leading = max(_FEWEST_LEADING, min(LEADING, CHUNK_BYTES // network.bytes_of_a_row)) - 1
     parts = [
         _spread_of_differences(precision, blocks, leading)
@@ -90,7 +90,7 @@ def predict_logits(
 def _spread_of_differences(
     precision: LowRankPlusDiagonal, blocks: RowBlocks, n_leading: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance of the leading differences, variances of the others, and the trace of the centred logits'."""
+    """Compute covariances of leading differences, variances of the others, and the centred logits' total variance."""
     first = next(blocks)
     total = first.sum(1)
     covariance, variances = precision.variance(first[:, :n_leading]), [precision.variances(first[:, n_leading:])]
@@ -110,7 +110,7 @@ def predict_jointly(
     *,
     create_graph: bool = False,
 ) -> tuple[Float[Tensor, " nC"], Float[Tensor, "nC nC"]]:
-    """Mean and covariance of all outputs of a batch together, inputs first."""
+    """Compute mean and covariance of all outputs of a batch jointly, ordered by input, then output."""
     chunks = list(network.jacobians(inputs, create_graph=create_graph))
     J = torch.cat([J for J, _ in chunks]).flatten(0, 1)
     f = torch.cat([f for _, f in chunks]).flatten()
@@ -124,10 +124,10 @@ def draw_functions(
     *,
     create_graph: bool = False,
 ) -> Float[Tensor, "S n C"]:
-    r"""Values $f(x) + J(x)\,\delta_s$ of linearized functions; the same function at every input.
+    r"""Compute values $f(x) + J(x)\,\delta_s$ of linearized functions, each at all inputs.
 
     Args:
-        network: the network at the posterior's mean.
+        network: network at the posterior's mean.
         inputs: a batch.
         deviations: draws of the parameters minus their mean, one per function.
         create_graph: keep the graph.
@@ -136,7 +136,7 @@ def draw_functions(
         One function per draw.
     """
     if not create_graph and _draws_are_cheaper(network, len(deviations)):
-        return torch.cat([_pushed_draws(network, some, deviations) for some in split(inputs, _BATCH)], dim=1)
+        return torch.cat([_pushed_draws(network, chunk, deviations) for chunk in split(inputs, _BATCH)], dim=1)
     parts = [
         f + torch.einsum("ncp,sp->snc", J, deviations) for J, f in network.jacobians(inputs, create_graph=create_graph)
     ]
@@ -144,16 +144,16 @@ def draw_functions(
 
 
 def _draws_are_cheaper(network: Network, n_draws: int) -> bool:
-    """One JVP per draw, or one VJP per output."""
-    able = network.capabilities
-    return (able.vmapped_columns and n_draws < network.n_outputs) or (
-        able.columns and network.rows_per_chunk(network.n_outputs) == 0
+    """Return whether one JVP per draw is cheaper than one VJP per output."""
+    capabilities = network.capabilities
+    return (capabilities.vmapped_columns and n_draws < network.n_outputs) or (
+        capabilities.columns and network.rows_per_chunk(network.n_outputs) == 0
     )
 
 
 def _pushed_draws(network: Network, inputs: Inputs, deviations: Tensor) -> Tensor:
     parts = []
-    for some in deviations.split(_DRAWS):
-        pushed, f = network.pushed(inputs, some.T)
+    for draws in deviations.split(_DRAWS):
+        pushed, f = network.pushed(inputs, draws.T)
         parts.append(f + pushed.movedim(-1, 0))
     return torch.cat(parts)

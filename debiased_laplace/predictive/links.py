@@ -1,4 +1,4 @@
-"""From a Gaussian over logits to class probabilities.
+"""Class probabilities of Gaussian logits.
 
 References:
     MacKay (1992), doi 10.1162/neco.1992.4.5.720 (probit); Hobbhahn, Kristiadi & Hennig (2022), arXiv 2003.01227
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def probit(mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-    """Softmax of logits that shrink with their variance."""
+    """Return the softmax of logits scaled down by their variances."""
     return torch.softmax(mean / (1 + math.pi / 8 * variance).sqrt(), dim=-1)
 
 
 def bridge(mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"], *, normalized: bool) -> Float[Tensor, "n C"]:
-    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to.
+    """Return the mean of the Dirichlet distribution given by the Laplace bridge.
 
     Args:
         mean: of the logits.
@@ -27,8 +27,7 @@ def bridge(mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"], *, no
         normalized: scale mean and variance to the range in which the bridge is accurate.
 
     Returns:
-        Class probabilities. Where the covariance is zero, or the bridge leaves single precision, the softmax of the
-        mean, which is its limit.
+        Class probabilities. If the covariance is zero or the bridge overflows: the softmax of the mean, its limit.
     """
     C = mean.shape[-1]
     row_sums = covariance.sum(-1)
@@ -52,7 +51,7 @@ def gaussian_draws(
     n_samples: int,
     generator: torch.Generator | None,
 ) -> Float[Tensor, "S n C"]:
-    """Draws of each input's outputs from its own Gaussian; singular covariances are allowed."""
+    """Draw each input's outputs from its Gaussian; covariances may be singular."""
     draws: Tensor = draw_gaussian(mean, covariance, n_samples, generator)
     return draws
 
@@ -64,6 +63,6 @@ def independent_draws(
     n_samples: int,
     generator: torch.Generator | None,
 ) -> Float[Tensor, "S n C"]:
-    """Draws of every output on its own."""
+    """Draw independent outputs."""
     noise = torch.randn(n_samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + variance.clamp_min(0).sqrt() * noise

@@ -1,17 +1,17 @@
-r"""Expected softmax of Gaussian logits on fixed nodes, with a mean field of further classes: the "mean_field" link.
+r"""Expected softmax of Gaussian logits: quadrature over leading classes, a mean field of the others ("mean_field").
 
-A softmax depends on differences of logits only. With $d_k = f_k - f_1$, class 1 having the largest mean,
+A softmax depends on differences of logits only. With $d_k = f_k - f_1$ and class 1 that of the largest mean,
 
 $$E\,\mathrm{softmax}(f)_i = E\left[e^{d_i} \Big/ \sum_k e^{d_k}\right].$$
 
-Up to 128 leading classes: quasi-Monte Carlo on nodes with exactly the first three moments of a standard normal, so that
-the result is exact to first order in the covariance where all classes lead. It is differentiable but where two classes
-change rank, at which it jumps by its quadrature error.
+Up to 128 leading classes: quasi-Monte Carlo on nodes with exactly the first three moments of a standard normal; if all
+classes lead, the result is exact to first order in the covariance. It is differentiable except where two classes change
+rank, where it jumps by its quadrature error.
 
-More classes: each remaining one, with mean m and residual variance r, enters the normalizer with one fixed weight, an
-upper bound used as an estimate: Chernoff's of $E[\min(1, e^{d} / Z)]\,Z$ with $Z = \sum_k e^{m_k}$, that is
-$e^{m + r/2}$ while r is small. It fails where many remaining classes have residual variances far above 1 together: then
-too little mass is left to them (docs/predictive.md).
+Each further class, with mean m and residual variance r, enters the normalizer with one fixed weight: Chernoff's upper
+bound of $E[\min(1, e^{d} / Z)]\,Z$ with $Z = \sum_k e^{m_k}$, used as an estimate; it is $e^{m + r/2}$ while r is
+small. It fails if many of these classes have residual variances far above 1, and then gives them too little mass
+(docs/predictive.md).
 
 References:
     Lu, Ie & Sha (2020), arXiv 2006.07584 (mean-field softmax on differences); Owen (1998), doi 10.1006/jcom.1998.0487
@@ -30,27 +30,27 @@ from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 LEADING = 128
-"""Classes whose differences are integrated jointly."""
+"""Number of classes whose differences are integrated jointly."""
 
 _PAIRS = 256  # of antithetic nodes
-_JITTER = 1e-7  # of the norm of a covariance: rounding of single precision
+_JITTER = 1e-7  # relative to the norm of a covariance: rounding of single precision
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianLogits:
     """Gaussian over the C logits of each of n inputs, by differences to its most probable class.
 
-    Classes are in the order of decreasing mean; the first D + 1 of them are leading, and R = C - D - 1 remain.
+    Classes are ordered by decreasing mean; the first D + 1 of them are leading, and R = C - D - 1 remain.
 
     Attributes:
-        order: the classes.
-        means: of the differences to the first class; the first one is 0.
-        covariance: of the differences of the other leading classes to the first.
-        variances: of the differences of the remaining classes to the first.
+        order: the classes in that order.
+        means: means of the differences to the first class; the first one is 0.
+        covariance: covariance of the other leading classes' differences.
+        variances: variances of the remaining classes' differences.
         total_variance: trace of the covariance of the centred logits, f minus its mean over the classes.
 
     Raises:
-        ValueError: for means, covariances or variances that are not finite.
+        ValueError: if means, covariances or variances are not finite.
     """
 
     order: Int64[Tensor, "n C"]
@@ -66,7 +66,7 @@ class GaussianLogits:
 
     @classmethod
     def of_covariance(cls, mean: Float[Tensor, "n C"], covariance: Float[Tensor, "n C C"]) -> "GaussianLogits":
-        """From means and covariances of the logits, the latter positive semi-definite up to rounding."""
+        """Create from means and covariances of the logits, the latter positive semi-definite up to rounding."""
         means, order = sorted_differences(mean)
         exact = covariance.to(accumulation_dtype(covariance))
         C, T = mean.shape[-1], min(LEADING, mean.shape[-1])
@@ -86,7 +86,7 @@ class GaussianLogits:
 
     @classmethod
     def of_variances(cls, mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]) -> "GaussianLogits":
-        """From means and variances of independent logits."""
+        """Create from means and variances of independent logits."""
         means, order = sorted_differences(mean)
         own = variance.to(accumulation_dtype(variance)).clamp_min(0).gather(1, order)
         first = own[:, :1]
@@ -99,22 +99,22 @@ class GaussianLogits:
         )
 
     def probabilities(self) -> Float[Tensor, "n C"]:
-        """Expected softmax of the logits."""
+        """Return the expected softmax of the logits."""
         dtype = torch.promote_types(self.means.dtype, torch.float32)
         return self._by_class(torch.cat([p.mean(-1) for p in self._at_nodes(dtype)]))
 
     def probabilities_and_information(self) -> tuple[Float[Tensor, "n C"], Float[Tensor, " n"]]:
-        """Expected softmax, and the mutual information of label and logits in nats (at least 0).
+        """Return the expected softmax, and the mutual information of label and logits in nats (at least 0).
 
-        Of remaining classes the information is that of a softmax to second order, at most what their weight allows.
+        The information of the remaining classes is that of a softmax to second order, bounded by their weights.
         """
         means, entropies = [], []
-        # small differences of entropies: in double precision, so that confident inputs keep their order
+        # double precision for small differences of entropies, so that confident inputs keep their order
         for p in self._at_nodes(accumulation_dtype(self.means)):
             means.append(p.mean(-1))
             entropies.append(torch.special.entr(p).sum(1).mean(-1))
         mean = torch.cat(means)
-        # the split among the remaining classes is the same at every node, so its entropy cancels
+        # the shares of the remaining classes are the same at every node, so their entropy cancels
         information = torch.special.entr(mean).sum(1) - torch.cat(entropies)
         if self._n_remaining:
             weights, own = self._remaining(mean.dtype)
@@ -131,10 +131,10 @@ class GaussianLogits:
         return torch.zeros_like(mean).scatter(1, self.order, mean).to(self.means.dtype)
 
     def _remaining(self, dtype: torch.dtype) -> tuple[Float[Tensor, "n R"], Float[Tensor, "n R"]]:
-        """Logarithms of the weights of the remaining classes, and what each has of information once it is the label."""
+        """Compute the remaining classes' log weights, and the information of each, given that it is the label."""
         d, means = self.covariance.shape[-1], self.means.to(dtype)
         own = self.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-        # all differences are taken to share one covariance, their average one, which the nodes carry
+        # all differences are assumed to share their average covariance, which the nodes include
         shared = ((self.covariance.sum((-2, -1)) - own) / (d * (d - 1))).clamp_min(0)
         r = (self.variances - shared[:, None]).to(dtype).clamp_min(0)
         log_Z = means.logsumexp(-1, keepdim=True)
@@ -145,31 +145,31 @@ class GaussianLogits:
         return log_Z + s * a + exponent, exponent
 
     def _at_nodes(self, dtype: torch.dtype) -> Iterator[Float[Tensor, "_ _ S"]]:
-        """Softmax at every node, some inputs at a time: the leading classes, and the remaining ones as one more."""
+        """Yield the softmax at every node for chunks of inputs: leading classes, and the remaining ones as one more."""
         n, T = len(self.means), self.covariance.shape[-1] + 1
         L, m = _root(self.covariance).to(dtype), self.means[:, :T, None].to(dtype)
         z = nodes(T - 1, dtype, m.device)
         remaining = self._remaining(dtype)[0].logsumexp(-1) if self._n_remaining else None
         size = max(1, CHUNK_BYTES // (4 * (T + 1) * z.shape[1] * z.element_size()))
         for start in range(0, n, size):
-            some = slice(start, start + size)
-            deviations = L[some] @ z
-            rows = m[some] + torch.nn.functional.pad(deviations, (0, 0, 1, 0))
+            chunk = slice(start, start + size)
+            deviations = L[chunk] @ z
+            rows = m[chunk] + torch.nn.functional.pad(deviations, (0, 0, 1, 0))
             if remaining is not None:
                 # noise of the first logit shifts every difference equally
-                rows = torch.cat([rows, (remaining[some, None] + deviations.mean(1))[:, None]], dim=1)
+                rows = torch.cat([rows, (remaining[chunk, None] + deviations.mean(1))[:, None]], dim=1)
             yield rows.softmax(1)
 
 
 def sorted_differences(mean: Float[Tensor, "n C"]) -> tuple[Float[Tensor, "n C"], Int64[Tensor, "n C"]]:
-    """Means of differences to the largest, decreasing, and the classes in that order."""
+    """Return means of the differences to the largest, decreasing, and the classes in that order."""
     means, order = mean.sort(dim=-1, descending=True, stable=True)
     return means - means[:, :1], order
 
 
 def _root(covariance: Float[Tensor, "n d d"]) -> Float[Tensor, "n d d"]:
-    """Triangular roots of covariances; negative eigenvalues are removed by adding a multiple of the identity."""
-    # of a covariance of 0 the square of the smallest number would underflow
+    """Return triangular roots of covariances, after adding multiples of the identity where needed."""
+    # not 0 for a covariance of 0, and its square must not underflow
     norm = torch.linalg.matrix_norm(covariance.detach()).clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
     unit = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     added = _JITTER * norm
@@ -183,7 +183,7 @@ def _root(covariance: Float[Tensor, "n d d"]) -> Float[Tensor, "n d d"]:
 
 @lru_cache(maxsize=32)
 def nodes(d: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "d S"]:
-    """Scrambled Sobol' points mapped to normal ones, each with its negative, their second moments made exact."""
+    """Return normal quantiles of scrambled Sobol' points and their negatives, with exact second moments."""
     with torch.inference_mode(False), torch.no_grad():
         points = torch.quasirandom.SobolEngine(d, scramble=True, seed=0).draw(_PAIRS, dtype=torch.float64)
         z = torch.special.ndtri(points.clamp(1e-9, 1 - 1e-9)).T

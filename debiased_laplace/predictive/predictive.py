@@ -1,4 +1,4 @@
-"""Predictive of a Gaussian over the parameters at a batch of inputs, linearized or by drawn networks."""
+"""Predictive distribution of a Gaussian over the parameters, linearized or by sampled networks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ Link = Literal["mean_field", "probit", "mc", "bridge", "bridge_norm"]
 
 @dataclass(frozen=True, eq=False)
 class Predictive:
-    """Predictive at a batch of inputs.
+    """Predictive distribution at a batch of inputs.
 
     Attributes:
-        network: at the mean.
-        inputs: n of them, on the network's device.
-        mean: of the parameters.
-        precision: of the parameters.
+        network: network at the mean.
+        inputs: n inputs on the network's device.
+        mean: posterior mean of the parameters.
+        precision: posterior precision of the parameters.
         create_graph: keep the graph, for gradients with respect to the inputs.
     """
 
@@ -40,8 +40,8 @@ class Predictive:
         """Return mean and covariance of the linearized outputs.
 
         Args:
-            joint: of all outputs of the batch together.
-            diagonal_output: variances in place of covariances between outputs.
+            joint: whether to return them for all outputs of the batch jointly.
+            diagonal_output: whether to return variances in place of covariances between outputs.
 
         Returns:
             Means (n, C) and covariances (n, C, C) or variances (n, C); jointly (nC,) and (nC, nC).
@@ -58,7 +58,7 @@ class Predictive:
         return linearized.predict_logits(self.network, self.precision, self.inputs, create_graph=self.create_graph)
 
     def linearized_draws(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S n C"]:
-        """Draw linearized functions, each one function at all inputs."""
+        """Draw linearized functions and evaluate each at all inputs."""
         deviations = self.precision.root(standard_normal(n_samples, self.mean, generator))
         return linearized.draw_functions(self.network, self.inputs, deviations, create_graph=self.create_graph)
 
@@ -77,12 +77,12 @@ class Predictive:
         """Return class probabilities of the linearized network by one of the links."""
         if link == "mean_field" and not diagonal_output:
             return self.gaussian_logits().probabilities()
-        alone = link == "probit" or (link in ("mean_field", "mc") and diagonal_output)
-        return class_probabilities(*self.moments(diagonal_output=alone), link, n_samples, generator)
+        independent = link == "probit" or (link in ("mean_field", "mc") and diagonal_output)
+        return class_probabilities(*self.moments(diagonal_output=independent), link, n_samples, generator)
 
 
 def standard_normal(n_samples: int, like: Float[Tensor, " P"], generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal vectors of a tensor's shape, dtype and device, one in a row."""
+    """Draw standard normal vectors with the length, dtype and device of a vector, one per row."""
     return torch.randn(n_samples, len(like), generator=generator, dtype=like.dtype, device=like.device)
 
 
@@ -92,19 +92,19 @@ def class_probabilities(
     """Return class probabilities of Gaussian logits by a link.
 
     Args:
-        mean: of the logits.
-        spread: their covariances (n, C, C), or variances (n, C) of independent logits.
+        mean: means of the logits.
+        spread: covariances (n, C, C), or variances (n, C) of independent logits.
         link: one of `Link`.
-        n_samples: draws of "mc".
-        generator: of these draws.
+        n_samples: number of draws for "mc".
+        generator: random generator of these draws.
     """
-    alone = spread.ndim == 2
+    independent = spread.ndim == 2
     if link == "mean_field":
-        of_spread = GaussianLogits.of_variances if alone else GaussianLogits.of_covariance
+        of_spread = GaussianLogits.of_variances if independent else GaussianLogits.of_covariance
         return of_spread(mean, spread).probabilities()
     if link == "probit":
-        return links.probit(mean, spread if alone else spread.diagonal(dim1=-2, dim2=-1))
+        return links.probit(mean, spread if independent else spread.diagonal(dim1=-2, dim2=-1))
     if link == "mc":
-        draw = links.independent_draws if alone else links.gaussian_draws
+        draw = links.independent_draws if independent else links.gaussian_draws
         return torch.softmax(draw(mean, spread, n_samples=n_samples, generator=generator), dim=-1).mean(0)
     return links.bridge(mean, spread, normalized=link == "bridge_norm")

@@ -1,4 +1,4 @@
-"""Predictions of the network itself at drawn weights, which are never written into the model."""
+"""Predictions of the network at sampled weights, which are never written to the model."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def network_draws(
     *,
     create_graph: bool = False,
 ) -> Float[Tensor, "S n C"]:
-    """Outputs of the network at each of the drawn weight vectors.
+    """Compute the network's outputs at each of the sampled weight vectors.
 
     Args:
-        network: whose model and parameter selection count.
+        network: provides the model and its selected parameters.
         inputs: a batch.
-        weights: drawn parameters.
+        weights: sampled parameters.
         model_kwargs: further keyword arguments of the model.
         create_graph: keep the graph, for gradients with respect to the inputs.
 

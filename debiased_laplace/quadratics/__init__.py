@@ -1,1 +1,1 @@
-"""The quadratic of a set of samples around the weights, matrix-free: value, slope and curvature."""
+"""Matrix-free quadratic models of the loss of a set of samples: value, slopes and curvatures."""

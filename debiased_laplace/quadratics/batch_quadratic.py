@@ -1,8 +1,8 @@
-r"""The quadratics of some samples' losses around the weights, $d \mapsto \ell_n + d^\top g_n + \tfrac12 d^\top H_n d$.
+r"""Per-sample quadratic models of the loss at the weights, $d \mapsto \ell_n + d^\top g_n + \tfrac12 d^\top H_n d$.
 
-Everything along a direction u follows from one derivative of the outputs, $J_n u$: the slope
-$\nabla_f \ell_n^\top J_n u$ and, for a curvature with a root, $\|S_n^\top J_n u\|^2$. A product with the mean curvature
-takes one backward pass more. Only the likelihood enters; the regularizer is a `Penalty`.
+Slope and curvature along a direction u follow from one Jacobian-vector product $J_n u$: the slope is
+$\nabla_f \ell_n^\top J_n u$, the curvature $\|S_n^\top J_n u\|^2$ if it has a root $S_n$. A product with the mean
+curvature takes one more backward pass. The likelihood alone enters; the regularizer is a `Penalty`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,16 +18,17 @@ from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, Outpu
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
-from debiased_laplace.quadratics.given import Curvature
+from debiased_laplace.quadratics.preparation import Curvature
 
-_WORTH_TRACING = 4e9  # samples times products times parameters: below, tracing a network takes as long as it saves
+# samples x products x parameters; below it, tracing a network takes as long as it saves
+_MIN_WORK_FOR_TRACING = 4e9
 
 
 class BatchQuadratic(ABC):
-    """The quadratics of the samples of one batch, and their mean.
+    """Quadratic models of the samples of one batch, and their mean.
 
     Attributes:
-        network: at the weights.
+        network: the network, at the weights of the expansion.
         batch: the samples.
     """
 
@@ -41,26 +42,26 @@ class BatchQuadratic(ABC):
 
     @property
     def outputs(self) -> Float[Tensor, "n C"]:
-        """Of the network."""
+        """Outputs of the network."""
         return self._linearized.outputs
 
     @cached_property
     def losses(self) -> Float[Tensor, " n"]:
-        """Of the samples."""
+        """Loss of each sample."""
         return self.network.likelihood.per_sample_loss(self.outputs, self.batch.targets)
 
     @cached_property
     def output_gradients(self) -> Float[Tensor, "n C"]:
-        """Of each sample's loss, with respect to the outputs."""
+        """Gradient of each sample's loss with respect to the outputs."""
         return self.network.likelihood.gradient(self.outputs, self.batch.targets)
 
     @cached_property
     def gradient(self) -> Float[Tensor, " P"]:
-        """Of the mean loss."""
+        """Gradient of the mean loss with respect to the weights."""
         return self._linearized.pulled(self.output_gradients) / len(self)
 
     def pushed(self, directions: Float[Tensor, "P k"]) -> Float[Tensor, "n C k"]:
-        """$J_n u_i$: by forward mode, or through the rows of the Jacobians where the model does not allow it."""
+        """Return $J_n u_i$, by forward mode, or from the rows of the Jacobians if the model does not support it."""
         if self.network.capabilities.columns:
             return self._linearized.pushed(directions)
         if self._jacobians is not None:
@@ -76,65 +77,67 @@ class BatchQuadratic(ABC):
         return torch.cat(parts)
 
     def slopes(self, pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n k"]:
-        """Each sample's slope at the weights, along the directions that were pushed."""
+        """Return each sample's slope at the weights, given $J_n u_i$ of the directions."""
         return torch.einsum("nc,nck->nk", self.output_gradients, pushed)
 
     @abstractmethod
     def product(self, x: Float[Tensor, " P"], pushed: Float[Tensor, "n C 1"] | None = None) -> Float[Tensor, " P"]:
-        """The mean curvature times x, which may have been pushed already."""
+        """Return the mean curvature times x; `pushed` is $J_n x$ if it is already computed."""
 
     @abstractmethod
     def curvatures(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n k"]:
-        """Each sample's curvature along directions."""
+        """Return each sample's curvature along the directions, given $J_n u_i$."""
 
     @abstractmethod
     def curvature_matrix(
         self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"]
     ) -> Float[Tensor, "k k"]:
-        """The sum over the samples of U' H_n U, in double precision."""
+        r"""Return $\sum_n U^\top H_n U$ in double precision, given $J_n u_i$."""
 
     @abstractmethod
     def position(self) -> "Position":
-        """At the weights."""
+        """Return a position at the weights."""
 
 
 class Position(ABC):
-    """A point on the quadratics of a batch, from which one looks along the next directions."""
+    """Point on the quadratic models of a batch, moved step by step along given directions."""
 
     @abstractmethod
-    def look(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"] | None = None) -> None:
-        """Get some directions ready, which may have been pushed already."""
+    def prepare(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"] | None = None) -> None:
+        """Set the directions of the next calls; `pushed` is $J_n u_i$ if it is already computed."""
 
     @abstractmethod
     def along(self, i: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Each sample's slope at this point and its curvature, along the i-th of the directions."""
+        """Return each sample's slope at this point and its curvature, along the i-th direction."""
 
     @abstractmethod
     def move(self, i: int, step: float) -> None:
-        """Go so far along the i-th of the directions."""
+        """Move by `step` times the i-th direction."""
 
 
 class RootQuadratic(BatchQuadratic):
-    """With a curvature that has a root: GGN, empirical Fisher."""
+    """Quadratic models whose curvature has a root: GGN, empirical Fisher."""
 
     def __init__(self, network: Network, batch: Batch, root: OutputRoot):
         super().__init__(network, batch)
         self.root = root
-        # the roots that are used here draw nothing
-        self._side = root.side(batch.targets, network.n_outputs, torch.Generator()).to(self.outputs.device)
+        # neither of the two roots draws noise: the generator is not used
+        self._targets = root.targets_or_noise(batch.targets, network.n_outputs, torch.Generator()).to(
+            self.outputs.device
+        )
 
     def product(self, x: Float[Tensor, " P"], pushed: Float[Tensor, "n C 1"] | None = None) -> Float[Tensor, " P"]:
-        """One derivative along x, and one backward pass."""
+        """Return the mean curvature times x, by one Jacobian-vector product and one backward pass."""
         along = self.pushed(x[:, None]) if pushed is None else pushed
-        weighted = self.root.product(self.outputs, self._side, along[..., 0])
+        weighted = self.root.product(self.outputs, self._targets, along[..., 0])
         return self._linearized.pulled(weighted) / len(self)
 
     def projections(self, pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n r k"]:
-        r"""$S_n^\top J_n u_i$."""
-        return self.root.transposed(self.outputs, self._side, pushed)
+        r"""Return $S_n^\top J_n u_i$."""
+        return self.root.transposed(self.outputs, self._targets, pushed)
 
     def curvatures(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n k"]:  # noqa: ARG002
-        r"""$\|S_n^\top J_n u_i\|^2$."""
+        r"""Return $\|S_n^\top J_n u_i\|^2$."""
         return self.projections(pushed).square().sum(1)
 
     def curvature_matrix(
@@ -142,23 +145,23 @@ class RootQuadratic(BatchQuadratic):
         directions: Float[Tensor, "P k"],  # noqa: ARG002
         pushed: Float[Tensor, "n C k"],
     ) -> Float[Tensor, "k k"]:
-        """From the projections."""
+        r"""Return $\sum_n (S_n^\top J_n U)^\top (S_n^\top J_n U)$ in double precision."""
         V = self.projections(pushed).flatten(0, 1).to(accumulation_dtype(pushed))
         return V.mT @ V
 
     def position(self) -> "Position":
-        """At the weights."""
+        """Return a position at the weights."""
         return _RootPosition(self)
 
 
 class _RootPosition(Position):
-    r"""Knows what it has walked by $y_n = S_n^\top J_n d$: a step moves y, and slopes are inner products with it."""
+    r"""Position kept as $y_n = S_n^\top J_n d$, d being the displacement; slopes are inner products with it."""
 
     def __init__(self, quadratic: RootQuadratic):
         self._quadratic = quadratic
         self._y: Tensor | None = None
 
-    def look(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"] | None = None) -> None:
+    def prepare(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"] | None = None) -> None:
         pushed = self._quadratic.pushed(directions) if pushed is None else pushed
         self._projections = self._quadratic.projections(pushed)
         self._slopes = self._quadratic.slopes(pushed)
@@ -166,33 +169,33 @@ class _RootPosition(Position):
             self._y = torch.zeros_like(self._projections[..., 0], dtype=accumulation_dtype(pushed))
 
     def along(self, i: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        y = self._walked()
+        y = self._displacement()
         a = self._projections[..., i].to(y.dtype)
         return self._slopes[:, i].to(y.dtype) + (a * y).sum(1), a.square().sum(1)
 
     def move(self, i: int, step: float) -> None:
-        y = self._walked()
+        y = self._displacement()
         self._y = y + step * self._projections[..., i].to(y.dtype)
 
-    def _walked(self) -> Tensor:
+    def _displacement(self) -> Tensor:
         if self._y is None:
-            raise RuntimeError("look comes before along and move.")
+            raise RuntimeError("Expected a call of prepare before along and move; got none.")
         return self._y
 
 
 class HessianQuadratic(BatchQuadratic):
-    """With the Hessian, indefinite away from a minimum."""
+    """Quadratic models with the Hessian, which is indefinite away from a minimum."""
 
     def __init__(self, network: Network, batch: Batch, derivatives: SecondDerivatives):
         super().__init__(network, batch)
         self.derivatives = derivatives
 
     def product(self, x: Float[Tensor, " P"], pushed: Float[Tensor, "n C 1"] | None = None) -> Float[Tensor, " P"]:  # noqa: ARG002
-        """A Hessian-vector product."""
+        """Return the mean Hessian times x."""
         return self.derivatives.products(self.batch, x[:, None])[:, 0] / len(self)
 
     def curvatures(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n k"]:  # noqa: ARG002
-        """Second derivatives along the directions."""
+        """Return each sample's second derivative along the directions."""
         return self.derivatives.quadratics(self.batch, directions)
 
     def curvature_matrix(
@@ -200,45 +203,45 @@ class HessianQuadratic(BatchQuadratic):
         directions: Float[Tensor, "P k"],
         pushed: Float[Tensor, "n C k"],  # noqa: ARG002
     ) -> Float[Tensor, "k k"]:
-        """From products."""
+        r"""Return $\sum_n U^\top H_n U$ in double precision, from Hessian-vector products."""
         exact = accumulation_dtype(directions)
-        found = directions.mT.to(exact) @ self.derivatives.products(self.batch, directions).to(exact)
-        return (found + found.mT) / 2
+        matrix = directions.mT.to(exact) @ self.derivatives.products(self.batch, directions).to(exact)
+        return (matrix + matrix.mT) / 2
 
     def position(self) -> "Position":
-        """At the weights."""
+        """Return a position at the weights."""
         return _HessianPosition(self)
 
 
 class _HessianPosition(Position):
-    """Knows what it has walked as a vector: every slope takes second derivatives along it."""
+    """Position kept as the displacement; each slope takes a second derivative along it."""
 
     def __init__(self, quadratic: HessianQuadratic):
         self._quadratic = quadratic
-        self._walked: Tensor | None = None
+        self._displacement: Tensor | None = None
 
-    def look(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"] | None = None) -> None:
+    def prepare(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"] | None = None) -> None:
         pushed = self._quadratic.pushed(directions) if pushed is None else pushed
         self._directions = directions
         self._slopes = self._quadratic.slopes(pushed)
-        if self._walked is None:
-            self._walked = torch.zeros_like(directions[:, 0])
+        if self._displacement is None:
+            self._displacement = torch.zeros_like(directions[:, 0])
 
     def along(self, i: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         u = self._directions[:, i]
-        right = torch.stack([u if self._walked is None else self._walked, u], dim=1)
-        found = self._quadratic.derivatives.bilinears(self._quadratic.batch, u[:, None].expand(-1, 2), right)
-        exact = accumulation_dtype(found)
-        return self._slopes[:, i].to(exact) + found[:, 0].to(exact), found[:, 1].to(exact)
+        right = torch.stack([u if self._displacement is None else self._displacement, u], dim=1)
+        products = self._quadratic.derivatives.bilinears(self._quadratic.batch, u[:, None].expand(-1, 2), right)
+        exact = accumulation_dtype(products)
+        return self._slopes[:, i].to(exact) + products[:, 0].to(exact), products[:, 1].to(exact)
 
     def move(self, i: int, step: float) -> None:
-        if self._walked is not None:
-            self._walked = self._walked + step * self._directions[:, i]
+        if self._displacement is not None:
+            self._displacement = self._displacement + step * self._directions[:, i]
 
 
 def ready_for_many_products(network: Network, batch: Batch, n_products: int) -> Network:
-    """The network, linearized once for each batch where so many products with a batch of this size repay it."""
-    worth = len(batch) * n_products * network.n_parameters >= _WORTH_TRACING
+    """Return the network, set to linearize once per batch if that is faster for this number of products."""
+    worth = len(batch) * n_products * network.n_parameters >= _MIN_WORK_FOR_TRACING
     return network.ready_for_products(batch.inputs) if worth and network.capabilities.columns else network
 
 
@@ -249,16 +252,13 @@ def batch_quadratic(
     *,
     derivatives: SecondDerivatives | None = None,
 ) -> BatchQuadratic:
-    """The quadratics of a batch's samples.
+    """Return the quadratic models of a batch.
 
     Args:
-        network: at the weights.
-        batch: on the network's device.
-        curvature: of which kind.
-        derivatives: second ones, where they have been tried before.
-
-    Returns:
-        The quadratics.
+        network: the network, at the weights of the expansion.
+        batch: samples on the network's device.
+        curvature: "ggn", "ef" or "hessian".
+        derivatives: second derivatives to reuse with "hessian"; None: new ones.
     """
     if curvature == "hessian":
         if derivatives is None:

@@ -98,7 +98,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 
 def test_keys_are_all_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "calibration_reports.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "ci_gates.md").read_text(encoding="utf-8")
     assert [key for key in Threshold.model_fields if f"`{key}`" not in page] == []
 
 

@@ -1,8 +1,6 @@
 """Intervals over samples and clusters: closed forms, SciPy, and coverage in simulations."""
 
-import sys
 from math import sqrt
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +8,8 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 import debiased_laplace.calibration.intervals as iv
+from benchmarks import report_coverage
 from debiased_laplace.calibration.intervals import Units
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-import report_coverage
 
 ESTIMATORS = {
     "mean": iv.estimate_mean,

@@ -107,7 +107,7 @@ def test_attention_has_directional_derivatives_inside_and_not_outside() -> None:
         return jvp(lambda p: functional_call(model, p, (X,)), (parameters,), (parameters,))[1]
 
     with pytest.raises((NotImplementedError, RuntimeError)):
-        derivative()  # if torch learns it, the context has one job less
+        derivative()  # fails once torch supports it, and the context can be dropped
     with differentiable_kernels(model):
         inside = derivative()
     assert bool(inside.isfinite().all())

@@ -52,7 +52,7 @@ class PartlyUsed(nn.Module):
 
 
 class Branching(nn.Module):
-    """Takes another way for some samples: vmap cannot."""
+    """A model with data-dependent control flow, which vmap does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ every_model = pytest.mark.parametrize("name", ALL)
 
 
 class Setup:
-    """A model, what it allows, and its Jacobians by the oracle."""
+    """A model, its capabilities, and its Jacobians by the oracle."""
 
     def __init__(self, name: str):
         self.model, self.X = ALL[name]()
@@ -167,7 +167,7 @@ class Setup:
 
 @cache
 def setup(name: str) -> Setup:
-    """Finding out what a model allows takes longer than most tests."""
+    """Cached, because finding capabilities takes longer than most tests."""
     with differentiable_kernels(nn.Identity()):
         return Setup(name)
 
@@ -199,7 +199,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_capabilities_are_what_is_known(name: str) -> None:
+def test_capabilities_are_the_known_ones(name: str) -> None:
     s = setup(name)
     found = s.capabilities
     *modes, linearized = KNOWN[name]
@@ -230,16 +230,16 @@ def test_data_dependent_control_flow_has_no_vmapped_rows_and_says_why() -> None:
     [(_WrongUnderVmap, "vmapped rows"), (_WrongForward, "columns")],
     ids=["wrong rows", "wrong columns"],
 )
-def test_what_runs_but_gives_wrong_numbers_is_refused(function: type, refused: str) -> None:
+def test_modes_that_run_but_give_wrong_numbers_are_refused(function: type, refused: str) -> None:
     model, X = drawn(lambda: Applied(function), real)
     selection = ParameterSelection.all_weights(model)
     found = find_capabilities(selection, selection.unflatten(selection.vector()), X)
-    assert found.reasons[refused] == "gave other numbers than one sample at a time"
+    assert found.reasons[refused] == "disagreed with one sample at a time"
     assert found.vmapped_rows == (refused != "vmapped rows")
     assert found.columns == (refused != "columns")
 
 
-def test_finding_out_leaves_the_random_state_and_the_model_alone() -> None:
+def test_finding_capabilities_changes_neither_the_random_state_nor_the_model() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     setup = Setup("transformer")
@@ -275,7 +275,7 @@ def test_rows_of_the_root_square_to_the_ggn_of_each_sample(name: str, kind: str)
     expected = torch.stack([J.T @ output_hessian(f, kind) @ J for J, f in zip(s.J, s.outputs, strict=True)])
     likelihood = likelihood_named(kind)
 
-    def root(outputs: Tensor, side: Tensor) -> Tensor:
+    def root(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:
         return likelihood.root(outputs, slice(None))
 
     found = [looped_rows(s.selection, s.parameters, s.X, torch.zeros(N), root)[0]]
@@ -340,7 +340,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["MLP", "BatchNorm", "transformer"])
-def test_products_agree_whichever_way_they_are_made(name: str, way: str) -> None:
+def test_products_of_all_modes_agree(name: str, way: str) -> None:
     s = setup(name)
     H = ggn_sum(s, "classification")
     able = without(name, **WAYS[way])
@@ -351,7 +351,7 @@ def test_products_agree_whichever_way_they_are_made(name: str, way: str) -> None
 
 
 def test_products_of_a_gru_are_right_at_the_second_and_third_use() -> None:
-    # torch's linearization of a GRU spoils its own constants, so that only its first use is right
+    # torch's linearization of a GRU overwrites its own constants, so that only its first use is right
     able = network(setup("GRU")).ready_for_products(setup("GRU").X).capabilities
     s = setup("GRU")
     H = ggn_sum(s, "classification")
@@ -409,11 +409,11 @@ def test_a_networks_columns_come_in_groups_of_directions(n_directions: int) -> N
         torch.stack([J.T @ output_hessian(f, "classification") @ J for J, f in zip(s.J, s.outputs, strict=True)]),
         U,
     )
-    root, side = ggn_root("classification"), torch.zeros(N)
-    pushed = network(s).root_columns(s.X, root, side, U)
+    root, targets_or_noise = ggn_root("classification"), torch.zeros(N)
+    pushed = network(s).root_columns(s.X, root, targets_or_noise, U)
     assert pushed.shape == (N, 3, n_directions)
     assert_close(pushed.square().sum(1), expected)
-    assert_close(network(s, vmapped_columns=False).root_columns(s.X, root, side, U), pushed)
+    assert_close(network(s, vmapped_columns=False).root_columns(s.X, root, targets_or_noise, U), pushed)
 
 
 @pytest.mark.parametrize("looped", [False, True], ids=["as found", "looped"])

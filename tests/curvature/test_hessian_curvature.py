@@ -37,11 +37,11 @@ def oracle(name: str, likelihood: str) -> list[Tensor]:
         return dense_hessian(network.selection.model, X[SOME], y[SOME], likelihood)[0]
 
 
-def hessian_of(name: str = "MLP", likelihood: str = "classification", *, foreign=None, bar=False) -> HessianCurvature:
+def hessian_of(name: str = "MLP", likelihood: str = "classification", *, backend=None, bar=False) -> HessianCurvature:
     network, X, y = small_network(name, likelihood)
     derivatives = SecondDerivatives(network.selection, network.parameters, network.likelihood, Batch(X[:2], y[:2]))
     return HessianCurvature(
-        replace(network, foreign=foreign), samples_of(X, y, SOME, batch_size=3), derivatives, progress_bar=bar
+        replace(network, backend=backend), samples_of(X, y, SOME, batch_size=3), derivatives, progress_bar=bar
     )
 
 
@@ -90,13 +90,13 @@ def test_matrix_products_and_curvature_along_directions(name: str, likelihood: s
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_what_the_directions_leave_outside(likelihood: str) -> None:
+def test_the_residual_of_directions(likelihood: str) -> None:
     c = hessian_of("MLP", likelihood)
     H = mean_of(oracle("MLP", likelihood), torch.arange(len(SOME)))
     U = torch.linalg.eigh(H)[1][:, -12:]
     outside = torch.eye(len(H), dtype=H.dtype) - U @ U.T
     expected = (outside @ H @ outside).diagonal()
-    assert bool((expected < 0).any())  # an estimate floors them, where all samples have had their say
+    assert bool((expected < 0).any())  # an estimate floors them after averaging over all samples
     means, spread = mean_and_spread("MLP", likelihood, U)
     by_diagonal, by_trace = c.moments(U, "diagonal"), c.moments(U, "trace")
     assert by_diagonal.residual_diagonal is not None
@@ -161,8 +161,8 @@ def test_a_batch_larger_than_a_pass(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
-class _Foreign:
-    """Another library, whose numbers are told from torch.func's by being twice as large."""
+class _Backend:
+    """A backend that returns twice the correct Hessian, to tell it from torch.func."""
 
     name = "twice"
 
@@ -172,7 +172,7 @@ class _Foreign:
     def offers_rows(self, root: OutputRoot) -> bool:
         return False
 
-    def rows(self, batch, root, side):
+    def rows(self, batch, root, targets_or_noise):
         raise NotImplementedError
 
     def offers_kfac(self, root, approximation) -> bool:
@@ -190,15 +190,15 @@ class _Foreign:
         return 2 * sum(dense_hessian(model, batch.inputs, batch.targets, "classification")[0])
 
 
-def test_another_library_s_hessian_is_taken_where_it_offers_one() -> None:
-    other = _Foreign(offers=True)
-    c = hessian_of(foreign=other)
+def test_a_backend_s_hessian_is_used_if_it_is_offered() -> None:
+    other = _Backend(offers=True)
+    c = hessian_of(backend=other)
     H = 2 * mean_of(oracle("MLP", "classification"), torch.arange(4))
     U = orthonormal(93, 4)
     close(c.moments(U).means, (U * (H @ U)).sum(0))
     close(c.dense(), H)
-    assert other.calls == 2  # one a batch, and once for both questions
+    assert other.calls == 2  # one per batch, once for both requests
     assert c.source == "twice"
-    without = hessian_of(foreign=_Foreign(offers=False))
+    without = hessian_of(backend=_Backend(offers=False))
     close(without.dense(), H / 2)
     assert without.source == "torch.func products"

@@ -87,7 +87,7 @@ def test_row_matrices_of_other_roots_are_those_of_their_dense_curvature(root) ->
         close(found.right, expected.right)
 
 
-def test_no_curvature_is_no_division_by_zero() -> None:
+def test_zero_curvature_gives_finite_factors() -> None:
     model = nn.Linear(3, 2).double()
     shapes = matrix_shapes(ParameterSelection.all_weights(model), layers_only=False)
     factors = partial_trace_factors(torch.zeros(8, 8, dtype=torch.float64), shapes)
@@ -166,7 +166,7 @@ def test_a_side_that_is_too_long_keeps_its_axes(monkeypatch: pytest.MonkeyPatch)
 
 
 class _Unusual(nn.Module):
-    """One of everything that has weights, one after another."""
+    """One layer of each kind with weights, in sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def unusual() -> tuple[nn.Module, Tensor, Tensor]:
         return _Unusual().double().eval(), torch.randint(6, (9, 5)).double(), torch.randint(3, (9,))
 
 
-def test_what_kfac_does_not_know_keeps_its_axes() -> None:
+def test_parameters_that_kfac_does_not_support_keep_their_axes() -> None:
     model, X, y = unusual()
     selection = ParameterSelection.all_weights(model)
     shapes = dict(zip(selection.names, matrix_shapes(selection, layers_only=True), strict=True))
@@ -213,7 +213,7 @@ def test_what_kfac_does_not_know_keeps_its_axes() -> None:
     assert set(sums.factors()) == {"one_axis.weight", "one_axis.bias", "known.weight", "known.bias"}
 
 
-def test_row_matrices_know_every_parameter_of_the_shape_of_a_matrix() -> None:
+def test_row_matrices_cover_every_parameter_of_two_or_more_dimensions() -> None:
     model, X, y = unusual()
     selection = ParameterSelection.all_weights(model)
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
@@ -231,7 +231,7 @@ def test_row_matrices_know_every_parameter_of_the_shape_of_a_matrix() -> None:
         close(found.right, expected.right, 1e-8)
 
 
-def test_parameters_of_which_only_some_entries_are_selected_keep_their_axes() -> None:
+def test_partly_selected_parameters_keep_their_axes() -> None:
     model = MODELS["MLP"]()[0]
     everything = ParameterSelection.all_weights(model)
     # all of the first weight, two entries of its bias, three of the next weight, the last bias
@@ -384,14 +384,14 @@ def test_kfac_of_convolutions_is_that_of_a_loop(case: str, approximation: KfacAp
         inputs.append(x)
         gradients.append([torch.autograd.grad(outputs @ s, at, retain_graph=True)[0][0] for s in S.T])
     if conv.padding == "same":
-        conv.padding = (2,)  # for the loop, which counts
+        conv.padding = (2,)  # for the loop, which needs numbers
     left, right = dense_kfac_factors(conv, inputs, gradients, approximation)
     close(found.left, left)
     close(found.right, right)
 
 
 def test_kfac_of_one_position_without_spread_is_the_ggn() -> None:
-    """A linear layer, and inputs that do not differ: G and A are not means of different things."""
+    """With equal inputs, K-FAC of a linear layer is the GGN."""
     with torch.random.fork_rng():
         torch.manual_seed(8)
         model, x = nn.Linear(3, 4).double(), torch.randn(1, 3).double()
@@ -403,7 +403,7 @@ def test_kfac_of_one_position_without_spread_is_the_ggn() -> None:
     close(found["bias"].left, H[12:, 12:])
 
 
-def test_kfac_of_monte_carlo_draws_is_the_ggn_s_on_average() -> None:
+def test_kfac_of_monte_carlo_draws_is_unbiased_for_the_ggn() -> None:
     model, X = built("linear layers on sequences", bias=True)
     y = targets("classification", len(X))
     network = network_of(model, X, y, "classification")
@@ -422,7 +422,7 @@ def test_kfac_of_monte_carlo_draws_is_the_ggn_s_on_average() -> None:
 
 def test_kfac_takes_batches_of_any_size() -> None:
     model, X = built("convolutions", bias=True)
-    X = torch.cat([X] * 13)[:140]  # more than are held at once
+    X = torch.cat([X] * 13)[:140]  # more samples than are in memory at once
     y = targets("regression", len(X))
     network = network_of(model, X, y, "regression")
     curvature = rows_of(network, X, y)
@@ -513,7 +513,7 @@ def test_hooks_gradients_and_weights_are_as_found(fails: bool) -> None:
 
 
 @pytest.mark.parametrize("which", ["weights frozen", "biases frozen", "no layer at all"])
-def test_only_what_is_selected_has_factors(which: str) -> None:
+def test_only_selected_parameters_have_factors(which: str) -> None:
     model, X = built("linear layers", bias=True)
     if which == "no layer at all":
         model = nn.Sequential(nn.LayerNorm(4), nn.Flatten(), _Raw()).double()

@@ -1,4 +1,4 @@
-"""A last linear layer without its rows: the same numbers, and only where they are the same."""
+"""A last linear layer without forming its rows: used where it gives the same numbers, and only there."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from models import MODELS, targets
 from sub_batches import samples_of
 from torch import nn
 
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.kronecker import kronecker_basis, matrix_shapes, row_matrix_factors
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.linear_layer import LinearLayer
@@ -13,7 +14,6 @@ from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.subsets import WeightSubset
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 
 ROOTS = {
@@ -25,11 +25,11 @@ ROOTS = {
 
 def network_of(model, X, y, kind, name=None):
     selection = WeightSubset("last_layer", name).select_by(model, X[:2])
-    return meet_network(selection, likelihood_named(kind), Batch(X, y))
+    return prepare_network(selection, likelihood_named(kind), Batch(X, y))
 
 
 def both(name, kind, root, layer=None):
-    """The curvature with and without its rows."""
+    """Return the curvature with and without forming rows."""
     model, X = MODELS[name]()
     y = targets(kind)
     network = network_of(model, X, y, kind, layer)
@@ -84,7 +84,7 @@ class Tied(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Something happens after the head."""
+    """The head is followed by another function."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("case", OTHERWISE)
-def test_everything_else_goes_by_rows(case):
+def test_other_layers_use_rows(case):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, X = OTHERWISE[case]().double(), torch.randn(6, 3, dtype=torch.float64)
@@ -135,9 +135,9 @@ def test_everything_else_goes_by_rows(case):
     assert not model.head._forward_pre_hooks
 
 
-def test_all_weights_go_by_rows():
+def test_all_weights_use_rows():
     model, X = MODELS["MLP"]()
-    network = meet_network(
+    network = prepare_network(
         WeightSubset("all").select(model), likelihood_named("classification"), Batch(X, targets("classification"))
     )
     assert LinearLayer.of(network, X[:2]) is None

@@ -1,4 +1,4 @@
-"""Networks asked for rows in blocks, and networks of mappings, against dense Jacobians."""
+"""Rows in blocks, and networks of mappings, against dense Jacobians."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature import network as network_module
 from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, Identity, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, MappingKeys
 from debiased_laplace.data.source import sample_source
@@ -41,7 +41,7 @@ class Mapped(nn.Module):
 
 
 class OneMapping(Mapped):
-    """The same, of one argument."""
+    """The same network with one argument."""
 
     def forward(self, parts: dict[str, Tensor]) -> Tensor:
         return self.net(torch.cat([parts["left"], parts["right"]], dim=-1))
@@ -88,7 +88,7 @@ every_root = pytest.mark.parametrize("root", ROOTS)
 def setup(twin: str, kind: str) -> tuple[Network, Inputs, nn.Module, Tensor]:
     model, other, inputs, X = TWINS[twin]()
     selection = ParameterSelection.all_weights(model)
-    return meet_network(selection, likelihood_named(kind), Batch(inputs, targets(kind, N))), inputs, other, X
+    return prepare_network(selection, likelihood_named(kind), Batch(inputs, targets(kind, N))), inputs, other, X
 
 
 def curvature(twin: str, kind: str, root: str, seed: int = 0, batch_size: int = 3) -> RowCurvature:
@@ -116,7 +116,7 @@ def directions(P: int, k: int) -> Tensor:
 
 
 def basis(P: int) -> KroneckerBasis:
-    """Two blocks: rotated on both sides, and only axes."""
+    """Return a basis of two blocks: one rotated on both sides, one with axes only."""
     return KroneckerBasis((BasisBlock(4, 5, directions(4, 4), directions(5, 5)), BasisBlock(P - 20, 1)))
 
 
@@ -128,7 +128,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @every_twin
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("root", ["GGN", "EF"])
-def test_whatever_is_asked_of_a_curvature_is_that_of_the_oracle(twin: str, kind: str, root: str) -> None:
+def test_every_quantity_of_a_curvature_is_that_of_the_oracle(twin: str, kind: str, root: str) -> None:
     each = torch.stack(per_sample(twin, kind, root))
     H, P = each.mean(0), each.shape[-1]
     U, K = directions(P, 3), basis(P)
@@ -167,7 +167,7 @@ CHUNKS = {
     ("twin", "root"),
     [("MLP", "GGN"), ("MLP", "EF"), ("MLP", "Monte Carlo"), ("GRU", "GGN"), ("a mapping by name", "Monte Carlo")],
 )
-def test_rows_in_blocks_say_the_same(twin: str, root: str, chunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_blocks_give_the_same(twin: str, root: str, chunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = curvature(twin, "classification", root), curvature(twin, "classification", root)
     P, r = whole.network.n_parameters, whole.rows_per_sample
     U, K = directions(P, 5), basis(P)
@@ -229,11 +229,11 @@ def test_blocks_of_the_jacobian_bound_the_memory(twin: str, monkeypatch: pytest.
 def test_rows_columns_and_products_are_of_one_root(twin: str, root: str) -> None:
     c = curvature(twin, "classification", root, seed=3)
     network, U = c.network, directions(c.network.n_parameters, 3)
-    for batch, side in c.batches():
-        groups = network.root_rows(batch, c.root, side)
+    for batch, targets_or_noise in c.batches():
+        groups = network.root_rows(batch, c.root, targets_or_noise)
         V = torch.cat([torch.cat(list(blocks), dim=1) for _, blocks, _ in groups])
-        close(network.root_columns(batch.inputs, c.root, side, U), V @ U)
-        close(network.products(batch.inputs, c.root, side)(U), (V.mT @ V).sum(0) @ U)
+        close(network.root_columns(batch.inputs, c.root, targets_or_noise, U), V @ U)
+        close(network.products(batch.inputs, c.root, targets_or_noise)(U), (V.mT @ V).sum(0) @ U)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +260,7 @@ def test_the_same_seed_draws_the_same_at_every_pass_and_another_one_differs(kind
 
 
 @pytest.mark.parametrize("root", ["GGN", "EF"])
-def test_what_is_not_drawn_is_not_redrawn(root: str) -> None:
+def test_curvatures_without_draws_are_not_redrawn(root: str) -> None:
     c = curvature("MLP", "classification", root, seed=3)
     assert not c.is_random
     assert c.redrawn() is c
@@ -278,11 +278,11 @@ def test_many_redraws_have_the_ggn_as_their_mean() -> None:
     errors = torch.stack(draws).std(0) / len(draws) ** 0.5
     z = (torch.stack(draws).mean(0) - expected) / errors
     assert float(z.abs().max()) < 4
-    assert float((0.25 * expected / errors).min()) > 4  # a quarter more would be noticed
+    assert float((0.25 * expected / errors).min()) > 4  # power: a quarter more would be significant
 
 
 @pytest.mark.parametrize("twin", ["a mapping by name", "one mapping"])
-def test_a_network_of_mappings_can_do_what_its_twin_can(twin: str) -> None:
+def test_a_network_of_mappings_has_the_capabilities_of_its_twin(twin: str) -> None:
     network, inputs, model, X = setup(twin, "classification")
     able = network.capabilities
     assert able.vmapped_rows

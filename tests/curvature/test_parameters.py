@@ -39,7 +39,7 @@ def test_flattening_undoes_unflattening(name: str, lead: tuple[int, ...]) -> Non
 
 
 def test_changing_the_vector_does_not_change_the_model() -> None:
-    model = nn.Linear(3, 2)  # of one parameter, a flat view would do
+    model = nn.Linear(3, 2)  # with one parameter, a flat view would suffice
     model.register_parameter("bias", None)
     before = model.weight.detach().clone()
     ParameterSelection.all_weights(model).vector().fill_(7.0)
@@ -237,7 +237,7 @@ def test_a_subnetwork_is_the_columns_of_its_entries(name: str, case: str) -> Non
     assert torch.equal(selection.indices, indices)
     assert selection.subset == f"{len(indices)} entries"
     check_selection(selection, model, X)
-    # a parameter keeps its shape where all of it is selected, and only there
+    # a parameter keeps its shape only if all of it is selected
     for parameter, shape, entries in zip(selection.names, selection.shapes, selection.entries, strict=True):
         own = dict(model.named_parameters())[parameter]
         assert (entries is None) == (shape.numel() == own.numel())
@@ -318,7 +318,7 @@ def test_descriptions_tell_selections_apart(case: str) -> None:
     assert first.description == again.description
 
 
-def test_layers_that_are_not_there_are_refused() -> None:
+def test_missing_layers_are_refused() -> None:
     selection = ParameterSelection.all_weights(MODELS["partly frozen"]()[0])
     with pytest.raises(ValueError, match=r"\['0', '1', '2', '3', '4'\]; got 'head'"):
         selection.layer("head")
@@ -335,7 +335,7 @@ def model_with(forward: Any) -> nn.Module:
     return model
 
 
-# forward, keys of the mapping, whether they go in by name
+# forward, keys of the mapping, whether they are passed by name
 FORWARDS = {
     "all keys named": (lambda self, input_ids, mask: 0, ["input_ids", "mask"], True),
     "all keys named, and defaults": (lambda self, input_ids, mask=None, labels=None: 0, ["input_ids"], True),
@@ -414,7 +414,7 @@ def test_refuses_outputs_that_are_no_tensor(case: str) -> None:
         selection.call(selection.unflatten(selection.vector()), torch.ones(3, 2, dtype=torch.float64))
 
 
-def test_what_a_model_cannot_read_is_said_in_terms_of_the_inputs() -> None:
+def test_inputs_that_a_model_cannot_read_are_described_in_the_error() -> None:
     selection = ParameterSelection.all_weights(model_with(lambda self, x, mask: self.layer(x) * mask))
     parameters = selection.unflatten(selection.vector())
     with pytest.raises(ValueError, match=r"inputs of shape \(3, 5\) and torch.float64: .*mask"):

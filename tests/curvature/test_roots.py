@@ -37,12 +37,12 @@ def outputs(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def known(root: OutputRoot, kind: str, seed: int = 0) -> Tensor:
-    return root.side(targets(kind, n_samples, C), C, torch.Generator().manual_seed(seed))
+    return root.targets_or_noise(targets(kind, n_samples, C), C, torch.Generator().manual_seed(seed))
 
 
-def dense(root: OutputRoot, f: Tensor, side: Tensor) -> Tensor:
-    """S of each sample, asked for one at a time."""
-    return torch.stack([root.columns(f[i], side[i], slice(None)) for i in range(len(f))])
+def dense(root: OutputRoot, f: Tensor, targets_or_noise: Tensor) -> Tensor:
+    """Return S of each sample, computed one at a time."""
+    return torch.stack([root.columns(f[i], targets_or_noise[i], slice(None)) for i in range(len(f))])
 
 
 @every_kind
@@ -50,32 +50,35 @@ def dense(root: OutputRoot, f: Tensor, side: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_columns_transposed_and_product_are_of_one_root(name: str, kind: str, dtype: torch.dtype) -> None:
     root, f = ROOTS[name](kind), outputs(dtype)
-    side = known(root, kind)
-    S = dense(root, f, side)
+    targets_or_noise = known(root, kind)
+    S = dense(root, f, targets_or_noise)
     r = root.n_columns(C)
     assert r == N_COLUMNS[name]
     assert S.shape == (n_samples, C, r)
     assert S.dtype == dtype
-    assert len(side) == n_samples
+    assert len(targets_or_noise) == n_samples
     generator = torch.Generator().manual_seed(4)
     X = torch.randn(n_samples, C, 5, generator=generator, dtype=torch.float64).to(dtype)
-    torch.testing.assert_close(root.transposed(f, side, X), S.mT @ X)
+    torch.testing.assert_close(root.transposed(f, targets_or_noise, X), S.mT @ X)
     for x in X.unbind(-1):
-        torch.testing.assert_close(root.product(f, side, x), (S @ S.mT @ x[..., None])[..., 0])
+        torch.testing.assert_close(root.product(f, targets_or_noise, x), (S @ S.mT @ x[..., None])[..., 0])
 
 
 @every_kind
 @every_root
 def test_columns_come_a_few_at_a_time_and_for_all_samples_at_once(name: str, kind: str) -> None:
     root, f = ROOTS[name](kind), outputs()
-    side = known(root, kind)
-    S = dense(root, f, side)
+    targets_or_noise = known(root, kind)
+    S = dense(root, f, targets_or_noise)
     r = root.n_columns(C)
     for step in {1, 2, r}:
         blocks = [slice(i, i + step) for i in range(0, r, step)]
         for found in (
-            [torch.stack([root.columns(f[i], side[i], block) for i in range(n_samples)]) for block in blocks],
-            [vmap(lambda o, s, block=block: root.columns(o, s, block))(f, side) for block in blocks],
+            [
+                torch.stack([root.columns(f[i], targets_or_noise[i], block) for i in range(n_samples)])
+                for block in blocks
+            ],
+            [vmap(lambda o, s, block=block: root.columns(o, s, block))(f, targets_or_noise) for block in blocks],
         ):
             torch.testing.assert_close(torch.cat(found, -1), S)
 
@@ -93,7 +96,7 @@ def test_the_empirical_fisher_is_of_the_negative_log_likelihoods_gradient(kind: 
     S = dense(root, f, known(root, kind))
     g = torch.stack([output_gradient(o, t, kind) for o, t in zip(f, y, strict=True)])
     torch.testing.assert_close(S @ S.mT, g[:, :, None] * g[:, None, :])
-    torch.testing.assert_close(S[..., 0], g)  # its sign too: rows are gradients of the loss
+    torch.testing.assert_close(S[..., 0], g)  # including its sign: rows are gradients of the loss
     # and the oracle is the gradient of the loss as torch has it
     leaf = f.clone().requires_grad_()
     likelihood_named(kind).loss(leaf, y).backward()
@@ -110,17 +113,17 @@ def test_the_plain_jacobian_has_unit_roots() -> None:
 def test_monte_carlo_is_unbiased_for_the_ggn(kind: str, n_draws: int) -> None:
     root, n = MonteCarloGaussNewton(likelihood_named(kind), n_draws), 50_000
     f = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
-    side = root.side(targets(kind, n, 3), 3, torch.Generator().manual_seed(1))
-    S = root.columns(f.expand(n, 3), side, slice(None))
+    targets_or_noise = root.targets_or_noise(targets(kind, n, 3), 3, torch.Generator().manual_seed(1))
+    S = root.columns(f.expand(n, 3), targets_or_noise, slice(None))
     drawn, expected = S @ S.mT, output_hessian(f, kind)
     errors = drawn.std(0) / n**0.5
     z = (drawn.mean(0) - expected) / errors
     assert float(z.abs().max()) < 4.5
-    # it could tell a curvature that is 5 % off
+    # power: a curvature that is 5 % off would be significant
     assert float((0.05 * expected.diagonal() / errors.diagonal()).min()) > 4.5
     # more draws, less spread: the variance of a mean
     once = MonteCarloGaussNewton(likelihood_named(kind), 1)
-    other = once.side(targets(kind, n, 3), 3, torch.Generator().manual_seed(2))
+    other = once.targets_or_noise(targets(kind, n, 3), 3, torch.Generator().manual_seed(2))
     alone = once.columns(f.expand(n, 3), other, slice(None))
     ratios = ((alone @ alone.mT).var(0) / drawn.var(0)).diagonal()
     assert float((ratios / n_draws - 1).abs().max()) < 0.1
@@ -136,24 +139,24 @@ def test_monte_carlo_over_every_label_is_exactly_the_ggn() -> None:
 
 
 @every_kind
-def test_draws_do_not_look_at_the_targets(kind: str) -> None:
+def test_draws_do_not_depend_on_the_targets(kind: str) -> None:
     root = MonteCarloGaussNewton(likelihood_named(kind), 3)
     y = targets(kind, n_samples, C)
-    sides = [root.side(t, C, torch.Generator().manual_seed(1)) for t in (y, y.flip(0) * 0)]
+    sides = [root.targets_or_noise(t, C, torch.Generator().manual_seed(1)) for t in (y, y.flip(0) * 0)]
     assert torch.equal(*sides)
-    assert not torch.equal(root.side(y, C, torch.Generator().manual_seed(2)), sides[0])
-    # samples, and the draws of one sample, are drawn apart from each other
+    assert not torch.equal(root.targets_or_noise(y, C, torch.Generator().manual_seed(2)), sides[0])
+    # draws of different samples, and of one sample, are independent
     assert len(sides[0].flatten(2)[..., 0].flatten().unique()) == 3 * n_samples
 
 
 @every_kind
-def test_what_is_drawn_can_be_cut_into_batches(kind: str) -> None:
+def test_draws_can_be_split_into_batches(kind: str) -> None:
     root = MonteCarloGaussNewton(likelihood_named(kind), 3)
-    side = known(root, kind)
-    whole = dense(root, outputs(), side)
-    parts = [dense(root, f, s) for f, s in zip(outputs().split(4), side.split(4), strict=True)]
+    targets_or_noise = known(root, kind)
+    whole = dense(root, outputs(), targets_or_noise)
+    parts = [dense(root, f, s) for f, s in zip(outputs().split(4), targets_or_noise.split(4), strict=True)]
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_kinds_are_said_in_the_fields_words() -> None:
+def test_kinds_have_the_names_of_the_field() -> None:
     assert [ROOTS[name]("regression").kind for name in ROOTS] == ["GGN", "EF", *["Monte-Carlo GGN"] * 3, "Jacobian"]

@@ -10,13 +10,13 @@ from oracles import dense_ggn
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import RunningMoments
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.data.sub_batch import SubBatch
@@ -39,7 +39,7 @@ def network(name: str, kind: str, dtype: torch.dtype) -> Network:
     model, X = MODELS[name](dtype=dtype)
     selection = ParameterSelection.all_weights(model)
     with differentiable_kernels(model):
-        return meet_network(selection, likelihood_named(kind), Batch(X, targets(kind, dtype=dtype)))
+        return prepare_network(selection, likelihood_named(kind), Batch(X, targets(kind, dtype=dtype)))
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def test_moments_along_directions(name: str, kind: str, dtype: torch.dtype, resi
     assert c.source == ("torch.func products" if by_products else "torch.func rows")
 
 
-# number of directions, what is asked for, capabilities, rows kept; who should answer
+# number of directions, residual, capabilities, rows kept; expected engine
 ENGINES = {
     "few directions": (5, "none", {}, False, "torch.func products"),
     "as many as products are good for": (60, "none", {}, False, "torch.func products"),
@@ -245,7 +245,7 @@ def test_engines_are_chosen_by_what_is_possible_then_by_cost_and_agree(case: str
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16], ids="batches of {}".format)
 @pytest.mark.parametrize("residual", ["none", "diagonal"])
-def test_several_batches_say_the_same_as_one(batch_size: int, residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_batches_give_the_same_as_one(batch_size: int, residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("debiased_laplace.curvature.row_curvature._BATCH", 5)
     monkeypatch.setattr("debiased_laplace.curvature.network.CHUNK_BYTES", 4 * 3 * 93 * 8)
     c = curvature("MLP", batch_size=batch_size)
@@ -298,7 +298,7 @@ def test_asking_twice_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("show", [False, True])
-def test_progress_is_shown_where_it_was_asked_for(show: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_request(show: bool, capsys: pytest.CaptureFixture[str]) -> None:
     c = curvature(progress_bar=show)
     c.moments(directions(93, 2))
     c.moments(directions(93, 2), "trace")
@@ -338,15 +338,17 @@ def test_parts_add_up_to_the_whole_with_the_same_draws(kind: str, held: str) -> 
         assert part.n_samples == len(positions)
         torch.testing.assert_close(torch.cat(list(part.rows())), rows[positions])
         total += part.n_samples * part.dense()
-        # whoever looks at the samples themselves meets the same draws
-        side = torch.cat([side for _, side in part.batches()])
-        assert torch.equal(side, torch.cat([side for _, side in whole.batches()])[positions])
+        # iterating over the samples gives the same draws
+        targets_or_noise = torch.cat([targets_or_noise for _, targets_or_noise in part.batches()])
+        assert torch.equal(
+            targets_or_noise, torch.cat([targets_or_noise for _, targets_or_noise in whole.batches()])[positions]
+        )
         again = part.part(torch.tensor([1, 4]))
         torch.testing.assert_close(torch.cat(list(again.rows())), rows[positions[[1, 4]]])
     torch.testing.assert_close(total / len(SOME), whole.dense())
 
 
-def test_parts_of_what_is_not_drawn() -> None:
+def test_parts_without_draws() -> None:
     whole = curvature()
     part = whole.part(torch.tensor([2, 7, 8]))
     torch.testing.assert_close(torch.cat(list(part.rows())), torch.cat(list(whole.rows()))[[2, 7, 8]])

@@ -1,4 +1,4 @@
-"""Second derivatives of the losses, by both modes, against rows of a Hessian that autograd gives one by one."""
+"""Second derivatives of the losses by both modes, against Hessian rows computed one by one with autograd."""
 
 import math
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ def test_quadratics_and_products(name: str, likelihood: str, mode: str) -> None:
 
 
 @every_model
-def test_the_fast_modes_are_taken_where_they_are_right_and_nowhere_else(name: str) -> None:
-    """Forward mode, twice, may take the statistics of a normalization for constants: no error, other numbers."""
+def test_fast_modes_are_used_only_where_they_are_right(name: str) -> None:
+    """Forward mode twice may treat the statistics of a normalization as constants, without an error."""
     derivatives, batch = second(name, "classification")
     H = oracle(name, "classification")
     X = draw(H.shape[1], 3)
@@ -107,7 +107,7 @@ def test_the_fast_modes_are_taken_where_they_are_right_and_nowhere_else(name: st
     assert derivatives.forward_quadratics or name not in ("MLP", "convolutions and pooling")
 
 
-def test_more_directions_than_go_together() -> None:
+def test_more_directions_than_one_pass_takes() -> None:
     derivatives, batch = second("MLP", "regression")
     H = oracle("MLP", "regression")
     X = draw(H.shape[1], 37)
@@ -130,7 +130,7 @@ def test_single_precision(name: str, mode: str) -> None:
 
 
 class _SlowBackward(torch.autograd.Function):
-    """The sine, with a derivative that forward mode does not know."""
+    """The sine with a derivative for backward mode only."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class _Custom(nn.Module):
         return self.head(_SlowBackward.apply(self.first(x)))
 
 
-def test_what_forward_mode_does_not_know_goes_the_slow_way() -> None:
+def test_operations_without_forward_mode_use_the_slow_mode() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         model, X = _Custom().double(), torch.randn(N, 4).double()
@@ -168,7 +168,7 @@ def test_what_forward_mode_does_not_know_goes_the_slow_way() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_is_linear_in_its_parameters_has_a_hessian_all_the_same() -> None:
+def test_a_model_that_is_linear_in_its_parameters_has_a_hessian() -> None:
     """The gradient does not depend on the outputs' own second derivative, and one parameter is not used at all."""
 
     class Unused(nn.Module):

@@ -33,7 +33,7 @@ class ReturnsToTheFirst(nn.Module):
 
 
 class RawHead(nn.Module):
-    """A layer of its own making, which holds its weight beside a dropout."""
+    """A custom layer that holds its weight beside a dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class RawHead(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """A raw parameter beside all layers, used ahead of them."""
+    """A raw parameter outside all layers, used before them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ LAST: dict[str, tuple[Any, Any, str]] = {
 def test_the_last_layer_is_the_one_that_is_called_last(case: str) -> None:
     build, inputs, layer = LAST[case]
     model = built(build)
-    if case == "recurrent":  # which returns a pair
+    if case == "recurrent":  # it returns a pair
         model = nn.Sequential(model[0], Output(model[1]))
         layer = "1.recurrent"
     model.train()
@@ -168,7 +168,7 @@ class OnlyRaw(nn.Module):
 
 
 class Uncalled(nn.Module):
-    """Uses a layer's weight, and never the layer."""
+    """A model that uses a layer's weight without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Uncalled(nn.Module):
         return x @ self.layer.weight.T
 
 
-def test_where_no_layer_is_called_there_is_none() -> None:
+def test_without_a_called_layer_none_is_found() -> None:
     with pytest.raises(ValueError, match=r"could not be found.*last_layer_name.*subset_of_weights='all'"):
         WeightSubset("last_layer").select_by(built(Uncalled), X)
 
@@ -202,7 +202,7 @@ def test_a_model_that_cannot_be_evaluated_is_left_without_hooks() -> None:
     assert model.training
 
 
-def test_a_layer_that_is_named_needs_no_forward_pass() -> None:
+def test_a_named_layer_needs_no_forward_pass() -> None:
     model = built(OutOfOrder)
     model.forward = None
     for found in (
@@ -245,8 +245,13 @@ WRONG: dict[str, tuple[WeightSubset, str]] = {
     "a negative index": (WeightSubset("subnetwork", None, SOME - 1), "got -1 to 2"),
     "an index too large": (WeightSubset("subnetwork", None, torch.tensor([0, 29])), "got 0 to 29"),
     "an index twice": (WeightSubset("subnetwork", None, torch.tensor([2, 2])), r"indices.unique\(\)"),
-    "out of order": (WeightSubset("subnetwork", None, torch.tensor([5, 2])), "out of order"),
 }
+
+
+def test_indices_out_of_order_are_sorted_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="were sorted"):
+        subset = WeightSubset("subnetwork", None, torch.tensor([5, 2]))
+    assert subset.select(built(OutOfOrder)).indices.tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -33,7 +33,7 @@ def test_hashes_do_not_depend_on_order_or_memory_layout() -> None:
 
 def test_hashes_are_the_same_in_every_run() -> None:
     known = Batch(torch.tensor([[1.0, -2.5]]), torch.tensor([3]))
-    # states that have been saved hold hashes: another number here makes them unreadable
+    # saved states contain hashes: another number here makes them unreadable
     assert sample_hashes(known).tolist() == [-8254860637661115932]
     known = Batch({"b": torch.tensor([[1.0, -2.5]]), "a": torch.tensor([True])}, torch.tensor([3]))
     assert sample_hashes(known).tolist() == [2220774875298513995]
@@ -88,12 +88,12 @@ WRONG_BATCHES = {
     "a tensor alone": (lambda: as_batch(torch.ones(2, 2), DEFAULT_KEYS), "came as Tensor"),
     "three parts": (lambda: as_batch((torch.ones(2),) * 3, DEFAULT_KEYS), "came as tuple .*Tensor.*Tensor.*Tensor"),
     "one part": (lambda: as_batch([torch.ones(2)], DEFAULT_KEYS), "came as list"),
-    "a target that is no tensor": (lambda: as_batch((torch.ones(2, 2), [0, 1]), DEFAULT_KEYS), "'Tensor', 'list'"),
+    "a target that is not a tensor": (lambda: as_batch((torch.ones(2, 2), [0, 1]), DEFAULT_KEYS), "'Tensor', 'list'"),
     "nested inputs": (lambda: as_batch(((torch.ones(2),) * 2, torch.ones(2)), DEFAULT_KEYS), "'tuple', 'Tensor'"),
     "nothing": (lambda: as_batch(None, DEFAULT_KEYS), "came as NoneType"),
     "a string": (lambda: as_batch("ab", DEFAULT_KEYS), "came as str"),
     "a mapping: no targets": (lambda: as_batch({"input_ids": torch.ones(2)}, DEFAULT_KEYS), "dict_key_y='labels'.*inp"),
-    "a mapping: targets that are no tensor": (
+    "a mapping: targets that are not a tensor": (
         lambda: as_batch({"input_ids": torch.ones(2), "labels": [0, 1]}, DEFAULT_KEYS),
         "tensor under dict_key_y='labels'",
     ),
@@ -103,9 +103,9 @@ WRONG_BATCHES = {
     ),
     "a mapping: no inputs": (
         lambda: as_batch({"tokens": torch.ones(2), "labels": torch.ones(2)}, DEFAULT_KEYS),
-        r"dict_key_x='input_ids'; it has \['labels', 'tokens'\]",
+        r"dict_key_x='input_ids'; got keys \['labels', 'tokens'\]",
     ),
-    "a mapping: an entry that is no tensor": (
+    "a mapping: an entry that is not a tensor": (
         lambda: as_batch({"input_ids": torch.ones(2), "labels": torch.ones(2), "names": ["a", "b"]}, DEFAULT_KEYS),
         "mapping of tensors; got {'names': 'list'}",
     ),
@@ -131,7 +131,7 @@ WRONG_BATCHES = {
 
 
 @pytest.mark.parametrize("case", WRONG_BATCHES)
-def test_refuses_what_is_no_batch(case: str) -> None:
+def test_invalid_batches_are_refused(case: str) -> None:
     make, message = WRONG_BATCHES[case]
     with pytest.raises(ValueError, match=message):
         make()
@@ -162,7 +162,7 @@ MAPPINGS = {
 
 
 @pytest.mark.parametrize("case", MAPPINGS)
-def test_mappings_are_batches_of_all_entries_but_the_targets(case: str) -> None:
+def test_inputs_of_a_mapping_are_all_entries_except_the_targets(case: str) -> None:
     loaded, keys = MAPPINGS[case]
     found = as_batch(loaded, keys)
     assert type(found.inputs) is dict
@@ -172,14 +172,14 @@ def test_mappings_are_batches_of_all_entries_but_the_targets(case: str) -> None:
     assert len(found) == 6
 
 
-def test_an_entry_may_be_named_as_the_targets_are_by_default_elsewhere() -> None:
+def test_an_input_may_have_the_default_key_of_the_targets() -> None:
     found = as_batch(
         {"input_ids": torch.ones(2), "labels": torch.ones(2), "y": torch.zeros(2)}, MappingKeys("labels", "y")
     )
     assert list(found.inputs) == ["input_ids", "labels"]
 
 
-def test_a_batch_of_a_mapping_is_cut_moved_and_measured_as_one() -> None:
+def test_a_batch_of_a_mapping_is_split_moved_and_measured_as_a_whole() -> None:
     some = Batch(tokens(), torch.arange(6))
     parts = some.chunks(4)
     assert [len(part) for part in parts] == [4, 2]
@@ -215,7 +215,7 @@ def test_hashes_of_a_mapping_depend_on_every_entry_and_its_name_but_not_on_their
     assert not torch.isin(sample_hashes(Batch(tokens(), torch.arange(6) + 1)), before).any()
 
 
-def test_hashes_tell_two_entries_exchanged_and_an_entry_named_targets() -> None:
+def test_hashes_change_if_entries_are_exchanged_or_named_targets() -> None:
     a, b = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
     y = torch.zeros(5)
     exchanged = sample_hashes(Batch({"a": a, "b": b}, y)), sample_hashes(Batch({"a": b, "b": a}, y))
@@ -224,7 +224,7 @@ def test_hashes_tell_two_entries_exchanged_and_an_entry_named_targets() -> None:
     assert not torch.isin(*named).any()
 
 
-def test_entries_that_are_not_finite_are_refused_by_name() -> None:
+def test_the_error_names_the_entry_that_is_not_finite() -> None:
     some = Batch(tokens(), torch.zeros(6))
     some.check_finite()
     some.inputs["weights"][1:3] = float("inf")
@@ -240,7 +240,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("case", NOT_FINITE)
-def test_refuses_samples_that_are_not_finite(case: str) -> None:
+def test_samples_that_are_not_finite_are_refused(case: str) -> None:
     spoil, message = NOT_FINITE[case]
     some = Batch(batch().inputs, torch.zeros(6))
     some.check_finite()

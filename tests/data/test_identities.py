@@ -17,7 +17,7 @@ def identities(hashes, positions, *, augmented=False, root=ROOT, n_root=100) -> 
 
 PLAIN = identities([11, 12, 13], [1, 2, 3])
 
-# other set, samples shared with the three of PLAIN
+# other set, number of samples shared with PLAIN
 OVERLAPS = {
     "the same": (PLAIN, 3),
     "equal samples at other positions": (identities([12, 99], [50, 51]), 1),
@@ -25,7 +25,7 @@ OVERLAPS = {
     "other samples at equal positions": (identities([98, 99], [1, 2], root=OTHER_ROOT), 0),
     "disjoint": (identities([21, 22], [4, 5]), 0),
     "augmented: equal positions of one data set": (identities([98, 99], [1, 4], augmented=True), 1),
-    "augmented: equal hashes mean nothing": (identities([11, 12], [7, 8], augmented=True), 0),
+    "augmented: equal hashes do not count": (identities([11, 12], [7, 8], augmented=True), 0),
     "augmented, root unknown, of the same length": (identities([98], [3], augmented=True, root=None), 1),
 }
 
@@ -45,12 +45,12 @@ def test_shared_samples(case: str) -> None:
     ],
     ids=["another data set", "root unknown, another length"],
 )
-def test_augmented_samples_of_different_data_sets_cannot_be_compared_and_that_is_said(other: SampleIdentities) -> None:
+def test_augmented_samples_of_different_data_sets_cannot_be_compared_with_a_warning(other: SampleIdentities) -> None:
     with pytest.warns(UserWarning, match="cannot be compared"):
         assert PLAIN.shared_with(other) == 0
 
 
-def test_keys_are_hashes_or_positions_for_both_sets_alike() -> None:
+def test_keys_are_hashes_or_positions_for_both_sets() -> None:
     other = identities([98, 99], [1, 4], augmented=True)
     assert PLAIN.by_position(other)
     assert other.by_position(PLAIN)
@@ -81,7 +81,7 @@ def interrupted(draw: Callable[[], list[float]]) -> None:
 
 
 @pytest.mark.parametrize("library", DRAWS)
-def test_randomness_inside_is_seeded_and_outside_untouched(library: str) -> None:
+def test_randomness_is_seeded_inside_and_restored_outside(library: str) -> None:
     draw = DRAWS[library]
     with undisturbed_randomness(7):
         first = draw()
@@ -91,7 +91,7 @@ def test_randomness_inside_is_seeded_and_outside_untouched(library: str) -> None
         assert draw() != first
     with undisturbed_randomness(2**40):
         draw()
-    # two programs that differ only in what happens inside go on alike
+    # draws afterwards do not depend on what was drawn inside
     for seed_all in (torch.manual_seed, np.random.seed, random.seed):
         seed_all(4)
     expected = draw()

@@ -33,7 +33,7 @@ def assert_same(found: Inputs, expected: Inputs) -> None:
 
 
 def taken(inputs: Inputs, index: object) -> Inputs:
-    """The oracle: every tensor indexed alike."""
+    """Index every tensor: the oracle."""
     return inputs[index] if isinstance(inputs, Tensor) else {key: value[index] for key, value in inputs.items()}
 
 
@@ -56,8 +56,8 @@ def test_splitting_keeps_every_sample_once_and_in_order(inputs: Inputs, size: in
 
 
 @either
-def test_parts_that_are_read_late_are_still_their_own(inputs: Inputs) -> None:
-    # a generator's functions must not all see its last index
+def test_parts_used_after_the_loop_have_their_own_indices(inputs: Inputs) -> None:
+    # functions made in a loop must not all use its last index
     singles, parts = list(one_by_one(inputs)), list(split(inputs, 2))
     for i in range(7):
         assert_same(singles[i], taken(inputs, i))
@@ -71,7 +71,7 @@ def test_a_single_sample_as_a_batch_of_one(inputs: Inputs) -> None:
 
 
 @either
-def test_the_same_function_of_every_tensor_leaves_the_inputs_alone(inputs: Inputs) -> None:
+def test_a_function_of_every_tensor_leaves_the_inputs_unchanged(inputs: Inputs) -> None:
     before = taken(inputs, slice(None))
     assert_same(on_each(inputs, lambda t: t.flip(0)), taken(inputs, torch.arange(6, -1, -1)))
     assert_same(inputs, before)
@@ -84,7 +84,7 @@ def test_moving(inputs: Inputs) -> None:
     assert {t.device.type for t in tensors_of(found).values()} == {"meta"}
 
 
-def test_words_for_messages() -> None:
+def test_names_shapes_and_dtypes_for_messages() -> None:
     assert tensors_of(TENSOR) == {"inputs": TENSOR}
     assert tensors_of(MAPPING) is MAPPING
     assert shape_of(TENSOR) == (7, 2)
@@ -93,13 +93,13 @@ def test_words_for_messages() -> None:
     assert dtype_of(MAPPING) == {"b": torch.int64, "a": torch.bool}
 
 
-def test_the_targets_do_not_go_into_the_model() -> None:
+def test_the_targets_are_not_inputs() -> None:
     loaded = {**MAPPING, "labels": torch.zeros(7)}
     found = MappingKeys("b", "labels").inputs(loaded)
     assert list(found) == ["b", "a"]
     assert found["b"] is MAPPING["b"]
     assert list(loaded) == ["b", "a", "labels"]
-    # without targets, as at the time of prediction
+    # without targets, as in prediction
     assert list(MappingKeys("b", "labels").inputs(MAPPING)) == ["b", "a"]
     assert list(MappingKeys("b", "a").inputs(loaded)) == ["b", "labels"]
 
@@ -109,15 +109,21 @@ def test_the_default_keys_are_those_of_hugging_face() -> None:
 
 
 WRONG = {
-    "no tensor": ({"input_ids": [1, 2], "mask": torch.ones(2)}, r"mapping of tensors; got \{'input_ids': 'list'\}"),
-    "the targets are no tensor": ({"input_ids": torch.ones(2), "labels": None}, "'labels': 'NoneType'"),
-    "input missing": ({"ids": torch.ones(2), "labels": torch.ones(2)}, r"dict_key_x='input_ids'; it has \['ids', 'lab"),
-    "empty": ({}, r"dict_key_x='input_ids'; it has \[\]"),
+    "an entry is not a tensor": (
+        {"input_ids": [1, 2], "mask": torch.ones(2)},
+        r"mapping of tensors; got \{'input_ids': 'list'\}",
+    ),
+    "the targets are not a tensor": ({"input_ids": torch.ones(2), "labels": None}, "'labels': 'NoneType'"),
+    "input missing": (
+        {"ids": torch.ones(2), "labels": torch.ones(2)},
+        r"dict_key_x='input_ids'; got keys \['ids', 'lab",
+    ),
+    "empty": ({}, r"dict_key_x='input_ids'; got keys \[\]"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refuses_mappings_that_are_no_inputs(case: str) -> None:
+def test_invalid_mappings_are_refused(case: str) -> None:
     loaded, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         DEFAULT_KEYS.inputs(loaded)

@@ -1,4 +1,4 @@
-"""Pools of samples: what was read stays read, and every sample is there once, whichever loaders yield it."""
+"""Pools of samples: read samples stay read, and every sample occurs once, whichever loaders yield it."""
 
 import copy
 import pickle
@@ -22,14 +22,14 @@ DATA = TensorDataset(X, Y)
 
 
 class Numbered(Dataset[tuple[Tensor, Tensor]]):
-    """Samples without a word about how many there are."""
+    """Data set without a length."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return X[i], Y[i]
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """Another version of a sample each time."""
+    """Data set that adds noise at every access."""
 
     def __len__(self) -> int:
         return N
@@ -39,12 +39,12 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
 
 def over(dataset: Any, indices: Any = None, **options: Any) -> SampleSource:
-    some = dataset if indices is None else Subset(dataset, list(indices))
-    return sample_source(DataLoader(some, **{"batch_size": 5, **options}), seed=2)
+    dataset = dataset if indices is None else Subset(dataset, list(indices))
+    return sample_source(DataLoader(dataset, **{"batch_size": 5, **options}), seed=2)
 
 
 def labels(source: SampleSource, positions: Tensor) -> list[int]:
-    """Which samples these are, told by their targets."""
+    """Return the targets, which identify the samples."""
     return torch.cat([batch.targets for batch in source.batches(positions, seed=2)]).tolist()
 
 
@@ -66,7 +66,7 @@ FIRST, SECOND = random_split(DATA, [11, 12], generator=torch.Generator().manual_
 
 @dataclass(frozen=True)
 class Join:
-    """Two loaders, the samples read of the first, and what comes of it: all samples, and the fresh ones."""
+    """Two loaders, the samples of the first that were read, and the expected pool: all samples and the fresh ones."""
 
     old: Callable[[], SampleSource]
     new: Callable[[], SampleSource]
@@ -74,18 +74,18 @@ class Join:
     fresh: set[int]
     read: Callable[[SampleSource], Tensor] = lambda source: source.indices
     dataset: Any = DATA
-    """The data set that positions are in afterwards; None for the one followed by the other."""
+    """Data set of the positions in the pool; None: the concatenation of both."""
 
 
 def other_data(*indices: int) -> TensorDataset:
-    """Some of the samples in a data set of their own."""
+    """Return a new data set of some of the samples."""
     return TensorDataset(X[list(indices)], Y[list(indices)])
 
 
 CONCATENATED = ConcatDataset([Subset(DATA, range(4)), Subset(DATA, range(4, 9))])
 ALL = set(range(N))
 JOINS = {
-    "Subsets without a sample in common": Join(
+    "disjoint Subsets": Join(
         lambda: over(DATA, range(6)), lambda: over(DATA, range(6, 15)), set(range(15)), set(range(6, 15))
     ),
     "Subsets that overlap": Join(
@@ -118,7 +118,7 @@ JOINS = {
     "another data set with some of the same samples": Join(
         lambda: over(other_data(0, 1, 2)), lambda: over(other_data(2, 7, 0)), {0, 1, 2, 7}, {7}, dataset=None
     ),
-    "another data set with samples that were there and not read": Join(
+    "another data set with samples of the first that were not read": Join(
         lambda: over(other_data(0, 1, 2)),
         lambda: over(other_data(2, 7)),
         {0, 1, 2, 7},
@@ -126,10 +126,10 @@ JOINS = {
         read=lambda s: s.indices[:2],
         dataset=None,
     ),
-    "another data set with all of the samples and more": Join(
+    "another data set with all of the samples and others": Join(
         lambda: over(other_data(4, 0)), lambda: over(DATA), ALL, ALL - {0, 4}
     ),
-    "a concatenation that holds the first": Join(
+    "a concatenation that contains the first": Join(
         lambda: over(DATA, range(4)), lambda: over(CONCATENATED), set(range(9)), set(range(4, 9)), dataset=CONCATENATED
     ),
     "lists of batches": Join(
@@ -167,7 +167,7 @@ def joined(case: str) -> tuple[Pool, Pool]:
 
 
 @pytest.mark.parametrize("case", JOINS)
-def test_every_sample_is_there_once(case: str) -> None:
+def test_every_sample_occurs_once(case: str) -> None:
     before, after = joined(case)
     join = JOINS[case]
     source = after.source
@@ -180,7 +180,7 @@ def test_every_sample_is_there_once(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", JOINS)
-def test_positions_are_in_the_data_set_that_the_samples_share(case: str) -> None:
+def test_positions_are_in_the_common_data_set(case: str) -> None:
     before, after = joined(case)
     if JOINS[case].dataset is not None:
         dataset, positions = after.source.root()
@@ -204,7 +204,7 @@ def test_a_third_data_set_joins_two() -> None:
     assert labels(pool.source, pool.fresh) == [5]
 
 
-def test_samples_of_two_data_sets_are_loaded_in_the_order_asked_for() -> None:
+def test_samples_of_two_data_sets_are_loaded_in_the_requested_order() -> None:
     _, pool = joined("another data set")
     assert isinstance(pool.source, AppendedSource)
     mixed = pool.source.indices[[3, 0, 4, 1, 2]]
@@ -221,7 +221,7 @@ def test_mappings_stay_mappings() -> None:
     torch.testing.assert_close(second.inputs["input_ids"], X[[6, 5]], rtol=0, atol=0)
 
 
-# --- what cannot be joined ---
+# --- refused joins ---
 
 
 def noise() -> SampleSource:
@@ -235,7 +235,7 @@ REFUSED = {
         lambda: over(other_data(0, 4)),
         "2 samples, all of them fitted",
     ),
-    "random loading of two data sets": (noise, noise, "nothing can tell.*Subsets of one data set"),
+    "random loading of two data sets": (noise, noise, "cannot be compared.*Subsets of one data set"),
     "inputs of another shape": (
         lambda: over(DATA, range(6)),
         lambda: over(TensorDataset(X[:, :3], Y)),
@@ -251,8 +251,8 @@ REFUSED = {
         lambda: over(other_data(8, 9)),
         r"\{'input_ids': \(1, 4\)\} of .*\(1, 4\) of torch.float32",
     ),
-    "random loading of the first only": (noise, lambda: over(DATA), "nothing can tell"),
-    "random loading of the second only": (lambda: over(DATA), noise, "nothing can tell"),
+    "random loading of the first only": (noise, lambda: over(DATA), "cannot be compared"),
+    "random loading of the second only": (lambda: over(DATA), noise, "cannot be compared"),
 }
 
 
@@ -266,7 +266,7 @@ def test_joins_that_are_refused(case: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_random_loading_of_one_data_set_goes_by_position() -> None:
+def test_random_loading_of_one_data_set_is_compared_by_position() -> None:
     dataset = Noisy()
     pool = Pool.of(over(dataset, range(6)), None)
     pool = pool.with_read(pool.available).join(over(dataset, range(4, 9)), None, seed=2)
@@ -293,15 +293,15 @@ def test_a_size_below_the_samples() -> None:
     with pytest.raises(ValueError, match="at least 6, got 5"):
         Pool.of(over(DATA, range(6)), 5)
     pool = Pool.of(over(DATA, range(6)), 7)
-    # two were read, three more are at hand; that there are nine of them is known all the same
+    # two of six were read; the four unread ones count although the new loader does not yield them
     with pytest.raises(ValueError, match="at least 9, got 7"):
         pool.with_read(pool.available[:2]).join(over(DATA, range(6, 9)), None, seed=2)
 
 
-# --- order, and what is left of a pool elsewhere ---
+# --- order, copies and pickles ---
 
 
-def test_the_order_is_fixed_by_the_seed_whatever_was_read() -> None:
+def test_the_order_depends_on_the_seed_but_not_on_the_read_samples() -> None:
     pool = Pool.of(over(DATA), None)
     order = pool.reading_order(4)
     assert sorted(order.tolist()) == list(range(N))
@@ -314,14 +314,14 @@ def test_the_order_is_fixed_by_the_seed_whatever_was_read() -> None:
     assert half[12:].tolist() == [i for i in order.tolist() if i % 2]
 
 
-def test_a_pool_is_shared_by_copies_and_left_out_of_pickles() -> None:
+def test_copies_share_the_pool_and_pickles_leave_it_out() -> None:
     pool = Pool.of(over(DATA, collate_fn=lambda items: items), None)
     assert copy.deepcopy({"pool": pool})["pool"] is pool
     assert pickle.loads(pickle.dumps({"pool": pool})) == {"pool": None}
 
 
 def test_data_sets_of_a_joined_pool_can_be_pickled() -> None:
-    # the data set goes into a pickle of the posterior, the loaders' functions do not
+    # a pickle of the posterior contains the data set, but not the loaders' functions
     old, new = (over(other_data(i, i + 1), collate_fn=lambda items: as_mappings(items)) for i in (0, 2))
     pool = Pool.of(old, None)
     after = pool.with_read(pool.available).join(new, None, seed=2)

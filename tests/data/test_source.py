@@ -34,7 +34,7 @@ DATA = TensorDataset(X, Y)
 
 
 class Counting(Dataset[tuple[Tensor, Tensor]]):
-    """Remembers which items were loaded."""
+    """Data set that records which items were loaded."""
 
     def __init__(self) -> None:
         self.loaded: list[int] = []
@@ -48,7 +48,7 @@ class Counting(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Augmenting(Dataset[tuple[Tensor, Tensor]]):
-    """Adds noise from one of the places where augmentations take it from."""
+    """Data set that adds noise of one of the global generators."""
 
     def __init__(self, noise: str):
         self.noise = noise
@@ -95,8 +95,8 @@ def read(source: SampleSource, indices: Tensor | None = None, seed: int = 0) -> 
     return torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
 
 
-def odd_first(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A collate function whose trace can be seen in the inputs."""
+def times_ten(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Collate function that multiplies the inputs by ten."""
     return torch.stack([x for x, _ in batch]) * 10, torch.stack([y for _, y in batch])
 
 
@@ -156,7 +156,7 @@ def test_positions_and_samples_of_a_loader(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_asking_for_positions_changes_no_random_state_and_loads_nothing(name: str) -> None:
+def test_positions_are_found_without_a_change_of_the_random_state(name: str) -> None:
     loader = LOADERS[name][0]()
     torch.manual_seed(8)
     before = torch.get_rng_state()
@@ -176,17 +176,17 @@ def test_nothing_is_loaded_before_the_split() -> None:
 GENERATORS = {
     "the loader's own": lambda g: DataLoader(DATA, batch_size=5, shuffle=True, drop_last=True, generator=g),
     "the sampler's": lambda g: DataLoader(DATA, batch_size=5, drop_last=True, sampler=RandomSampler(DATA, generator=g)),
-    "of the sampler in a batch sampler": lambda g: DataLoader(
+    "that of the sampler in a batch sampler": lambda g: DataLoader(
         DATA, batch_sampler=BatchSampler(RandomSampler(DATA, generator=g), 5, drop_last=True)
     ),
-    "of a random subset": lambda g: DataLoader(
+    "that of a random subset": lambda g: DataLoader(
         DATA, batch_size=5, drop_last=True, sampler=SubsetRandomSampler(range(N), generator=g)
     ),
 }
 
 
 @pytest.mark.parametrize("owner", GENERATORS)
-def test_a_generator_of_the_user_is_left_as_it_was(owner: str) -> None:
+def test_a_generator_of_the_user_is_restored(owner: str) -> None:
     generator = torch.Generator().manual_seed(5)
     loader = GENERATORS[owner](generator)
     before = generator.get_state()
@@ -196,7 +196,7 @@ def test_a_generator_of_the_user_is_left_as_it_was(owner: str) -> None:
     assert torch.equal(generator.get_state(), before)
 
 
-def test_which_samples_a_shuffling_loader_drops_is_decided_by_the_seed() -> None:
+def test_the_seed_decides_which_samples_a_shuffling_loader_drops() -> None:
     def kept(seed: int) -> list[int]:
         loader = DataLoader(DATA, batch_size=10, shuffle=True, drop_last=True)
         return sample_source(loader, seed).indices.tolist()
@@ -221,13 +221,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a batch sampler that repeats": (lambda: DataLoader(DATA, batch_sampler=[[0, 1], [1, 2]]), "1 of its 4 samples"),
     "empty sampler": (lambda: DataLoader(DATA, sampler=[]), "no samples"),
     "empty Subset": (lambda: DataLoader(Subset(DATA, [])), "no samples"),
-    "last batch dropped, and it was the only one": (
+    "the only batch is dropped": (
         lambda: DataLoader(DATA, batch_size=100, drop_last=True),
         "no samples",
     ),
     "a stream": (lambda: DataLoader(Stream(), batch_size=4), r"map-style.*list\(stream\)"),
     "no batches": (lambda: DataLoader(DATA, batch_size=None), "batch_size=None"),
-    "positions that are no integers": (lambda: DataLoader(DATA, sampler=["a", "b"]), "integer positions"),
+    "positions that are not integers": (lambda: DataLoader(DATA, sampler=["a", "b"]), "integer positions"),
     "an empty list": (lambda: [], "empty"),
     "a list of empty batches": (lambda: [(X[:0], Y[:0])], "no samples"),
     "a list of tensors": (lambda: [X, Y], "two tensors"),
@@ -240,25 +240,25 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses_what_cannot_be_split(case: str) -> None:
+def test_unsuitable_loaders_are_refused(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(ValueError, match=f"(?s){message}"):
         sample_source(make(), seed=0)
 
 
-def test_samples_come_in_the_order_and_number_asked_for() -> None:
+def test_samples_are_loaded_in_the_requested_order_and_number() -> None:
     source = sample_source(DataLoader(DATA, batch_size=4, shuffle=True, drop_last=True), seed=0)
     batches = list(source.batches(torch.tensor([20, 3, 11, 5, 8, 1]), seed=0))
     assert [b.targets.tolist() for b in batches] == [[20, 3, 11, 5], [8, 1]]
 
 
 def test_a_collate_function_is_kept() -> None:
-    source = sample_source(DataLoader(DATA, batch_size=4, collate_fn=odd_first), seed=0)
+    source = sample_source(DataLoader(DATA, batch_size=4, collate_fn=times_ten), seed=0)
     assert torch.equal(read(source)[0], 10 * X)
 
 
 def test_workers_and_their_collate_function_are_kept() -> None:
-    source = sample_source(DataLoader(DATA, batch_size=4, num_workers=2, collate_fn=odd_first, prefetch_factor=3), 0)
+    source = sample_source(DataLoader(DATA, batch_size=4, num_workers=2, collate_fn=times_ten, prefetch_factor=3), 0)
     assert source.options["num_workers"] == 2
     assert source.options["prefetch_factor"] == 3
     inputs, labels = read(source, torch.arange(N).flip(0))
@@ -280,7 +280,7 @@ def test_a_collate_function_that_mixes_samples_is_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize("noise", ["torch", "numpy", "python"])
-def test_augmentation_is_noticed(noise: str) -> None:
+def test_augmentation_is_detected(noise: str) -> None:
     source = sample_source(DataLoader(Augmenting(noise), batch_size=4), seed=0)
     torch.manual_seed(1)
     states = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
@@ -289,16 +289,16 @@ def test_augmentation_is_noticed(noise: str) -> None:
     assert (repr(np.random.get_state()), random.getstate()) == states[1:]  # noqa: NPY002
 
 
-def test_augmentation_in_workers_is_noticed() -> None:
+def test_augmentation_in_workers_is_detected() -> None:
     source = sample_source(DataLoader(Augmenting("torch"), batch_size=4, num_workers=2), seed=0)
     assert source.augments(0)
 
 
-def test_augmentation_of_a_single_sample_is_noticed() -> None:
+def test_augmentation_of_a_single_sample_is_detected() -> None:
     assert sample_source(DataLoader(Augmenting("torch"), sampler=[3]), seed=0).augments(0)
 
 
-def test_plain_data_do_not_look_augmented() -> None:
+def test_fixed_data_are_not_taken_for_augmented() -> None:
     assert not sample_source(DataLoader(DATA, batch_size=4, shuffle=True), seed=0).augments(0)
     assert not sample_source(DataLoader(Subset(DATA, [3]), batch_size=4), seed=0).augments(0)
 
@@ -333,19 +333,19 @@ def test_two_parts_of_a_random_split_have_different_positions() -> None:
     assert sorted(found) == list(range(N))
 
 
-def test_a_data_set_that_is_no_subset_is_its_own_root() -> None:
+def test_a_data_set_that_is_not_a_subset_is_its_own_root() -> None:
     joined = ConcatDataset([DATA, DATA])
     source = sample_source(DataLoader(joined, batch_size=4, sampler=SequentialSampler(joined)), seed=0)
     assert source.root()[0] is joined
     assert len(source.indices) == 2 * N
 
 
-def test_root_of_some_positions_only() -> None:
+def test_root_positions_of_a_sampler_over_a_subset() -> None:
     source = sample_source(DataLoader(Subset(DATA, [4, 9, 1, 7]), batch_size=2, sampler=[2, 0]), seed=0)
     assert source.root()[1][source.indices].tolist() == [4, 1]
 
 
-def test_samples_can_be_gone_through_again_and_kept() -> None:
+def test_samples_can_be_loaded_repeatedly_or_kept() -> None:
     dataset = Counting()
     source = sample_source(DataLoader(dataset, batch_size=4), seed=0)
     samples = SubBatch(source, torch.tensor([9, 2, 5, 6, 1]), torch.device("cpu"), seed=0)
@@ -372,7 +372,7 @@ KEYS = MappingKeys("ids", "y")
 
 
 class Mappings(Dataset[dict[str, Tensor]]):
-    """One mapping an item, as the data sets of Hugging Face have."""
+    """Data set of mappings, as those of Hugging Face."""
 
     def __len__(self) -> int:
         return N
@@ -417,7 +417,7 @@ def test_samples_that_are_mappings(case: str) -> None:
     assert torch.equal(torch.cat([batch.inputs["ids"] for batch in batches]), IDS[expected])
     assert torch.equal(torch.cat([batch.inputs["mask"] for batch in batches]), MASK[expected])
     assert torch.cat([batch.targets for batch in batches]).tolist() == expected
-    # the same sample is known by the same hash, wherever it comes from
+    # the hash of a sample does not depend on its source
     hashes = torch.cat([sample_hashes(batch) for batch in batches])
     assert torch.equal(hashes, sample_hashes(Batch({"mask": MASK[expected], "ids": IDS[expected]}, Y[expected])))
 
@@ -429,12 +429,12 @@ REFUSED_MAPPINGS: dict[str, tuple[Any, str]] = {
     "targets of two shapes": (lambda: [mapping(slice(4)), {**mapping(slice(4)), "y": Y[:4, None]}], "one shape"),
     "no targets": (lambda: [{"ids": IDS}], "dict_key_y='y'"),
     "no inputs": (lambda: [{"mask": MASK, "y": Y}], "dict_key_x='ids'"),
-    "only empty ones": (lambda: [mapping(slice(0))], "no samples"),
+    "only empty batches": (lambda: [mapping(slice(0))], "no samples"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED_MAPPINGS)
-def test_refuses_lists_of_mappings_that_cannot_be_joined(case: str) -> None:
+def test_lists_of_unequal_mappings_are_refused(case: str) -> None:
     make, message = REFUSED_MAPPINGS[case]
     with pytest.raises(ValueError, match=message):
         sample_source(make(), 0, KEYS)

@@ -18,7 +18,7 @@ def draw(indices=POSITIONS, **options):
     return draw_sub_batches(indices, **{**defaults, **options})
 
 
-# options, directions, magnitudes
+# options, number of direction samples, number of magnitude samples
 AMOUNTS = {
     "half and the rest": ({}, 10, 10),
     "a share and the rest": ({"direction_samples": 0.3}, 6, 14),
@@ -27,7 +27,7 @@ AMOUNTS = {
     "a number and a share": ({"direction_samples": 1, "magnitude_samples": 0.1}, 1, 2),
     "one direction sample": ({"direction_samples": 1}, 1, 19),
     "all but two": ({"direction_samples": 18}, 18, 2),
-    "a share that rounds to none takes one": ({"direction_samples": 0.001}, 1, 19),
+    "a share that rounds to zero gives one": ({"direction_samples": 0.001}, 1, 19),
 }
 
 
@@ -57,11 +57,11 @@ def test_the_sets_are_disjoint_sorted_positions_of_the_given_samples(case: str, 
     assert torch.equal(split.used_indices, torch.cat([split.direction_indices, split.magnitude_indices]))
 
 
-def test_every_sample_is_used_when_the_rest_does_magnitudes() -> None:
+def test_every_sample_is_used_if_the_rest_gives_magnitudes() -> None:
     assert sorted(draw().used_indices.tolist()) == sorted(POSITIONS.tolist())
 
 
-def test_shared_samples_do_both_jobs() -> None:
+def test_shared_samples_are_in_both_sets() -> None:
     split = draw(direction_samples=4, magnitude_samples=7, shared=True)
     assert split.shared
     assert split.n_samples == 11
@@ -89,7 +89,7 @@ def test_the_order_in_which_a_loader_yields_does_not_matter() -> None:
     assert torch.equal(draw(POSITIONS).direction_indices, draw(shuffled).direction_indices)
 
 
-def test_every_sample_has_the_same_chance() -> None:
+def test_every_sample_is_drawn_with_the_same_probability() -> None:
     n_draws = 2000
     chosen = torch.zeros(100)
     for seed in range(n_draws):
@@ -136,7 +136,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refuses(case: str) -> None:
+def test_amounts_out_of_range_are_refused(case: str) -> None:
     options, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         draw(**options)
@@ -144,10 +144,10 @@ def test_refuses(case: str) -> None:
 
 @pytest.mark.parametrize("amount", ["auto", None, [3]])
 @pytest.mark.parametrize("name", ["direction_samples", "magnitude_samples"])
-def test_refuses_other_types(name: str, amount: object) -> None:
+def test_amounts_of_other_types_are_refused(name: str, amount: object) -> None:
     if name == "magnitude_samples" and amount is None:
         return
-    # the shape checker of the test run is there first
+    # the run-time type check may raise first
     with pytest.raises(Exception, match=name):
         draw(**{name: amount})
 
@@ -166,13 +166,13 @@ OVERLAPS = {
 
 
 @pytest.mark.parametrize("case", OVERLAPS)
-def test_sub_batches_that_overlap_cannot_be_made(case: str) -> None:
+def test_overlapping_sub_batches_are_refused(case: str) -> None:
     a, b, shared = OVERLAPS[case]
     with pytest.raises(OverlapError):
         sub_batches(a, b, shared=shared)
 
 
-def test_sub_batches_of_more_samples_than_the_data_set_cannot_be_made() -> None:
+def test_sub_batches_larger_than_the_data_set_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4, got 3"):
         sub_batches([1, 2], [3, 4], n_data=3)
     assert sub_batches([1, 2], [3, 4], n_data=4).direction_share == 0.5
@@ -185,13 +185,13 @@ FOLDS = {
     "a multiple": (20, 5, [4] * 5),
     "not a multiple": (19, 5, [3, 4, 4, 4, 4]),
     "two": (7, 2, [3, 4]),
-    "every sample a fold": (6, 6, [1] * 6),
+    "as many folds as samples": (6, 6, [1] * 6),
     "one fold of two samples": (9, 8, [1] * 7 + [2]),
 }
 
 
 @pytest.mark.parametrize("case", FOLDS)
-def test_folds_are_balanced_and_hold_every_sample_once(case: str) -> None:
+def test_folds_are_balanced_and_have_every_sample_once(case: str) -> None:
     n, n_folds, sizes = FOLDS[case]
     split = draw(POSITIONS[:n], shared=True, n_folds=n_folds)
     assert split.shared
@@ -201,7 +201,7 @@ def test_folds_are_balanced_and_hold_every_sample_once(case: str) -> None:
     assert sorted(split.folds.bincount(minlength=n_folds).tolist()) == sizes
 
 
-def test_folds_are_of_the_samples_that_are_used() -> None:
+def test_only_used_samples_have_folds() -> None:
     split = draw(direction_samples=5, magnitude_samples=6, shared=True, n_folds=4)
     assert split.folds is not None
     assert split.folds.bincount().tolist() == [3, 3, 3, 2]
@@ -216,7 +216,7 @@ def test_the_seed_decides_on_the_folds_and_the_global_random_state_stays() -> No
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(folds[0], folds[1])
     assert len({tuple(f.tolist()) for f in folds}) == 3
-    # dealt out at random, not in the order of the data set
+    # dealt at random, not in the order of the data set
     assert not torch.equal(folds[0], torch.arange(20) % 4)
     # the samples themselves are the same with folds and without
     assert torch.equal(
@@ -225,17 +225,17 @@ def test_the_seed_decides_on_the_folds_and_the_global_random_state_stays() -> No
     )
 
 
-def test_two_samples_share_a_fold_as_often_as_chance_has_it() -> None:
+def test_two_samples_share_a_fold_with_the_probability_of_a_random_deal() -> None:
     n_draws = 1500
     together = sum(
         int(f[0] == f[1]) for f in (draw(shared=True, n_folds=4, seed=seed).folds for seed in range(n_draws))
     )
-    expected = 4 / 19  # of the 19 others, 4 are in a sample's own fold of 5
+    expected = 4 / 19  # 4 of the 19 others are in the same fold of 5
     deviation = (n_draws * expected * (1 - expected)) ** 0.5
     assert abs(together - n_draws * expected) < 4 * deviation
 
 
-def test_where_samples_are_fewer_than_folds_each_has_one_of_its_own() -> None:
+def test_with_fewer_samples_than_folds_every_sample_is_a_fold() -> None:
     for n, amounts in ((20, {}), (6, {"direction_samples": 2, "magnitude_samples": 4}), (2, {"direction_samples": 1})):
         positions = POSITIONS[:n] if n == 2 else POSITIONS
         split = draw(positions, shared=True, n_folds=21, **amounts)
@@ -243,7 +243,7 @@ def test_where_samples_are_fewer_than_folds_each_has_one_of_its_own() -> None:
         assert split.folds.sort().values.tolist() == list(range(n))
 
 
-def test_more_parts_than_samples_are_refused() -> None:
+def test_more_folds_than_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="n_folds=21 needs a sample for every fold; expected at least 21, got 20"):
         deal(20, 21, torch.Generator())
 
@@ -256,8 +256,8 @@ WRONG_FOLDS = {
 
 
 @pytest.mark.parametrize("case", WRONG_FOLDS)
-def test_folds_that_do_not_fit_cannot_be_made(case: str) -> None:
+def test_folds_that_do_not_match_the_samples_are_refused(case: str) -> None:
     folds, a, b, shared = WRONG_FOLDS[case]
-    # the shape checker of the test run may be there first
+    # the run-time type check may raise first
     with pytest.raises(Exception, match=r"one number for each|folds"):
         SubBatches(torch.tensor(a), torch.tensor(b), 10, shared, folds)

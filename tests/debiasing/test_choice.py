@@ -1,4 +1,4 @@
-"""The choice among estimators, against dense matrices, and whether it chooses well."""
+"""The choice among estimators against dense matrices, and the quality of the choice."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -69,7 +69,7 @@ def per_sample(name: str, likelihood: str) -> list[Tensor]:
 
 
 def dense_split(positions: Tensor, trial: Trial) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Samples of directions, of magnitudes, and folds: as the seed deals them."""
+    """Return samples of directions and of magnitudes, and folds, as the seed deals them."""
     n, generator = len(positions), torch.Generator().manual_seed(SEED)
     if trial.options.magnitudes == "held_out":
         order, n_a = torch.randperm(n, generator=generator), round(trial.direction_share * n)
@@ -81,7 +81,7 @@ def dense_split(positions: Tensor, trial: Trial) -> tuple[Tensor, Tensor | None,
 
 
 def dense_curvature(name: str, likelihood: str, trial: Trial, positions: Tensor, n_data: int) -> Tensor:
-    """A trial's estimate (P, P) from the samples at some positions."""
+    """Return a trial's estimate (P, P) from the samples at some positions."""
     a, b, folds = dense_split(positions, trial)
     model, X = MODELS[name]()
     Hs, asked = per_sample(name, likelihood), trial.options
@@ -114,7 +114,7 @@ def dense_curvature(name: str, likelihood: str, trial: Trial, positions: Tensor,
 def _dense_kronecker(
     model: nn.Module, Hs: list[Tensor], a: Tensor, b: Tensor | None, folds: Tensor | None, n_data: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The curvature, its diagonal in the basis, the basis."""
+    """Return the curvature, its diagonal in the basis, and the basis."""
     K = dense_kronecker_basis(model, mean_of(Hs, a))
     if folds is None:
         d = dense_kronecker_posterior(K, Hs, a, b, n_data=n_data).magnitudes
@@ -161,7 +161,7 @@ def _dense_whitened(
 def dense_terms(
     name: str, likelihood: str, trials: list[Trial], weightings: list[Weighting], samples: Tensor, n_data: int
 ) -> Tensor:
-    """The terms, part by part: ½ [tr(P⁻¹ P₀) + log det P + Nτ (f tr(P⁻¹ H_rest) + (1 - f) tr(P⁻¹ H_n))]."""
+    """Return the terms, part by part: ½ [tr(P⁻¹ P₀) + log det P + Nτ (f tr(P⁻¹ H_rest) + (1 - f) tr(P⁻¹ H_n))]."""
     Hs, n = per_sample(name, likelihood), len(samples)
     n_parts = min(4, n // 4)
     parts = (torch.arange(n) % n_parts)[torch.randperm(n, generator=torch.Generator().manual_seed(SEED))]
@@ -170,7 +170,7 @@ def dense_terms(
     for number in range(n_parts):
         rest, held = samples[parts != number], samples[parts == number]
         H_rest = mean_of(Hs, rest)
-        # of a data set of which the rest is the same share
+        # N is reduced, so that the share of the rest is the same
         curvatures = [dense_curvature(name, likelihood, t, rest, round(n_data * len(rest) / n)) for t in trials]
         for position in held.tolist():
             column = []
@@ -304,7 +304,7 @@ def test_a_prior_of_its_own_for_every_parameter() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-6)
 
 
-def test_it_does_not_matter_which_trials_are_looked_at_together() -> None:
+def test_terms_do_not_depend_on_which_trials_are_fitted_together() -> None:
     network, X, y = small_network("MLP")
     batch, weighting = rows_of(network, X, y, ORDER[:20].sort().values), all_weightings("MLP", 40)[0]
     trials = Request(options("held_out"), frozenset({"magnitudes", "complement", "direction_samples"})).trials(0.5, 30)
@@ -326,7 +326,7 @@ def linear_problem(n: int) -> SubBatchCurvature:
     return rows_of(network_of(model, X, y, "classification"), X, y, batch_size=100)
 
 
-# samples, parts, samples set aside in all
+# samples, parts, total number of samples set aside
 PARTS = {
     "the fewest": (8, 2, 8),
     "fewer than four of at least four": (15, 3, 15),
@@ -368,7 +368,7 @@ def test_lanczos_has_two_parts(how: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def recorded_parts(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, int]], list[tuple[Tensor, Tensor]]]:
-    """Samples and parts that are dealt, and then what each part leaves and sets aside."""
+    """Deal samples into parts; return what each part leaves and sets aside."""
     dealt: list[tuple[int, int]] = []
     aside: list[tuple[Tensor, Tensor]] = []
     deal, each_fold = module.deal, module.each_fold
@@ -415,8 +415,8 @@ def test_the_split_of_a_trial_has_its_share() -> None:
 # --- where all samples are all the data ---
 
 
-def test_of_all_the_data_the_kl_is_exact() -> None:
-    """Then samples set aside stand for nothing, and folds have no say."""
+def test_the_kl_is_exact_if_the_samples_are_all_the_data() -> None:
+    """The samples set aside have weight 0, and folds have no effect."""
     network, X, y = small_network("MLP")
     samples = ORDER[:20].sort().values
     trials = [trial(kind, rank=5, complement="isotropic") for kind in ("held_out", "cross_fitted", "same_batch")]
@@ -437,7 +437,7 @@ def test_of_all_the_data_the_kl_is_exact() -> None:
     torch.testing.assert_close(terms[1], terms[3], rtol=1e-12, atol=0)
 
 
-def test_drawn_targets_stay_subject_to_chance_even_of_all_the_data() -> None:
+def test_drawn_targets_leave_an_error_even_on_all_the_data() -> None:
     network, X, y = small_network("MLP")
     batch = rows_of(network, X, y, root=lambda likelihood: MonteCarloGaussNewton(likelihood, 1))
     trials = [trial("cross_fitted", rank=5), trial("same_batch", rank=5)]
@@ -448,23 +448,23 @@ def test_drawn_targets_stay_subject_to_chance_even_of_all_the_data() -> None:
 # --- drawn targets ---
 
 
-def test_judges_have_draws_of_their_own() -> None:
+def test_evaluation_uses_draws_of_its_own() -> None:
     network, X, y = small_network("MLP")
     batch = rows_of(network, X, y, root=lambda likelihood: MonteCarloGaussNewton(likelihood, 2))
     rest = batch.part(torch.arange(5, 40))
-    judges = module._judging(rest)
-    assert torch.equal(judges.samples.indices, rest.samples.indices)
-    drawn = [some.stacked_rows().rows for some in (rest, rest.redrawn(), judges)]
+    evaluation = module._evaluation_curvature(rest)
+    assert torch.equal(evaluation.samples.indices, rest.samples.indices)
+    drawn = [some.stacked_rows().rows for some in (rest, rest.redrawn(), evaluation)]
     for i, one in enumerate(drawn):
         for other in drawn[:i]:
             same = (one == other).all(1).double().mean()
-            assert 0.1 < float(same) < 0.9  # of few classes some are drawn again
+            assert 0.1 < float(same) < 0.9  # with few classes, some labels are drawn again
     exact = rows_of(network, X, y)
-    assert module._judging(exact) is exact
+    assert module._evaluation_curvature(exact) is exact
 
 
-def test_drawn_judges_are_as_kind_as_the_curvature_itself() -> None:
-    """On average over draws: what the judges say of the samples' own share is what their exact GGN says of it."""
+def test_evaluation_with_fresh_draws_is_unbiased() -> None:
+    """On average over draws, the samples' own share equals that of their exact GGN."""
     network, X, y = small_network("MLP")
     samples, P0 = ORDER[:24].sort().values, torch.tensor(50.0).double()
     H = mean_of(per_sample("MLP", "classification"), samples)
@@ -477,12 +477,12 @@ def test_drawn_judges_are_as_kind_as_the_curvature_itself() -> None:
         split = split_for(rest, trial("cross_fitted"), 25, seed)
         precision = estimate(split, options("cross_fitted")).curvature.precision(w, P0)
         truth = float(torch.trace(torch.linalg.solve(precision.to_dense(), H)))
-        judges = (module._judging(rest), rest.redrawn())
-        differences.append([w * (float(one.traces(precision).mean()) - truth) for one in judges])
+        evaluations = (module._evaluation_curvature(rest), rest.redrawn())
+        differences.append([w * (float(one.traces(precision).mean()) - truth) for one in evaluations])
     found = torch.tensor(differences)
     z = found.mean(0) / found.std(0) * len(found) ** 0.5
     assert abs(float(z[0])) < 3
-    assert float(z[1]) < -4, "power: draws that the posterior was fitted to judge it too kindly"
+    assert float(z[1]) < -4, "power: draws that the posterior was fitted to are optimistic"
 
 
 # --- the order ---
@@ -503,7 +503,7 @@ def test_ranked() -> None:
         mean = sum(d) / 30
         variance = sum((x - mean) ** 2 for x in d) / 29
         assert runner_up.excess == pytest.approx(mean)
-        # paired: what samples have in common is no error
+        # paired: common terms of the samples are no error
         assert runner_up.standard_error == pytest.approx((variance / 30) ** 0.5)
         assert runner_up.standard_error < 0.5
     shown = str(found).splitlines()
@@ -514,22 +514,22 @@ def test_ranked() -> None:
     assert len(shown) == 4
 
 
-def test_of_equal_ones_the_first() -> None:
+def test_the_first_of_equal_trials_is_chosen() -> None:
     trials = [trial("same_batch", rank=rank) for rank in (1, 2, 3)]
     values = torch.tensor([[2.0, 3.0], [1.0, 2.0], [2.0, 1.0]]).double()
     assert ranked(trials, values).chosen is trials[1]
     assert ranked(trials, values.flip(0)).chosen is trials[0]
 
 
-def test_one_trial_is_no_choice() -> None:
+def test_a_single_trial_is_chosen_without_evaluation() -> None:
     network, X, y = small_network("MLP")
     only = trial("same_batch", rank=3)
     found = choose(rows_of(network, X, y, torch.arange(3)), [only], all_weightings("MLP", 40)[0], n_data=40, seed=0)
     assert found == Choice(only, (), 0)
-    assert str(found) == f"nothing else to choose: {only}"
+    assert str(found) == f"the only candidate: {only}"
 
 
-def test_a_choice_knows_how_many_directions_there_were() -> None:
+def test_the_rank_of_a_choice_is_limited_to_the_directions_found() -> None:
     other = RunnerUp(trial("same_batch"), 1.0, 0.1)
     found = Choice(trial("held_out", rank=25), (other,), 9)
     assert found.found(25) == found.found(0) == found
@@ -545,7 +545,7 @@ def ranks_offered(batch: SubBatchCurvature, trials: list[Trial], weighting: Weig
     return [t.options.rank for t in module._offered(batch, trials, weighting)]
 
 
-def test_ranks_that_come_to_the_same_are_offered_once() -> None:
+def test_ranks_that_give_the_same_estimate_are_offered_once() -> None:
     network, X, y = small_network("MLP")
     weighting = all_weightings("MLP", 100)[0]
     P = network.n_parameters
@@ -555,7 +555,7 @@ def test_ranks_that_come_to_the_same_are_offered_once() -> None:
         trials = [trial(magnitudes, share, rank=rank) for rank in RANKS]
         return ranks_offered(rows_of(network, X, y, torch.arange(n)), trials, weighting)
 
-    # 3 rows a sample
+    # 3 rows per sample
     assert ranks(40, "same_batch") == [25, 100, None]
     assert ranks(8, "same_batch") == [25, None]
     assert ranks(10, "same_batch") == [25, 100, None]
@@ -564,7 +564,7 @@ def test_ranks_that_come_to_the_same_are_offered_once() -> None:
     assert ranks(40, "held_out", 0.25) == [25, 100, None]
 
 
-def test_lanczos_cannot_tell_ranks_from_what_every_direction_means_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_lanczos_large_ranks_equal_rank_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LANCZOS_RANK", 20)
     network, X, y = small_network("MLP")
     batch, weighting = rows_of(network, X, y), all_weightings("MLP", 100)[0]
@@ -573,7 +573,7 @@ def test_lanczos_cannot_tell_ranks_from_what_every_direction_means_there(monkeyp
     assert ranks_offered(batch, trials[:-1], weighting) == [2, 19, 20, 40]
 
 
-def test_what_cannot_be_had_is_not_offered() -> None:
+def test_infeasible_trials_are_not_offered() -> None:
     network, X, y = small_network("MLP")
     trials = [trial("same_batch", complement=c) for c in COMPLEMENTS]
     trials.append(trial("same_batch", complement="kron", metric="kron"))
@@ -584,7 +584,7 @@ def test_what_cannot_be_had_is_not_offered() -> None:
     # a Hessian has no rows to whiten
     hessian = hessian_of(torch.arange(12))
     assert module._offered(hessian, trials, Weighting(90.0, prior)) == trials[:4]
-    # whoever asks for nothing else is told by the estimator
+    # if no trial is feasible, the estimator raises the error
     assert module._offered(hessian, trials[4:], Weighting(90.0, prior)) == trials[4:]
 
 
@@ -594,7 +594,7 @@ def hessian_of(indices: Tensor) -> HessianCurvature:
     return HessianCurvature(network, samples_of(X, y, indices), second)
 
 
-def test_a_hessian_is_judged_by_hessians() -> None:
+def test_a_hessian_is_evaluated_by_hessians() -> None:
     samples = ORDER[:13].sort().values
     model, X = MODELS["MLP"]()
     Hs = [H.detach() for H in dense_hessian(model, X[samples], targets("classification")[samples], "classification")[0]]
@@ -624,7 +624,7 @@ def test_a_hessian_is_judged_by_hessians() -> None:
 
 @cache
 def population(n: int = 500) -> tuple[SubBatchCurvature, Tensor]:
-    """All samples of a synthetic problem of four unequal classes, for a network that was trained on them a little."""
+    """Return a synthetic problem of four unequal classes and a network that was briefly trained on it."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         y = torch.randint(4, (n,))
@@ -641,8 +641,8 @@ def population(n: int = 500) -> tuple[SubBatchCurvature, Tensor]:
     return batch, batch.dense()
 
 
-def test_it_chooses_nearly_the_best_of_all() -> None:
-    """Mean KL to the full batch, over draws, of what is chosen and of every fixed trial, at weak and strong priors."""
+def test_the_choice_is_nearly_as_good_as_the_best_trial() -> None:
+    """The mean KL to the full batch over draws, of the choice and of every fixed trial, for weak and strong priors."""
     everybody, H = population()
     N, P = everybody.n_samples, len(H)
     trials = [
@@ -668,9 +668,9 @@ def test_it_chooses_nearly_the_best_of_all() -> None:
     of_trials, of_auto = fixed.mean(0), auto.mean(0)
     best = of_trials.min(1).values
     assert bool((of_auto <= 1.1 * best).all()), (of_auto, best)
-    # power: a choice at random would be further off, and some choices would be a disaster
+    # power: a random choice would be worse, and some choices far worse
     assert bool((of_trials.mean(1) > 1.15 * best).all()), of_trials
-    worst, nobody = of_trials.max(1).values / of_auto, fixed.max(2).values / auto
+    worst, single = of_trials.max(1).values / of_auto, fixed.max(2).values / auto
     assert bool((worst > torch.tensor([8.0, 2.0, 1.4])).all()), worst
-    # in every draw, where the prior leaves anything to choose
-    assert bool((nobody[:, :2].min(0).values > torch.tensor([5.0, 1.3])).all()), nobody
+    # in every draw, if the prior leaves a choice
+    assert bool((single[:, :2].min(0).values > torch.tensor([5.0, 1.3])).all()), single

@@ -1,4 +1,4 @@
-"""What the directions do not span, and floors of what they do."""
+"""Complements of the directions, and floors of the magnitudes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Cross-fitting against a transcription with explicit eigenvectors of every fold's others, by every route."""
+"""Cross-fitting by every route, against a transcription with explicit eigenvectors of the other folds."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -29,9 +29,9 @@ from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.roots import EmpiricalFisher, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
-from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
+from debiased_laplace.curvature.sub_batch import DirectionalMoments, ResidualRequest, SubBatchCurvature
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.debiasing.cross_fitting import Fold, Question, cross_fitted_moments, each_fold, extended, pooled
+from debiased_laplace.debiasing.cross_fitting import Fold, cross_fitted_moments, each_fold, extended, pooled
 from debiased_laplace.debiasing.directions import find_directions
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.kronecker import basis_from, factors_of
@@ -54,7 +54,7 @@ def _kernels() -> Iterator[None]:
 
 
 def dealt(n: int, n_folds: int, seed: int = 0) -> Tensor:
-    """Folds whose sizes differ by one where n is no multiple."""
+    """Deal n samples into folds whose sizes differ by at most one."""
     return (torch.arange(n) % n_folds)[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
 
 
@@ -111,12 +111,12 @@ CASES = {
     "products only, Hessian": ("Hessian", "MLP", "classification", 9, 2, 4, "lanczos", "lanczos"),
 }
 COMPLEMENTS = ["none", "isotropic", "diagonal", "kron"]
-# products are slow, and what is outside does not depend on them
+# products are slow, and the residual does not depend on them
 WITH_COMPLEMENT = [(case, c) for case in CASES for c in COMPLEMENTS if "products" not in case or c == "none"]
 
 
 @pytest.mark.parametrize(("case", "complement"), WITH_COMPLEMENT)
-def test_against_the_eigenvectors_of_every_fold_s_others(case: str, complement: str) -> None:
+def test_against_the_eigenvectors_of_the_other_folds(case: str, complement: str) -> None:
     kind, name, likelihood, n, n_folds, rank, solver, route = CASES[case]
     per_sample = curvatures_of(kind, name, likelihood)
     samples, folds = torch.arange(n) if kind == "Hessian" else ORDER[:n].sort().values, dealt(n, n_folds)
@@ -141,42 +141,42 @@ def test_against_the_eigenvectors_of_every_fold_s_others(case: str, complement: 
 
 
 def routes(
-    batch: RowCurvature, k: int, folds: Tensor, questions: list[Question]
+    batch: RowCurvature, k: int, folds: Tensor, requests: list[ResidualRequest]
 ) -> dict[str, list[DirectionalMoments]]:
     pairs = find_directions(batch, rank=k, solver="gram", seed=0)
     found = {}
     for solver in ("gram", "dense", "lanczos"):
         outcome = SolverOutcome(solver, True, 0, "chosen here")
         chosen = Eigenpairs(pairs.values, pairs.vectors, pairs.residuals, outcome)
-        found[solver] = cross_fitted_moments(batch, folds, chosen, questions)
+        found[solver] = cross_fitted_moments(batch, folds, chosen, requests)
     return found
 
 
 def test_the_routes_agree() -> None:
     samples = ORDER[:20].sort().values
     batch = batch_of("GGN", "convolutions and pooling", "classification", samples, in_one=True)
-    questions = [Question(6, 1e-10, residual, in_basis=False) for residual in ("none", "trace", "diagonal")]
-    found = routes(batch, 6, dealt(20, 3), questions)
-    for question, expected in zip(questions, found["gram"], strict=True):
+    requests = [ResidualRequest(6, residual, None, 1e-10) for residual in ("none", "trace", "diagonal")]
+    found = routes(batch, 6, dealt(20, 3), requests)
+    for request, expected in zip(requests, found["gram"], strict=True):
         assert expected.n_samples == 20
         for route in ("dense", "lanczos"):
-            other = found[route][questions.index(question)]
+            other = found[route][requests.index(request)]
             close(other.means, expected.means, 1e-5)
             close(other.standard_deviations, expected.standard_deviations, 1e-5)
             for part in ("trace", "residual_diagonal"):
                 mine, theirs = getattr(other, part), getattr(expected, part)
-                assert (mine is None) == (theirs is None) == (part.split("_")[-1] != question.residual)
+                assert (mine is None) == (theirs is None) == (part.split("_")[-1] != request.residual)
                 if theirs is not None:
                     close(mine, theirs, 1e-5)
 
 
-def test_several_questions_at_once_are_answered_like_each_alone() -> None:
+def test_several_requests_at_once_give_the_same_as_each_alone() -> None:
     samples, folds = ORDER[:18].sort().values, dealt(18, 4)
-    questions = [
-        Question(3, 1e-10, "none", in_basis=False),
-        Question(9, 1e-6, "diagonal", in_basis=True),
-        Question(5, 1e-10, "diagonal", in_basis=False),
-        Question(9, 0.3, "trace", in_basis=False),
+    requests = [
+        ResidualRequest(3, "none", None, 1e-10),
+        ResidualRequest(9, "diagonal", KroneckerBasis(()), 1e-6),
+        ResidualRequest(5, "diagonal", None, 1e-10),
+        ResidualRequest(9, "trace", None, 0.3),
     ]
     for name, route in (("MLP", "gram"), ("partly frozen", "dense")):
         batch = batch_of("GGN", name, "regression", samples)
@@ -186,15 +186,15 @@ def test_several_questions_at_once_are_answered_like_each_alone() -> None:
         def basis_of(fold: Fold, batch: SubBatchCurvature = batch) -> KroneckerBasis:
             return basis_from(batch.part(fold.others), options())
 
-        together = cross_fitted_moments(batch, folds, pairs, questions, basis_of=basis_of)
-        for question, found in zip(questions, together, strict=True):
-            alone = cross_fitted_moments(batch, folds, pairs, [question], basis_of=basis_of)[0]
-            assert len(found.means) == question.rank
+        together = cross_fitted_moments(batch, folds, pairs, requests, basis_of=basis_of)
+        for request, found in zip(requests, together, strict=True):
+            alone = cross_fitted_moments(batch, folds, pairs, [request], basis_of=basis_of)[0]
+            assert len(found.means) == request.rank
             close(found.means, alone.means, 1e-12)
             close(found.standard_deviations, alone.standard_deviations, 1e-9)
-            if question.residual == "diagonal":
+            if request.residual == "diagonal":
                 close(found.residual_diagonal, alone.residual_diagonal, 1e-12)
-        # a higher threshold leaves fewer directions of the others, and the tail stands for the rest
+        # a higher threshold leaves fewer directions of the other folds, and the tail replaces the rest
         assert float((together[1].means - together[3].means).abs().max()) > 1e-3 * float(together[1].means[-1])
 
 
@@ -213,7 +213,7 @@ def test_folds_of_rows_kept_in_memory_or_not_are_the_same(monkeypatch: pytest.Mo
 
 
 def test_by_rows_every_row_is_computed_once() -> None:
-    """No network pass over what the same batch needs: folds are sub-blocks of one Gram matrix."""
+    """Folds are sub-blocks of one Gram matrix and need no further network passes."""
     network, X, y = small_network("MLP")
     passes = {}
     for magnitudes, folds in (("same_batch", None), ("cross_fitted", dealt(20, 5))):
@@ -240,7 +240,7 @@ def test_by_rows_every_row_is_computed_once() -> None:
 
 
 def of_values(values: Tensor) -> DirectionalMoments:
-    """Moments of per-sample values (n, k)."""
+    """Return the moments of per-sample values (n, k)."""
     spread = values.std(0, correction=1) if len(values) > 1 else torch.zeros_like(values[0])
     return DirectionalMoments(len(values), values.mean(0), spread, values.sum(), values.mean(0) ** 2)
 
@@ -272,7 +272,7 @@ def test_pooled_of_folds_without_a_residual_has_none() -> None:
     torch.testing.assert_close(found.means, torch.full((2,), 0.75))
 
 
-# values that are known, how many there must be, and what the missing ones are
+# given values, their required number, the missing values
 TAILS = {
     "none missing": ([4.0, 2.0, 1.0], 3, None),
     "few known: the last one": ([4.0, 2.0, 1.0], 5, 1.0),
@@ -307,7 +307,7 @@ def test_each_fold_is_held_once_against_all_others() -> None:
 
 @pytest.mark.parametrize("name", ["MLP", "partly frozen"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_full_has_every_direction_and_one_mean_value_in_the_null_space(name: str, likelihood: str) -> None:
+def test_full_has_all_directions_and_one_average_curvature_in_the_null_space(name: str, likelihood: str) -> None:
     per_sample = curvatures_of("GGN", name, likelihood)
     samples, folds = ORDER[:24].sort().values, dealt(24, 5)
     split = SplitCurvature(batch_of("GGN", name, likelihood, samples), None, folds, N_DATA)
@@ -320,7 +320,7 @@ def test_full_has_every_direction_and_one_mean_value_in_the_null_space(name: str
 
 
 @pytest.mark.parametrize("complement", COMPLEMENTS)
-def test_of_all_the_data_it_is_the_full_batch(complement: str) -> None:
+def test_all_the_data_give_the_full_batch(complement: str) -> None:
     samples, folds = torch.arange(40), dealt(40, 8)
     for structure, also in (("lowrank", {"complement": complement}), ("full", {}), ("kron", {})):
         both = []
@@ -335,7 +335,7 @@ def test_of_all_the_data_it_is_the_full_batch(complement: str) -> None:
 
 
 @pytest.mark.parametrize(("complement", "solver"), [*((c, "gram") for c in COMPLEMENTS), ("diagonal", "lanczos")])
-def test_no_curvature_at_all(complement: str, solver: str) -> None:
+def test_zero_curvature(complement: str, solver: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -394,7 +394,7 @@ def test_kronecker_matches_pairs_of_indices_and_averages_over_null_blocks(name: 
     found = estimate(SplitCurvature(batch, None, folds, N_DATA), chosen)
 
     def basis_of(positions: Tensor) -> Tensor:
-        # null vectors are anybody's: of single samples their variances are too, so it has to be the very same ones
+        # null vectors are arbitrary, and so are single samples' variances along them: use the very same vectors
         of_part = batch if len(positions) == n else batch.part(torch.searchsorted(samples, positions))
         return basis_from(of_part, chosen).to_dense()
 
@@ -407,7 +407,7 @@ def test_kronecker_matches_pairs_of_indices_and_averages_over_null_blocks(name: 
     close(found.magnitudes.values, magnitudes)
     close(found.magnitudes.standard_errors, errors, 1e-6)
     close(found.magnitudes.in_sample, own)
-    # the trace is kept: a basis is all of the space, and means do not change sums
+    # the trace is preserved: the basis spans the whole space, and averages preserve sums
     expected = torch.trace(mean_of(per_sample, samples))
     assert float(found.magnitudes.values.sum()) == pytest.approx(float(expected), rel=1e-9)
     if kron_basis == "row_matrices":
@@ -417,8 +417,8 @@ def test_kronecker_matches_pairs_of_indices_and_averages_over_null_blocks(name: 
         assert float((plain - magnitudes).abs().max()) > 1e-4 * float(magnitudes.max())
 
 
-def test_the_bases_are_the_folds_own() -> None:
-    """Against bases that the oracle finds itself, where eigenvalues are simple."""
+def test_each_fold_has_its_own_basis() -> None:
+    """Compare with bases computed by the oracle, for simple eigenvalues."""
     model = MODELS["MLP"]()[0]
     per_sample = curvatures_of("GGN", "MLP", "classification")
     samples, folds = ORDER[:24].sort().values, dealt(24, 4)
@@ -449,7 +449,7 @@ def test_the_bases_are_the_folds_own() -> None:
 
 @pytest.mark.parametrize("kron_magnitudes", ["exact", "kronecker"])
 @pytest.mark.parametrize("kron_basis", ["row_matrices", "kfac"])
-def test_drawn_targets_of_a_kronecker_posterior_are_never_used_twice(kron_basis: str, kron_magnitudes: str) -> None:
+def test_draws_of_a_kronecker_posterior_are_never_used_twice(kron_basis: str, kron_magnitudes: str) -> None:
     network, X, y = small_network("MLP")
     samples, folds = ORDER[:20].sort().values, dealt(20, 4)
     batch = rows_of(network, X, y, samples, lambda kind: MonteCarloGaussNewton(kind, 2), seed=6)
@@ -462,7 +462,7 @@ def test_drawn_targets_of_a_kronecker_posterior_are_never_used_twice(kron_basis:
         of_others = basis_from(batch.part(fold.others), chosen)
         held = batch.part(fold.held)
         c += len(fold.held) / 20 * along(held, of_others, chosen)
-    # rows of the whole, whose draws the parts have to have
+    # rows of all samples, whose draws the parts must have
     rows = torch.cat(list(batch.rows()))
     torch.testing.assert_close(torch.cat(list(batch.part(torch.tensor([3, 7])).rows())), rows[[3, 7]])
     close(found.magnitudes.values, f * along(again, basis, chosen) + (1 - f) * c, 1e-8)

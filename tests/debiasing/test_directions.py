@@ -1,4 +1,4 @@
-"""Both eigensolvers on the same samples; the rank, and what is said where it cannot be had."""
+"""Both eigensolvers on the same samples; the rank, and warnings if it is not available."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from models import MODELS, targets
 from oracles import dense_ggn
 from torch.utils.data import DataLoader, TensorDataset
 
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.data.sub_batch import SubBatch
@@ -21,7 +21,7 @@ from debiased_laplace.debiasing.directions import choose_solver, find_directions
 def curvature_of(name, likelihood, n=12):
     model, X = MODELS[name]()
     y = targets(likelihood)
-    network = meet_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X[:8], y[:8]))
+    network = prepare_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X[:8], y[:8]))
     source = sample_source(DataLoader(TensorDataset(X[:n], y[:n]), batch_size=5), 0)
     samples = SubBatch(source, source.indices, torch.device("cpu"), 0)
     return RowCurvature(network, samples, GaussNewton(network.likelihood)), model, X[:n]
@@ -71,7 +71,7 @@ def test_rank_none_keeps_what_the_samples_support(likelihood, solver):
     assert float(pairs.values[-1] / pairs.values[0]) > 1e-6
 
 
-def test_a_rank_by_number_reaches_further_down():
+def test_a_given_rank_includes_smaller_eigenvalues():
     curvature, *_ = curvature_of("MLP", "regression", n=40)
     supported = len(find_directions(curvature, rank=None, solver="gram", seed=0).values)
     further = find_directions(curvature, rank=supported + 2, solver="gram", seed=0)
@@ -80,14 +80,14 @@ def test_a_rank_by_number_reaches_further_down():
 
 
 @pytest.mark.parametrize("solver", ["gram", "lanczos"])
-def test_more_than_the_samples_support_is_pointed_out(solver):
+def test_a_rank_above_the_supported_one_is_warned_about(solver):
     curvature, *_ = curvature_of("MLP", "classification", n=5)
     with pytest.warns(UserWarning, match="rank=50 was asked for, but the direction samples support only 10"):
         pairs = find_directions(curvature, rank=50, solver=solver, seed=0)
     assert len(pairs.values) == 10
 
 
-def test_what_does_not_fit_into_memory_goes_to_lanczos(monkeypatch):
+def test_lanczos_is_chosen_if_rows_do_not_fit_into_memory(monkeypatch):
     curvature, *_ = curvature_of("MLP", "classification")
     assert choose_solver(curvature, None) == "gram"
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
@@ -101,7 +101,7 @@ def test_what_does_not_fit_into_memory_goes_to_lanczos(monkeypatch):
 def test_no_curvature_at_all_is_rank_zero():
     curvature, _, _ = curvature_of("MLP", "classification")
     zero = {name: torch.zeros_like(p) for name, p in curvature.network.parameters.items()}
-    # logits of a hundred leave a softmax without curvature
+    # with logits of a hundred the softmax has no curvature
     zero["4.bias"] = torch.tensor([1000.0, 0.0, 0.0], dtype=torch.float64)
     network = type(curvature.network)(
         curvature.network.selection,

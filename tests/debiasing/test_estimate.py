@@ -1,4 +1,4 @@
-"""The estimator as a whole: full and low-rank structures, and curvatures that are drawn or indefinite."""
+"""The estimator for full and low-rank structures, and for drawn or indefinite curvatures."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -24,8 +24,7 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.directions import REQUESTED
-from debiased_laplace.debiasing.estimate import estimate, estimates_of_ranks
-from debiased_laplace.debiasing.lowrank import LowRankChoice
+from debiased_laplace.debiasing.estimate import estimate, estimate_variants
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -70,7 +69,7 @@ def dense_precision(found: CurvatureEstimate, n_data: int = N_DATA) -> Tensor:
 
 @every_model
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_full_has_every_direction_and_one_mean_value_in_the_null_space(name: str, likelihood: str) -> None:
+def test_full_has_all_directions_and_one_average_curvature_in_the_null_space(name: str, likelihood: str) -> None:
     network, X, y = small_network(name, likelihood)
     per_sample = oracle(name, likelihood)
     found = estimate(two_sets(rows_of(network, X, y, A), rows_of(network, X, y, B), N_DATA), options(structure="full"))
@@ -95,7 +94,7 @@ def test_full_has_every_direction_and_one_mean_value_in_the_null_space(name: str
         assert float(c.diagonal) > 1e-6 * float(torch.trace(H)) / P
 
 
-def test_full_reaches_further_down_than_a_rank_that_is_left_open() -> None:
+def test_full_includes_smaller_eigenvalues_than_rank_none() -> None:
     network, X, y = small_network("MLP", "regression")
     a, b = rows_of(network, X, y, ORDER[:36]), rows_of(network, X, y, ORDER[36:])
     ranks = {s: len(estimate(two_sets(a, b, 40), options(structure=s)).magnitudes.values) for s in ("full", "lowrank")}
@@ -105,7 +104,7 @@ def test_full_reaches_further_down_than_a_rank_that_is_left_open() -> None:
 
 
 @every_model
-def test_full_of_all_the_data_is_the_full_batch(name: str) -> None:
+def test_full_on_all_the_data_is_the_full_batch(name: str) -> None:
     network, X, y = small_network(name)
     H = mean_of(oracle(name, "classification"), torch.arange(40))
     expected = dense_posterior_precision(H, n_data=40, prior_precision=0.37, sigma_noise=0.6, temperature=1.3)
@@ -114,7 +113,7 @@ def test_full_of_all_the_data_is_the_full_batch(name: str) -> None:
     assert not whole.magnitudes.standard_errors.any()
 
 
-def test_full_of_a_split_of_all_the_data_has_its_trace() -> None:
+def test_full_on_a_split_of_all_the_data_has_its_trace() -> None:
     network, X, y = small_network("MLP")
     H = mean_of(oracle("MLP", "classification"), torch.arange(40))
     a, b = rows_of(network, X, y, ORDER[:15]), rows_of(network, X, y, ORDER[15:])
@@ -152,7 +151,7 @@ def test_low_rank(complement: str, magnitudes: str, root: str) -> None:
     close(found.magnitudes.values, expected.magnitudes)
     close(found.magnitudes.in_sample, expected.in_sample)
     close(found.magnitudes.standard_errors, expected.standard_errors, 1e-6)
-    # few directions and nothing else: products are cheaper than rows
+    # for few directions alone, products are cheaper than rows
     assert found.source == ("torch.func products" if complement == "none" and not biased else "torch.func rows")
 
 
@@ -177,7 +176,7 @@ def test_negative_magnitudes_of_a_hessian_are_floored_and_counted(structure: str
     found = estimate(two_sets(a, b, N_DATA), options(structure=structure))
     U, threshold = found.curvature.directions, 1e-10 if structure == "full" else 1e-6
     eigenvalues = torch.linalg.eigvalsh(H_a).flip(0)
-    # leading means algebraically largest: directions of negative curvature are none
+    # leading means algebraically largest: no directions of negative curvature
     k = int((eigenvalues > threshold * eigenvalues[0]).sum())
     assert U.shape == (93, k)
     assert k < int((eigenvalues.abs() > 1e-8 * eigenvalues[0]).sum())
@@ -197,7 +196,7 @@ DRAWS = 100
 
 
 class Drawn:
-    """Estimates by one drawn target a sample, along directions that the draws have chosen, and the truth there."""
+    """Return estimates with one drawn target per sample along their own directions, and the truth there."""
 
     def __init__(self, magnitudes: str, first: Tensor, second: Tensor, n_data: int):
         with torch.random.fork_rng():
@@ -244,10 +243,10 @@ SPLITS = {
 def test_monte_carlo_magnitudes_are_right_on_average_with_the_share_of_the_direction_samples(case: str) -> None:
     drawn = Drawn("held_out", *SPLITS[case])
     assert float(z_scores(drawn.errors).abs().max()) < 4
-    # with the very draws that chose the directions they would not be: the test has power
+    # power: with the draws that the directions were computed from, it would fail
     assert float(z_scores(drawn.without)[0]) > 5
     ratio = drawn.stated.square().mean(0).sqrt() / drawn.errors.std(0)
-    # draws are never known exactly: no error is 0, and none smaller than the noise of the draws
+    # drawn curvatures are never exact: no error is 0 or below the noise of the draws
     assert bool((drawn.stated > 0).all())
     assert bool((ratio > 0.85).all())
     assert bool((ratio < 2.5).all())
@@ -261,7 +260,7 @@ def test_monte_carlo_of_the_same_batch_is_biased_even_on_all_the_data() -> None:
 
 @pytest.mark.parametrize("complement", ["none", "isotropic", "diagonal"])
 def test_monte_carlo_estimates_are_made_of_three_sets_of_draws(complement: str) -> None:
-    """Exact partner of the statistical tests: the draws that choose, fresh ones of the same samples, and those of b."""
+    """Exact partner of the statistical tests: draws for directions, fresh ones of the same samples, and those of b."""
     network, X, y = small_network("MLP")
 
     def drawn(part: Tensor, seed: int) -> RowCurvature:
@@ -307,7 +306,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("case", BESIDE)
-def test_an_in_sample_choice_is_the_biased_estimate_and_changes_no_other(case: str) -> None:
+def test_a_same_batch_variant_is_the_biased_estimate_and_changes_no_other(case: str) -> None:
     magnitudes, rank, complement = BESIDE[case]
     network, X, y = small_network("convolutions and pooling")
     b = rows_of(network, X, y, B) if magnitudes == "held_out" else None
@@ -318,12 +317,12 @@ def test_an_in_sample_choice_is_the_biased_estimate_and_changes_no_other(case: s
         return SplitCurvature(rows_of(network, X, y, A), *others, N_DATA)
 
     chosen = options(magnitudes=magnitudes, rank=rank, complement=complement)
-    both = [LowRankChoice(rank, complement, in_sample=True), LowRankChoice(rank, complement)]
-    biased, other = estimates_of_ranks(split(with_others=True), chosen, both)
-    alone = estimate(split(with_others=False), options(magnitudes="same_batch", rank=rank, complement=complement))
+    same_batch = options(magnitudes="same_batch", rank=rank, complement=complement)
+    biased, other = estimate_variants(split(with_others=True), [same_batch, chosen])
+    alone = estimate(split(with_others=False), same_batch)
     close(dense_precision(biased), dense_precision(alone), 1e-10)
     close(dense_precision(other), dense_precision(estimate(split(with_others=True), chosen)), 1e-10)
     assert not torch.equal(biased.magnitudes.values, other.magnitudes.values)
-    # nothing is asked of other samples where nobody wants to know
-    only = estimates_of_ranks(split(with_others=True), chosen, both[:1])[0]
+    # alone, it needs no moments of other samples
+    only = estimate_variants(split(with_others=True), [same_batch])[0]
     assert torch.equal(only.magnitudes.values, biased.magnitudes.values)

@@ -1,4 +1,4 @@
-"""Intervals for curvatures that a few samples carry, against closed forms, root finding and simulated populations."""
+"""Intervals for skewed curvatures, against closed forms, root finding and simulated populations."""
 
 import math
 
@@ -22,7 +22,7 @@ def tensor(*values: float) -> Tensor:
 
 
 def moments_of(values: Tensor) -> DirectionalMoments:
-    """Moments of per-sample values (n, k)."""
+    """Return the moments of per-sample values (n, k)."""
     sums = RunningMoments(values.shape[1], values)
     sums.add(values)
     return sums.moments()
@@ -40,7 +40,7 @@ def shape_of(*skewness: float, n: int = 100, share: float = 0.0, mismatch: float
 
 
 def normal_of(T: float, g: float, share: float) -> float:
-    """Hall's exponential transformation of a studentized error."""
+    """Return Hall's exponential transformation of a studentized error."""
     A = (2 - share) / (6 * math.sqrt(1 - share))
     B = math.sqrt(1 - share) / 2 - A
     return (math.exp(2 * A * g * T) - 1) / (2 * A * g) + B * g
@@ -87,7 +87,7 @@ def test_the_transformation_is_nearer_to_normal_with_and_without_replacement(sha
 
 
 def simulated(kind: str, level: float, n: int = 256, N: int = 1024) -> tuple[float, float, float]:
-    """Coverage of these and of plain intervals, and relative width; the skewed values have the spread of 3.5 means."""
+    """Return coverage of these and of plain intervals, and their relative width; the spread is 3.5 means."""
     generator = torch.Generator().manual_seed(5)
     normal = torch.randn(N, 2000, generator=generator, dtype=torch.float64)
     q = (1.6 * normal).exp() if kind == "nearly zero for most" else normal.square()
@@ -107,7 +107,7 @@ def test_coverage_where_plain_intervals_fail() -> None:
     assert 1.2 < width < 3
 
 
-def test_where_plain_intervals_do_these_are_hardly_wider() -> None:
+def test_intervals_are_hardly_wider_where_plain_ones_suffice() -> None:
     covered, plain, width = simulated("chi-square", 0.95)
     assert plain > 0.92
     assert covered > 0.93
@@ -135,7 +135,7 @@ def test_more_skewness_is_never_narrower() -> None:
     assert float(ends[-1, 1]) < 50 + 8  # however skewed
 
 
-def test_one_end_is_moved_by_what_directions_do_not_match() -> None:
+def test_the_mismatch_of_directions_moves_one_end() -> None:
     m, se = tensor(3.0, 3.0, 3.0), tensor(0.2, 0.2, 0.2)
     plain = confidence_intervals(m, se, shape_of(0.0, 0.0, 0.0), level=0.95)
     shape = ErrorShape(torch.zeros_like(m), tensor(0.5, -0.5, 0.0), 100, 0.0)
@@ -145,7 +145,7 @@ def test_one_end_is_moved_by_what_directions_do_not_match() -> None:
 
 # --- from samples to shapes ---
 
-# values of one direction over samples, N, and the ends of the interval where they are known
+# values of one direction over samples, N, known ends of the interval
 EDGES = {
     "all data used": ([1.0, 5.0, 0.0], 3, (2.0, 2.0)),
     "one sample of many": ([3.0], 10, (0.0, math.inf)),
@@ -185,11 +185,11 @@ def test_no_directions() -> None:
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0, -0.1, math.nan])
 def test_levels_are_shares(level: float) -> None:
-    with pytest.raises(ValueError, match=r"level between 0 and 1, 0\.95 say; got"):
+    with pytest.raises(ValueError, match=r"level between 0 and 1, such as 0\.95; got"):
         confidence_intervals(tensor(1.0), tensor(0.1), shape_of(0.1), level=level)
 
 
-def test_skewness_is_that_of_the_samples_and_the_population_s_share_stands_beside_it() -> None:
+def test_the_error_shape_has_the_samples_skewness_and_their_share_of_the_population() -> None:
     q = torch.randn(30, 3, generator=torch.Generator().manual_seed(3)).double().exp()
     g = torch.from_numpy(((q - q.mean(0)) ** 3).mean(0).numpy() / q.numpy().std(0, ddof=1) ** 3) / 30**0.5
     shape = held_out(q.mean(0), moments_of(q), n_a=20, n_data=80).error_shape
@@ -205,7 +205,7 @@ def test_skewness_is_that_of_the_samples_and_the_population_s_share_stands_besid
     assert same_batch(q.mean(0), DirectionalMoments(30, q.mean(0), q.std(0)), n_data=80).error_shape is None
 
 
-def test_fresh_draws_of_the_direction_samples_have_their_part_in_the_skewness() -> None:
+def test_fresh_draws_of_the_direction_samples_contribute_to_the_skewness() -> None:
     generator = torch.Generator().manual_seed(4)
     of_a, of_b = (torch.randn(n, 2, generator=generator).double().exp() for n in (20, 30))
     found = held_out(of_a.mean(0), moments_of(of_b), n_a=20, n_data=80, a_redrawn=moments_of(of_a))
@@ -224,7 +224,7 @@ def test_skewness_of_nearly_equal_values_is_not_rounding() -> None:
     assert float(shape.skewness.abs().max()) < 1
 
 
-def test_folds_are_pooled_with_their_skewness_and_say_how_many_they_were() -> None:
+def test_pooled_folds_keep_their_skewness_and_number() -> None:
     q = torch.randn(17, 4, generator=torch.Generator().manual_seed(7)).double().exp()
     parts = [moments_of(part) for part in q.split([6, 1, 7, 3])]
     found = pooled(parts)
@@ -246,7 +246,7 @@ def test_cross_fitted_values_have_a_mismatch() -> None:
 
 
 def test_the_mismatch_of_folds_is_that_of_directions_from_fewer_samples() -> None:
-    """Over draws of samples of a normal distribution with eigenvalues well apart, where all is known."""
+    """Over draws from a normal distribution with well separated, known eigenvalues."""
     generator = torch.Generator().manual_seed(9)
     spectrum, n, K = tensor(8.0, 4.0, 2.0, 1.0), 120, 6
     true, predicted = [], []
@@ -263,7 +263,7 @@ def test_the_mismatch_of_folds_is_that_of_directions_from_fewer_samples() -> Non
     expected, found = (torch.stack(rows).mean(0) for rows in (true, predicted))
     errors = torch.stack(predicted).std(0) / 1500**0.5
     assert float(expected[0]) < 0 < float(expected[-1])
-    # the second one is between others, where the effects of either side cancel
+    # the second one is between others, whose effects cancel
     ends = [0, -1]
     torch.testing.assert_close(found[ends], expected[ends], rtol=0.3, atol=0)
     assert bool(((found - expected).abs() < 4 * errors + 0.3 * expected.abs()).all())

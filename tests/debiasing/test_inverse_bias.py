@@ -1,10 +1,9 @@
-"""The second-order correction of an inverse: closed forms, and what it does to estimates that are noisy."""
+"""The second-order correction of an inverse: closed forms, and its effect on noisy estimates."""
 
 import pytest
 import torch
 
-from debiased_laplace.debiasing.complement import LowRankCurvature
-from debiased_laplace.debiasing.inverse_bias import second_order
+from debiased_laplace.debiasing.complement import LowRankCurvature, second_order
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -23,15 +22,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adds_the_variance_over_the_precision(case: str) -> None:
+def test_the_variance_over_the_precision_is_added(case: str) -> None:
     m, variance, rest, expected = CASES[case]
     found = second_order(tensor(m), tensor(variance), tensor(rest))
     torch.testing.assert_close(found, tensor(expected), rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("n", [40, 160])
-def test_takes_the_bias_of_the_inverse_away_to_second_order(n: int) -> None:
-    """Means of n gamma variables: the plain inverse is too large, the corrected one by far less."""
+def test_the_bias_of_the_inverse_is_removed_to_second_order(n: int) -> None:
+    """For means of n gamma variables the plain inverse is too large, the corrected one much less so."""
     generator = torch.Generator().manual_seed(n)
     rest, draws = 0.3, 200_000
     samples = torch._standard_gamma(torch.full((draws, 1), 0.8 * n, dtype=torch.float64), generator=generator) / n
@@ -49,8 +48,8 @@ def test_takes_the_bias_of_the_inverse_away_to_second_order(n: int) -> None:
     assert abs(corrected) < 0.1 * plain
 
 
-def test_lowers_the_expected_kl_to_the_truth_where_the_variance_is_known() -> None:
-    """A variance that is estimated too comes out large where the value does, and corrects the wrong way there."""
+def test_the_expected_kl_to_the_truth_is_lower_if_the_variance_is_known() -> None:
+    """An estimated variance is large where the value is, and then corrects in the wrong direction."""
     generator = torch.Generator().manual_seed(3)
     m = torch._standard_gamma(torch.full((100_000,), 16.0, dtype=torch.float64), generator=generator) / 20
     rest, truth, variance = torch.tensor(0.3).double(), 0.8 + 0.3, 0.8 / 20
@@ -72,7 +71,7 @@ def curvature(diagonal: torch.Tensor, k: int, variances: torch.Tensor) -> LowRan
     return LowRankCurvature(diagonal, U, weights, error_variances=variances)
 
 
-def test_what_else_there_is_along_a_direction_is_the_inverse_of_the_diagonal_s_inverse_there() -> None:
+def test_the_rest_along_a_direction_is_the_inverse_of_the_diagonal_s_inverse_there() -> None:
     D, variances = torch.linspace(0.1, 0.6, 6, dtype=torch.float64), tensor(0.3, 0.02, 0.1)
     found = curvature(D, 3, variances)
     weight, prior = 7.0, tensor(0.2, 0.2, 0.3, 0.3, 0.5, 0.5)
@@ -94,8 +93,8 @@ def test_without_directions_the_diagonal_is_corrected() -> None:
     torch.testing.assert_close(found.diagonal, v + torch.minimum(49 * variances / v, v))
 
 
-def test_of_no_directions_at_all_there_is_nothing_to_correct() -> None:
-    """Rank 0: the errors are of the directions, of which there are none, and not of the diagonal."""
+def test_without_directions_and_errors_nothing_is_corrected() -> None:
+    """At rank 0 the errors are those of the directions, which are none, and not of the diagonal."""
     D = torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
     found = curvature(D, 0, tensor()).precision(7.0, torch.tensor(0.2).double())
     torch.testing.assert_close(found.to_dense(), torch.diag(7 * D + 0.2))

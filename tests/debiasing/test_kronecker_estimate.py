@@ -71,7 +71,7 @@ def close(found: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
 
 
 def weighted(per_sample: list[Tensor]) -> Tensor:
-    """f H_a + (1 - f) H_b."""
+    """Return f H_a + (1 - f) H_b."""
     f = len(A) / N_DATA
     return f * mean_of(per_sample, A) + (1 - f) * mean_of(per_sample, B)
 
@@ -110,7 +110,7 @@ def test_every_basis_vector_has_its_curvature_and_the_trace_is_the_ggn_s(
 
 
 def test_the_basis_is_that_of_the_direction_samples_alone() -> None:
-    """Against a basis that the oracle finds itself: eigenvalues are simple here, so that there is one only."""
+    """Compare with a basis computed by the oracle, which is unique for simple eigenvalues."""
     model, _ = MODELS["MLP"]()
     per_sample = oracle("MLP", "classification")
     K = dense_kronecker_basis(model, mean_of(per_sample, A))
@@ -191,7 +191,7 @@ def test_row_matrices_give_parameters_of_one_axis_the_exact_diagonal() -> None:
 
 
 class _Projection(nn.Module):
-    """A linear layer whose weights are used, but which is never called: attention does that."""
+    """A linear layer whose weights are used without calling it, as in attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,8 +252,8 @@ def test_products_of_kfac_s_factors(approximation: str) -> None:
     for part in (A, B):
         curvature = rows_of(network, X, y, part)
         sums = KfacSums(network, curvature.root, approximation)
-        for batch, side in curvature.batches():
-            sums.add(batch, side)
+        for batch, targets_or_noise in curvature.batches():
+            sums.add(batch, targets_or_noise)
         factors = sums.factors()
         along = []
         for parameter, block in zip(network.selection.names, found.curvature.basis.blocks, strict=True):
@@ -308,12 +308,12 @@ def test_negative_curvature_of_a_hessian_is_floored_and_counted() -> None:
     f = 5 / N_DATA
     H = f * mean_of(per_sample, first) + (1 - f) * mean_of(per_sample, second)
     along = (K.T @ H @ K).diagonal()
-    # where the curvature is 0, rounding says which sign it has
+    # the sign of zero curvature is that of its rounding error
     assert 3 < int((along < -1e-12).sum()) <= found.magnitudes.n_floored <= int((along < 1e-12).sum())
     biased = estimate(two_sets(a, None, N_DATA), options(magnitudes="same_batch"))
     close(biased.magnitudes.values, expected.in_sample.clamp_min(0))
     assert biased.magnitudes.n_floored >= int((expected.in_sample < -1e-12).sum()) > 3
-    # K-FAC knows no Hessian: the layers' blocks have their partial traces, all other parameters their diagonal
+    # K-FAC has no Hessian: layers get partial traces of their blocks, other parameters the diagonal
     of_layers = estimate(two_sets(a, b, N_DATA), options(kron_basis="kfac"))
     close(of_layers.magnitudes.values, found.magnitudes.values)
 
@@ -324,7 +324,7 @@ DRAWS = 100
 
 
 @pytest.mark.parametrize("kron_basis", ["row_matrices", "kfac"])
-def test_monte_carlo_draws_are_right_on_average_along_the_basis_that_they_chose(kron_basis: str) -> None:
+def test_monte_carlo_magnitudes_are_unbiased_along_their_own_basis(kron_basis: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         model, X = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(9, 3).double()
@@ -346,13 +346,13 @@ def test_monte_carlo_draws_are_right_on_average_along_the_basis_that_they_chose(
         K = found.curvature.basis.to_dense()
         truth = (K.T @ H @ K).diagonal()
         seen_by_b = b.coordinate_moments(found.curvature.basis).means
-        leading = torch.tensor([0, 12, 16, 28])  # of each parameter: what its draws have made to look large
+        leading = torch.tensor([0, 12, 16, 28])  # of each parameter: overestimated by its draws
         errors.append((found.magnitudes.values - truth)[leading])
         without.append((f * found.magnitudes.in_sample + (1 - f) * seen_by_b - truth)[leading])
         stated.append(found.magnitudes.standard_errors[leading])
     scores = [torch.stack(e).mean(0) / (torch.stack(e).std(0) / DRAWS**0.5) for e in (errors, without)]
     assert float(scores[0].abs().max()) < 4
-    # with the very draws that chose the basis it would be biased: the test has power
+    # power: with the draws that the basis was computed from, it would be biased
     assert float(scores[1].max()) > 6
     ratio = torch.stack(stated).square().mean(0).sqrt() / torch.stack(errors).std(0)
     # although all the data are used, not smaller than the noise of the draws

@@ -35,7 +35,7 @@ MEANS = {
 
 
 @pytest.mark.parametrize("case", MEANS)
-def test_what_folds_say_is_made_non_increasing_and_keeps_its_sum(case: str) -> None:
+def test_cross_fitted_values_are_made_non_increasing_and_keep_their_sum(case: str) -> None:
     c = MEANS[case]
     in_sample = torch.linspace(9, 8, len(c), dtype=torch.float64)
     f = 16 / 50
@@ -50,13 +50,13 @@ def test_what_folds_say_is_made_non_increasing_and_keeps_its_sum(case: str) -> N
         assert float(found.values.sum()) == pytest.approx(float((f * in_sample + (1 - f) * c).sum()), rel=1e-12)
 
 
-def test_along_vectors_of_no_order_nothing_is_made_decreasing() -> None:
+def test_values_along_unordered_vectors_are_not_made_decreasing() -> None:
     c = tensor(1.0, 3.0, 2.0)
     found = cross_fitted(tensor(4.0, 1.0, 7.0), of_folds(c, 10), n_data=40, decreasing=False)
     torch.testing.assert_close(found.values, 0.25 * tensor(4.0, 1.0, 7.0) + 0.75 * c)
 
 
-def test_of_all_the_data_it_is_the_eigenvalues_themselves() -> None:
+def test_all_the_data_give_the_eigenvalues() -> None:
     values = tensor(4.1, 2.3, 0.1)
     found = cross_fitted(values, of_folds(tensor(1.0, 7.0, 3.0), 16), n_data=16, decreasing=True)
     assert torch.equal(found.values, values)
@@ -64,7 +64,7 @@ def test_of_all_the_data_it_is_the_eigenvalues_themselves() -> None:
     assert torch.equal(found.in_sample, values)
 
 
-def test_standard_errors_are_those_of_the_samples_that_stand_for_the_rest() -> None:
+def test_standard_errors_have_the_finite_population_factor() -> None:
     c = tensor(3.0, 2.0, 1.0)
     found = cross_fitted(c + 1, of_folds(c, 16), n_data=64, decreasing=True)
     torch.testing.assert_close(found.standard_errors, (0.75 / 16) ** 0.5 * tensor(0.1, 1.1, 2.1))
@@ -77,11 +77,11 @@ def test_negative_values_are_floored_and_counted_after_weighting() -> None:
     assert found.n_floored == 1
 
 
-def test_fresh_draws_take_the_place_of_the_eigenvalues() -> None:
+def test_fresh_draws_replace_the_eigenvalues() -> None:
     c, again = tensor(3.0, 2.0), DirectionalMoments(10, tensor(2.5, 1.5), tensor(1.0, 1.0))
     found = cross_fitted(tensor(9.0, 8.0), of_folds(c, 10), n_data=40, redrawn=again, decreasing=True)
     torch.testing.assert_close(found.values, 0.25 * again.means + 0.75 * c)
-    # drawn samples are never known exactly, and their errors do without the finite population
+    # drawn curvatures are never exact, and their errors have no finite-population factor
     torch.testing.assert_close(found.standard_errors, 0.1**0.5 * tensor(0.1, 1.1))
     torch.testing.assert_close(found.in_sample, tensor(9.0, 8.0))
     all_data = cross_fitted(tensor(9.0, 8.0), of_folds(c, 10), n_data=10, redrawn=again, decreasing=True)

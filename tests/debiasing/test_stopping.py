@@ -1,4 +1,4 @@
-"""When to stop, and the gain that decides it, against dense matrices."""
+"""The stopping rule and its gains, against dense matrices."""
 
 import math
 
@@ -25,9 +25,9 @@ def test_sizes_double(case: str) -> None:
     assert list(stage_sizes(first, n)) == expected
 
 
-# stages, tolerance, samples there were -> enough, and what is said
+# stages, tolerance, available samples -> enough, reason
 DECISIONS = {
-    "the first stage tells nothing": ([Stage(32)], 5.0, 400, False, None),
+    "a single stage": ([Stage(32)], 5.0, 400, False, None),
     "gained more": ([Stage(32), Stage(64, 7.0, 0.1)], 5.0, 400, False, None),
     "gained less, far beyond the error": (
         [Stage(32), Stage(64, 1.25, 0.5)],
@@ -37,10 +37,10 @@ DECISIONS = {
         "stopped: doubling from 32 to 64 samples gained 1.25 ± 0.5 nats, less than the tolerance of 5 by over two "
         "standard errors.\n  64 samples: gained 1.25 ± 0.5 nats",
     ),
-    "gained less, but it may be luck": ([Stage(32), Stage(64, 4.5, 0.3)], 5.0, 400, False, None),
+    "gained less, but perhaps by chance": ([Stage(32), Stage(64, 4.5, 0.3)], 5.0, 400, False, None),
     "gained exactly the tolerance": ([Stage(32), Stage(64, 5.0, 0.0)], 5.0, 400, False, None),
-    "lost": ([Stage(32), Stage(64, -3.0, 1.0)], 0.5, 400, True, "gained -3 ± 1 nats, less than"),
-    "lost, with an error that is not known": ([Stage(32), Stage(64, -3.0, math.inf)], 0.5, 400, False, None),
+    "lost": ([Stage(32), Stage(64, -3.0, 1.0)], 0.5, 400, True, "gained -3 ± 1 nats, below zero by"),
+    "lost, with an unknown error": ([Stage(32), Stage(64, -3.0, math.inf)], 0.5, 400, False, None),
     "only the last stage counts": ([Stage(32), Stage(64, 0.1, 0.01), Stage(128, 3.0, 0.01)], 1.0, 400, False, None),
     "the end, with a gain": (
         [Stage(32), Stage(64, 9.0, 1.0), Stage(100, 6.0, 0.0)],
@@ -50,15 +50,15 @@ DECISIONS = {
         "all 100 samples were used: going from 64 to 100 samples gained 6 ± 0 nats (tolerance 0.5).\n"
         "  64 samples: gained 9 ± 1 nats\n  100 samples: gained 6 ± 0 nats",
     ),
-    "the end, with nobody left to tell": (
+    "the end, with too few unseen samples": (
         [Stage(32), Stage(64)],
         0.5,
         64,
         False,
-        "all 64 samples were used: what doubling from 32 to 64 samples gained is not known, with too few left to tell "
-        "(tolerance 0.5).\n  64 samples: gained not known",
+        "all 64 samples were used: the gain of doubling from 32 to 64 samples is unknown, because too few unseen "
+        "samples were left (tolerance 0.5).\n  64 samples: gained unknown",
     ),
-    "the end at once": ([Stage(20)], 0.5, 20, False, "all 20 samples were used: too few to double any."),
+    "the end at once": ([Stage(20)], 0.5, 20, False, "all 20 samples were used: too few to double them."),
     "the end, which was enough": (
         [Stage(32), Stage(64, 0.1, 0.0)],
         0.5,
@@ -103,7 +103,7 @@ def sample_terms(precision: Tensor, H: Tensor, n_data: int) -> Tensor:
 
 
 def kl_to(full: Tensor, precision: Tensor) -> Tensor:
-    """KL divergence of two Gaussians of the same mean."""
+    """Return the KL divergence of two Gaussians with the same mean."""
     return 0.5 * (torch.trace(torch.linalg.solve(precision, full)) - P + torch.logdet(precision) - torch.logdet(full))
 
 
@@ -132,7 +132,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_the_gain_is_exact_where_nothing_is_left_out(case: str) -> None:
+def test_the_gain_is_exact_if_all_samples_are_used(case: str) -> None:
     N, n, m = EXACT[case]
     H = curvatures(N)
     found = gained(H, n, m)
@@ -141,7 +141,7 @@ def test_the_gain_is_exact_where_nothing_is_left_out(case: str) -> None:
     assert found.standard_error == 0
 
 
-def test_a_single_unseen_sample_has_no_error_to_speak_of() -> None:
+def test_a_single_unseen_sample_has_an_infinite_error() -> None:
     assert gained(curvatures(40), 16, 1).standard_error == math.inf
     assert gained(curvatures(40), 16, 1).at_most == math.inf
 
@@ -161,7 +161,7 @@ def test_the_gain_is_unbiased_over_unseen_samples_and_its_error_is_theirs() -> N
     spread = gains.std()
     z = (gains.mean() - true_gain(H, n)) / (spread / ORDERS**0.5)
     assert abs(float(z)) < 3.5
-    # the test has power: what the posteriors' own samples say is many errors away
+    # power: the terms of the posteriors' own samples are many errors away
     N = len(H)
     smaller, larger = posterior(H[: n // 2], N), posterior(H[:n], N)
     own = sample_terms(smaller, H[:n], N).mean() - sample_terms(larger, H[:n], N).mean()
@@ -180,7 +180,7 @@ def test_the_gain_is_unbiased_over_unseen_samples_and_its_error_is_theirs() -> N
     assert 0 < sum(stops) / ORDERS < 0.12
 
 
-def test_draws_leave_an_error_where_all_data_were_read() -> None:
+def test_draws_leave_an_error_if_all_data_were_read() -> None:
     # every draw of a sample's curvature is its mean, or far from it
     N, n = 40, 40
     mean = curvatures(N)
@@ -200,13 +200,13 @@ def test_draws_leave_an_error_where_all_data_were_read() -> None:
     assert abs(float(z)) < 3.5
     # power: the draws that the larger posterior was fitted to prefer it
     assert gained(fitted, n, 0, drawn=True).gain - truth > 10 * gains.std() / ORDERS**0.5
-    # at least what it is, and at most twice: samples differ too
+    # at least the true error, and at most twice: samples differ too
     ratio = torch.tensor([f.standard_error for f in found]).square().mean() / gains.var()
     assert 1 < float(ratio) < 4
     assert gained(mean, n, 0).standard_error == 0
 
 
-def test_drawn_curvatures_have_no_finite_population() -> None:
+def test_drawn_curvatures_have_no_finite_population_factor() -> None:
     H = curvatures(40)
     exact, drawn = gained(H, 24, 16), gained(H, 24, 16, drawn=True)
     assert exact.gain == drawn.gain
@@ -218,8 +218,8 @@ def test_drawn_curvatures_have_no_finite_population() -> None:
     assert drawn.standard_error == pytest.approx(float(expected) ** 0.5, rel=1e-10)
 
 
-def test_a_gain_below_nothing_is_not_called_enough() -> None:
+def test_a_negative_gain_is_not_called_enough() -> None:
     stopping = Stopping((Stage(32), Stage(64, -1.18, 0.31)), tolerance=1.0, n_available=300)
     assert stopping.enough
-    assert "gained -1.18 ± 0.31 nats, less than nothing by over two standard errors" in stopping.reason
-    assert "less than nothing" not in Stopping((Stage(32), Stage(64, -0.5, 0.31)), 1.0, 300).reason
+    assert "gained -1.18 ± 0.31 nats, below zero by over two standard errors" in stopping.reason
+    assert "below zero" not in Stopping((Stage(32), Stage(64, -0.5, 0.31)), 1.0, 300).reason

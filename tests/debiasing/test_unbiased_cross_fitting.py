@@ -59,7 +59,7 @@ class Population:
         return U, (U * (self.H @ U)).sum(0), pairs.values, magnitudes.values
 
     def kl(self, U: Tensor, magnitudes: Tensor) -> float:
-        """Parameter KL of the posterior with these directions and no complement to that of all data."""
+        """Return the KL of the posterior with these directions and no complement to that of all data."""
         precision = N / TEMPERATURE * (U * magnitudes) @ U.T + PRIOR * torch.eye(len(U), dtype=U.dtype)
         return dense_kl(precision, self.full)
 
@@ -82,7 +82,7 @@ def draws(n: int, n_draws: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def test_population_is_the_package_s(population: Population) -> None:
-    """Exact partner: a fit on some samples gives what the formulas above give with its folds."""
+    """Exact partner: a fit gives the same as the formulas above with its folds."""
     chosen = draws(24, 1, 1)[0][0]
     la = DebiasedLaplace(
         population.model,
@@ -102,7 +102,7 @@ def test_population_is_the_package_s(population: Population) -> None:
 
 
 @pytest.mark.parametrize("n", [16, 32])
-def test_the_bias_of_the_same_batch_is_gone(n: int, population: Population) -> None:
+def test_cross_fitting_removes_the_bias_of_the_same_batch(n: int, population: Population) -> None:
     errors: dict[str, list[Tensor]] = {"same_batch": [], "cross_fitted": []}
     for chosen, folds in draws(n, 100, 2):
         _, truth, in_sample, values = population.estimates(chosen, folds)
@@ -120,7 +120,7 @@ def test_the_bias_of_the_same_batch_is_gone(n: int, population: Population) -> N
 
 
 @pytest.mark.parametrize(("n", "ratio"), [(16, 1.3), (32, 2.0), (64, 1.5)])
-def test_it_is_closer_to_the_full_batch(n: int, ratio: float, population: Population) -> None:
+def test_the_posterior_is_closer_to_the_full_batch(n: int, ratio: float, population: Population) -> None:
     ours, biased = [], []
     for chosen, folds in draws(n, 12, 3):
         U, _, in_sample, values = population.estimates(chosen, folds)

@@ -1,4 +1,4 @@
-"""What the split is for: over draws of samples, its estimates are right on average, and the same-batch ones are not."""
+"""Over draws of samples, estimates from a split are unbiased, and same-batch ones are biased."""
 
 import math
 
@@ -19,7 +19,7 @@ DRAWS = 500
 
 
 class Population:
-    """A small classifier that has been trained a little, and root rows of all N samples' GGN."""
+    """A briefly trained small classifier, and root rows of all N samples' GGN."""
 
     def __init__(self):
         with torch.random.fork_rng():
@@ -68,7 +68,7 @@ def moments(quadratics):
 
 
 def z_of(errors):
-    """How many standard errors the mean of the rows is away from zero: each column, and all together as a z-score."""
+    """Return the z-scores of the rows' mean: of each column, and of all together."""
     n, k = errors.shape
     each = errors.mean(0) / (errors.std(0) / n**0.5)
     covariance = torch.cov(errors.T).reshape(k, k)
@@ -77,7 +77,7 @@ def z_of(errors):
 
 
 def test_population_is_the_package_s(population):
-    """Exact partner: a fit on drawn samples gives what the formulas below give."""
+    """Exact partner: a fit on drawn samples gives the same as the formulas below."""
     model, data = population.model, population.data
     la = DebiasedLaplace(
         model,
@@ -148,7 +148,7 @@ def test_magnitudes_over_draws_of_both(population):
 
 
 def test_sums_of_leading_values_are_too_large_and_trailing_ones_too_small(population):
-    """Ky Fan and Jensen, on matrices small enough to have all their eigenvalues."""
+    """Ky Fan's and Jensen's inequalities, on matrices small enough to compute all eigenvalues."""
     generator = torch.Generator().manual_seed(4)
     basis = torch.linalg.eigh(population.H)[1][:, -5:]
     rows = population.rows @ basis
@@ -223,67 +223,67 @@ class Judged:
 
 
 @pytest.fixture(scope="module")
-def judged(population):
+def evaluated(population):
     return Judged(population)
 
 
 @pytest.mark.parametrize("name", POSTERIORS)
-def test_public_value_is_the_estimate_below(name, judged, population):
+def test_public_value_is_the_estimate_below(name, evaluated, population):
     """Exact partner of the statistical tests."""
     c = torch.arange(100, 180)
     loaders = [DataLoader(Subset(population.data, i), batch_size=32) for i in (range(100, 180), range(FITTED))]
-    found, expected = judged.posteriors[name].held_out_kl(*loaders), judged.estimate(name, c)
+    found, expected = evaluated.posteriors[name].held_out_kl(*loaders), evaluated.estimate(name, c)
     assert found.value == pytest.approx(expected.value, rel=1e-9)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-7)
 
 
-def draws_of(judged, n, seed):
+def draws_of(evaluated, n, seed):
     generator = torch.Generator().manual_seed(seed)
-    return [judged.rest[torch.randperm(len(judged.rest), generator=generator)[:n]] for _ in range(2 * DRAWS)]
+    return [evaluated.rest[torch.randperm(len(evaluated.rest), generator=generator)[:n]] for _ in range(2 * DRAWS)]
 
 
 @pytest.mark.parametrize("name", ["held out", "same batch", "rank 5, diagonal"])
-def test_held_out_kl_is_the_kl_on_average(name, judged):
-    estimates = [judged.estimate(name, c) for c in draws_of(judged, 80, 5)]
+def test_held_out_kl_is_the_kl_on_average(name, evaluated):
+    estimates = [evaluated.estimate(name, c) for c in draws_of(evaluated, 80, 5)]
     values = torch.tensor([e.value for e in estimates], dtype=torch.float64)[:, None]
-    each, _ = z_of(values - judged.constant - judged.kl[name])
+    each, _ = z_of(values - evaluated.constant - evaluated.kl[name])
     assert abs(float(each)) < 4
     errors = torch.tensor([e.standard_error for e in estimates])
     assert float(errors.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("pair", [("same batch", "held out"), ("rank 5", "rank 5, diagonal")])
-def test_differences_are_those_of_the_kls(pair, judged):
-    differences = [judged.estimate(pair[0], c) - judged.estimate(pair[1], c) for c in draws_of(judged, 80, 6)]
+def test_differences_are_those_of_the_kls(pair, evaluated):
+    differences = [evaluated.estimate(pair[0], c) - evaluated.estimate(pair[1], c) for c in draws_of(evaluated, 80, 6)]
     values = torch.tensor([d.value for d in differences], dtype=torch.float64)[:, None]
-    truth = judged.kl[pair[0]] - judged.kl[pair[1]]
+    truth = evaluated.kl[pair[0]] - evaluated.kl[pair[1]]
     each, _ = z_of(values - truth)
     assert abs(float(each)) < 4
     errors = torch.tensor([d.standard_error for d in differences])
     assert float(errors.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.15)
     # it has power, and pairing by sample takes noise away
     assert abs(float(z_of(values)[0])) > 10
-    apart = [[judged.estimate(name, c).standard_error for name in pair] for c in draws_of(judged, 80, 6)[:50]]
+    apart = [[evaluated.estimate(name, c).standard_error for name in pair] for c in draws_of(evaluated, 80, 6)[:50]]
     assert float(errors.mean()) < float(torch.tensor(apart).norm(dim=1).mean())
 
 
-def test_on_the_fitted_samples_it_would_prefer_the_biased_posterior(judged):
+def test_on_the_fitted_samples_the_biased_posterior_looks_better(evaluated):
     """The reason why overlap is refused."""
-    held, same = judged.parts["held out"], judged.parts["same batch"]
+    held, same = evaluated.parts["held out"], evaluated.parts["same batch"]
 
     def in_sample(terms, of_all):
         return 0.5 * terms.prior_trace + 0.5 * terms.log_det + float(of_all[:FITTED].mean())
 
     assert in_sample(*same) < in_sample(*held)
-    assert judged.kl["same batch"] > judged.kl["held out"]
+    assert evaluated.kl["same batch"] > evaluated.kl["held out"]
 
 
-def test_it_orders_posteriors_as_the_kl_does(judged):
+def test_it_orders_posteriors_as_the_kl_does(evaluated):
     names = list(POSTERIORS)
     agreements = []
-    for c in draws_of(judged, 120, 7)[:20]:
-        values = [judged.estimate(name, c).value for name in names]
+    for c in draws_of(evaluated, 120, 7)[:20]:
+        values = [evaluated.estimate(name, c).value for name in names]
         pairs = [(i, j) for i in range(len(names)) for j in range(i)]
-        agree = [(values[i] - values[j]) * (judged.kl[names[i]] - judged.kl[names[j]]) > 0 for i, j in pairs]
+        agree = [(values[i] - values[j]) * (evaluated.kl[names[i]] - evaluated.kl[names[j]]) > 0 for i, j in pairs]
         agreements.append(2 * sum(agree) / len(pairs) - 1)  # Kendall's tau
     assert sum(agreements) / len(agreements) > 0.8

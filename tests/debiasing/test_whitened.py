@@ -134,7 +134,7 @@ def test_against_dense_matrices(case: str) -> None:
     close((ours * directions).sum(0).abs(), torch.ones(len(m), dtype=torch.float64), 1e-6)
 
 
-def test_products_find_what_rows_find() -> None:
+def test_products_and_rows_agree() -> None:
     network, X, y = small_network("MLP")
     folds = dealt(20, 2)
     both = [
@@ -148,8 +148,8 @@ def test_products_find_what_rows_find() -> None:
     close(dense_curvature(both[1]), dense_curvature(both[0]), 1e-5)
 
 
-def test_magnitudes_and_their_errors_are_of_the_unit_directions() -> None:
-    """Of held-out samples: what each says along a direction, without any other coordinates."""
+def test_magnitudes_and_errors_are_those_of_unit_directions() -> None:
+    """Return the curvature of each held-out sample along a direction, in the original coordinates."""
     network, X, y = small_network("MLP")
     a, b = ORDER[:20].sort().values, ORDER[20:].sort().values
     found = estimate(
@@ -169,14 +169,14 @@ def test_magnitudes_and_their_errors_are_of_the_unit_directions() -> None:
     close(found.magnitudes.standard_errors, errors, 1e-7)
 
 
-def test_at_every_rank_all_the_data_are_the_full_batch_s_own_diagonal_and_directions() -> None:
+def test_all_the_data_give_the_full_batch_s_diagonal_and_directions_at_every_rank() -> None:
     network, X, y = small_network("MLP")
     H = mean_of([H.detach() for H in dense_ggn(MODELS["MLP"]()[0], X, "classification")[0]], torch.arange(40))
     split = SplitCurvature(rows_of(network, X, y), None, dealt(40, 5), 40)
     full = estimate(split, options())
-    close(dense_curvature(full), H, 1e-5)  # but for directions below a millionth
+    close(dense_curvature(full), H, 1e-5)  # except for directions below a millionth
     few = estimate(split, options(rank=3))
-    # projected, so that the whitened trace is kept
+    # projected, so that the whitened trace is preserved
     for found in (full, few):
         assert found.curvature.metric is not None
         white = found.curvature.basis.to_dense().T @ dense_curvature(found) @ found.curvature.basis.to_dense()
@@ -195,7 +195,7 @@ def test_drawn_targets_are_drawn_again_for_the_share_of_the_samples() -> None:
     found = estimate(split, options(rank=6))
     in_sample = found.magnitudes.in_sample
     assert bool((found.magnitudes.standard_errors > 0).all())
-    # the samples' own draws are what the directions were chosen by: their share is not taken from those
+    # the directions were computed from the samples' own draws, so their share needs fresh ones
     biased = estimate(SplitCurvature(batch(), None, None, N_DATA), options(rank=6, magnitudes="same_batch"))
     assert float(in_sample.sum()) == pytest.approx(float(biased.magnitudes.in_sample.sum()), rel=0.5)
     assert float(found.magnitudes.values.sum()) < float(in_sample.sum())

@@ -1,4 +1,4 @@
-"""The demo's comparison: distances and ratios mean what their columns say."""
+"""Distances and ratios of the demo's comparison."""
 
 import pytest
 import torch
@@ -6,6 +6,9 @@ import torch
 from debiased_laplace.demo.comparison import distances, fit_posteriors, inflation, predict, total_variations
 from debiased_laplace.demo.digits import N_CURVATURE, N_HELD_OUT, N_TRAIN, load, train
 from debiased_laplace.demo.presentation import report_on
+
+# trains a network
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +24,11 @@ def report(fitted):
     return report_on(model, posteriors, data, seed=3, device=torch.device("cpu"))
 
 
-def test_the_network_has_the_size_that_is_told(fitted):
+def test_the_network_has_the_stated_size(fitted):
     assert sum(p.numel() for p in fitted[1].parameters()) == 3254
 
 
-def test_samples_for_curvature_and_for_judging_are_apart_and_wrong_labels_are_in_training_only(fitted):
+def test_curvature_and_held_out_samples_are_disjoint(fitted):
     data = fitted[0]
     assert len(data.train) == N_TRAIN
     assert len(data.curvature) == N_CURVATURE
@@ -47,7 +50,7 @@ def test_the_held_out_kl_estimates_the_true_one(fitted, report):
         assert found[name].estimated.reference == "full batch"
         error = found[name].estimated.difference - found[name].true
         assert abs(error) < 4 * found[name].estimated.standard_error
-        # the distance is far from what the estimate could miss
+        # the distance is many standard errors
         assert found[name].true > 4 * found[name].estimated.standard_error
 
 
@@ -64,7 +67,7 @@ def test_total_variation_of_the_full_batch_from_itself_is_zero(fitted):
     assert 0 < variations["debiased"] < 1
 
 
-def test_total_variation_of_certain_and_different_classes_is_one():
+def test_total_variation_of_certain_but_different_classes_is_one():
     predictions = {
         "full batch": torch.eye(3),
         "another": torch.eye(3).roll(1, 0),
@@ -73,7 +76,7 @@ def test_total_variation_of_certain_and_different_classes_is_one():
     assert total_variations(predictions) == {"full batch": 0, "another": 1, "half": 0.5}
 
 
-def test_the_report_holds_network_and_posteriors_and_images_that_are_no_digits(fitted, report):
+def test_the_report_has_the_network_the_posteriors_and_out_of_distribution_images(fitted, report):
     data, model, posteriors = fitted
     assert [name for name in report.methods if name in ("MAP", *posteriors)] == ["MAP", *posteriors]
     assert report.baseline == "MAP"

@@ -1,4 +1,4 @@
-"""A diagnosis against dense matrices, and what it says of random matrices whose full batch is known."""
+"""A diagnosis against dense matrices, and its bias for data whose full batch is known."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_own_and_unbiased_values_are_those_of_dense_matrices(problem, kind):
                 torch.testing.assert_close(batch.decrease.unbiased[draw, j], -(truth @ x + x @ unbiased @ x / 2))
 
 
-def test_trailing_curvatures_are_the_last_ones_that_the_batch_supports(problem):
+def test_trailing_curvatures_are_the_last_ones_within_the_numerical_rank(problem):
     model, X, _ = problem
     diagnosis = found(problem, batch_sizes=[16], n_draws=1)
     own = mean_of(dense_ggn(model, X, "classification")[0], drawn(0)[:16])
@@ -77,8 +77,9 @@ def test_trailing_curvatures_are_the_last_ones_that_the_batch_supports(problem):
     assert bool((trailing.own[0] <= supported[-len(supported) // 10 - 1]).all())
 
 
+@pytest.mark.slow
 def test_unbiased_values_have_the_full_batch_as_their_mean():
-    """Over draws, with a linear network whose curvature does not depend on its weights; the batch's own do not."""
+    """Over draws of a linear network, whose curvature is independent of its weights; the batch's own are biased."""
     torch.manual_seed(0)
     n, P = 300, 20
     X = torch.randn(n, P, dtype=torch.float64) * torch.arange(1, P + 1, dtype=torch.float64).pow(-0.5)
@@ -97,7 +98,7 @@ def test_unbiased_values_have_the_full_batch_as_their_mean():
         u = torch.linalg.eigh(X[a].T @ X[a] / 30).eigenvectors[:, -1]
         truth.append(u @ H @ u)
     truth = torch.stack(truth)
-    # 270 reference samples leave nothing out here: the unbiased value is the full batch's, exactly
+    # batch and 270 reference samples are the full batch, so that the unbiased value is exact
     torch.testing.assert_close(unbiased, truth)
     z = (own - truth).mean() / ((own - truth).std() / draws**0.5)
     assert z > 5
@@ -108,7 +109,8 @@ def test_unbiased_values_have_the_full_batch_as_their_mean():
     assert abs(difference.mean() / (difference.std() / draws**0.5)) < 3
 
 
-def test_same_seed_same_findings_and_a_model_left_alone(problem):
+@pytest.mark.slow
+def test_the_seed_determines_the_findings_and_the_model_is_left_as_it_was(problem):
     model = problem[0]
     model.train()
     before = [p.clone() for p in model.parameters()]
@@ -122,7 +124,7 @@ def test_same_seed_same_findings_and_a_model_left_alone(problem):
     assert not torch.equal(one.batches[0].leading.own, other.batches[0].leading.own)
 
 
-def test_table_figure_and_text(problem):
+def test_table_figure_and_text_show_the_findings(problem):
     diagnosis = found(problem)
     table = diagnosis.table()
     assert [row[0] for row in table.rows] == ["8", "12"]
@@ -141,11 +143,11 @@ def test_one_draw_has_no_error_bars(problem):
     assert "±" not in text.split("Mean over")[0]
     assert "nan" not in text
     assert found(problem, n_draws=1).enough is None
-    assert "takes more than one draw to tell" in text
+    assert "With one draw" in text
     assert "detect" not in text.split("Mean over")[0]
 
 
-def test_enough_is_the_smallest_size_from_which_on_no_excess_is_seen():
+def test_enough_is_the_smallest_size_from_which_on_no_excess_is_detected():
     from dataclasses import replace
 
     from debiased_laplace.diagnosis.findings import BatchFindings, Pairs
@@ -162,7 +164,7 @@ def test_enough_is_the_smallest_size_from_which_on_no_excess_is_seen():
     assert "From batches of 128 on" in base.summary()
 
 
-def test_a_ratio_of_means():
+def test_the_standard_error_of_a_ratio_is_that_over_draws():
     a, b = torch.tensor([2.0, 4.0, 3.0]), torch.tensor([1.0, 2.0, 1.5])
     assert Ratio.of_means(a, b) == Ratio(2.0, 0.0)
     assert math.isnan(Ratio.of_means(a, 0 * b).value)
@@ -178,10 +180,10 @@ WRONG = {
     "no sizes": ({"batch_sizes": []}, "batch_sizes"),
     "all samples": ({"batch_sizes": [40]}, "leaving some of the 40"),
     "size 1": ({"batch_sizes": [1]}, "from 2 to 38"),
-    "no draws": ({"n_draws": 0}, "n_draws >= 1"),
-    "negative damping": ({"damping": -0.5}, "damping of at least 0"),
-    "no prior": ({"prior_precision": 0.0}, "prior_precision above 0"),
-    "n_data too small": ({"n_data": 39}, "n_data=39 is below the 40"),
+    "no draws": ({"n_draws": 0}, "n_draws must be an integer of at least 1"),
+    "negative damping": ({"damping": -0.5}, "damping must be at least 0"),
+    "no prior": ({"prior_precision": 0.0}, "prior_precision must be positive"),
+    "n_data too small": ({"n_data": 39}, "n_data must be an integer of at least 40"),
     "too few for the default sizes": ({"batch_sizes": None}, "Pass batch_sizes"),
 }
 

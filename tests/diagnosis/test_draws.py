@@ -1,4 +1,4 @@
-"""What a draw shares between its batches and posteriors, and what it says of too large ones."""
+"""Draws: computations shared by batches and posteriors, and batches that are too large for a posterior."""
 
 import importlib
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.diagnosis import Diagnosis, diagnose, directions, posteriors
+from debiased_laplace.diagnosis import Diagnosis, diagnose, draws, posteriors
 from debiased_laplace.diagnosis.posteriors import RANK
 from debiased_laplace.errors import RepeatedSamplesError
 
-# the package gives the function of the same name
+# importing it from the package would give the function of the same name
 module = importlib.import_module("debiased_laplace.diagnosis.diagnose")
 N_DATA, PRIOR, SEED = 60, 3.0, 3
 
@@ -35,9 +35,10 @@ def drawn(draw: int) -> torch.Tensor:
     return torch.randperm(40, generator=torch.Generator().manual_seed(SEED + 1000 * draw))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(f"ignore:rank={RANK} was asked for")
 def test_the_gain_is_the_difference_of_held_out_kls_of_two_fitted_posteriors(monkeypatch):
-    # all rows, of which mixtures are an unbiased short cut
+    # all rows in place of mixtures, as in held_out_kl
     monkeypatch.setattr(posteriors, "MIXTURES", 3)
     diagnosis = found(n_reference=20)
     model, data = given()
@@ -62,8 +63,8 @@ def samples_with_rows(monkeypatch) -> Iterator[list[int]]:
     counts: list[int] = []
     root_rows = Network.root_rows
 
-    def counted(self, batch, root, side):
-        for n, blocks, who in root_rows(self, batch, root, side):
+    def counted(self, batch, root, targets_or_noise):
+        for n, blocks, who in root_rows(self, batch, root, targets_or_noise):
             counts.append(n)
             yield n, blocks, who
 
@@ -73,27 +74,29 @@ def samples_with_rows(monkeypatch) -> Iterator[list[int]]:
 
 def test_rows_of_a_sample_are_computed_once(samples_with_rows):
     found(n_draws=1, n_reference=20)
-    # the smaller batch is part of the larger one; mixtures of rows, two in place of three, are others
+    # rows of the larger batch contain those of the smaller; mixtures, two in place of three rows, are computed anew
     assert sum(samples_with_rows) == 16 + 20 + 10 + 16
 
 
+@pytest.mark.slow
 def test_one_bar_counts_all_the_work(capsys):
     found(n_reference=20, progress_bar=True)
     shown = capsys.readouterr().err
-    # two draws of directions and posteriors of 10 + 16 samples, and of 20 samples that no batch has
+    # two draws of directions and posteriors of 10 + 16 samples, and of 20 reference samples
     assert f"| {2 * (2 * 26 + 20)}/{2 * (2 * 26 + 20)} [" in shown
     assert "batch of 16, draw 2: posteriors" in shown
     assert {line.split("]")[0] for line in shown.replace("\n", "\r").split("\r") if line.strip()} == {"[Diagnosing"}
 
 
-def test_a_draw_shows_nothing_unless_asked(capsys):
+def test_a_draw_shows_no_progress_by_default(capsys):
     found(n_draws=1)
     assert capsys.readouterr().err == ""
 
 
-def test_of_large_batches_only_leading_eigenvectors_are_looked_at(monkeypatch):
-    # three rows a sample: 30 fit, 48 do not
-    monkeypatch.setattr(directions, "MOST_ROWS", 40)
+@pytest.mark.slow
+def test_of_large_batches_only_leading_eigenvectors_are_computed(monkeypatch):
+    # three rows per sample: 30 are allowed, 48 are not
+    monkeypatch.setattr(draws, "MAX_ROWS", 40)
     diagnosis = found()
     small, large = diagnosis.batches
     assert small.trailing.own.shape[1] > 0
@@ -118,13 +121,14 @@ def test_equal_samples_are_refused():
         diagnose(model, "classification", loader, batch_sizes=[10], prior_precision=None)
 
 
-def test_unasked_only_posteriors_of_batches_for_which_it_is_quick_are_compared(monkeypatch):
+@pytest.mark.slow
+def test_by_default_only_posteriors_of_small_batches_are_compared(monkeypatch):
     monkeypatch.setattr(module, "SIZES", (5, 10))
     P, rows = 93, 3 * 5
-    monkeypatch.setattr(module, "QUICK", rows * rows * P)
-    unasked, asked = found(batch_sizes=None), found(batch_sizes=[5, 10])
-    assert [batch.posterior is None for batch in unasked.batches] == [False, True]
+    monkeypatch.setattr(module, "MAX_PRODUCTS", rows * rows * P)
+    by_default, asked = found(batch_sizes=None), found(batch_sizes=[5, 10])
+    assert [batch.posterior is None for batch in by_default.batches] == [False, True]
     assert [batch.posterior is None for batch in asked.batches] == [False, False]
-    assert torch.equal(unasked.batches[0].posterior, asked.batches[0].posterior)
-    monkeypatch.setattr(module, "QUICK", rows * rows * P - 1)
+    assert torch.equal(by_default.batches[0].posterior, asked.batches[0].posterior)
+    monkeypatch.setattr(module, "MAX_PRODUCTS", rows * rows * P - 1)
     assert found(batch_sizes=None).batches[0].posterior is None

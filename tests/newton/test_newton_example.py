@@ -1,4 +1,4 @@
-"""The example of the optimizer runs, and prints the numbers that it claims."""
+"""The example of the optimizer runs and prints the numbers that it claims."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_debiased_newton():
+def test_the_loss_halves_within_12_steps():
     done = subprocess.run(
         [sys.executable, Path(__file__).parents[2] / "examples" / "04_debiased_newton.py", "--steps", "12"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The page on Newton steps: its code runs as it stands."""
+"""The code of the page on Newton steps."""
 
 import re
 from pathlib import Path

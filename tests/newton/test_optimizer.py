@@ -1,4 +1,4 @@
-"""The optimizer: what it changes and what it does not, its state, its damping, and a network trained from scratch."""
+"""The optimizer: its steps, acceptance test, state and damping, and a network trained from scratch."""
 
 import copy
 import io
@@ -16,8 +16,8 @@ from debiased_laplace import DebiasedNewton, quadratic_along
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.newton import optimizer as newton_optimizer
-from debiased_laplace.newton.damping import adapted
-from debiased_laplace.newton.halves import draw_parts
+from debiased_laplace.newton.acceptance import adapt_damping
+from debiased_laplace.newton.split import disjoint_split
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -29,16 +29,16 @@ def small(likelihood: str = "classification", dtype=torch.float64):
     return model, X, targets(likelihood, dtype=dtype)
 
 
-def test_a_step_is_the_newton_step_of_the_parts_judged_by_the_third() -> None:
+def test_a_step_is_the_newton_step_of_two_parts_tested_on_the_third() -> None:
     model, X, _ = small("regression")
     y = X[:, :3] - 2 * X[:, 1:]  # there is something to learn
     before = flat(model)
     optimizer = DebiasedNewton(
         model.parameters(), model, "regression", damping=0.7, weight_decay=0.04, max_iterations=5, seed=3
     )
-    a, b, judges = draw_parts(Batch(X, y), (0.375, 0.375, 0.25), 3)
-    assert (len(a), len(b), len(judges)) == (15, 15, 10)
-    # the parts as newton_step would have them, each way round
+    a, b, held_out = disjoint_split(Batch(X, y), (0.375, 0.375, 0.25), 3)
+    assert (len(a), len(b), len(held_out)) == (15, 15, 10)
+    # the two passes of newton_step
     updates = []
     for first, second in ((a, b), (b, a)):
         rows = torch.cat([first, second])
@@ -49,61 +49,62 @@ def test_a_step_is_the_newton_step_of_the_parts_judged_by_the_third() -> None:
     assert report is not None
     assert report.accepted
     assert report.damping == 0.7
-    close(flat(model) - before, report.verdict.scale * (updates[0] + updates[1]) / 2, 1e-6)
+    close(flat(model) - before, report.acceptance.scale * (updates[0] + updates[1]) / 2, 1e-6)
     decay = 0.02 * float(before.square().sum())
     outputs = copy.deepcopy(model)
     torch.nn.utils.vector_to_parameters(before, outputs.parameters())
     losses = likelihood_named("regression").per_sample_loss(outputs(X), y).detach()
     assert loss == report.loss == pytest.approx(float(losses.mean()) + decay, rel=1e-9)
-    # the judges' verdict, by their losses
+    # the acceptance test, from the losses of the held-out samples
     after = likelihood_named("regression").per_sample_loss(model(X), y).detach()
-    changes = (after - losses)[judges]
+    changes = (after - losses)[held_out]
     change = float(changes.mean()) + 0.02 * float(flat(model).square().sum()) - decay
-    assert report.verdict.change == pytest.approx(change, rel=1e-6)
-    assert report.verdict.standard_error == pytest.approx(float(changes.std()) / 10**0.5, rel=1e-6)
-    step = (flat(model) - before)[:, None] / report.verdict.scale
+    assert report.acceptance.change == pytest.approx(change, rel=1e-6)
+    assert report.acceptance.standard_error == pytest.approx(float(changes.std()) / 10**0.5, rel=1e-6)
+    step = (flat(model) - before)[:, None] / report.acceptance.scale
     torch.nn.utils.vector_to_parameters(before, outputs.parameters())
-    q = quadratic_along(outputs, "regression", (X[judges], y[judges]), step)
+    q = quadratic_along(outputs, "regression", (X[held_out], y[held_out]), step)
     torch.nn.utils.vector_to_parameters(before + step[:, 0], outputs.parameters())
-    whole = float((likelihood_named("regression").per_sample_loss(outputs(X), y).detach() - losses)[judges].mean())
-    assert report.verdict.excess == pytest.approx(whole - float(q(torch.ones(1))) + q.value, rel=1e-6, abs=1e-12)
+    changes = (likelihood_named("regression").per_sample_loss(outputs(X), y).detach() - losses)[held_out]
+    model_error = float(changes.mean()) - (float(q(torch.ones(1))) - q.value)
+    assert report.acceptance.model_error == pytest.approx(model_error, rel=1e-6, abs=1e-12)
     damped = float(q.curvature_matrix) + (0.7 + 0.04) * float(step.square().sum())
-    assert report.verdict.bend == pytest.approx(damped / 2, rel=1e-6)
-    assert report.verdict.trials == 1 - math.log2(report.verdict.scale)
+    assert report.acceptance.quadratic_term == pytest.approx(damped / 2, rel=1e-6)
+    assert report.acceptance.trials == 1 - math.log2(report.acceptance.scale)
 
 
 @pytest.mark.parametrize("n_data", [40, 160])
-def test_judges_stand_for_the_samples_that_no_step_has_seen(n_data: int) -> None:
+def test_held_out_samples_stand_for_all_that_are_not_in_the_step(n_data: int) -> None:
     model, X, _ = small("regression")
     y = X[:, :3] - 2 * X[:, 1:]
     optimizer = DebiasedNewton(model.parameters(), model, "regression", weight_decay=0.04, n_data=n_data, seed=3)
     before, per_sample = copy.deepcopy(model), likelihood_named("regression").per_sample_loss
     optimizer.step(lambda: (X, y))
-    verdict = optimizer.last_step.verdict
-    assert verdict.accepted
-    a, b, judges = draw_parts(Batch(X, y), (0.375, 0.375, 0.25), 3)
+    acceptance = optimizer.last_step.acceptance
+    assert acceptance.accepted
+    a, b, held_out = disjoint_split(Batch(X, y), (0.375, 0.375, 0.25), 3)
     changes = (per_sample(model(X), y) - per_sample(before(X), y)).detach()
     own = 30 / n_data
     decay = 0.02 * float(flat(model).square().sum() - flat(before).square().sum())
-    change = own * float(changes[torch.cat([a, b])].mean()) + (1 - own) * float(changes[judges].mean()) + decay
-    assert verdict.change == pytest.approx(change, rel=1e-9)
-    if n_data == 40:  # nothing is left to stand for
+    change = own * float(changes[torch.cat([a, b])].mean()) + (1 - own) * float(changes[held_out].mean()) + decay
+    assert acceptance.change == pytest.approx(change, rel=1e-9)
+    if n_data == 40:  # there are no other samples
         assert change == pytest.approx(float(changes.mean()) + decay, rel=1e-9)
-        assert verdict.standard_error == 0
+        assert acceptance.standard_error == 0
     else:
-        error = (1 - own) * float(changes[judges].std()) * ((1 - 10 / 130) / 10) ** 0.5
-        assert verdict.standard_error == pytest.approx(error, rel=1e-9)
+        error = (1 - own) * float(changes[held_out].std()) * ((1 - 10 / 130) / 10) ** 0.5
+        assert acceptance.standard_error == pytest.approx(error, rel=1e-9)
 
 
 def test_n_data_below_a_batch_is_a_value_error() -> None:
     model, X, y = small()
     optimizer = DebiasedNewton(model.parameters(), model, "classification", n_data=39)
-    with pytest.raises(ValueError, match="n_data must be a whole number, of at least the 40 samples"):
+    with pytest.raises(ValueError, match="n_data must be an integer of at least 40"):
         optimizer.step(lambda: (X, y))
 
 
 def _held_out_by_position(model, X, y, n_first: int, damping: float, decay: float) -> torch.Tensor:
-    """Directions of the first samples, steps of the others, dense."""
+    """Return the update with directions from the first samples and steps from the others, by dense matrices."""
     from oracles import dense_ggn, dense_gradients, naive_directional_steps
 
     g = torch.stack(list(dense_gradients(model, X, y, "regression")))
@@ -122,7 +123,7 @@ def test_only_parameters_in_the_groups_move_and_each_group_has_its_own_decay() -
         optimizer.step(lambda: (X, y))
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, frozen[k])}
     assert moved == {"0.weight", "0.bias", "4.weight"}
-    # three times the pull towards zero is felt
+    # weight decay shrinks the first layer
     assert float(model[0].weight.detach().norm()) < float(frozen["0.weight"].norm())
     model2, _, _ = small()
     plain = DebiasedNewton([*model2[0].parameters(), model2[4].weight], model2, "classification")
@@ -145,7 +146,7 @@ def test_frozen_parameters_stay() -> None:
         optimizer.step(lambda: (X, y))
 
 
-def test_state_dict_goes_on_where_it_left_off() -> None:
+def test_a_loaded_state_continues_the_run() -> None:
     model, X, y = small()
     optimizer = DebiasedNewton(model.parameters(), model, "classification", seed=5)
     for _ in range(3):
@@ -166,14 +167,14 @@ def test_state_dict_goes_on_where_it_left_off() -> None:
     assert optimizer.damping == resumed.damping
 
 
-def test_batches_are_divided_anew_at_every_step(monkeypatch) -> None:
+def test_batches_are_split_anew_at_every_step(monkeypatch) -> None:
     seeds = []
 
-    def noted(batch, shares, seed):
+    def recorded(batch, shares, seed):
         seeds.append(seed)
-        return draw_parts(batch, shares, seed)
+        return disjoint_split(batch, shares, seed)
 
-    monkeypatch.setattr(newton_optimizer, "draw_parts", noted)
+    monkeypatch.setattr(newton_optimizer, "disjoint_split", recorded)
     model, X, y = small()
     optimizer = DebiasedNewton(model.parameters(), model, "classification", seed=5)
     for _ in range(3):
@@ -181,29 +182,29 @@ def test_batches_are_divided_anew_at_every_step(monkeypatch) -> None:
     assert len(set(seeds)) == 3
 
 
-def test_a_step_that_the_judges_refuse_changes_nothing_but_the_damping() -> None:
-    """Labels that the judges alone have wrong: what the others want is what they cannot want."""
+def test_a_refused_step_changes_nothing_but_the_damping() -> None:
+    """Only the held-out samples have wrong labels, so that every step of the others raises their loss."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = nn.Linear(3, 2).double()
         X = torch.randn(40, 3, dtype=torch.float64)
     y = (X[:, 0] > 0).long()
-    parts = draw_parts(Batch(X, y), (0.375, 0.375, 0.25), 0)
+    parts = disjoint_split(Batch(X, y), (0.375, 0.375, 0.25), 0)
     y[parts[2]] = 1 - y[parts[2]]
-    parts_again = draw_parts(Batch(X, y), (0.375, 0.375, 0.25), 0)
+    parts_again = disjoint_split(Batch(X, y), (0.375, 0.375, 0.25), 0)
     assert all(torch.equal(p, q) for p, q in zip(parts, parts_again, strict=True))
     before = flat(model)
     optimizer = DebiasedNewton(model.parameters(), model, "classification")
     optimizer.step(lambda: (X, y))
     report = optimizer.last_step
     assert not report.accepted
-    assert report.verdict.change > 0
-    assert report.verdict.scale == 0.125
+    assert report.acceptance.change > 0
+    assert report.acceptance.scale == 0.125
     assert torch.equal(flat(model), before)
 
 
 def test_damping_grows_where_the_quadratic_cannot_be_trusted() -> None:
-    """Exponentials: far from the minimum a Gauss-Newton step overshoots by orders of magnitude."""
+    """With an exponential, a Gauss-Newton step far from the minimum overshoots by orders of magnitude."""
 
     class Exponential(nn.Module):
         def __init__(self):
@@ -225,15 +226,15 @@ def test_damping_grows_where_the_quadratic_cannot_be_trusted() -> None:
         dampings.append(optimizer.damping)
     assert max(dampings) > 1e-3
     assert losses[-1] < 1e-3 * losses[0]
-    # near the minimum it is trusted again
+    # near the minimum the quadratic is accurate again
     assert dampings[-1] < max(dampings) / 2
 
 
-def test_the_rule_of_the_damping() -> None:
-    for wrong, factor in ((0.0, 2 / 3), (0.2, 2 / 3), (0.5, 1.0), (1.0, 1.5), (3.0, 4.0), (math.inf, 4.0)):
-        assert adapted(0.3, wrong) == pytest.approx(0.3 * factor)
-    assert adapted(1e-8, 0.0) == 1e-8
-    assert adapted(1e8, 9.0) == 1e8
+def test_damping_follows_the_relative_model_error() -> None:
+    for error, factor in ((0.0, 2 / 3), (0.2, 2 / 3), (0.5, 1.0), (1.0, 1.5), (3.0, 4.0), (math.inf, 4.0)):
+        assert adapt_damping(0.3, error) == pytest.approx(0.3 * factor)
+    assert adapt_damping(1e-8, 0.0) == 1e-8
+    assert adapt_damping(1e8, 9.0) == 1e8
 
 
 @pytest.mark.parametrize("build", [batch_norm_net, layer_norm_net])
@@ -258,7 +259,7 @@ def test_models_with_normalization_keep_modes_buffers_and_gradients(build, magni
 
 @pytest.mark.parametrize("curvature", ["ggn", "ef", "hessian"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_curvature_in_both_precisions(curvature: str, dtype: torch.dtype) -> None:
+def test_every_curvature_lowers_the_loss_in_both_precisions(curvature: str, dtype: torch.dtype) -> None:
     model, X, y = small(dtype=dtype)
     optimizer = DebiasedNewton(model.parameters(), model, "classification", curvature=curvature, damping=1.0)
     losses = [optimizer.step(lambda: (X, y)) for _ in range(6)]
@@ -267,19 +268,19 @@ def test_every_curvature_in_both_precisions(curvature: str, dtype: torch.dtype) 
     assert flat(model).dtype == dtype
 
 
-def test_deterministic_by_seed() -> None:
-    found = []
+def test_the_seed_determines_the_steps() -> None:
+    weights = []
     for seed in (1, 1, 2):
         model, X, y = small()
         optimizer = DebiasedNewton(model.parameters(), model, "classification", seed=seed)
         for _ in range(3):
             optimizer.step(lambda: (X, y))  # noqa: B023
-        found.append(flat(model))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        weights.append(flat(model))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_small_convolutional_network_from_scratch_without_a_learning_rate() -> None:
+def test_a_small_convolutional_network_is_trained_from_scratch_without_a_learning_rate() -> None:
     images, labels = load_digits(return_X_y=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -299,14 +300,14 @@ def test_a_small_convolutional_network_from_scratch_without_a_learning_rate() ->
     start = before = losses()
     accepted = 0
     for _ in range(40):
-        some = torch.randperm(len(X), generator=generator)[:256]
-        optimizer.step(lambda some=some: (X[some], y[some]))
+        drawn = torch.randperm(len(X), generator=generator)[:256]
+        optimizer.step(lambda drawn=drawn: (X[drawn], y[drawn]))
         after, report = losses(), optimizer.last_step
         if report.accepted:
             accepted += 1
-            # no step raises the training loss by more than the standard error of the verdict that let it pass
-            assert float((after - before).mean()) < report.verdict.standard_error
-            assert report.verdict.change < -report.verdict.standard_error
+            # no accepted step raises the training loss by more than the standard error of its estimated change
+            assert float((after - before).mean()) < report.acceptance.standard_error
+            assert report.acceptance.change < -report.acceptance.standard_error
         else:
             assert torch.equal(after, before)
         before = after
@@ -318,8 +319,8 @@ def test_a_small_convolutional_network_from_scratch_without_a_learning_rate() ->
 WRONG = {
     "no damping": ({"damping": 0.0}, "damping"),
     "negative damping": ({"damping": -1.0}, "damping"),
-    "everyone a judge": ({"judging_share": 1.0}, "judging_share"),
-    "nobody a judge": ({"judging_share": 0.0}, "judging_share"),
+    "all samples held out": ({"judging_share": 1.0}, "judging_share"),
+    "no samples held out": ({"judging_share": 0.0}, "judging_share"),
     "negative weight decay": ({"weight_decay": -0.1}, "weight_decay"),
     "unknown magnitudes": ({"magnitudes": "jackknife"}, "magnitudes"),
     "unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
@@ -360,14 +361,18 @@ def test_wrong_use_is_a_value_error() -> None:
 
 
 def test_without_a_step_there_is_nothing_to_adapt_the_damping_by() -> None:
-    model, X, _ = small("regression")
+    model, X, y = small("regression")
+    with torch.no_grad():
+        # residuals, and so gradients, are exactly zero, whatever the order of summation
+        model[4].weight.zero_()
+        model[4].bias.zero_()
     optimizer = DebiasedNewton(model.parameters(), model, "regression", damping=0.3)
-    optimizer.step(lambda: (X, model(X).detach()))
-    assert optimizer.last_step.verdict is None
+    assert optimizer.step(lambda: (X, 0 * y)) == 0
+    assert optimizer.last_step.acceptance is None
     assert optimizer.damping == 0.3
 
 
-def test_a_copy_goes_on_like_the_original() -> None:
+def test_a_copy_continues_like_the_original() -> None:
     model, X, y = small()
     optimizer = DebiasedNewton([{"params": []}, {"params": list(model.parameters())}], model, "classification")
     optimizer.step(lambda: (X, y))

@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from debiased_laplace import Regularizer, newton_step, quadratic_along
 from debiased_laplace.curvature import derivatives as module
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.newton.directional_steps import DirectionalSteps, directional_steps
-from debiased_laplace.newton.finite_population import Share
-from debiased_laplace.newton.halves import draw_halves
+from debiased_laplace.newton.directional_steps import (
+    DirectionalMeasurement,
+    DirectionalSteps,
+    directional_steps,
+    step_along,
+)
+from debiased_laplace.newton.finite_population import FinitePopulation
 from debiased_laplace.newton.options import StepOptions
-from debiased_laplace.newton.single_step import Looked, step_along
+from debiased_laplace.newton.split import disjoint_halves
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic
-from debiased_laplace.quadratics.given import met
-from debiased_laplace.quadratics.regularizer import penalty_of
+from debiased_laplace.quadratics.preparation import prepare_network_and_batch
+from debiased_laplace.quadratics.regularizer import as_penalty
 
 DAMPING = 0.03
 NAMES = ["MLP", "convolutions and pooling", "BatchNorm", "LayerNorm and raw parameters", "transformer", "GRU"]
@@ -39,7 +43,7 @@ def naive(name: str, likelihood: str, curvature: str, rows: tuple[Tensor, Tensor
     return naive_directional_steps(a, b, r_gradient, damped, **options)
 
 
-def same_as(found: DirectionalSteps, expected, rtol: float = 1e-7) -> None:
+def check_steps(found: DirectionalSteps, expected, rtol: float = 1e-7) -> None:
     close(found.directions, torch.stack(expected.directions, 1), rtol)
     close(found.slopes, torch.tensor(expected.slopes, dtype=torch.float64), rtol)
     close(found.slope_standard_errors, torch.tensor(expected.errors, dtype=torch.float64), rtol)
@@ -55,7 +59,7 @@ def same_as(found: DirectionalSteps, expected, rtol: float = 1e-7) -> None:
 def test_naive_transcription(name: str, likelihood: str, curvature: str, shrinkage: bool) -> None:
     model, X, y = built(name, likelihood)
     iterations = 6
-    rows = draw_halves(Batch(X, y), seed=3)
+    rows = disjoint_halves(Batch(X, y), seed=3)
     expected = [
         naive(name, likelihood, curvature, pair, iterations=iterations, shrinkage=shrinkage)
         for pair in (rows, rows[::-1])
@@ -63,8 +67,8 @@ def test_naive_transcription(name: str, likelihood: str, curvature: str, shrinka
     prior = regularizer(len(flat_parameters(model)))
     options = {"shrinkage": shrinkage, "max_iterations": iterations, "regularizer": prior, "curvature": curvature}
     found = newton_step(model, likelihood, (X, y), DAMPING, **options, stopping="none", seed=3)
-    for one, other in zip(found.passes, expected, strict=True):
-        same_as(one, other)
+    for steps, naive_steps in zip(found.passes, expected, strict=True):
+        check_steps(steps, naive_steps)
     close(found.update, (expected[0].update + expected[1].update) / 2, 1e-7)
     close(found.directions @ found.step_lengths, found.update)
     assert found.iterations == found.products == found.outcome.derivatives == 2 * iterations
@@ -73,7 +77,7 @@ def test_naive_transcription(name: str, likelihood: str, curvature: str, shrinka
     losses = oracle(name, likelihood, curvature)[0]
     assert found.loss == pytest.approx(float(losses.mean()) + dense_regularizer(model)[0], rel=1e-9)
     held_out = newton_step(model, likelihood, (X, y), DAMPING, "held_out", **options, stopping="none", seed=3)
-    same_as(held_out.passes[0], expected[0])
+    check_steps(held_out.passes[0], expected[0])
     assert torch.equal(held_out.update, found.passes[0].update)
     assert held_out.outcome.products == held_out.outcome.derivatives == iterations
 
@@ -81,19 +85,19 @@ def test_naive_transcription(name: str, likelihood: str, curvature: str, shrinka
 @pytest.mark.parametrize("shrinkage", [True, False])
 @pytest.mark.parametrize("curvature", ["ggn", "ef"])
 @pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "LSTM"])
-def test_the_biased_way_says_steps_on_the_samples_of_the_directions(name: str, curvature: str, shrinkage: bool) -> None:
+def test_the_biased_step_uses_the_same_samples_twice(name: str, curvature: str, shrinkage: bool) -> None:
     model, X, y = built(name)
     everyone = torch.arange(N)
     expected = naive(name, "classification", curvature, (everyone, everyone), iterations=6, shrinkage=shrinkage)
     prior = regularizer(len(flat_parameters(model)))
     options = {"shrinkage": shrinkage, "max_iterations": 6, "regularizer": prior, "curvature": curvature}
     found = newton_step(model, "classification", (X, y), DAMPING, "same_batch", **options)
-    same_as(found.passes[0], expected)
+    check_steps(found.passes[0], expected)
     assert found.outcome.derivatives == 0
 
 
 def population(n: int = 60, dtype=torch.float64):
-    """More samples than models.py gives, of a network that has been trained a little."""
+    """Return a briefly trained network with more samples than models.py gives."""
     with torch.random.fork_rng():
         torch.manual_seed(4)
         model, _ = mlp(dtype=torch.float64)
@@ -110,10 +114,10 @@ def population(n: int = 60, dtype=torch.float64):
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("extra", [0, 1, 25])
-def test_of_a_known_number_of_samples(curvature: str, extra: int) -> None:
-    """The directions' own samples count with their share, the others for the rest."""
+def test_naive_transcription_with_a_known_number_of_samples(curvature: str, extra: int) -> None:
+    """The samples of the directions count with their share of N, the others for the rest."""
     model, X, y = built("MLP")
-    rows, n_data = draw_halves(Batch(X, y), seed=3), N + extra
+    rows, n_data = disjoint_halves(Batch(X, y), seed=3), N + extra
     prior = Regularizer(0.4, n_data=n_data)
     weights = flat_parameters(model)
     precision = 0.4 / n_data
@@ -130,22 +134,22 @@ def test_of_a_known_number_of_samples(curvature: str, extra: int) -> None:
             expected = naive_directional_steps(
                 *sets, precision * weights, damped, 3, shrinkage=shrinkage, n_data=n_data
             )
-            same_as(one, expected)
-        # n_data is the regularizer's too
+            check_steps(one, expected)
+        # n_data is the N of the regularizer too
         again = newton_step(
             model, "classification", (X, y), damping, regularizer=prior, n_data=n_data, shrinkage=shrinkage, **options
         )
         assert torch.equal(found.update, again.update)
-    if extra == 0:  # everything is known
+    if extra == 0:  # all samples are observed
         assert float(found.slope_standard_errors.max()) == 0
 
 
-def test_slopes_of_all_samples_are_unbiased_where_both_halves_have_their_shares() -> None:
-    """For one set of directions, the mean over every set of others is what all samples say."""
+def test_slopes_weighted_by_shares_are_unbiased_for_all_samples() -> None:
+    """For a fixed direction, the mean over all held-out sets is the slope of all samples."""
     model, X, y = population(n=9)
     a, others = [0, 2, 3, 7], [1, 4, 5, 6, 8]
-    network, samples = met(model, "classification", Batch(X, y))
-    penalty = penalty_of(0.4, network.selection.vector(), 9).damped(DAMPING)
+    network, samples = prepare_network_and_batch(model, "classification", Batch(X, y))
+    penalty = as_penalty(0.4, network.selection.vector(), 9).damped(DAMPING)
     options = StepOptions(True, 1, 1e-9, "none")
     own = batch_quadratic(network, samples.at(torch.tensor(a)), "ggn")
     found = [
@@ -163,7 +167,7 @@ def test_slopes_of_all_samples_are_unbiased_where_both_halves_have_their_shares(
     # and so is the square of the standard error
     squares = torch.cat([one.slope_standard_errors for one in found]).square()
     assert float(squares.mean()) == pytest.approx(float(slopes.var(correction=0)), rel=1e-9)
-    # which the other half alone would miss by far
+    # the held-out samples alone are biased by far more
     alone = directional_steps(own, batch_quadratic(network, samples.at(torch.tensor(others)), "ggn"), penalty, options)
     assert abs(float(alone.slopes) - float(p @ g)) > 0.1 * abs(float(p @ g))
 
@@ -179,9 +183,9 @@ def test_a_biased_step_of_all_samples_has_no_error_to_shrink_by() -> None:
 
 
 @pytest.mark.parametrize("n_data", [N - 1, 0, True])
-def test_n_data_that_cannot_be(n_data) -> None:
+def test_an_invalid_n_data_is_a_value_error(n_data) -> None:
     model, X, y = built("MLP")
-    with pytest.raises(ValueError, match=f"at least the {N} samples given"):
+    with pytest.raises(ValueError, match=f"n_data must be an integer of at least {N}"):
         newton_step(model, "classification", (X, y), n_data=n_data)
 
 
@@ -194,12 +198,12 @@ def test_stopping_by_the_held_out_decrease(shrinkage: bool) -> None:
     extra = DAMPING * torch.eye(P, dtype=g.dtype)
     statuses, sizes = [], set()
     for seed in range(12):
-        rows = draw_halves(Batch(X, y), seed)
+        rows = disjoint_halves(Batch(X, y), seed)
         a, b = ((g[i], H[i]) for i in rows)
         expected = naive_directional_steps(a, b, 0 * g[0], extra, 8, shrinkage=shrinkage, stopping=True)
         options = {"shrinkage": shrinkage, "max_iterations": 8, "seed": seed}
         found = newton_step(model, "classification", (X, y), DAMPING, "held_out", **options)
-        same_as(found.passes[0], expected, 1e-5)  # rounding grows with the iterations
+        check_steps(found.passes[0], expected, 1e-5)  # rounding grows with the iterations
         statuses.append(found.outcome.status)
         sizes |= set(found.passes[0].iterations)
         assert found.iterations == found.products == sum(found.passes[0].iterations)
@@ -207,13 +211,13 @@ def test_stopping_by_the_held_out_decrease(shrinkage: bool) -> None:
         if statuses[-1] == "no held-out decrease":
             assert found.passes[0].iterations[-1] == 1
             assert "no slope beyond chance" in found.outcome.reason
-    # there are both kinds of end, and segments of several lengths
+    # the case covers both ways to end, and segments of several lengths
     assert set(statuses) == {"no held-out decrease", "iteration limit"}
     assert {1, 4} <= sizes
 
 
 @pytest.mark.parametrize("shrinkage", [True, False])
-def test_there_is_no_step_where_the_slope_is_not_beyond_three_standard_errors(shrinkage: bool) -> None:
+def test_there_is_no_step_along_a_slope_within_three_standard_errors(shrinkage: bool) -> None:
     model, X, y = population()
     left_out = taken = 0
     for seed in range(6):
@@ -230,22 +234,23 @@ def test_there_is_no_step_where_the_slope_is_not_beyond_three_standard_errors(sh
 @pytest.mark.parametrize("shrinkage", [True, False])
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0])
 def test_predicted_decreases_are_unbiased(shrinkage: bool, ratio: float) -> None:
-    """Of slopes with normal noise around a true one, that is so many standard errors."""
+    """Slopes have normal noise of standard error 1 around a true slope of `ratio`."""
     slopes = ratio + torch.randn(40_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    share, c = Share(0.0, 1.0), 2.5
-    steps = [step_along(Looked(float(s), c, 1.0, 0.0), (0.0, 0.0), share, shrinkage=shrinkage) for s in slopes]
-    found = torch.tensor([-(one.length * ratio + one.length**2 * c / 2) for one in steps])
-    difference = torch.tensor([one.decrease for one in steps]) - found
+    infinite, c = FinitePopulation(0.0, 1.0), 2.5
+    measured = [DirectionalMeasurement(float(s), c, 1.0, 0.0) for s in slopes]
+    steps = [step_along(m, (0.0, 0.0), infinite, shrinkage=shrinkage) for m in measured]
+    actual = torch.tensor([-(step.length * ratio + step.length**2 * c / 2) for step in steps])
+    difference = torch.tensor([step.decrease for step in steps]) - actual
     error = float(difference.std()) / len(slopes) ** 0.5
     assert abs(float(difference.mean())) < 4 * error
     assert error < 0.01
     if shrinkage and ratio == 0:
-        # without Stein's correction it would promise what is not there
-        naive = torch.tensor([one.length**2 * c / 2 for one in steps])
-        assert float((naive - found).mean()) > 20 * error
+        # without Stein's correction the prediction is far too large
+        naive = torch.tensor([step.length**2 * c / 2 for step in steps])
+        assert float((naive - actual).mean()) > 20 * error
 
 
-def test_scipy_on_the_full_batch_undamped() -> None:
+def test_steps_on_the_full_batch_are_conjugate_gradients_of_scipy() -> None:
     model, X, y = population()
     g = torch.stack(list(dense_gradients(model, X, y, "classification"))).mean(0)
     H = dense_ggn(model, X, "classification")[1]
@@ -256,7 +261,7 @@ def test_scipy_on_the_full_batch_undamped() -> None:
             model, "classification", (X, y), 0.0, "same_batch", shrinkage=False, max_iterations=iterations
         )
         close(ours.update, torch.from_numpy(theirs), 1e-7)
-    # with exact slopes and curvatures of the whole on both sides, the sequential form is conjugate gradients
+    # with a preconditioner
     jacobi = 1 / (H.diagonal() + 0.02)
     theirs, _ = cg(operator, -g.numpy(), rtol=0.0, maxiter=6, M=np.diag(jacobi.numpy()))
     ours = newton_step(
@@ -272,7 +277,7 @@ def test_scipy_on_the_full_batch_undamped() -> None:
     close(ours.update, torch.from_numpy(theirs), 1e-7)
 
 
-def test_the_exact_minimum_of_a_damped_full_batch() -> None:
+def test_the_step_reaches_the_minimum_of_the_damped_quadratic() -> None:
     model, X, y = population()
     g = torch.stack(list(dense_gradients(model, X, y, "classification"))).mean(0)
     H = dense_ggn(model, X, "classification")[1]
@@ -281,19 +286,19 @@ def test_the_exact_minimum_of_a_damped_full_batch() -> None:
     )
     assert step.outcome.status == "converged"
     close(step.update, torch.linalg.solve(H + DAMPING * torch.eye(len(g), dtype=g.dtype), -g), 1e-7)
-    # what it is said to lower the quadratic by is what it lowers it by, in sample and without a word on noise
+    # without a correction for noise, the in-sample decrease is exact
     q = quadratic_along(model, "classification", (X, y), step.update[:, None], regularizer=None)
     damped = float(q(torch.ones(1))) + DAMPING * float(step.update.square().sum()) / 2
-    fall = step.passes[0]
-    in_sample = (fall.slopes.square() / fall.curvatures / 2).sum()
+    steps = step.passes[0]
+    in_sample = (steps.slopes.square() / steps.curvatures / 2).sum()
     assert q.value - damped == pytest.approx(float(in_sample), rel=1e-8)
 
 
-def test_steps_never_raise_the_quadratic_of_the_samples_that_say_them() -> None:
-    """What separate steps did in half the draws, sequential ones cannot do; shrunken ones neither."""
+def test_steps_never_raise_the_quadratic_of_the_held_out_samples() -> None:
+    """Steps computed separately raised it in half of the draws; sequential steps cannot, shrunken or not."""
     model, X, y = population()
     for seed in range(4):
-        b = draw_halves(Batch(X, y), seed)[1]
+        b = disjoint_halves(Batch(X, y), seed)[1]
         for shrinkage in (True, False):
             step = newton_step(
                 model,
@@ -315,8 +320,8 @@ def test_steps_never_raise_the_quadratic_of_the_samples_that_say_them() -> None:
 
 
 @pytest.mark.parametrize("magnitudes", ["held_out", "same_batch"])
-def test_slopes_and_curvatures_are_unbiased_where_the_directions_have_not_seen_the_samples(magnitudes: str) -> None:
-    """Over draws of b, for the samples that b is drawn from: z-scores of the first slope and of every curvature."""
+def test_slopes_and_curvatures_on_held_out_samples_are_unbiased(magnitudes: str) -> None:
+    """z-scores, over draws of b, of the first slope and of all curvatures for the samples that b is drawn from."""
     model, X, y = population(60)
     g = torch.stack(list(dense_gradients(model, X, y, "classification")))
     H = torch.stack(dense_ggn(model, X, "classification")[0])
@@ -324,12 +329,11 @@ def test_slopes_and_curvatures_are_unbiased_where_the_directions_have_not_seen_t
     errors = []
     for draw in range(draws):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(draw))
-        some = order[:24] if magnitudes == "held_out" else order[:12]
-        step = newton_step(
-            model, "classification", (X[some], y[some]), DAMPING, magnitudes, max_iterations=k, stopping="none", seed=1
-        )
+        batch = order[:24] if magnitudes == "held_out" else order[:12]
+        data, options = (X[batch], y[batch]), {"max_iterations": k, "stopping": "none", "seed": 1}
+        step = newton_step(model, "classification", data, DAMPING, magnitudes, **options)
         U = step.directions
-        a = some[draw_halves(Batch(X[some], y[some]), 1)[0]] if magnitudes == "held_out" else some
+        a = batch[disjoint_halves(Batch(*data), 1)[0]] if magnitudes == "held_out" else batch
         rest = torch.tensor([i for i in range(60) if i not in a.tolist()])
         truth = ((U * (H[rest].mean(0) @ U)).sum(0) + DAMPING * U.square().sum(0), g[rest].mean(0) @ U[:, 0])
         scale = U.square().sum(0)
@@ -339,7 +343,7 @@ def test_slopes_and_curvatures_are_unbiased_where_the_directions_have_not_seen_t
     if magnitudes == "held_out":
         assert float(z.abs().max()) < 4
     else:
-        # the same number of samples doing both: too curved along the first direction, too steep a slope
+        # the same number of samples for both: curvature along the first direction too large, slope too steep
         assert float(z[0]) > 6
         assert float(z[-1]) < -6
 
@@ -347,13 +351,13 @@ def test_slopes_and_curvatures_are_unbiased_where_the_directions_have_not_seen_t
 def test_halves_swap_roles() -> None:
     model, X, y = population()
     step = newton_step(model, "classification", (X, y), seed=7, max_iterations=5, stopping="none")
-    a, b = draw_halves(Batch(X, y), 7)
+    a, b = disjoint_halves(Batch(X, y), 7)
     for one, first in zip(step.passes, (a, b), strict=True):
         G = torch.stack(list(dense_gradients(model, X[first], y[first], "classification"))).mean(0)
         close(one.directions[:, 0], -G)
 
 
-def test_deterministic_by_seed() -> None:
+def test_the_seed_determines_the_step() -> None:
     model, X, y = population()
     first, again, other = (newton_step(model, "classification", (X, y), seed=s) for s in (5, 5, 6))
     assert torch.equal(first.update, again.update)
@@ -368,20 +372,20 @@ def test_equal_samples_stay_in_one_half() -> None:
     X = torch.arange(20.0).repeat_interleave(torch.tensor([3, 1] * 10))[:, None]
     y = torch.zeros(len(X), dtype=torch.int64)
     for seed in range(20):
-        a, b = draw_halves(Batch(X, y), seed)
+        a, b = disjoint_halves(Batch(X, y), seed)
         assert torch.equal(torch.cat([a, b]).sort().values, torch.arange(len(X)))
         assert not torch.isin(X[a], X[b]).any()
         assert abs(len(a) - len(b)) <= 3
-    a, b = draw_halves(Batch(torch.arange(7.0)[:, None], y[:7]), 0)
+    a, b = disjoint_halves(Batch(torch.arange(7.0)[:, None], y[:7]), 0)
     assert (len(a), len(b)) == (3, 4)
-    assert not torch.equal(a, draw_halves(Batch(torch.arange(7.0)[:, None], y[:7]), 1)[0])
+    assert not torch.equal(a, disjoint_halves(Batch(torch.arange(7.0)[:, None], y[:7]), 1)[0])
 
 
 @pytest.mark.parametrize("shrinkage", [True, False])
 def test_a_hessian_with_negative_curvature(shrinkage: bool) -> None:
     model, X, y = built("MLP", "regression")
     _, g, H = oracle("MLP", "regression", "hessian")
-    rows = draw_halves(Batch(X, y), 0)
+    rows = disjoint_halves(Batch(X, y), 0)
     smallest = min(float(torch.linalg.eigvalsh(H[i].mean(0))[0]) for i in rows)
     assert smallest < -0.1
     step = newton_step(
@@ -394,23 +398,23 @@ def test_a_hessian_with_negative_curvature(shrinkage: bool) -> None:
         k = one.directions.shape[1]
         U = one.directions
         close(one.curvatures, (U * (H[b].mean(0) @ U)).sum(0) + 1e-3 * U.square().sum(0), 1e-6)
-        # no step where the samples that say it find no minimum
+        # no step where the held-out samples have no minimum
         assert bool((one.step_lengths[one.curvatures <= 0] == 0).all())
         if k:
             close(U[:, 0], -g[a].mean(0), 1e-7)
     assert step.outcome.negative_curvatures == int((step.curvatures <= 0).sum())
-    # enough damping, and it is a Newton step like any other
+    # with enough damping, the quadratic is convex
     damping = 2.0 - smallest
-    mended = newton_step(model, "regression", (X, y), damping, curvature="hessian", stopping="none")
-    assert mended.outcome.status in ("converged", "iteration limit")
-    assert mended.outcome.negative_curvatures == 0
+    damped = newton_step(model, "regression", (X, y), damping, curvature="hessian", stopping="none")
+    assert damped.outcome.status in ("converged", "iteration limit")
+    assert damped.outcome.negative_curvatures == 0
 
 
 @pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "LayerNorm and raw parameters", "LSTM"])
 def test_naive_transcription_with_the_hessian(name: str) -> None:
     model, X, y = built(name)
     _, g, H = oracle(name, "classification", "hessian")
-    rows = draw_halves(Batch(X, y), 2)
+    rows = disjoint_halves(Batch(X, y), 2)
     damping = 1.0 - min(float(torch.linalg.eigvalsh(H[i].mean(0))[0]) for i in rows)
     extra = damping * torch.eye(g.shape[1], dtype=g.dtype)
     for shrinkage in (True, False):
@@ -427,17 +431,17 @@ def test_naive_transcription_with_the_hessian(name: str) -> None:
         )
         for one, (a, b) in zip(step.passes, (rows, rows[::-1]), strict=True):
             sets = (g[a], H[a]), (g[b], H[b])
-            same_as(one, naive_directional_steps(*sets, 0 * g[0], extra, 5, shrinkage=shrinkage))
+            check_steps(one, naive_directional_steps(*sets, 0 * g[0], extra, 5, shrinkage=shrinkage))
     everyone = torch.arange(N)
     both = (g[everyone], H[everyone])
     biased = newton_step(
         model, "classification", (X, y), damping, "same_batch", curvature="hessian", max_iterations=5, shrinkage=False
     )
-    same_as(biased.passes[0], naive_directional_steps(both, both, 0 * g[0], extra, 5, shrinkage=False))
+    check_steps(biased.passes[0], naive_directional_steps(both, both, 0 * g[0], extra, 5, shrinkage=False))
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_single_precision(curvature: str) -> None:
+def test_single_precision_agrees_with_double(curvature: str) -> None:
     exact = population()
     single = population(dtype=torch.float32)
     options = {"curvature": curvature, "max_iterations": 4, "stopping": "none"}
@@ -449,7 +453,7 @@ def test_single_precision(curvature: str) -> None:
     close(found.passes[0].curvatures[:2], expected.passes[0].curvatures[:2], 1e-3)
 
 
-def test_a_model_without_forward_mode(monkeypatch) -> None:
+def test_a_model_without_forward_mode_gives_the_same_step(monkeypatch) -> None:
     model, X, y = built("convolutions and pooling")
     expected = newton_step(model, "classification", (X, y), DAMPING, max_iterations=5, stopping="none")
 
@@ -461,7 +465,7 @@ def test_a_model_without_forward_mode(monkeypatch) -> None:
     close(found.update, expected.update, 1e-7)
 
 
-def test_a_network_that_is_linearized_once_gives_the_same(monkeypatch) -> None:
+def test_a_network_that_is_linearized_once_gives_the_same_step(monkeypatch) -> None:
     from debiased_laplace.quadratics import batch_quadratic
 
     model, X, y = built("convolutions and pooling")
@@ -469,9 +473,9 @@ def test_a_network_that_is_linearized_once_gives_the_same(monkeypatch) -> None:
     traced = []
     original = module._linearize
     monkeypatch.setattr(module, "_linearize", lambda *given: traced.append(1) or original(*given))
-    monkeypatch.setattr(batch_quadratic, "_WORTH_TRACING", 0)
+    monkeypatch.setattr(batch_quadratic, "_MIN_WORK_FOR_TRACING", 0)
     found = newton_step(model, "classification", (X, y), DAMPING, max_iterations=6, stopping="none")
-    assert len(traced) == 3  # tried once, then once for each half
+    assert len(traced) == 3  # one trial, then once per half
     close(found.update, expected.update, 1e-7)
 
 
@@ -495,14 +499,14 @@ def test_the_model_is_left_as_it_was() -> None:
         newton_step(model, "classification", (X, y), max_iterations=2)
 
 
-def test_frozen_parameters_have_no_part_in_it() -> None:
+def test_frozen_parameters_have_no_update() -> None:
     model, X, y = built("partly frozen")
     step = newton_step(model, "classification", (X, y), max_iterations=3)
     assert len(step.update) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert "NewtonStep(" in repr(step)
 
 
-def test_a_mapping_of_inputs() -> None:
+def test_a_mapping_of_inputs_gives_the_same_step() -> None:
     class Net(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -515,12 +519,12 @@ def test_a_mapping_of_inputs() -> None:
     expected = newton_step(model, "classification", (X, y), max_iterations=3)
     for data in ({"input_ids": X, "labels": y}, ({"input_ids": X}, y)):
         found = newton_step(Net(model), "classification", data, max_iterations=3)
-        # the halves are other ones: a mapping's samples hash with the names of its entries, but are drawn by position
+        # halves are drawn by position, so that they do not depend on the hashes of the samples
         close(found.update, expected.update, 1e-9)
 
 
 def test_at_a_minimum_there_is_no_step() -> None:
-    """A linear model at the least-squares solution: the gradient of all samples is zero."""
+    """At the least-squares solution of a linear model, the gradient of all samples is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         X, y = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
@@ -530,8 +534,8 @@ def test_at_a_minimum_there_is_no_step() -> None:
     biased = newton_step(model, "regression", (X, y), 0.0, "same_batch", shrinkage=False)
     assert float(biased.update.abs().max()) < 1e-12
     debiased = newton_step(model, "regression", (X, y), 0.0)
-    reckless = newton_step(model, "regression", (X, y), 0.0, shrinkage=False, stopping="none")
-    assert float(debiased.update.norm()) <= float(reckless.update.norm())
+    unshrunken = newton_step(model, "regression", (X, y), 0.0, shrinkage=False, stopping="none")
+    assert float(debiased.update.norm()) <= float(unshrunken.update.norm())
 
 
 WRONG = {
@@ -543,7 +547,7 @@ WRONG = {
     "no iterations": ({"max_iterations": 0}, "max_iterations"),
     "half an iteration": ({"max_iterations": 2.5}, "max_iterations"),
     "tolerance below zero": ({"tolerance": -1.0}, "tolerance"),
-    "shrinkage as a word": ({"shrinkage": "yes"}, "shrinkage"),
+    "shrinkage that is a string": ({"shrinkage": "yes"}, "shrinkage"),
     "unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
     "regularizer below zero": ({"regularizer": -2.0}, "prior_precision"),
     "a loader": ({"batch": [1, 2, 3]}, "Expected batches"),
@@ -562,24 +566,24 @@ def test_wrong_input_is_a_value_error(name: str) -> None:
 @pytest.mark.parametrize(
     ("magnitudes", "smallest"), [("cross_fitted", 4), ("held_out", 3), ("same_batch", 2), ("same_batch unshrunken", 1)]
 )
-def test_too_few_samples(magnitudes: str, smallest: int) -> None:
+def test_too_few_samples_are_a_value_error(magnitudes: str, smallest: int) -> None:
     model, X, y = built("MLP")
     kind, unshrunken = magnitudes.split()[0], "unshrunken" in magnitudes
     options = {"magnitudes": kind, "shrinkage": not unshrunken, "max_iterations": 2, "stopping": "none"}
     step = newton_step(model, "classification", (X[:smallest], y[:smallest]), **options)
     assert bool(step.update.isfinite().all())
     for n in range(smallest):
-        with pytest.raises(ValueError, match=r"at least|no samples"):
+        with pytest.raises(ValueError, match="at least"):
             newton_step(model, "classification", (X[:n], y[:n]), **options)
 
 
-def test_equal_samples_that_cannot_be_split() -> None:
+def test_equal_samples_that_cannot_be_split_are_a_value_error() -> None:
     model, X, y = built("MLP")
     with pytest.raises(ValueError, match="equal"):
         newton_step(model, "classification", (X[:1].repeat(6, 1), y[:1].repeat(6)))
-    some = torch.tensor([0, 0, 0, 0, 0, 1])
+    rows = torch.tensor([0, 0, 0, 0, 0, 1])
     with pytest.raises(ValueError, match="stay in one half"):
-        newton_step(model, "classification", (X[some], y[some]))
+        newton_step(model, "classification", (X[rows], y[rows]))
 
 
 def test_labels_and_outputs_of_every_sample_are_checked() -> None:
@@ -593,14 +597,14 @@ def test_labels_and_outputs_of_every_sample_are_checked() -> None:
         newton_step(model, "classification", (X, y.clamp_max(2)))
 
 
-def test_reliability_is_the_share_of_what_the_directions_own_samples_promise() -> None:
+def test_reliability_is_the_ratio_of_predicted_to_in_sample_decrease() -> None:
     model, X, y = population()
     biased = newton_step(model, "classification", (X, y), 0.1, "same_batch", shrinkage=False, max_iterations=6)
     assert biased.reliability == 1.0
     close(biased.passes[0].in_sample_decreases, biased.slopes.square() / biased.curvatures / 2, 1e-6)
     split = newton_step(model, "classification", (X, y), 0.1, stopping="none", max_iterations=6)
-    promised = sum(float(one.in_sample_decreases.sum()) for one in split.passes) / 2
-    assert split.reliability == pytest.approx(split.predicted_decrease / promised)
+    in_sample = sum(float(one.in_sample_decreases.sum()) for one in split.passes) / 2
+    assert split.reliability == pytest.approx(split.predicted_decrease / in_sample)
     assert 0 < split.reliability < 1
 
 
@@ -621,5 +625,5 @@ def test_slopes_that_overflow_end_a_step(stopping: str) -> None:
 
 def test_two_sizes_of_the_training_set_are_refused() -> None:
     model, X, y = built("MLP")
-    with pytest.raises(ValueError, match="one N; got n_data=20 and a regularizer with n_data=30"):
+    with pytest.raises(ValueError, match="same n_data twice; got 20, and 30 in the regularizer"):
         newton_step(model, "classification", (X, y), n_data=20, regularizer=Regularizer(0.4, n_data=30))

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 from models import MODELS, targets
-from oracles import dense_ggn, dense_jacobian, dense_low_rank_posterior, naive_mean_field
+from oracles import dense_ggn, dense_jacobian, naive_mean_field
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
@@ -59,25 +59,6 @@ def fitted(name, likelihood, *, n_data=None, **options):
     la = posterior_of(model, likelihood, **{**hyper_parameters(likelihood), **options})
     la.fit(loader_of(X, y, shuffle=True), n_data=n_data)
     return la, X, y, per_sample
-
-
-def dense_counterpart(la, X, per_sample, **options):
-    """The dense posterior on the samples that the posterior says it was fitted to."""
-    return dense_low_rank_posterior(
-        la.model,
-        X,
-        la.likelihood,
-        la.split.direction_indices,
-        la.split.magnitude_indices,
-        n_data=la.n_data,
-        per_sample=per_sample,
-        **{
-            "prior_precision": la.prior_precision_diag,
-            "sigma_noise": float(la.sigma_noise),
-            "temperature": la.temperature,
-            **options,
-        },
-    )
 
 
 def close(found, expected, rtol=1e-6):

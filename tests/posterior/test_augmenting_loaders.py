@@ -52,7 +52,7 @@ def test_a_fit_is_reproducible_for_a_seed():
 def test_the_seed_decides_which_versions_of_the_samples_are_loaded(num_workers):
     loader = part(Augmented(), range(20), num_workers=num_workers)
     first, again, other = (
-        posterior(loader, magnitudes="same_batch", seed=seed).fitted.identities.hashes for seed in (2, 2, 3)
+        posterior(loader, magnitudes="same_batch", seed=seed).fit_result.identities.hashes for seed in (2, 2, 3)
     )
     assert torch.equal(first, again)
     assert not bool((first == other).any())

@@ -446,19 +446,19 @@ def test_through_laplace_torch() -> None:
 # --- what cannot be ---
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "rank of another structure": ({"hessian_structure": "kron", "rank": "auto"}, "rank is of .*'lowrank'.*'kron'"),
+    "rank of another structure": ({"hessian_structure": "kron", "rank": "auto"}, "rank requires .*'lowrank'.*'kron'"),
     "complement of another structure": (
         {"hessian_structure": "full", "complement": "auto"},
-        "complement is of .*'lowrank'.*'full'",
+        "complement requires .*'lowrank'.*'full'",
     ),
     "metric of another structure": (
         {"hessian_structure": "kron", "complement": "none", "metric": "auto"},
-        "metric is of .*'lowrank'",
+        "metric requires .*'lowrank'",
     ),
     "metric without a Kronecker complement": ({"metric": "auto", "complement": "isotropic"}, "complement='kron'"),
     "a share of directions that all give": (
         {"magnitudes": "cross_fitted", "direction_samples": "auto"},
-        "direction_samples='auto' is of magnitudes='held_out' or 'auto'",
+        "direction_samples='auto' requires magnitudes='held_out' or 'auto'",
     ),
     "a share of directions that all give, the biased way": (
         {"magnitudes": "same_batch", "direction_samples": "auto"},

@@ -21,14 +21,14 @@ from laplace.curvature import (
 from posterior_cases import close, loader_of, posterior_of
 from torch import nn
 
-import debiased_laplace.curvature.survey as surveying
+import debiased_laplace.curvature.first_pass as first_pass
 import debiased_laplace.posterior.backend_derivatives as module
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.kfac import KfacSums
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.posterior.backend_derivatives import BackendDerivatives
@@ -41,7 +41,7 @@ EVERYTHING = {"hessian_structure": "kron", "kron_basis": "kfac"}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Most of a small fit is finding out what torch.func can do with the model."""
-    monkeypatch.setattr(surveying, "find_capabilities", remembering(surveying.find_capabilities))
+    monkeypatch.setattr(first_pass, "find_capabilities", remembering(first_pass.find_capabilities))
 
 
 def fit(model, X, y, backend, subset="all", **options):
@@ -119,9 +119,9 @@ def test_factors_after_jacobians_are_of_the_new_samples():
     # BackPACK forgets the hooks of all models after computing Jacobians, and then leaves the factors as they were
     derivatives, network, batch = at_work("BackPackGGN", "classification")
     root = GaussNewton(network.likelihood)
-    assert derivatives.try_task("rows", network, batch, None) is None
-    assert derivatives.try_task("kfac", network, batch, "expand") is None
-    derivatives.rows(batch, root, root.side(batch.targets, 3, torch.Generator()))
+    assert derivatives.try_feature("rows", network, batch, None) is None
+    assert derivatives.try_feature("kfac", network, batch, "expand") is None
+    derivatives.rows(batch, root, root.targets_or_noise(batch.targets, 3, torch.Generator()))
     other = Batch(2 * batch.inputs, batch.targets)
     for name, (left, right) in derivatives.kfac([other], len(other)).items():
         expected = kfac_of(network, other)[name]
@@ -134,7 +134,7 @@ def at_work(backend, likelihood, n_draws=1):
     chosen = BACKENDS[backend]
     root = MonteCarloGaussNewton(loss, n_draws) if chosen.kind == "Monte-Carlo GGN" else GaussNewton(loss)
     batch = Batch(X[:8], y[:8])
-    network = meet_network(ParameterSelection.all_weights(model), loss, batch)
+    network = prepare_network(ParameterSelection.all_weights(model), loss, batch)
     keys = MappingKeys("input_ids", "labels")
     return BackendDerivatives(chosen.cls, root, network, keys, of_mappings=False), network, batch
 
@@ -152,7 +152,7 @@ def test_drawn_factors_are_the_ggns_on_average(backend, likelihood, n_draws):
     derivatives, network, batch = at_work(backend, likelihood, n_draws)
     with torch.random.fork_rng():
         torch.manual_seed(21)
-        assert derivatives.try_task("kfac", network, batch, "expand") is None
+        assert derivatives.try_feature("kfac", network, batch, "expand") is None
         found = [derivatives.kfac([batch.first(5), batch], 13) for _ in range(120)]
     doubled = Batch(torch.cat([batch.inputs[:5], batch.inputs]), torch.cat([batch.targets[:5], batch.targets]))
     for name, expected in kfac_of(network, doubled).items():
@@ -173,7 +173,7 @@ def test_drawn_factors_are_the_ggns_on_average(backend, likelihood, n_draws):
 def test_more_draws_scatter_less(backend):
     def scatter(n_draws):
         derivatives, network, batch = at_work(backend, "regression", n_draws)
-        assert derivatives.try_task("kfac", network, batch, "expand") is None
+        assert derivatives.try_feature("kfac", network, batch, "expand") is None
         found = [derivatives.kfac([batch], 8)["0.weight"][0].trace() for _ in range(60)]
         return torch.stack(found).var()
 

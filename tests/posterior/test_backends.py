@@ -34,7 +34,7 @@ from laplace.curvature.curvlinops import CurvlinopsInterface
 from posterior_cases import close, loader_of, posterior_of
 from torch import nn
 
-import debiased_laplace.curvature.survey as surveying
+import debiased_laplace.curvature.first_pass as first_pass
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton
 from debiased_laplace.posterior.backend_derivatives import BackendDerivatives
 from debiased_laplace.posterior.backends import BackendChoice
@@ -47,13 +47,15 @@ TRIED = 7  # samples at most that a backend is tried on before it is used
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Most of a small fit is finding out what torch.func can do with the model."""
-    monkeypatch.setattr(surveying, "find_capabilities", remembering(surveying.find_capabilities))
+    monkeypatch.setattr(first_pass, "find_capabilities", remembering(first_pass.find_capabilities))
 
 
 @pytest.fixture
 def known_draws(monkeypatch):
     """The house's draws are what the oracle says, the backends' are replaced by their expectation."""
-    monkeypatch.setattr(MonteCarloGaussNewton, "side", lambda self, targets, C, generator: fixed_noise(targets))
+    monkeypatch.setattr(
+        MonteCarloGaussNewton, "targets_or_noise", lambda self, targets, C, generator: fixed_noise(targets)
+    )
 
 
 def spied(monkeypatch, cls):
@@ -168,7 +170,7 @@ def test_architecture_is_computed_by_the_backend_only_where_it_is_right(backend,
     assert ("torch.func" in la.curvature_source) == (not all(own))
 
     if kind != "Monte-Carlo GGN":  # whose factors are drawn anew by whoever computes
-        monkeypatch.setattr(BackendDerivatives, "try_task", lambda *_: "it is not asked")
+        monkeypatch.setattr(BackendDerivatives, "try_feature", lambda *_: "it is not asked")
         without, _ = of_architecture(name, backend)
         assert "torch.func" in without.curvature_source
         assert cls.__name__ not in without.curvature_source

@@ -88,12 +88,12 @@ def test_the_default_complement_means_nothing_to_other_structures(complement: st
     loaded.load_state_dict(state)
     assert torch.equal(loaded.posterior_precision.to_dense(), silent.posterior_precision.to_dense())
     for other in ("diagonal", "kron"):
-        with pytest.raises(ValueError, match=f"complement is of hessian_structure='lowrank'; got complement='{other}'"):
+        with pytest.raises(ValueError, match=f"requires hessian_structure='lowrank'; got complement='{other}'"):
             DebiasedLaplace(mlp()[0], "classification", "all", structure, complement=other)
 
 
 def test_the_default_complement_does_not_let_the_options_of_its_basis_through() -> None:
-    with pytest.raises(ValueError, match="kron_basis is of hessian_structure='kron'"):
+    with pytest.raises(ValueError, match="kron_basis requires hessian_structure='kron'"):
         DebiasedLaplace(mlp()[0], "classification", "all", "full", kron_basis="kfac")
     assert fitted(DebiasedLaplace, kron_basis="kfac").posterior_precision.basis is not None
 

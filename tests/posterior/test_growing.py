@@ -314,7 +314,7 @@ REFUSED = {
     "other weights": (other_weights, lambda: loader(data()), "weights or buffers have changed"),
     "a state": (loaded, lambda: loader(data()), "not in a state or a pickle"),
     "a pickle": (pickled, lambda: loader(data()), "not in a state or a pickle"),
-    "random loading of another data set": (lambda la: la, lambda: loader(Noisy()), "nothing can tell"),
+    "random loading of another data set": (lambda la: la, lambda: loader(Noisy()), "cannot be compared"),
     "n_data too small": (lambda la: la, lambda: loader(data()), "at least 40, got 39"),
     "a sample that is there twice": (
         lambda la: la,
@@ -660,7 +660,7 @@ def test_with_nobody_left_to_tell_all_are_used() -> None:
     la.fit(loader(large().data, range(70)), tolerance=1e9, n_data=500)
     assert [(stage.n_samples, stage.gain) for stage in la.stopping.stages] == [(32, None), (64, None), (70, None)]
     assert not la.stopping.enough
-    assert "is not known, with too few left to tell" in str(la.stopping)
+    assert "is unknown, because too few unseen samples were left" in str(la.stopping)
     assert la.n_data == 500
 
 
@@ -680,7 +680,7 @@ def test_what_does_not_fit_the_samples_is_said_first(monkeypatch: pytest.MonkeyP
         (
             {"magnitudes": "cross_fitted", "direction_samples": 0.5, "magnitude_samples": 130},
             {},
-            "ask for 120 . 130 disjoint samples",
+            "require 120 . 130 disjoint samples",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
+from contract_cases import problem as contract_problem
 from posterior_cases import PRIOR, TEMPERATURE, close, fitted, loader_of, posterior_of
-from subset_cases import problem as subset_problem
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -117,7 +117,7 @@ WHERE = [
 @pytest.mark.parametrize("where", WHERE)
 def test_subsets_of_the_weights(where: tuple[str, str, str, int]) -> None:
     subset, name, likelihood, n_outputs = where
-    found = subset_problem(name, likelihood, n_outputs)
+    found = contract_problem(name, likelihood, n_outputs)
     model, X, y = found[:3]
     indices = torch.tensor([0, 2, 3, 5, 7, 8, 11, 14, 15]) if subset == "subnetwork" else None
     la = posterior_of(

@@ -12,17 +12,13 @@ from torch.distributions import MultivariateNormal
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.posterior.factory import CLASSES
 
-SUBNETWORK = {"subnetwork_indices": torch.arange(20, 60)}
-KEYS = [
-    (subset, structure) for subset in ("all", "last_layer", "subnetwork") for structure in ("lowrank", "kron", "full")
-]
 
-
-def fitted(subset="all", structure="lowrank", likelihood="classification", **options):
+def fitted(subset="all", structure="lowrank", **options):
     model, X = mlp()
-    given = {**hyper_parameters(likelihood), **(SUBNETWORK if subset == "subnetwork" else {}), **options}
-    la = DebiasedLaplace(model, likelihood, subset, structure, **given)
-    la.fit(loader_of(X, targets(likelihood)), n_data=70)
+    la = DebiasedLaplace(
+        model, "classification", subset, structure, **{**hyper_parameters("classification"), **options}
+    )
+    la.fit(loader_of(X, targets("classification")), n_data=70)
     return la, X
 
 
@@ -30,48 +26,11 @@ def close(found, expected, tolerance=1e-9):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("key", KEYS, ids=" ".join)
-def test_covariance_scale_and_variance_are_those_of_the_precision(key):
-    la, _ = fitted(*key)
-    covariance = torch.linalg.inv(la.posterior_precision.to_matrix())
-    close(la.posterior_covariance, covariance)
-    close(la.posterior_scale @ la.posterior_scale.T, covariance)
-    close(la.posterior_variance, covariance.diagonal())
-
-
 def test_a_dense_covariance_that_does_not_fit_is_refused(monkeypatch):
     la, _ = fitted()
     monkeypatch.setattr("debiased_laplace.posterior.laplace.free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match=r"dense matrix of 93 parameters .* `posterior_variance`"):
         _ = la.posterior_covariance
-
-
-def test_the_precision_multiplies_and_has_a_log_determinant_by_torchs_names():
-    precision = fitted()[0].posterior_precision
-    P = precision.to_matrix()
-    x = torch.randn(93, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    close(precision @ x, P @ x)
-    close(precision @ x[:, 0], P @ x[:, 0])
-    close(precision.logdet(), torch.logdet(P))
-
-
-@pytest.mark.parametrize("key", KEYS, ids=" ".join)
-def test_jacobians_have_the_width_of_the_posterior(key):
-    la, X = fitted(*key, likelihood="regression")
-    J, f = la.backend.jacobians(X[:5])
-    parameters = {name: p.detach() for name, p in la.model.named_parameters()}
-    rows = torch.func.jacrev(lambda p: torch.func.functional_call(la.model, p, (X[:5],)))(parameters)
-    expected = torch.cat([rows[name].flatten(2) for name in parameters], dim=2)[..., la.selection.indices]
-    close(J, expected)
-    close(f, la.model(X[:5]).detach())
-    mean, variance = la(X[:5])
-    close(la.functional_variance(J), variance)
-    close(f, mean)
-    if key[0] == "last_layer":
-        close(la.backend.last_layer_jacobians(X[:5])[0], expected)
-    else:
-        with pytest.raises(ValueError, match="Expected a posterior of the last layer"):
-            la.backend.last_layer_jacobians(X[:5])
 
 
 def test_jacobians_keep_their_graph_on_request():
@@ -88,13 +47,6 @@ def test_before_the_fit_densities_are_those_of_the_prior():
     values = torch.randn(3, 93, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     close(la.log_prob(values), MultivariateNormal(mean, precision_matrix=torch.diag(prior)).log_prob(values))
     close(la.log_prob(values, normalized=False), -((values - mean).square() * prior).sum(1) / 2)
-
-
-def test_densities_after_the_fit_are_those_of_the_posterior():
-    la, _ = fitted()
-    values = la.mean + 0.1 * torch.randn(3, 93, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    expected = MultivariateNormal(la.mean, precision_matrix=la.posterior_precision.to_matrix()).log_prob(values)
-    close(la.log_prob(values), expected)
 
 
 def test_indices_of_a_subnetwork_are_sorted_with_a_note():

@@ -36,9 +36,8 @@ def quiet(la, loader, **options):
 
 def dense_losses(la, X, y, prior, sigma):
     """Each sample's negative log-likelihood under another prior, from the dense precision; and the plain network's."""
-    n_last = la.selection.n_parameters
-    J = jacobians("MLP", len(X))[:, :, -n_last:]
-    P = la.posterior_precision.to_dense() + (prior - PRIOR) * torch.eye(n_last, dtype=torch.float64)
+    J = jacobians("MLP", len(X))[:, :, la.selection.indices]
+    P = la.posterior_precision.to_dense() + (prior - PRIOR) * torch.eye(J.shape[2], dtype=torch.float64)
     covariance = torch.linalg.inv(P)
     of_laplace, of_map = [], []
     for i, x in enumerate(X):
@@ -62,9 +61,11 @@ STRUCTURES = {
     "full": ("all", "full", {}),
     "last layer, low rank": ("last_layer", "lowrank", {}),
     "last layer, Kronecker": ("last_layer", "kron", {}),
+    "subnetwork": ("subnetwork", "lowrank", {"subnetwork_indices": torch.arange(20, 60)}),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 @pytest.mark.parametrize("case", STRUCTURES)
 def test_losses_errors_and_comparison_are_the_dense_ones(case, likelihood):

@@ -6,7 +6,7 @@ from models import mlp, targets
 from posterior_cases import posterior_of
 from torch.utils.data import DataLoader, Dataset
 
-from debiased_laplace.curvature import survey as survey_module
+from debiased_laplace.curvature import first_pass as first_pass_module
 
 
 class Counting(Dataset):
@@ -39,7 +39,7 @@ def problem():
 @pytest.mark.parametrize("complement", ["none", "isotropic", "diagonal"])
 def test_streamed_magnitudes_equal_held_ones(problem, monkeypatch, complement):
     held = fitted(Counting(*problem), complement=complement)
-    monkeypatch.setattr(survey_module, "KEEP_BYTES", 0)
+    monkeypatch.setattr(first_pass_module, "KEEP_BYTES", 0)
     data = Counting(*problem)
     streamed = fitted(data, complement=complement)
     torch.testing.assert_close(streamed.directional_curvatures, held.directional_curvatures, rtol=1e-12, atol=0)
@@ -47,13 +47,13 @@ def test_streamed_magnitudes_equal_held_ones(problem, monkeypatch, complement):
         streamed.posterior_precision.to_dense(), held.posterior_precision.to_dense(), rtol=1e-10, atol=1e-12
     )
     a, b = streamed.split.direction_indices, streamed.split.magnitude_indices
-    # some samples are probed for augmentation; of the others, b is loaded for the survey and once more, a only once
+    # some samples are probed for augmentation; of the others, b is loaded for the first pass and once more, a only once
     assert data.loads[a].min() == 1
     assert data.loads[b].min() == 2
 
 
 def test_direction_samples_are_loaded_as_often_for_many_products_as_for_none(problem, monkeypatch):
-    monkeypatch.setattr(survey_module, "KEEP_BYTES", 0)
+    monkeypatch.setattr(first_pass_module, "KEEP_BYTES", 0)
     gram, lanczos = Counting(*problem), Counting(*problem)
     fitted(gram, rank=4, solver="gram")
     la = fitted(lanczos, rank=4, solver="lanczos")
@@ -64,6 +64,6 @@ def test_direction_samples_are_loaded_as_often_for_many_products_as_for_none(pro
 
 def test_random_loading_gives_lanczos_and_gram_the_same_directions(problem, monkeypatch):
     """A sample that changes at every loading: the solvers agree only if each sees one version of it throughout."""
-    monkeypatch.setattr(survey_module, "KEEP_BYTES", 0)
+    monkeypatch.setattr(first_pass_module, "KEEP_BYTES", 0)
     found = [fitted(Counting(*problem, drift=0.5), rank=4, solver=solver) for solver in ("gram", "lanczos")]
     torch.testing.assert_close(found[0].in_sample_curvatures, found[1].in_sample_curvatures, rtol=1e-8, atol=0)

@@ -39,6 +39,7 @@ def posterior(case):
     return la, X[:6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", POSTERIORS)
 def test_differences_are_those_of_the_dense_covariance(case):
     la, X = posterior(case)
@@ -57,6 +58,7 @@ def test_differences_are_those_of_the_dense_covariance(case):
     assert float((alone - la(X)).abs().max()) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_rows_in_blocks(rows, monkeypatch):
     la, X = posterior("all weights")
@@ -67,6 +69,7 @@ def test_rows_in_blocks(rows, monkeypatch):
         torch.testing.assert_close(getattr(found, name), getattr(whole, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["last layer, Kronecker", "last layer without bias"])
 def test_a_kronecker_last_layer_needs_features_alone(case, monkeypatch):
     la, X = posterior(case)
@@ -83,6 +86,7 @@ def test_a_kronecker_last_layer_needs_features_alone(case, monkeypatch):
     la(X, link_approx="probit")
 
 
+@pytest.mark.slow
 def test_probabilities_can_be_differentiated_with_respect_to_inputs():
     la, X = posterior("all weights")
     la.enable_backprop = True

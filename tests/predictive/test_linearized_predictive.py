@@ -1,4 +1,4 @@
-"""The linearized predictive and drawn networks, in chunks of samples, against dense Jacobians."""
+"""The linearized predictive and sampled networks, in chunks of samples, against dense Jacobians."""
 
 import copy
 from dataclasses import replace
@@ -9,9 +9,9 @@ from models import MODELS, targets
 from oracles import dense_jacobian, flat_parameters
 
 from debiased_laplace.curvature import network as network_module
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
-from debiased_laplace.curvature.survey import meet_network
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.predictive import linearized, sampling
@@ -19,7 +19,7 @@ from debiased_laplace.predictive import linearized, sampling
 
 def problem(name):
     model, X = MODELS[name]()
-    network = meet_network(
+    network = prepare_network(
         ParameterSelection.all_weights(model), likelihood_named("regression"), Batch(X[:8], targets("regression")[:8])
     )
     generator = torch.Generator().manual_seed(6)
@@ -81,13 +81,13 @@ def test_keyword_arguments_reach_the_model():
 
     X = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = Scaled()
-    network = meet_network(ParameterSelection.all_weights(model), likelihood_named("regression"), Batch(X, X[:, :2]))
+    network = prepare_network(ParameterSelection.all_weights(model), likelihood_named("regression"), Batch(X, X[:, :2]))
     weights = flat_parameters(model)[None]
     found = sampling.network_draws(network, X, weights, {"scale": 3.0})
     torch.testing.assert_close(found[0], 3 * model(X).detach())
 
 
-# samples and draws at once, number of draws, what can be pushed forward many at a time; whether JVPs answer
+# samples and draws at once, number of draws, capabilities; whether JVPs are used
 DRAWS = {
     "fewer draws than outputs": (128, 32, 2, True, True),
     "as many draws as outputs": (128, 32, 3, True, False),
@@ -98,7 +98,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("case", DRAWS)
-def test_functions_are_drawn_by_whichever_way_is_cheaper(case, monkeypatch):
+def test_functions_are_drawn_by_the_cheaper_mode(case, monkeypatch):
     batch, at_once, n_draws, many, by_jvp = DRAWS[case]
     model, X, network, _, J = problem("BatchNorm")
     monkeypatch.setattr(linearized, "_BATCH", batch)

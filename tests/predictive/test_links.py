@@ -1,4 +1,4 @@
-"""From Gaussians over logits to class probabilities, against formulas written out and against laplace-torch's."""
+"""Class probabilities of Gaussian logits, against explicit formulas and laplace-torch."""
 
 import math
 
@@ -16,7 +16,7 @@ def gaussians(n=6, C=4, scale=1.0):
 
 
 def bridge_of_one(mu, Sigma, normalized):
-    """The Laplace bridge for one Gaussian, entry by entry."""
+    """Compute the Laplace bridge for one Gaussian, entry by entry."""
     C = len(mu)
     total = Sigma.sum()
     centred = [mu[i] - Sigma[i].sum() * mu.sum() / total for i in range(C)]
@@ -47,7 +47,7 @@ def test_bridge_at_its_limits(normalized, dtype):
     found = links.bridge(mean, small, normalized=normalized)
     assert bool(found.isfinite().all())
     torch.testing.assert_close(found.sum(-1), torch.ones(3, dtype=dtype))
-    # outputs that move together only: nothing is left of the variance once they are centred
+    # fully correlated outputs: their centred variance is 0
     together = torch.ones(3, 3, 3, dtype=dtype)
     found = links.bridge(mean, together, normalized=normalized)
     assert bool(found.isfinite().all())
@@ -68,7 +68,7 @@ def test_probit():
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_draws_have_the_covariance_that_they_should(diagonal):
+def test_draws_have_the_given_covariance(diagonal):
     mean, covariance = gaussians(n=2, C=3)
     n = 40_000
     draw = links.independent_draws if diagonal else links.gaussian_draws
@@ -83,7 +83,7 @@ def test_draws_have_the_covariance_that_they_should(diagonal):
         assert float(((found - expected) / errors).abs().max()) < 4.5
         z = (draws[:, i].mean(0) - mean[i]) / (expected.diagonal() / n).sqrt()
         assert float(z.abs().max()) < 4.5
-        if not diagonal:  # the test can tell the two apart
+        if not diagonal:  # power: the test distinguishes the two
             apart = (found - torch.diag(covariance[i].diagonal())) / errors
             assert float(apart.abs().max()) > 10
 
@@ -107,7 +107,7 @@ def test_draws_of_a_singular_covariance():
     assert torch.equal(still, mean.expand(2, 1, 3))
 
 
-def test_a_variance_that_rounding_made_negative_counts_as_none():
+def test_a_negative_variance_from_rounding_counts_as_zero():
     mean, variance = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1e-9, 4.0]])
     draws = links.independent_draws(mean, variance, n_samples=30, generator=torch.Generator().manual_seed(1))
     assert torch.equal(draws[:, 0, 0], torch.ones(30))

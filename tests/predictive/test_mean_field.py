@@ -33,7 +33,7 @@ def total_variation(p, q):
     return float((p - q).abs().sum(-1).mean() / 2)
 
 
-CASES = {  # and a total variation of about twice what is found
+CASES = {  # and a bound of the total variation, about twice the observed one
     "two classes": (2, {}, 0.001),
     "three classes, hardly any variance": (3, {"spread": 0.05}, 2e-5),
     "ten classes": (10, {}, 0.007),
@@ -54,7 +54,7 @@ def test_close_to_the_mean_over_draws(case):
     torch.testing.assert_close(p, logits.probabilities())
     expected = torch.special.entr(exact.mean(0)).sum(-1) - torch.special.entr(exact).sum(-1).mean(0)
     torch.testing.assert_close(information, expected, rtol=0.05, atol=1e-5)
-    # the variance matters, and the probit link takes what all logits share for doubt about the label
+    # power: the variance matters, and the probit link counts a common shift as uncertainty
     probit = links.probit(mean, covariance.diagonal(dim1=-2, dim2=-1))
     for other in (mean.softmax(-1), probit) if options.get("logits") != 0.1 else (mean.softmax(-1),):
         assert total_variation(other, exact.mean(0)) > 3 * tolerance
@@ -91,7 +91,7 @@ def test_without_variance_it_is_the_softmax():
     assert float(information.max()) < 1e-9
 
 
-def test_what_all_logits_share_has_no_effect():
+def test_a_shift_of_all_logits_has_no_effect():
     mean, covariance = gaussians(8)
     p = GaussianLogits.of_covariance(mean, covariance).probabilities()
     moved = GaussianLogits.of_covariance(mean + 17.0, covariance + 1e4)
@@ -99,12 +99,12 @@ def test_what_all_logits_share_has_no_effect():
     torch.testing.assert_close(
         moved.total_variance, GaussianLogits.of_covariance(mean, covariance).total_variance, rtol=1e-6, atol=1e-6
     )
-    # in single precision up to the rounding of what is shared
+    # in single precision up to the rounding of the shift
     single = GaussianLogits.of_covariance(mean.float(), (covariance + 1e4).float()).probabilities()
     assert total_variation(single.double(), p) < 1e-3
 
 
-def test_classes_have_no_order():
+def test_the_order_of_classes_has_no_effect():
     mean, covariance = gaussians(9)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(2))
     p = GaussianLogits.of_covariance(mean, covariance).probabilities()
@@ -112,11 +112,11 @@ def test_classes_have_no_order():
     torch.testing.assert_close(turned, p[:, order], rtol=1e-9, atol=1e-12)
 
 
-def test_classes_of_equal_standing_have_about_equal_probabilities():
+def test_exchangeable_classes_have_about_equal_probabilities():
     C = 30
     p = GaussianLogits.of_covariance(torch.zeros(1, C), 25 * torch.eye(C)[None]).probabilities()
     assert float((p - 1 / C).abs().sum() / 2) < 0.05
-    # a class that overtakes another one changes places on the nodes: a step of the size of their error
+    # two classes that change rank exchange nodes: a step of the size of the quadrature error
     mean = torch.tensor([[1.0 + 1e-6, 1.0, 0.3], [1.0 - 1e-6, 1.0, 0.3]], dtype=torch.float64)
     S = torch.tensor([[4.0, 1.0, 0.5], [1.0, 9.0, -2.0], [0.5, -2.0, 3.0]], dtype=torch.float64).expand(2, 3, 3)
     before, after = GaussianLogits.of_covariance(mean, S).probabilities()
@@ -147,17 +147,17 @@ def test_extremes_stay_probabilities(case, dtype):
     assert bool(mean.grad.isfinite().all())
 
 
-def test_covariances_that_rounding_made_indefinite():
+def test_covariances_that_are_indefinite_by_rounding():
     mean, covariance = gaussians(6, rank=2)
     spoilt = covariance - 1e-5 * torch.eye(6, dtype=torch.float64)
     found = GaussianLogits.of_covariance(mean, spoilt).probabilities()
     torch.testing.assert_close(found, GaussianLogits.of_covariance(mean, covariance).probabilities(), rtol=0, atol=1e-3)
 
 
-def test_what_is_no_gaussian_is_refused():
+def test_invalid_gaussians_are_refused():
     mean, covariance = gaussians(140)
     own, last = covariance.clone(), int(mean[0].argmin())
-    own[0, last, last] = math.inf  # of a class that does not lead
+    own[0, last, last] = math.inf  # of a remaining class
     wrong = {
         "finite means": (mean * math.inf, covariance),
         "finite covariance": (mean, covariance * math.nan),
@@ -211,7 +211,7 @@ def test_remaining_classes_have_one_weight(n_leading, monkeypatch):
         torch.testing.assert_close(p[i], expected, rtol=1e-5, atol=1e-6)
 
 
-MANY = {  # standard deviation of the means, of each logit alone, and of what five factors give them; total variation
+MANY = {  # standard deviations of the means, of each logit, and of five common factors; total variation
     "little variance": (2.0, 0.5, 0.0, 0.01),
     "independent": (2.0, 1.5, 0.0, 0.025),
     "correlated": (2.0, 0.5, 1.5, 0.06),
@@ -232,7 +232,7 @@ def test_two_hundred_classes(case):
     torch.testing.assert_close(p.sum(-1), torch.ones(N, dtype=torch.float64))
     expected = torch.special.entr(exact.mean(0)).sum(-1) - torch.special.entr(exact).sum(-1).mean(0)
     torch.testing.assert_close(information, expected, rtol=0.25, atol=0)
-    # what is left without the information among the remaining classes, or with the softmax of the means
+    # power: without the information among the remaining classes, or with the softmax of the means
     assert logits == 0 or total_variation(mean.softmax(-1), exact.mean(0)) > 1.5 * total_variation(p, exact.mean(0))
 
 
@@ -245,7 +245,7 @@ def test_nodes_have_the_moments_of_a_normal_and_touch_no_generator():
     assert float(third.abs().max()) < 1e-12
 
 
-def test_inputs_in_portions(monkeypatch):
+def test_inputs_in_chunks(monkeypatch):
     mean, covariance = gaussians(6)
     logits = GaussianLogits.of_covariance(mean, covariance)
     whole = logits.probabilities_and_information()
@@ -254,7 +254,7 @@ def test_inputs_in_portions(monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_what_inference_mode_made_can_be_differentiated_later():
+def test_nodes_made_in_inference_mode_can_be_differentiated_later():
     mean_field.nodes.cache_clear()
     mean, covariance = gaussians(6)
     with torch.inference_mode():

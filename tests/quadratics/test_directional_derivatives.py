@@ -1,4 +1,4 @@
-"""Slopes and curvatures along directions, of every sample and on average, against dense gradients and matrices."""
+"""Slopes and curvatures along directions, per sample and on average, against dense gradients and matrices."""
 
 import copy
 import math
@@ -45,7 +45,7 @@ def test_every_sample_against_dense_matrices(name: str, likelihood: str, curvatu
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_the_regularizer_joins_both(likelihood: str, curvature: str) -> None:
+def test_the_regularizer_joins_slopes_and_curvatures(likelihood: str, curvature: str) -> None:
     model, X, y = built("LayerNorm and raw parameters", likelihood)
     _, g, H = oracle("LayerNorm and raw parameters", likelihood, curvature)
     _, r_gradient, r_hessian = dense_regularizer(model)
@@ -54,13 +54,13 @@ def test_the_regularizer_joins_both(likelihood: str, curvature: str) -> None:
     found = directional_derivatives(model, likelihood, (X, y), U, curvature=curvature, regularizer=prior)
     close(found.slopes, (g.mean(0) + r_gradient) @ U)
     close(found.curvatures, (U * ((H.mean(0) + r_hessian) @ U)).sum(0))
-    # what every sample has in common adds nothing to the spread
+    # the regularizer is the same for all samples, so that standard errors are unchanged
     plain = directional_derivatives(model, likelihood, (X, y), U, curvature=curvature)
     close(found.slope_standard_errors, plain.slope_standard_errors)
     close(found.curvature_standard_errors, plain.curvature_standard_errors)
 
 
-def test_a_prior_precision_alone_and_with_its_mean() -> None:
+def test_a_prior_precision_or_a_pair_is_a_regularizer() -> None:
     model, X, y = built("MLP")
     U = directions(oracle("MLP", "classification", "ggn")[1].shape[1])
     for given, same in (
@@ -86,7 +86,7 @@ def test_a_loader_gives_the_samples_in_the_order_of_its_data_set(curvature: str)
         close(found.per_sample_curvatures, expected.per_sample_curvatures)
 
 
-def test_more_samples_and_directions_than_go_together() -> None:
+def test_samples_and_directions_may_exceed_a_chunk() -> None:
     model, X = mlp()
     X, y = X.repeat(7, 1) + torch.linspace(0, 1, 280)[:, None], targets("classification").repeat(7)
     P = sum(p.numel() for p in model.parameters())
@@ -101,7 +101,7 @@ def test_more_samples_and_directions_than_go_together() -> None:
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_a_model_without_forward_mode_goes_by_rows(monkeypatch, curvature: str) -> None:
+def test_a_model_without_forward_mode_is_differentiated_by_rows(monkeypatch, curvature: str) -> None:
     def refused(*args, **kwargs):
         raise NotImplementedError("no forward mode")
 
@@ -115,7 +115,7 @@ def test_a_model_without_forward_mode_goes_by_rows(monkeypatch, curvature: str) 
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_single_precision(curvature: str) -> None:
+def test_single_precision_agrees_with_double(curvature: str) -> None:
     model, X, y = built("convolutions and pooling", dtype=torch.float32)
     _, g, H = oracle("convolutions and pooling", "classification", curvature)
     U = directions(g.shape[1])
@@ -145,7 +145,7 @@ def test_the_model_is_left_as_it_was() -> None:
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_inside_no_grad_and_inference_mode() -> None:
+def test_no_grad_and_inference_mode_of_the_caller_make_no_difference() -> None:
     model, X, y = built("MLP")
     U = directions(sum(p.numel() for p in model.parameters()))
     expected = directional_derivatives(model, "classification", (X, y), U)
@@ -155,7 +155,7 @@ def test_inside_no_grad_and_inference_mode() -> None:
         close(directional_derivatives(model, "classification", (X + 0, y + 0), U + 0).slopes, expected.slopes)
 
 
-def test_one_sample_has_no_standard_error() -> None:
+def test_standard_errors_of_one_sample_are_infinite() -> None:
     model, X, y = built("MLP")
     U = directions(sum(p.numel() for p in model.parameters()))
     found = directional_derivatives(model, "classification", (X[:1], y[:1]), U)
@@ -163,8 +163,8 @@ def test_one_sample_has_no_standard_error() -> None:
     assert bool(found.slopes.isfinite().all())
 
 
-def test_unbiased_for_directions_chosen_without_the_samples_and_biased_for_those_chosen_on_them() -> None:
-    """The slope along the mean gradient of a batch: right on another batch, too steep on its own."""
+def test_slopes_are_unbiased_on_other_samples_and_biased_on_those_of_the_direction() -> None:
+    """The slope along the mean gradient of a batch is unbiased on another batch, and too steep on its own."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -177,10 +177,10 @@ def test_unbiased_for_directions_chosen_without_the_samples_and_biased_for_those
         a, b = order[:20], order[20:40]
         p = -G[a].mean(0)
         slopes = G @ p
-        if draw == 0:  # the rest of the draws may go by the slopes along the axes
+        if draw == 0:  # the other draws use the slopes along the axes, G
             found = directional_derivatives(model, "classification", (X[b], y[b]), p[:, None])
             close(found.per_sample_slopes[:, 0], slopes[b])
-        # exact for fixed a: b is drawn from all but a
+        # the mean over b for fixed a, as b is drawn from all samples but a
         truth = slopes[order[20:]].mean()
         other.append(slopes[b].mean() - truth)
         own.append(slopes[a].mean() - truth)
@@ -198,7 +198,7 @@ WRONG = {
     "NaN in directions": ({"directions": NAN}, "finite directions"),
     "an unknown curvature": ({"curvature": "fisher"}, "curvature"),
     "an unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
-    "no samples": ({"data": (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))}, "no samples"),
+    "no samples": ({"data": (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))}, "at least one sample"),
     "no batches": ({"data": []}, "empty"),
     "inputs that the model refuses": ({"data": (torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))}, "evaluated"),
     "labels out of range": ({"data": (torch.zeros(3, 4).double(), torch.full((3,), 9))}, "labels"),
@@ -210,7 +210,7 @@ WRONG = {
     "a prior precision of another length": ({"regularizer": torch.ones(5)}, "trainable parameters"),
     "a prior mean that is NaN": ({"regularizer": (1.0, math.nan)}, "finite"),
     "N below the samples": ({"regularizer": Regularizer(1.0, n_data=3)}, "n_data"),
-    "a word as regularizer": ({"regularizer": "ridge"}, "regularizer"),
+    "a string as regularizer": ({"regularizer": "ridge"}, "regularizer"),
 }
 
 
@@ -239,6 +239,6 @@ def test_wrong_input_is_a_value_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{"sigma_noise": 0.0}, {"temperature": math.inf}, {"n_data": 0}])
-def test_a_regularizer_that_cannot_be(change: dict) -> None:
+def test_invalid_numbers_of_a_regularizer_are_a_value_error(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         Regularizer(1.0, **change)

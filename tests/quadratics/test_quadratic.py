@@ -1,4 +1,4 @@
-"""The quadratic of a set of samples, regularizer included, against dense gradients and matrices."""
+"""The quadratic model of a set of samples, regularizer included, against dense gradients and matrices."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from debiased_laplace.quadratics.quadratic import Quadratic
 
 
 def dense(name: str, likelihood: str, curvature: str, d: Tensor) -> float:
-    """q(θ₀ + d; B) with the whole regularizer."""
+    """Return q(θ₀ + d; B), regularizer included, from dense matrices."""
     losses, g, H = oracle(name, likelihood, curvature)
     value, r_gradient, r_hessian = dense_regularizer(built(name, likelihood)[0])
     return float(losses.mean() + value + d @ (g.mean(0) + r_gradient) + d @ (H.mean(0) + r_hessian) @ d / 2)
@@ -24,7 +24,7 @@ def dense(name: str, likelihood: str, curvature: str, d: Tensor) -> float:
 @pytest.mark.parametrize(
     ("name", "likelihood"), [*((n, "classification") for n in MODELS), ("BatchNorm", "regression")]
 )
-def test_plane_of_two_directions(name: str, likelihood: str, curvature: str) -> None:
+def test_values_in_a_plane_against_dense_matrices(name: str, likelihood: str, curvature: str) -> None:
     model, X, y = built(name, likelihood)
     U = directions(len(flat_parameters(model)), 2)
     q = quadratic_along(model, likelihood, (X, y), U, curvature=curvature, regularizer=regularizer(len(U)))
@@ -38,7 +38,7 @@ def test_plane_of_two_directions(name: str, likelihood: str, curvature: str) -> 
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_agrees_with_directional_derivatives(curvature: str) -> None:
+def test_slopes_and_curvatures_are_those_of_directional_derivatives(curvature: str) -> None:
     model, X, y = built("convolutions and pooling")
     U = directions(len(flat_parameters(model)), 4)
     prior = regularizer(len(U))
@@ -48,8 +48,8 @@ def test_agrees_with_directional_derivatives(curvature: str) -> None:
     close(q.curvatures, found.curvatures)
 
 
-def test_third_order_is_all_that_the_hessian_s_quadratic_leaves_out() -> None:
-    """Twice the distance, eight times the error: value, slope and curvature are those of the loss itself."""
+def test_the_error_of_the_quadratic_with_the_hessian_is_of_third_order() -> None:
+    """At twice the distance the error is eight times as large."""
     model, X, y = built("MLP", "regression")
     selection = ParameterSelection.all_weights(model)
     theta = selection.vector()
@@ -65,7 +65,7 @@ def test_third_order_is_all_that_the_hessian_s_quadratic_leaves_out() -> None:
     assert errors[1] / errors[0] == pytest.approx(8, rel=0.1)
 
 
-def test_minimizer() -> None:
+def test_the_minimizer_solves_for_the_slopes_or_is_none() -> None:
     model, X, y = built("MLP")
     U = directions(len(flat_parameters(model)), 3)
     q = quadratic_along(model, "classification", (X, y), U, regularizer=4.0)
@@ -81,7 +81,7 @@ def test_minimizer() -> None:
     assert Quadratic(1.0, torch.tensor([1.0, 1.0]), torch.diag(torch.tensor([4.0, -1.0]))).minimizer() is None
 
 
-def test_wrong_shapes() -> None:
+def test_wrong_shapes_are_a_value_error() -> None:
     with pytest.raises(Exception, match=r"square|curvature_matrix"):
         Quadratic(0.0, torch.zeros(2), torch.zeros(3, 3))
     with pytest.raises(ValueError, match="2 directions"):

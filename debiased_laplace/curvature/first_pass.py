@@ -1,0 +1,126 @@
+"""The first pass over the samples, which checks and identifies them and sums their losses before any long work."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.memory import KEEP_BYTES
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.sub_batch import SubBatch
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class FirstPass:
+    """Result of the first pass over a set of samples.
+
+    Attributes:
+        samples: the samples, held in memory if they are few or `keep` was set.
+        hashes: hash of each sample.
+        loss: sum of the losses, in nats.
+    """
+
+    samples: SubBatch
+    hashes: Int64[Tensor, " n"]
+    loss: float
+
+
+def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar: bool) -> FirstPass:
+    """Run one forward pass over the samples to check them and to compute their hashes and loss.
+
+    Args:
+        network: the network.
+        samples: the samples.
+        keep: hold the batches in memory whatever their size.
+        progress_bar: show progress.
+
+    Raises:
+        ValueError: if inputs, targets or outputs are not finite, or targets do not fit.
+    """
+    hashes: list[Tensor] = []
+    kept: list[Batch] = []
+    size = 0
+    loss = torch.zeros((), dtype=accumulation_dtype(network.like), device=network.like.device)
+    with tqdm(total=len(samples), disable=not progress_bar, desc="[Reading samples]") as bar:
+        for batch in samples:
+            batch.check_finite()
+            outputs = checked_outputs(network.outputs(batch.inputs), batch)
+            network.likelihood.check(outputs, batch.targets)
+            loss += network.likelihood.loss(outputs, batch.targets)
+            hashes.append(sample_hashes(batch))
+            size += batch.n_bytes
+            kept = [*kept, batch] if keep or size <= KEEP_BYTES else []
+            bar.update(len(batch))
+    if keep or size <= KEEP_BYTES:
+        samples = samples.keeping(kept)
+    return FirstPass(samples, torch.cat(hashes), float(loss))
+
+
+def prepare_network(selection: ParameterSelection, likelihood: Likelihood, batch: Batch) -> Network:
+    """Evaluate the model on a first batch, and test how it can be differentiated.
+
+    Args:
+        selection: the parameters.
+        likelihood: likelihood of the outputs.
+        batch: at least one sample, on the model's device.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: if the model cannot be evaluated or differentiated on it, its outputs do not have the shape (n, C)
+            or differ for the same inputs, or a sample's output depends on the other samples of the batch.
+    """
+    batch.check_finite()
+    parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
+    few = batch.first(8)
+    with torch.no_grad():
+        outputs = evaluated(selection, parameters, few)
+        likelihood.check(outputs, few.targets)
+        again = selection.call(parameters, few.inputs)
+        single = evaluated(selection, parameters, few.first(1))
+    scale = float(outputs.abs().max())
+    if not torch.allclose(outputs, again, rtol=1e-4, atol=1e-5 * scale):
+        raise ValueError(
+            "The model gives different outputs for the same inputs in evaluation mode (a random layer "
+            "that does not respect eval()?); expected a deterministic network."
+        )
+    if not torch.allclose(outputs[:1], single, rtol=1e-3, atol=1e-3 * scale):
+        raise ValueError(
+            "The output of a sample depends on the other samples of its batch; expected samples along "
+            "the first dimension, each on its own (batch_first=True for attention and recurrent layers)."
+        )
+    capabilities = find_capabilities(selection, parameters, few.inputs)
+    return Network(selection, parameters, likelihood, outputs.shape[1], capabilities)
+
+
+def evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Return the outputs (n, C) of the model on a batch.
+
+    Raises:
+        ValueError: if the model cannot be evaluated, or the outputs are not finite or have another shape.
+    """
+    return checked_outputs(selection.evaluated(parameters, batch.inputs), batch)
+
+
+def checked_outputs(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return the outputs, if they are finite and of shape (n, C).
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if outputs.ndim != 2 or len(outputs) != len(batch):
+        raise ValueError(
+            f"Expected model outputs of shape ({len(batch)}, outputs) for {len(batch)} samples; got "
+            f"{tuple(outputs.shape)}."
+        )
+    if not bool(outputs.isfinite().all()):
+        raise ValueError("The model's outputs are NaN or infinite on some samples.")
+    return outputs

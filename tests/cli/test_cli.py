@@ -1,0 +1,55 @@
+"""The command line as a separate process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments, cwd=None):
+    command = [sys.executable, "-m", "debiased_laplace.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.slow
+def test_demo_prints_a_table_and_writes_a_report(tmp_path):
+    done = run("demo", "--seed", "1", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
+    for name in ("MAP", "same_batch", "debiased", "full batch"):
+        assert name in rows, done.stdout
+    folder = tmp_path / "demo-report"
+    assert {path.name for path in folder.iterdir()} == {"report.html", "report.json", "report.md"}
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["methods"]) == {"MAP", "MAP, temperature-scaled", "same_batch", "debiased", "full batch"}
+    assert "nan" not in done.stdout.lower()
+    # progress bars, but no warnings of other libraries
+    assert "[Training]" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+CASES = {
+    "a file in the way": (("demo", "--out", "taken"), "must be a folder"),
+    "an unknown device": (("demo", "--device", "abacus"), "abacus"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
+    (tmp_path / "taken").write_text("")
+    arguments, expected = CASES[case]
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_unknown_commands_are_refused_and_help_lists_the_options():
+    assert run("dance").returncode == 2
+    done = run("demo", "--help")
+    assert done.returncode == 0
+    for option in ("--out", "--seed", "--device"):
+        assert option in done.stdout

@@ -1,0 +1,325 @@
+"""`debiased-laplace fit` writes a state that `DebiasedLaplace` loads."""
+
+import argparse
+import re
+import subprocess
+import sys
+from inspect import signature
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.cli import main, model_commands
+
+MODULE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def model():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=generator)
+    return DataLoader(TensorDataset(X, torch.randint(3, (40,), generator=generator)), batch_size=10)
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=generator)
+    return DataLoader(TensorDataset(X, torch.randn(40, 3, generator=generator)), batch_size=10)
+
+
+def validation():
+    generator = torch.Generator().manual_seed(8)
+    X = torch.randn(60, 4, generator=generator)
+    return DataLoader(TensorDataset(X, torch.randint(3, (60,), generator=generator)), batch_size=25)
+
+
+def no_validation():
+    return []
+
+
+def broken():
+    raise RuntimeError("no data today")
+
+
+number = 7
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "problem_of_the_user.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    torch.save(model.state_dict(), "weights.pt")
+    torch.save(torch.arange(2, 30, 3), "indices.pt")
+    yield tmp_path
+    sys.modules.pop("problem_of_the_user", None)
+
+
+def make_model():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for p in model.parameters():
+            nn.init.normal_(p)
+    return model
+
+
+def make_loader(likelihood):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=generator)
+    if likelihood == "regression":
+        y = torch.randn(40, 3, generator=generator)
+    else:
+        y = torch.randint(3, (40,), generator=generator)
+    return DataLoader(TensorDataset(X, y), batch_size=10)
+
+
+def arguments(likelihood="classification", loader=None, **options):
+    loader = loader or ("problem_of_the_user:loader" if likelihood == "classification" else "problem_of_the_user:pairs")
+    given = {
+        "model": "problem_of_the_user:model",
+        "weights": "weights.pt",
+        "loader": loader,
+        "likelihood": likelihood,
+        "out": "posterior.pt",
+        "device": "cpu",
+        **options,
+    }
+    flat = ["fit", "--no-progress"]
+    for name, value in given.items():
+        flat.append(f"--{name.replace('_', '-')}")
+        flat += [] if value is True else [str(value)]
+    return flat
+
+
+CASES = {
+    "low rank": {"rank": 4, "complement": "diagonal", "magnitude_samples": 15},
+    "low rank by Lanczos on the same batch": {"rank": 3, "solver": "lanczos", "magnitudes": "same_batch"},
+    "Kronecker": {"hessian_structure": "kron", "magnitudes": "held_out", "direction_samples": 0.4},
+    "Kronecker by K-FAC": {"hessian_structure": "kron", "kron_basis": "kfac", "kfac_approx": "reduce"},
+    "Kronecker with its own magnitudes": {"hessian_structure": "kron", "kron_magnitudes": "kronecker"},
+    "full": {"hessian_structure": "full", "seed": 3},
+    "last layer, low rank": {"subset_of_weights": "last_layer"},
+    "last layer by name, Kronecker": {
+        "subset_of_weights": "last_layer",
+        "hessian_structure": "kron",
+        "last_layer_name": "2",
+    },
+    "last layer, full": {"subset_of_weights": "last_layer", "hessian_structure": "full"},
+    "subnetwork, low rank": {"subset_of_weights": "subnetwork", "subnetwork_indices": "indices.pt"},
+    "subnetwork, Kronecker": {
+        "subset_of_weights": "subnetwork",
+        "hessian_structure": "kron",
+        "subnetwork_indices": "indices.pt",
+    },
+    "subnetwork, full": {
+        "subset_of_weights": "subnetwork",
+        "hessian_structure": "full",
+        "subnetwork_indices": "indices.pt",
+    },
+    "empirical Fisher": {"backend": "CurvlinopsEF"},
+    "Hessian": {"backend": "CurvlinopsHessian", "hessian_structure": "full"},
+    "Monte Carlo": {"backend": "AsdlGGN", "stochastic": True, "num_samples": 3},
+    "held out, without complement": {"magnitudes": "held_out", "complement": "none", "prior_mean": 0.2},
+    "cross-fitted in five folds, in the Kronecker metric": {
+        "magnitudes": "cross_fitted",
+        "n_folds": 5,
+        "complement": "kron",
+        "metric": "kron",
+        "rank": 4,
+    },
+    "with the bias of the inverse corrected": {"inverse_correction": "second_order"},
+    "automatic choices": dict.fromkeys(("rank", "magnitudes", "complement", "metric", "direction_samples"), "auto"),
+}
+
+
+def constructor_arguments(options):
+    from laplace import curvature
+
+    options = dict(options)
+    if "backend" in options:
+        options["backend"] = getattr(curvature, options["backend"])
+    kwargs = {key: options.pop(key) for key in ("stochastic", "num_samples") if key in options}
+    if kwargs:
+        options["backend_kwargs"] = kwargs
+    if "subnetwork_indices" in options:
+        options["subnetwork_indices"] = torch.load(options["subnetwork_indices"], weights_only=True)
+    return options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_is_that_of_the_same_fit_in_python(case, likelihood, folder, capsys):
+    hyper = {"prior_precision": 0.4, "temperature": 1.3}
+    if likelihood == "regression":
+        hyper["sigma_noise"] = 0.7
+    assert main(arguments(likelihood, **CASES[case], **hyper, n_data=90)) == 0
+    printed = capsys.readouterr().out
+    assert "load_state_dict" in printed
+    model, options = make_model(), constructor_arguments(CASES[case])
+    expected = DebiasedLaplace(model, likelihood, **options, **hyper)
+    expected.fit(make_loader(likelihood), n_data=90)
+    loaded = DebiasedLaplace(model, likelihood, **options)
+    loaded.load_state_dict(torch.load("posterior.pt", weights_only=True))
+    assert repr(loaded) == repr(expected)
+    assert repr(loaded) in printed
+    assert (str(expected.choice) in printed) == (expected.choice is not None)
+    assert loaded.n_data == 90
+    x = make_loader(likelihood).dataset.tensors[0][:6]
+    actual, wanted = (la(x) if likelihood == "regression" else (la(x),) for la in (loaded, expected))
+    for one, other in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_prior_is_tuned_on_request(folder):
+    assert main(arguments(hessian_structure="kron", tune_prior=True, prior_precision=0.4)) == 0
+    la = DebiasedLaplace(make_model(), "classification", "all", "kron", prior_precision=0.4)
+    la.fit(make_loader("classification"))
+    la.optimize_prior_precision(method="marglik")
+    state = torch.load("posterior.pt", weights_only=True)
+    torch.testing.assert_close(state["prior_precision"], la.prior_precision, rtol=1e-3, atol=0.0)
+    assert abs(float(state["prior_precision"]) - 0.4) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision", "ignore:Even the best")
+def test_the_prior_is_tuned_on_validation_data(folder, capsys):
+    options = {"hessian_structure": "kron", "prior_precision": 0.4}
+    assert main(arguments(**options, tune_prior=True, validation_loader="problem_of_the_user:validation")) == 0
+    la = DebiasedLaplace(make_model(), "classification", **options)
+    la.fit(make_loader("classification"))
+    generator = torch.Generator().manual_seed(8)
+    X = torch.randn(60, 4, generator=generator)
+    la.optimize_prior_precision(
+        method="gridsearch", val_loader=[(X, torch.randint(3, (60,), generator=generator))], progress_bar=False
+    )
+    state = torch.load("posterior.pt", weights_only=True)
+    torch.testing.assert_close(state["prior_precision"], la.prior_precision)
+    assert f"prior precision {la.prior_search.chosen:.4g}, the best of 100" in capsys.readouterr().out
+
+
+def test_no_more_samples_are_read_than_the_tolerance_requires(folder, capsys):
+    assert main(arguments(tolerance=1e9, prior_precision=0.4)) == 0
+    la = DebiasedLaplace(make_model(), "classification", prior_precision=0.4)
+    la.fit(make_loader("classification"), tolerance=1e9)
+    printed = capsys.readouterr().out
+    assert repr(la) in printed
+    assert str(la.stopping) in printed
+    assert [stage.n_samples for stage in la.stopping.stages] == [32, 40]
+
+
+def parser_and_command():
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    model_commands.add_to(commands)
+    return parser, commands.choices["fit"]
+
+
+def parsed(**options):
+    return parser_and_command()[0].parse_args(arguments(**options))
+
+
+def keywords():
+    return {p.name: p for p in signature(DebiasedLaplace).parameters.values() if p.name not in ("model", "likelihood")}
+
+
+def test_every_argument_of_the_constructor_is_an_option_and_keeps_its_default():
+    assert model_commands._options(parsed()) == {}
+    converted = {"subnetwork_indices", "backend", "backend_kwargs"}
+    # of predictions, or without effect: nothing that a fit would change
+    unused = {"enable_backprop", "feature_reduction"}
+    assert set(model_commands._LAPLACE_ARGUMENTS) | converted == set(keywords()) - unused
+
+
+def test_options_have_the_choices_of_the_constructor():
+    choices = {action.dest: action.choices for action in parser_and_command()[1]._actions if action.choices}
+    # an optional one is a literal too
+    annotations = {name: p.annotation for name, p in keywords().items()}
+    annotations["complement"] = get_args(annotations["complement"])[0]
+    literals = {name: get_args(a) for name, a in annotations.items() if get_origin(a) is Literal}
+    assert len(literals) == 8
+    for name, values in literals.items():
+        assert set(choices[name]) == set(values), name
+    for name in ("rank", "direction_samples"):
+        assert getattr(parsed(**{name: "auto"}), name) == "auto"
+
+
+def test_words_in_place_of_numbers_are_refused(folder, capsys):
+    for name in ("rank", "direction_samples", "n_folds"):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments(**{name: "some"}))
+        assert exit_.value.code == 2
+        assert "invalid" in capsys.readouterr().err
+
+
+WRONG = {
+    "no such module": ({"model": "nowhere_to_be_found:model"}, "--model 'nowhere_to_be_found:model' cannot be found"),
+    "no such callable": ({"model": "problem_of_the_user:mdel"}, "cannot be found: .*mdel"),
+    "no colon": ({"loader": "problem_of_the_user"}, "--loader must be given as module:callable"),
+    "not callable": ({"loader": "problem_of_the_user:number"}, "number' is a int"),
+    "a callable that fails": ({"loader": "problem_of_the_user:broken"}, "failed: RuntimeError: no data today"),
+    "not a module": ({"model": "problem_of_the_user:loader"}, "must return a torch.nn.Module; got DataLoader"),
+    "no such weights": ({"weights": "nothing.pt"}, "--weights nothing.pt is not a file"),
+    "weights of another model": ({"weights": "indices.pt"}, "does not fit the model"),
+    "weights that are not tensors": ({"weights": "problem_of_the_user.py"}, "cannot be loaded with weights_only=True"),
+    "a share of two": ({"direction_samples": 2.0}, "direction_samples"),
+    "an option of another structure": ({"hessian_structure": "full", "rank": 3}, "rank requires hessian_structure"),
+    "a Kronecker metric without its complement": ({"metric": "kron", "complement": "none"}, "complement='kron'"),
+    "one fold": ({"n_folds": 1}, "n_folds must be an integer of at least 2; got 1"),
+    "no tolerance": ({"tolerance": 0.0}, "tolerance"),
+    "n_data too small": ({"n_data": 3}, "expected at least 40, got 3"),
+    "validation data without tuning": (
+        {"validation_loader": "problem_of_the_user:validation"},
+        "--validation-loader requires --tune-prior",
+    ),
+    "validation data without samples": (
+        {"tune_prior": True, "validation_loader": "problem_of_the_user:no_validation"},
+        "val_loader yields no batches",
+    ),
+    "num_samples alone": ({"num_samples": 3}, "stochastic=True"),
+    "a folder in the way": ({"out": "."}, "--out must be a file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_and_exit_code_2(case, folder, capsys):
+    options, expected = WRONG[case]
+    assert main(arguments(**options)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("debiased-laplace: ")
+    assert re.search(expected, error), error
+    assert not (folder / "posterior.pt").exists()
+
+
+def test_a_pickle_that_would_run_code_is_not_run(folder):
+    (folder / "evil.py").write_text(
+        "import os\nclass Evil:\n    def __reduce__(self):\n        return os.mkdir, ('ran',)\n"
+    )
+    script = "import torch, evil; torch.save(evil.Evil(), 'weights.pt')"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
+    assert main(arguments()) == 2
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.slow
+def test_as_a_process_with_progress(folder):
+    command = [a for a in arguments(hessian_structure="kron") if a != "--no-progress"]
+    done = subprocess.run(
+        [sys.executable, "-m", "debiased_laplace.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "posterior.pt").exists()
+    assert "[Reading samples]" in done.stderr
+    assert "Warning" not in done.stderr
+    assert "DebiasedKronLaplace" in done.stdout
