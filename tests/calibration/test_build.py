@@ -204,6 +204,7 @@ assert not [m for m in ("pyro", "gpytorch", "matplotlib.pyplot", "laplace") if m
 """
 
 
+@pytest.mark.slow
 def test_import_is_light_and_wrong_types_are_value_errors() -> None:
     # in a process of its own nothing heavy is loaded yet, and no type checker steps in before the message
     code = ISOLATED.format(path=str(Path(room.__file__).parents[1]))

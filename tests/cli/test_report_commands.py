@@ -74,6 +74,7 @@ def test_exit_codes_and_output(folder, monkeypatch, capsys, case) -> None:
     assert message in (shown.err if code == 2 else shown.out)
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_that_of_the_process(folder) -> None:
     command = [sys.executable, "-m", "debiased_laplace.cli", *CHECK, "inconclusive.toml", "--strict"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)

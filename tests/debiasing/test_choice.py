@@ -641,6 +641,7 @@ def population(n: int = 500) -> tuple[SubBatchCurvature, Tensor]:
     return batch, batch.dense()
 
 
+@pytest.mark.slow
 def test_the_choice_is_nearly_as_good_as_the_best_trial() -> None:
     """The mean KL to the full batch over draws, of the choice and of every fixed trial, for weak and strong priors."""
     everybody, H = population()

@@ -410,6 +410,7 @@ def test_a_hessian_with_negative_curvature(shrinkage: bool) -> None:
     assert damped.outcome.negative_curvatures == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "LayerNorm and raw parameters", "LSTM"])
 def test_naive_transcription_with_the_hessian(name: str) -> None:
     model, X, y = built(name)

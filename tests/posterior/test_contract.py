@@ -140,7 +140,7 @@ class TestContract:
         precision, covariance, P = subject.precision, subject.covariance, len(expected.center)
         found = la.posterior_precision
         close(found.to_matrix(), precision)
-        torch.testing.assert_close(found.to_dense(), found.to_matrix(), rtol=0, atol=0)
+        close(found.to_dense(), precision)
         X = torch.randn(P, 3, dtype=torch.float64, generator=generator())
         close(found @ X, precision @ X)
         close(found @ X[:, 0], precision @ X[:, 0])
@@ -350,13 +350,11 @@ class TestContract:
         loaded.load_state_dict(state)
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, state[name]) if isinstance(value, Tensor) else value == state[name], name
-        assert torch.equal(loaded.posterior_precision.to_dense(), la.posterior_precision.to_dense())
-        assert torch.equal(loaded.log_marginal_likelihood(), la.log_marginal_likelihood())
         assert torch.equal(loaded.mean, la.mean)
-        x = subject.inputs[0][:3]
-        for found, wanted in zip(loaded(x), la(x), strict=True):
-            assert torch.equal(found, wanted)
-        assert torch.equal(loaded.sample(2, generator=generator()), la.sample(2, generator=generator()))
+        close(loaded.posterior_precision.to_dense(), subject.precision)
+        close(loaded.log_marginal_likelihood(), subject.evidence, 1e-9)
+        all_close(loaded(subject.inputs[0]), la(subject.inputs[0]), 1e-10)
+        close(loaded.sample(2, generator=generator()), la.sample(2, generator=generator()), 1e-10)
         assert (loaded.n_params, loaded.n_layers, repr(loaded)) == (la.n_params, la.n_layers, repr(la))
         folds = loaded.split.folds
         assert torch.equal(folds, la.split.folds) if folds is not None else la.split.folds is None
@@ -364,7 +362,7 @@ class TestContract:
             named = unfitted(cell, last_layer_name=LAST_LAYER[cell.model])
             assert named.n_params == la.n_params
             named.load_state_dict(state)
-            assert torch.equal(named.posterior_precision.to_dense(), la.posterior_precision.to_dense())
+            close(named.posterior_precision.to_dense(), subject.precision)
         where = f" of last layer {LAST_LAYER[cell.model]!r}" if cell.subset == "last_layer" else ""
         P = len(subject.dense.center)
         assert repr(la).startswith(f"{type(la).__name__}({cell.kind}, {P:,} parameters{where}, magnitudes=")

@@ -48,7 +48,7 @@ def test_fitted_samples(case, overlapping):
 CALLS = {
     "fitted samples not given": (
         lambda la: held_out_kl(la, loaders("classification")[0], **FULL_BATCH),
-        "do not remember their samples: expected the fitted ones as fitted_loader",
+        "do not store their samples: expected the fitted ones as fitted_loader",
     ),
     "one fitted sample too few": (
         lambda la: judge(la, inside=range(15)),
@@ -146,7 +146,7 @@ def test_a_precision_that_is_not_positive_definite():
         held_out_kl(la, *loaders("regression"), **FULL_BATCH)
     diagonal = theirs("regression")
     diagonal.prior_precision = -1000.0
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="to be positive and finite"):
         held_out_kl(diagonal, *loaders("regression"), **FULL_BATCH)
 
 

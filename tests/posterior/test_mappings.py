@@ -406,7 +406,7 @@ def test_batches_padded_to_their_longest_sample():
     la = of_mappings(loader=loader)
     assert la.fit_result.identities.augmented
     check_same(la, reference()[0])
-    with pytest.raises(ValueError, match=r"of one shape.*pad"):
+    with pytest.raises(ValueError, match=r"of one shape.*Pad"):
         of_mappings(loader=list(loader))
     data = Rows(c)
     options = {"batch_size": 4, "collate_fn": padded}

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
 
 N, LENGTH, CLASSES, PRIOR = 16, 6, 3, 0.4
 PAD = 0
