@@ -16,6 +16,7 @@ if os.environ.get("TYPECHECK"):
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
-"""A backend of laplace-torch's at work: on copies of the model, and only for what it does right.
+"""Derivatives by a backend of laplace-torch, on copies of the model.
 
-Before a backend is used, what it gives on a few samples is compared with torch.func.
+A backend is used only for features that agree with torch.func on a few samples.
 """
 
 import copy
@@ -33,7 +33,7 @@ Drawn = Literal["drawn kfac"]
 
 
 class BackendDerivatives:
-    """A backend on copies of the model, asked for derivatives with respect to the selected parameters.
+    """Backend of laplace-torch on copies of the model, for derivatives with respect to the selected parameters.
 
     Args:
         backend: a class of laplace-torch's.
@@ -60,7 +60,7 @@ class BackendDerivatives:
     def try_feature(
         self, feature: BackendFeature, network: Network, some: Batch, kfac: KfacApproximation | None
     ) -> str | None:
-        """Use the backend for a feature if it does it right on some samples; else say why not."""
+        """Use the backend for a feature if it is right on some samples; otherwise return the reason why not."""
         agrees = {"rows": self._rows_agree, "kfac": self._kfac_agrees, "hessian": self._hessian_agrees}[feature]
         try:
             fine = agrees(network, some, kfac)
@@ -75,19 +75,19 @@ class BackendDerivatives:
         return None
 
     def offers_rows(self, root: OutputRoot) -> bool:
-        """For the root of its own curvature."""
+        """Return whether the backend computes the rows of this root."""
         return "rows" in self._right and root == self._root
 
     def offers_kfac(self, root: OutputRoot, approximation: str) -> bool:
-        """For the approximation that was tried."""
+        """Return whether the backend computes the Kronecker factors of this approximation."""
         return "kfac" in self._right and root == self._root and approximation == self._approximation
 
     def offers_hessian(self) -> bool:
-        """Of the loss."""
+        """Return whether the backend computes the Hessian of the loss."""
         return "hessian" in self._right
 
     def rows(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor) -> Tensor:
-        """Rows through the backend's Jacobians (GGN) or gradients (empirical Fisher).
+        """Return rows from the backend's Jacobians (GGN) or gradients (empirical Fisher).
 
         Raises:
             ValueError: if they have another shape than they should.
@@ -106,7 +106,7 @@ class BackendDerivatives:
             return root.transposed(outputs, targets_or_noise, J)
 
     def kfac(self, batches: Iterable[Batch], n_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """The backend's factors of every parameter, as a mean over samples."""
+        """Return the backend's factors of every parameter, as a mean over samples."""
         n_draws = self._n_draws
         options: dict[str, Any] = {"kfac_approx": self._approximation} if self._is_curvlinops else {}
         if n_draws and self._is_curvlinops:
@@ -138,7 +138,7 @@ class BackendDerivatives:
         return sums
 
     def hessian(self, batch: Batch) -> Tensor:
-        """The backend's dense Hessian."""
+        """Return the backend's dense Hessian."""
         # laplace-torch's unit matrix has the default dtype and device, which may be neither of the model's
         with self._asked("hessian") as backend, _defaults_of(next(self._selection.model.parameters())):
             H = backend.full(batch.inputs, batch.targets)[1].detach()
@@ -149,7 +149,7 @@ class BackendDerivatives:
 
     @contextmanager
     def _asked(self, feature: BackendFeature | Drawn) -> Iterator[CurvatureInterface]:
-        """The backend for a feature, while it computes.
+        """Yield the backend for a feature, while it computes.
 
         Gradients are on, and the backends' own warnings (deprecated hooks, scripted functions) kept to themselves.
         BackPACK keeps the handles of all models' hooks in one list, and removes all of them after computing Jacobians:
@@ -185,18 +185,18 @@ class BackendDerivatives:
 
     @property
     def _n_draws(self) -> int:
-        """Of the Monte-Carlo GGN; 0 for all others."""
+        """Number of draws of the Monte-Carlo GGN; 0 for other curvatures."""
         return self._root.n_draws if isinstance(self._root, MonteCarloGaussNewton) else 0
 
     @property
     def _names(self) -> tuple[str, ...]:
-        """Parameters in the order of the backend's factors."""
+        """Names of the parameters in the order of the backend's factors."""
         if self._last_layer:
             return self._selection.names
         return ParameterSelection.all_weights(self._selection.model).names
 
     def _own(self, of_all: Tensor) -> Tensor:
-        """Columns of the selected parameters."""
+        """Return the columns of the selected parameters."""
         if self._last_layer or of_all.shape[-1] == self._selection.n_parameters:
             return of_all
         return of_all[..., self._selection.indices.to(of_all.device)]
@@ -243,14 +243,14 @@ class BackendDerivatives:
 
 
 class _TakesMapping(nn.Module):
-    """A model of mappings as laplace-torch's backends call it: one mapping in, logits out."""
+    """Model of mappings as laplace-torch's backends call it: from one mapping to logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Logits."""
+        """Return the logits."""
         if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
             outputs = self.model(**inputs)
         else:
@@ -260,7 +260,7 @@ class _TakesMapping(nn.Module):
 
 
 def _same_product(found: tuple[Tensor, Tensor], expected: KroneckerFactors) -> bool:
-    """Whether left ⊗ right are the same, whichever factor carries the scale."""
+    """Return whether two products left ⊗ right are equal, whichever factor carries the scale."""
     own = (expected.left, expected.right)
     if any(f.shape != e.shape for f, e in zip(found, own, strict=True)):
         return False
@@ -268,7 +268,7 @@ def _same_product(found: tuple[Tensor, Tensor], expected: KroneckerFactors) -> b
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """What identifies left ⊗ right: its trace, and both factors scaled to that trace."""
+    """Return a normal form of left ⊗ right: its trace, and both factors scaled to that trace."""
     traces = [f.diagonal().sum() if f.ndim == 2 else f.sum() for f in (left, right)]
     size = traces[0] * traces[1]
     if size == 0:
@@ -291,7 +291,7 @@ def _check_shape(found: Tensor, expected: tuple[int, ...], what: str) -> None:
 
 @contextmanager
 def _defaults_of(like: Tensor) -> Iterator[None]:
-    """New tensors get this one's dtype and device where neither is named."""
+    """Make a tensor's dtype and device the defaults of new tensors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(like.dtype)
     try:

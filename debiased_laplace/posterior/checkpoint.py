@@ -1,4 +1,4 @@
-"""The state of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
+"""State of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -84,7 +84,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
-    """The sides of every block; an empty one for the axes, so that a missing entry is not read as them."""
+    """Return both sides of every block; an empty tensor for the axes, so that a missing entry is an error."""
     if basis is None:
         return {}
     entries: dict[str, Any] = {"basis_n_blocks": len(basis.blocks)}

@@ -82,7 +82,7 @@ def laplace_torch_candidate(la: Any, n_data: int | None, temperature: int | floa
 
 @contextmanager
 def plain_model(model: nn.Module) -> Iterator[None]:
-    """A model without what laplace-torch's backends left on it, which is there again afterwards.
+    """Remove what laplace-torch's backends left on a model, and restore it afterwards.
 
     A last-layer posterior's notes its features at every forward pass; BackPACK's hooks stay, and torch.func cannot
     differentiate through them.
@@ -139,7 +139,7 @@ def preserve_state(model: nn.Module | None, plain: bool = True) -> Iterator[None
 
 
 def _full_batch(la: ParametricLaplace, n_data: int | None, temperature: int | float | None) -> tuple[int, float]:
-    """N and temperature of the full batch."""
+    """Return N and temperature of the full batch."""
     n = la.n_data if n_data is None else integer(n_data, "n_data")
     if n < la.n_data:
         raise ValueError(f"n_data must count the {la.n_data} samples that were fitted too; got {n}.")
@@ -154,7 +154,7 @@ def _full_batch(la: ParametricLaplace, n_data: int | None, temperature: int | fl
 
 
 def _selection(la: ParametricLaplace) -> tuple[ParameterSelection, Tensor | None]:
-    """The parameters in increasing order, and their places in the posterior's own order where that is another.
+    """Return the parameters in increasing order, and their places in the posterior's own order where it differs.
 
     Raises:
         ValueError: if it is over other parameters than the trainable ones, or not at the model's present weights.
@@ -184,7 +184,7 @@ def _selection(la: ParametricLaplace) -> tuple[ParameterSelection, Tensor | None
 
 
 def _prior(la: ParametricLaplace, selection: ParameterSelection, order: Tensor | None) -> Tensor:
-    """The diagonal of the prior precision; laplace-torch's own property knows no prior per layer of a last layer."""
+    """Return the diagonal of the prior precision; laplace-torch's property lacks a prior per layer of a last layer."""
     prior, P = la.prior_precision.detach(), selection.n_parameters
     if len(prior) == 1:
         return prior.expand(P)
@@ -199,7 +199,7 @@ def _prior(la: ParametricLaplace, selection: ParameterSelection, order: Tensor |
 
 
 def _operator(precision: Any, order: Tensor | None, selection: ParameterSelection) -> LowRankPlusDiagonal:
-    """A precision in any of laplace-torch's forms."""
+    """Convert a precision in any of laplace-torch's forms."""
     if isinstance(precision, KronDecomposed):
         return _of_kron(precision, selection)
     if isinstance(precision, Tensor) and precision.ndim == 1:
