@@ -6,8 +6,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-Number = int | float | Tensor
-
 
 def name_of(option: object) -> str:
     """Return an option as a plain string, whether it is one or a member of laplace-torch's enumerations."""

@@ -214,7 +214,9 @@ def fit_curvature(
         curvatures = _curvatures(spec, network, some, passes, progress_bar=progress_bar)
         options, choice = request.options, None
         if request.open:
-            choice, split, curvatures = _choose(spec, request, weighting, source, split, curvatures[0], n_data)
+            choice, split, curvatures = _choose(
+                spec, request, weighting, source, union=split, curvature=curvatures[0], n_data=n_data
+            )
             options = choice.chosen.options
         roles = SplitCurvature(curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data)
         with warnings.catch_warnings():
@@ -247,6 +249,7 @@ def _choose(
     request: Request,
     weighting: Weighting,
     source: SampleSource,
+    *,
     union: SubBatches,
     curvature: SubBatchCurvature,
     n_data: int,

@@ -931,11 +931,12 @@ class JacobianBackend:
 
     def chunks(
         self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
-    ) -> Iterator[tuple[Float[Tensor, "_ C P"], Float[Tensor, "_ C"]]]:
-        """Yield Jacobians and outputs of some inputs at a time, as many as fit into a chunk of memory."""
+    ) -> list[tuple[Float[Tensor, "_ C P"], Float[Tensor, "_ C"]]]:
+        """Return Jacobians and outputs of some inputs at a time, as many as fit into a chunk of memory."""
         inputs, _ = self.posterior._check_request(x, "glm", 1, None)
+        # a list: a suspended generator would leave the model in evaluation mode
         with self.posterior._predictive(inputs) as predictive:
-            yield from predictive.network.jacobians(predictive.inputs, create_graph=enable_backprop)
+            return list(predictive.network.jacobians(predictive.inputs, create_graph=enable_backprop))
 
     def jacobians(
         self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
@@ -946,7 +947,7 @@ class JacobianBackend:
             x: inputs, as of the posterior.
             enable_backprop: keep the graph.
         """
-        parts = list(self.chunks(x, enable_backprop))
+        parts = self.chunks(x, enable_backprop)
         return torch.cat([J for J, _ in parts]), torch.cat([f for _, f in parts])
 
     def outputs(self, x: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n C"]:

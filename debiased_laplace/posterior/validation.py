@@ -121,10 +121,12 @@ def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> l
     found = []
     for batch in batches:
         n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * la.mean_subnet.element_size()
-        outputs = la.backend.outputs(batch.inputs)
-        kept = tuple(J for J, _ in la.backend.chunks(batch.inputs)) if n_bytes <= left else None
-        found.append(ValidationBatch(batch, outputs, kept))
-        left -= n_bytes if kept is not None else 0
+        if n_bytes > left:
+            found.append(ValidationBatch(batch, la.backend.outputs(batch.inputs), None))
+            continue
+        jacobians, outputs = zip(*la.backend.chunks(batch.inputs), strict=True)
+        found.append(ValidationBatch(batch, torch.cat(outputs), jacobians))
+        left -= n_bytes
     return found
 
 

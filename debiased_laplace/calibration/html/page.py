@@ -24,7 +24,7 @@ from debiased_laplace.calibration.contents import (
 )
 from debiased_laplace.calibration.findings import CAUTION, CONFIDENCE_TARGETS, name_confidence, name_reference
 from debiased_laplace.calibration.formatting import NO_BREAK, NOTHING, format_interval, format_number
-from debiased_laplace.calibration.html import figures, posterior_figures
+from debiased_laplace.calibration.html import figures
 from debiased_laplace.calibration.svg import inline_svg
 from debiased_laplace.calibration.tables import make_table
 
@@ -55,7 +55,7 @@ def render_html(contents: ReportContents) -> str:
     """Return the whole page."""
     environment = tables.make_environment(autoescape=True)
     environment.filters |= {"cite": link_references, "encode": encode_figure}
-    modules = {"figures": figures, "posterior_figures": posterior_figures, "tables": tables, "formatting": formatting}
+    modules = {"figures": figures, "tables": tables, "formatting": formatting}
     environment.globals |= {**modules, "inline_svg": inline_svg}
     style = (files(__package__) / "style.css").read_text(encoding="utf-8")
     with matplotlib.style.context("default"):  # whatever the caller draws with
