@@ -1,7 +1,16 @@
-"""Steps of the site's build: a page for each example, and formulas as MathML, which browsers draw without a script."""
+"""Steps of the site's build: a page for each example, and formulas as MathML, which browsers draw without a script.
+
+With GALLERY=run in the environment the examples are executed, which takes half an hour on two cores: their pages show
+what they print, and pictures of this run. Without it, pictures are those in docs/figures.
+"""
 
 import html
+import os
 import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +70,22 @@ def cells_of(path: Path) -> list[tuple[bool, str]]:
     return cells
 
 
+@cache
+def executed(path: Path) -> tuple[str, bytes | None]:
+    """What an example prints, and its picture; nothing unless the gallery is to be run."""
+    if os.environ.get("GALLERY") != "run":
+        return "", None
+    picture = shown(path).picture
+    with tempfile.TemporaryDirectory() as folder:
+        figure = Path(folder) / (picture or "none")
+        draws = picture is not None and "--figure" in path.read_text()
+        options = ["--figure", str(figure)] if draws else []
+        done = subprocess.run([sys.executable, path, *options], capture_output=True, text=True, check=True)
+        return done.stdout, figure.read_bytes() if draws else None
+
+
 def page_of(path: Path) -> str:
-    """The page of an example: its question and claim, its picture and its code."""
+    """The page of an example: its question and claim, its picture, its code, and what it prints."""
     title, page, picture = shown(path)
     parts = [f"# {title}"]
     for position, (is_text, content) in enumerate(cells_of(path)):
@@ -70,6 +93,8 @@ def page_of(path: Path) -> str:
         if position == 0:
             parts += [f"![{title}](../figures/{picture})"] if picture else []
             parts.append(f"The numbers in their context: [{page.partition('.')[0].replace('_', ' ')}](../{page}).")
+    printed, _ = executed(path)
+    parts += [f"It prints:\n\n```text\n{printed.strip()}\n```"] if printed else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,6 +126,11 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "gallery/index.md", content=overview()))
     for path in examples():
         files.append(File.generated(config, f"gallery/{path.stem}.md", content=page_of(path)))
+        _, picture = executed(path)
+        if picture is not None:
+            name = f"figures/{shown(path).picture}"
+            files.remove(files.src_uris[name])
+            files.append(File.generated(config, name, content=picture))
     return files
 
 

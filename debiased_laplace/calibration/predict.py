@@ -17,7 +17,7 @@ from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
 from debiased_laplace.checks import name_of
 from debiased_laplace.curvature.parameters import takes_keywords
-from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.errors import NotFittedError
@@ -237,8 +237,8 @@ def _check_posterior(name: str, la: BaseLaplace, task: Task) -> None:
 def _read_batch(loaded: Any, keys: MappingKeys, *, labelled: bool) -> Batch:
     """Return a loader's item as a batch; targets that are not asked for are zeros."""
     if labelled:
-        return as_batch(loaded, keys)
-    inputs = loaded[0] if isinstance(loaded, tuple | list) and len(loaded) in (1, 2) else loaded
+        return as_unweighted_batch(loaded, keys)
+    inputs = loaded[0] if isinstance(loaded, tuple | list) and len(loaded) in (1, 2, 3) else loaded
     if isinstance(inputs, Mapping):
         inputs = keys.inputs(inputs)
     elif not isinstance(inputs, Tensor) or inputs.ndim == 0:

@@ -14,6 +14,7 @@ from torch.func import jvp, linearize, vjp, vmap
 
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
+from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, one_by_one
 
 _MIXTURES = 4  # random combinations of outputs that modes of differentiation are tested on
@@ -152,12 +153,13 @@ class BatchProducts:
         self,
         selection: ParameterSelection,
         parameters: dict[str, Tensor],
-        inputs: Inputs,
+        batch: Batch,
         targets_or_noise: Tensor,
         root: OutputRoot,
         capabilities: "Capabilities",
     ):
-        self._batch = LinearizedBatch(selection, parameters, inputs, capabilities)
+        self._samples = batch
+        self._batch = LinearizedBatch(selection, parameters, batch.inputs, capabilities)
         self._root, self._targets_or_noise = root, targets_or_noise
 
     def __call__(self, X: Tensor) -> Tensor:
@@ -166,7 +168,8 @@ class BatchProducts:
 
     def _single(self, x: Tensor) -> Tensor:
         pushed = self._batch.pushed(x[:, None])[..., 0]
-        return self._batch.pulled(self._root.product(self._batch.outputs, self._targets_or_noise, pushed))
+        product = self._root.product(self._batch.outputs, self._targets_or_noise, pushed)
+        return self._batch.pulled(self._samples.scaled(product))
 
 
 def _vjp(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,12 +24,14 @@ class FirstPass:
     Attributes:
         samples: the samples, held in memory if they are few or `keep` was set.
         hashes: hash of each sample.
-        loss: sum of the losses, in nats.
+        loss: sum of the weighted losses, in nats.
+        weights: weight of each sample, on the CPU; None if all are 1.
     """
 
     samples: SubBatch
     hashes: Int64[Tensor, " n"]
     loss: float
+    weights: Float[Tensor, " n"] | None
 
 
 def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar: bool) -> FirstPass:
@@ -45,6 +47,7 @@ def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar:
         ValueError: if inputs, targets or outputs are not finite, or targets do not fit.
     """
     hashes: list[Tensor] = []
+    weights: list[Tensor] = []
     kept: list[Batch] = []
     size = 0
     loss = torch.zeros((), dtype=accumulation_dtype(network.like), device=network.like.device)
@@ -53,14 +56,27 @@ def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar:
             batch.check_finite()
             outputs = checked_outputs(network.outputs(batch.inputs), batch)
             network.likelihood.check(outputs, batch.targets)
-            loss += network.likelihood.loss(outputs, batch.targets)
+            weighted = with_target_weights(batch, network.likelihood)
+            if weighted.weights is None:
+                loss += network.likelihood.loss(outputs, batch.targets)
+            else:
+                loss += weighted.scaled(network.likelihood.per_sample_loss(outputs, batch.targets)).sum()
+                weights.append(weighted.weights.double().cpu())
             hashes.append(sample_hashes(batch))
             size += batch.n_bytes
             kept = [*kept, batch] if keep or size <= KEEP_BYTES else []
             bar.update(len(batch))
     if keep or size <= KEEP_BYTES:
         samples = samples.keeping(kept)
-    return FirstPass(samples, torch.cat(hashes), float(loss))
+    return FirstPass(samples, torch.cat(hashes), float(loss), torch.cat(weights) if weights else None)
+
+
+def with_target_weights(batch: Batch, likelihood: Likelihood) -> Batch:
+    """Return the samples with their weights times those that the likelihood gives to their targets."""
+    of_targets = likelihood.weights(batch.targets)
+    if of_targets is None:
+        return batch
+    return batch.weighted(batch.scaled(of_targets))
 
 
 def prepare_network(selection: ParameterSelection, likelihood: Likelihood, batch: Batch) -> Network:

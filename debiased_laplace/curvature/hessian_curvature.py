@@ -40,7 +40,9 @@ class HessianCurvature(SubBatchCurvature):
         self.samples = samples
         self.derivatives = derivatives
         backend = network.backend
-        self.backend = backend if backend is not None and backend.offers_hessian() else None
+        # backends sum over samples without weights
+        offered = backend is not None and backend.offers_hessian() and samples.weights is None
+        self.backend = backend if offered else None
         self.progress_bar = progress_bar
         self._dense: Tensor | None = None
 

@@ -44,7 +44,7 @@ class KfacSums:
         self._layers = {name: layers[name] for name in {**self._weights, **self._biases}}
         self._inputs: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._positions: dict[str, int] = {}
+        self._positions: dict[str, float] = {}
         # layers whose inputs do not separate samples, or that get no gradient
         self._unsupported: set[str] = set()
 
@@ -61,7 +61,7 @@ class KfacSums:
                 continue
             G = G / self.n
             if layer in self._weights:
-                A = self._inputs[layer] / max(self._positions[layer], 1)
+                A = self._inputs[layer] / (self._positions[layer] or 1)
                 factors[self._weights[layer]] = KroneckerFactors(G, A)
             if layer in self._biases:
                 factors[self._biases[layer]] = KroneckerFactors(G, G.new_ones(1))
@@ -69,14 +69,15 @@ class KfacSums:
 
     def _add(self, batch: Batch, targets_or_noise: Tensor) -> None:
         seen: list[tuple[str, Tensor]] = []
+        weights = batch.weights
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Any:
                 a = (arguments[0] if arguments else named["input"]).detach()
-                if not output.requires_grad or not self._separates_samples(module, a, output, len(batch)):
+                if not output.requires_grad or not self._separates_samples(module, a, output, batch):
                     self._unsupported.add(name)
                     return output
-                self._add_inputs(name, a)
+                self._add_inputs(name, a, weights)
                 seen.append((name, output))
                 # the next layer may work in place, and would overwrite this output
                 return output.clone()
@@ -95,7 +96,7 @@ class KfacSums:
         if not seen:
             return
         at = [output for _, output in seen]
-        S = self.root.columns(outputs.detach(), targets_or_noise, slice(None))
+        S = batch.scaled(self.root.columns(outputs.detach(), targets_or_noise, slice(None)), 0.5)
         for cotangent in S.unbind(-1):
             gradients = torch.autograd.grad(outputs, at, cotangent, retain_graph=True, materialize_grads=True)
             for (name, _), g in zip(seen, gradients, strict=True):
@@ -103,22 +104,26 @@ class KfacSums:
                 G = G.sum(1, keepdim=True) if self.approximation == "reduce" else G
                 _accumulate(self._gradients, name, G)
 
-    def _separates_samples(self, layer: nn.Module, a: Tensor, output: Tensor, n: int) -> bool:
+    def _separates_samples(self, layer: nn.Module, a: Tensor, output: Tensor, batch: Batch) -> bool:
         """Return whether a layer's inputs separate samples from positions, as far as the approximation requires."""
         dimensions = {nn.Conv1d: 3, nn.Conv2d: 4}
         expected = next((d for kind, d in dimensions.items() if isinstance(layer, kind)), None)
         if a.ndim < 2 or (expected is not None and a.ndim != expected):
             return False
-        if self.approximation == "reduce":
+        n = len(batch)
+        if self.approximation == "reduce" or batch.weights is not None:
             return len(a) == n == len(output)
         # every position counts as a sample; only inputs that all samples share are not supported
         positions = a.shape[0] if expected is not None else a.shape[:-1].numel()
         return positions % n == 0
 
-    def _add_inputs(self, name: str, a: Tensor) -> None:
+    def _add_inputs(self, name: str, a: Tensor, weights: Tensor | None) -> None:
         A = positions_of_inputs(self._layers[name], a)
         A = A.mean(1, keepdim=True) if self.approximation == "reduce" else A
-        self._positions[name] = self._positions.get(name, 0) + A.shape[0] * A.shape[1]
+        n_positions = float(A.shape[0] * A.shape[1])
+        if weights is not None:
+            A, n_positions = A * weights.to(A).sqrt()[:, None, None], float(weights.sum()) * A.shape[1]
+        self._positions[name] = self._positions.get(name, 0.0) + n_positions
         _accumulate(self._inputs, name, A)
 
 

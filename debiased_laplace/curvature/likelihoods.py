@@ -4,7 +4,8 @@ The loss of a sample is the negative log-likelihood up to constants, with unit n
 classification, $\tfrac12 \|y - f\|^2$ for regression. Observation noise and temperature multiply it later.
 """
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -50,6 +51,10 @@ class Likelihood(Protocol):
         r"""Return $\partial \ell / \partial f$."""
         ...
 
+    def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:
+        """Return the factor of each sample's loss that its target implies; None: 1."""
+        ...
+
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
         """Draw the noise that `drawn_targets` converts to targets, on the generator's device."""
         ...
@@ -59,19 +64,38 @@ class Likelihood(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class Classification:
-    """Softmax likelihood of integer class labels."""
+    r"""Softmax likelihood of class labels, or of class probabilities (soft labels).
 
+    The loss of soft labels y is $-\sum_c w_c y_c \log p_c$ with class weights w, as that of
+    `torch.nn.CrossEntropyLoss`. It is $m = \sum_c w_c y_c$ times the loss of the soft labels $w_c y_c / m$: m is the
+    sample's weight, and the methods below are those of the normalized labels.
+
+    Attributes:
+        class_weights: w, (C,); None: 1.
+    """
+
+    class_weights: Float[Tensor, " C"] | None = None
     name = "classification"
 
     def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Check that labels are integers of shape (n,) in [0, C), and C is at least 2."""
+        """Check that targets are integers (n,) in [0, C) or probabilities (n, C), and C is at least 2."""
         n, C = outputs.shape
         if C < 2:
             raise ValueError(f"Classification expects at least 2 outputs (logits); the model has {C}.")
+        if self.class_weights is not None and len(self.class_weights) != C:
+            raise ValueError(f"Expected {C} class_weights, one for each output; got {len(self.class_weights)}.")
+        if targets.is_floating_point() and targets.shape == (n, C):
+            sums = targets.sum(1)
+            # rounding of half precision is allowed
+            if bool((targets < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+                raise ValueError("Expected soft labels as probabilities (n, C), at least 0 and with a sum of 1.")
+            return
         if targets.is_floating_point() or targets.shape != (n,):
             raise ValueError(
-                f"Expected class labels as integers of shape ({n},); got {targets.dtype} of shape "
+                f"Expected class labels as integers of shape ({n},), or as probabilities ({n}, {C}); got "
+                f"{targets.dtype} of shape "
                 f"{tuple(targets.shape)}."
             )
         low, high = int(targets.min()), int(targets.max())
@@ -80,11 +104,11 @@ class Classification:
 
     def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
         """Return the summed cross entropy."""
-        return cross_entropy(outputs, targets.long(), reduction="sum")
+        return cross_entropy(outputs, self._labels(outputs, targets), reduction="sum")
 
     def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
         """Return the cross entropy of each sample."""
-        return cross_entropy(outputs, targets.long(), reduction="none")
+        return cross_entropy(outputs, self._labels(outputs, targets), reduction="none")
 
     def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
         r"""Return columns of $S = \mathrm{diag}(\sqrt p) - p \sqrt p^\top$, a root of $\mathrm{diag}(p) - p p^\top$."""
@@ -104,9 +128,27 @@ class Classification:
         return p * (x - (p * x).sum(-1, keepdim=True))
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        """Return the probabilities minus the label's unit vector."""
+        """Return the probabilities minus the label's unit vector, or minus the soft labels."""
         p = torch.softmax(outputs, dim=-1)
-        return p - one_hot(targets.long(), outputs.shape[-1]).to(p.dtype)
+        labels = self._labels(outputs, targets)
+        return p - (labels if labels.is_floating_point() else one_hot(labels, outputs.shape[-1]).to(p.dtype))
+
+    def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:
+        """Return the class weight of each label, of soft labels its mean."""
+        if self.class_weights is None:
+            return None
+        w = self.class_weights.to(targets.device)
+        return targets.to(w.dtype) @ w if targets.is_floating_point() else w[targets.long()]
+
+    def _labels(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return labels, or normalized soft labels."""
+        if not targets.is_floating_point():
+            return targets.long()
+        soft = targets.to(outputs.dtype)
+        if self.class_weights is not None:
+            soft = soft * self.class_weights.to(outputs)
+        # without weight nothing of the sample enters
+        return soft / soft.sum(-1, keepdim=True).clamp_min(torch.finfo(soft.dtype).tiny)
 
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:  # noqa: ARG002
         """Draw one uniform number per sample."""
@@ -152,6 +194,10 @@ class Regression:
         """Return x."""
         return x
 
+    def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:  # noqa: ARG002
+        """Return None: every target counts alike."""
+        return None
+
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
         """Return output minus target."""
         return outputs - targets.to(outputs.dtype)
@@ -173,12 +219,35 @@ _LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-def likelihood_named(name: str) -> Likelihood:
+def likelihood_named(name: str, class_weights: Any = None) -> Likelihood:
     """Return the likelihood of a name.
 
+    Args:
+        name: of the likelihood.
+        class_weights: factor of the loss of each class, (C,), for "classification"; None: 1.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or class weights are not such numbers or not for it.
     """
     if name not in _LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {sorted(_LIKELIHOODS)}; got {name!r}.")
-    return _LIKELIHOODS[name]
+    if class_weights is None:
+        return _LIKELIHOODS[name]
+    if name != "classification":
+        raise ValueError(f"class_weights are for likelihood='classification'; got likelihood={name!r}.")
+    try:
+        weights = torch.as_tensor(class_weights).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Expected class_weights as numbers, one for each class; got {class_weights!r}.") from error
+    valid = weights.ndim == 1 and bool((weights >= 0).all() and weights.isfinite().all() and weights.any())
+    if not valid:
+        raise ValueError(
+            f"Expected class_weights as one number for each class, none negative and not all 0; got {class_weights!r}."
+        )
+    return Classification(weights if weights.is_floating_point() else weights.float())
+
+
+def shown_class_weights(likelihood: Likelihood) -> str:
+    """Return the class weights of a likelihood as text; nothing without them."""
+    weights = getattr(likelihood, "class_weights", None)
+    return "" if weights is None else f" with class_weights {[float(f'{w:.6g}') for w in weights.tolist()]}"

@@ -1,6 +1,6 @@
 """A network at its trained weights, with its outputs and their derivatives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -114,7 +114,7 @@ class Network:
     def root_rows(
         self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor
     ) -> Iterator[tuple[int, RowBlocks, str]]:
-        r"""Yield rows $S_n^\top J_n$ of a curvature's root.
+        r"""Yield rows $\sqrt{m_n} S_n^\top J_n$ of a curvature's root, $m_n$ being the samples' weights.
 
         Args:
             batch: samples.
@@ -127,12 +127,15 @@ class Network:
         r = root.n_columns(self.n_outputs)
         backend = self.backend
         if backend is None or not backend.offers_rows(root):
+            start = 0
             for n, blocks in self._grouped(batch.inputs, targets_or_noise, root.columns, r):
-                yield n, blocks, TORCH_ROWS
+                group = None if batch.weights is None else batch.weights[start : start + n]
+                yield n, _weighted(blocks, group), TORCH_ROWS
+                start += n
             return
         size = max(1, min(self.rows_per_chunk(self.n_outputs), _MOST_SAMPLES_OF_A_BACKEND))
         for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
-            yield len(chunk), iter([backend.rows(chunk, root, part)]), backend.name
+            yield len(chunk), _weighted([backend.rows(chunk, root, part)], chunk.weights), backend.name
 
     def _grouped(
         self, inputs: Inputs, targets_or_noise: Tensor, columns: _Columns, n_rows: int, *, leading: int = 0
@@ -168,13 +171,13 @@ class Network:
             self.selection, self.parameters, inputs, targets_or_noise, cotangents, create_graph=create_graph
         )
 
-    def root_columns(self, inputs: Inputs, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
-        r"""Return $S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""
+    def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
+        r"""Return $\sqrt{m_n} S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""
         parts = []
         for tangents in directions.split(_TANGENTS, dim=1):
-            pushed, outputs = self.pushed(inputs, tangents)
+            pushed, outputs = self.pushed(batch.inputs, tangents)
             parts.append(root.transposed(outputs, targets_or_noise, pushed))
-        return torch.cat(parts, dim=-1)
+        return batch.scaled(torch.cat(parts, dim=-1), 0.5)
 
     def pushed(self, inputs: Inputs, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """Return $J_n u_i$ as (n, C, k) for a few tangents (P, k), and the outputs (n, C)."""
@@ -186,13 +189,19 @@ class Network:
         linear = derivatives.allows_linearization(self.selection, self.parameters, inputs)
         return replace(self, capabilities=replace(self.capabilities, linearized=linear))
 
-    def products(self, inputs: Inputs, root: OutputRoot, targets_or_noise: Tensor) -> BatchProducts:
+    def products(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor) -> BatchProducts:
         """Prepare a batch for repeated products with its curvature."""
-        return BatchProducts(self.selection, self.parameters, inputs, targets_or_noise, root, self.capabilities)
+        return BatchProducts(self.selection, self.parameters, batch, targets_or_noise, root, self.capabilities)
 
     def linearized(self, inputs: Inputs) -> LinearizedBatch:
         """Prepare a batch for repeated derivatives along directions and gradients."""
         return LinearizedBatch(self.selection, self.parameters, inputs, self.capabilities)
+
+
+def _weighted(blocks: Iterable[Tensor], weights: Tensor | None) -> RowBlocks:
+    """Scale rows (n, r, P) so that the curvature of each sample has its weight."""
+    for rows in blocks:
+        yield rows if weights is None else rows * weights.to(rows).sqrt()[:, None, None]
 
 
 def _chosen_columns(columns: _Columns, chosen: slice, outputs: Tensor, targets_or_noise: Tensor) -> Tensor:

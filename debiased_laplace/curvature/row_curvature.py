@@ -212,7 +212,8 @@ class RowCurvature(SubBatchCurvature):
             for batch, targets_or_noise in self.batches():
                 for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
                     features, outputs = layer.features(chunk.inputs)
-                    yield features, layer.root_columns(outputs, self.root, part)
+                    columns = layer.root_columns(outputs, self.root, part)
+                    yield features, (chunk.scaled(S, 0.5) for S in columns)
                     bar.update(len(chunk))
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
@@ -265,7 +266,7 @@ class RowCurvature(SubBatchCurvature):
         with self._progress("[Curvature along directions]") as bar:
             for batch, targets_or_noise in self.batches():
                 for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
-                    projections = self.network.root_columns(chunk.inputs, self.root, part, directions)
+                    projections = self.network.root_columns(chunk, self.root, part, directions)
                     sums.add(projections.to(sums.first.dtype).square().sum(1))
                     bar.update(len(chunk))
         return sums.moments()
@@ -295,7 +296,7 @@ class RowProducts:
             for batch, targets_or_noise in curvature.batches():
                 network = network if self._batches else network.ready_for_products(batch.inputs)
                 for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
-                    self._batches.append(network.products(chunk.inputs, curvature.root, part))
+                    self._batches.append(network.products(chunk, curvature.root, part))
 
     def __call__(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
         """Return H X."""

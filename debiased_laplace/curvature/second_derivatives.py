@@ -48,7 +48,8 @@ class SecondDerivatives:
         return torch.cat([how(batch, part) for part in X.split(_TOGETHER, dim=1)], dim=1)
 
     def _losses(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
-        return self.likelihood.per_sample_loss(self.selection.call(parameters, batch.inputs), batch.targets)
+        losses = self.likelihood.per_sample_loss(self.selection.call(parameters, batch.inputs), batch.targets)
+        return batch.scaled(losses)
 
     def _forward_bilinears(self, batch: Batch, U: Tensor, V: Tensor) -> Tensor:
         def along(u: dict[str, Tensor], v: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Batches of inputs and targets, and hashes of their samples."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -9,12 +9,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from debiased_laplace.data.inputs import Inputs, MappingKeys, n_samples_of, on_each, shape_of, split, tensors_of
+from debiased_laplace.data.inputs import WEIGHTS, Inputs, MappingKeys, n_samples_of, on_each, shape_of, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Inputs and targets of samples; the first dimension of every tensor counts samples.
+
+    Attributes:
+        inputs: of the model.
+        targets: of the likelihood.
+        weights: factor of each sample's loss and curvature, (n,); None: 1.
 
     Raises:
         ValueError: if there is no input, or a tensor has no first dimension or another length.
@@ -22,12 +27,17 @@ class Batch:
 
     inputs: Inputs
     targets: Tensor
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not tensors_of(self.inputs):
             raise ValueError("Expected at least one tensor as inputs; got an empty mapping.")
         # pairs: a mapping may have an entry of this name too
         named = [*tensors_of(self.inputs).items(), ("targets", self.targets)]
+        if self.weights is not None:
+            named.append((WEIGHTS, self.weights))
+            if self.weights.ndim != 1:
+                raise ValueError(f"Expected {WEIGHTS} of shape (n,); got shape {tuple(self.weights.shape)}.")
         if any(t.ndim == 0 for _, t in named):
             shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named)
             raise ValueError(f"Inputs and targets need a first dimension that counts samples; got shapes {shapes}.")
@@ -42,22 +52,48 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        return Batch(on_each(self.inputs, lambda t: t.to(device)), self.targets.to(device))
+        return self.mapped(lambda t: t.to(device))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply a function to every tensor."""
+        weights = None if self.weights is None else function(self.weights)
+        return Batch(on_each(self.inputs, function), function(self.targets), weights)
 
     def chunks(self, size: int) -> list["Batch"]:
         """Split the batch into batches of at most `size` samples."""
-        pairs = zip(split(self.inputs, size), self.targets.split(size), strict=True)
-        return [Batch(x, y) for x, y in pairs]
+        return [self.mapped(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]  # type: ignore[misc]
 
     def at(self, positions: Int64[Tensor, " m"]) -> "Batch":
         """Return the samples at these positions."""
-        return Batch(
-            on_each(self.inputs, lambda t: t[positions.to(t.device)]), self.targets[positions.to(self.targets.device)]
-        )
+        return self.mapped(lambda t: t[positions.to(t.device)])
 
     def first(self, n: int) -> "Batch":
         """Return the first n samples."""
-        return Batch(on_each(self.inputs, lambda t: t[:n]), self.targets[:n])
+        return self.mapped(lambda t: t[:n])
+
+    def weighted(self, weights: Tensor | None) -> "Batch":
+        """Return the samples with other weights."""
+        return replace(self, weights=weights)
+
+    def scaled(self, values: Tensor, power: float = 1.0) -> Tensor:
+        """Multiply values of the samples, (n, …), by a power of their weights."""
+        if self.weights is None:
+            return values
+        factors = self.weights.to(values).pow(power)
+        return values * factors.reshape(-1, *(1,) * (values.ndim - 1))
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights."""
+        return len(self) if self.weights is None else float(self.weights.double().sum())
+
+    def with_mean_weight_one(self) -> "Batch":
+        """Return the samples with their weights scaled to a mean of 1."""
+        if self.weights is None:
+            return self
+        if self.total_weight == 0:
+            raise ValueError(f"Expected positive {WEIGHTS} of at least one sample; got 0 for all of them.")
+        return self.weighted(self.weights.double() * (len(self) / self.total_weight))
 
     @property
     def n_bytes(self) -> int:
@@ -65,11 +101,16 @@ class Batch:
         return sum(t.numel() * t.element_size() for t in (*tensors_of(self.inputs).values(), self.targets))
 
     def check_finite(self) -> None:
-        """Check that inputs and targets are finite.
+        """Check that inputs and targets are finite, and weights too and not negative.
 
         Raises:
-            ValueError: if an input or a target is not finite.
+            ValueError: if an input, a target or a weight is not finite, or a weight is negative.
         """
+        if self.weights is not None and not bool(((self.weights >= 0) & self.weights.isfinite()).all()):
+            raise ValueError(
+                f"Expected finite {WEIGHTS} that are not negative; got {float(self.weights.min()):g} to "
+                f"{float(self.weights.max()):g}."
+            )
         for name, values in (*tensors_of(self.inputs).items(), ("targets", self.targets)):
             if values.is_floating_point() and not bool(values.isfinite().all()):
                 bad = ~values.isfinite()
@@ -83,8 +124,9 @@ def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
     """Convert an item of a loader to a batch.
 
     Args:
-        loaded: pair (inputs, targets) of tensors with the samples along the first dimension, or a mapping of tensors
-            as Hugging Face models take them; the inputs of a pair may also be such a mapping.
+        loaded: (inputs, targets) or (inputs, targets, weights), tensors with the samples along the first dimension, or
+            a mapping of tensors as Hugging Face models take them, with weights under "sample_weights"; the inputs of a
+            pair may also be such a mapping.
         keys: keys of the inputs and targets in a mapping.
 
     Returns:
@@ -99,18 +141,32 @@ def as_batch(loaded: Any, keys: MappingKeys) -> Batch:
                 f"Expected the targets of a mapping as a tensor under dict_key_y={keys.dict_key_y!r}; got keys "
                 f"{sorted(loaded)}."
             )
-        return Batch(keys.inputs(loaded), loaded[keys.dict_key_y])
-    if isinstance(loaded, tuple | list) and len(loaded) == 2:
-        inputs, targets = loaded
-        if isinstance(inputs, Mapping) and isinstance(targets, Tensor):
-            return Batch(keys.inputs(inputs), targets)
-        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
-            return Batch(inputs, targets)
+        return Batch(keys.inputs(loaded), loaded[keys.dict_key_y], loaded.get(WEIGHTS))
+    if isinstance(loaded, tuple | list) and len(loaded) in (2, 3) and all(isinstance(t, Tensor) for t in loaded[1:]):
+        if isinstance(loaded[0], Mapping):
+            return Batch(keys.inputs(loaded[0]), *loaded[1:])
+        if isinstance(loaded[0], Tensor):
+            return Batch(*loaded)
     parts = [type(part).__name__ for part in loaded] if isinstance(loaded, tuple | list) else ""
     raise ValueError(
-        f"Expected batches of two tensors, (inputs, targets), or mappings of tensors; a batch came as "
+        f"Expected batches of two tensors, (inputs, targets), of three, (inputs, targets, {WEIGHTS}), or mappings of "
+        f"tensors; a batch came as "
         f"{type(loaded).__name__} {parts}."
     )
+
+
+def as_unweighted_batch(loaded: Any, keys: MappingKeys) -> Batch:
+    """Convert an item of a loader of validation or test data to a batch.
+
+    Raises:
+        ValueError: if it has weights, or cannot be converted.
+    """
+    batch = as_batch(loaded, keys)
+    if batch.weights is not None:
+        raise ValueError(
+            f"Validation and test losses are not weighted: expected batches (inputs, targets); got {WEIGHTS} too."
+        )
+    return batch
 
 
 def check_inputs(x: Any, keys: MappingKeys) -> Inputs:

@@ -1,11 +1,11 @@
 """Identification of samples by hash, or by position if loading is random."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -33,10 +33,26 @@ class SampleIdentities:
     def __len__(self) -> int:
         return len(self.hashes)
 
-    @property
-    def n_repeated(self) -> int:
-        """Number of samples that repeat an earlier one; 0 if loading is random."""
-        return 0 if self.augmented else len(self.hashes) - len(self.hashes.unique())
+    def at(self, chosen: Bool[Tensor, " n"]) -> "SampleIdentities":
+        """Return the identities of some of the samples."""
+        return replace(self, hashes=self.hashes[chosen], positions=self.positions[chosen])
+
+    def distinct(self, weights: Float[Tensor, " n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, " n"]]:
+        """Merge equal samples: the one at the lowest position stands for all of them, with the sum of their weights.
+
+        Args:
+            weights: weight of each sample.
+
+        Returns:
+            Mask of the samples that are kept, and the weight of every sample with its copies. If loading is random,
+            equal samples are not known, and all are kept.
+        """
+        if self.augmented:
+            return torch.ones(len(self), dtype=torch.bool), weights
+        kinds, kind = torch.unique(self.hashes, return_inverse=True)
+        lowest = self.positions.new_full((len(kinds),), torch.iinfo(torch.int64).max)
+        lowest = lowest.scatter_reduce(0, kind, self.positions, "amin")
+        return lowest[kind] == self.positions, weights.new_zeros(len(kinds)).index_add(0, kind, weights)[kind]
 
     def by_position(self, other: "SampleIdentities") -> bool:
         """Return whether the two sets have to be compared by position."""

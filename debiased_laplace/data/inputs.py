@@ -11,6 +11,10 @@ Inputs = Tensor | dict[str, Tensor]
 """Inputs of samples; the first dimension of every tensor counts samples."""
 
 
+WEIGHTS = "sample_weights"
+"""Key of the samples' weights in a mapping, and their name in messages."""
+
+
 @dataclass(frozen=True)
 class MappingKeys:
     """Keys of the inputs and targets in a mapping, named as in the public constructor.
@@ -24,7 +28,7 @@ class MappingKeys:
     dict_key_y: str = "labels"
 
     def inputs(self, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the inputs of a mapping: all entries except the targets.
+        """Return the inputs of a mapping: all entries except the targets and the samples' weights.
 
         Raises:
             ValueError: if an entry is not a tensor, or the entry `dict_key_x` is missing.
@@ -36,7 +40,7 @@ class MappingKeys:
             raise ValueError(
                 f"Expected the inputs of a mapping under dict_key_x={self.dict_key_x!r}; got keys {sorted(loaded)}."
             )
-        return {key: value for key, value in loaded.items() if key != self.dict_key_y}
+        return {key: value for key, value in loaded.items() if key not in (self.dict_key_y, WEIGHTS)}
 
 
 DEFAULT_KEYS = MappingKeys()

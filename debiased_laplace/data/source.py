@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from debiased_laplace.data.batches import Batch, as_batch, sample_hashes
-from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, on_each, shape_of
+from debiased_laplace.data.inputs import DEFAULT_KEYS, WEIGHTS, Inputs, MappingKeys, on_each, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 
 _PROBES = 16  # samples loaded twice to detect random loading
 _REPLACEMENT_HINT = (
     "Held-out curvature requires disjoint samples, which sampling with replacement does not give. Pass a "
     "loader over the same data set with shuffle=True or a sampler without replacement; to weight "
-    "classes, weight the loss instead."
+    "samples, yield their weights as a third element of each batch, (inputs, targets, sample_weights); to weight "
+    "classes, use class_weights."
 )
 
 
@@ -195,7 +196,7 @@ def _until_repeated(loader: DataLoader[Any]) -> list[list[Any]]:
     return epoch
 
 
-class _Stacked(Dataset[tuple[Inputs, Tensor]]):
+class _Stacked(Dataset[tuple[Any, ...]]):
     """Data set of the samples of a list of batches."""
 
     def __init__(self, parts: list[Batch]):
@@ -216,12 +217,17 @@ class _Stacked(Dataset[tuple[Inputs, Tensor]]):
             mappings = [x for x in inputs if isinstance(x, dict)]
             self.inputs = {key: torch.cat([x[key] for x in mappings]) for key in inputs[0]}
         self.targets = torch.cat([part.targets for part in parts])
+        weights = [part.weights for part in parts if part.weights is not None]
+        if len(weights) not in (0, len(parts)):
+            raise ValueError(f"Expected {WEIGHTS} in all batches or in none; got {len(weights)} of {len(parts)}.")
+        self.weights = torch.cat(weights) if weights else None
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, i: int) -> tuple[Inputs, Tensor]:
-        return on_each(self.inputs, lambda t: t[i]), self.targets[i]
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        sample = on_each(self.inputs, lambda t: t[i]), self.targets[i]
+        return sample if self.weights is None else (*sample, self.weights[i])
 
 
 def _from_batches(batches: Sequence[Any], keys: MappingKeys) -> SampleSource:

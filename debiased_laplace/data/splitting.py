@@ -1,9 +1,9 @@
 """Random split of the samples into direction and magnitude samples, by position and before loading."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from debiased_laplace.checks import integer
@@ -22,6 +22,8 @@ class SubBatches:
         n_data: size N of the data set of the likelihood.
         shared: whether both sets are the same samples.
         folds: fold (0, 1, …) of every sample for cross-fitting; None without.
+        copies: positions of further samples that equal one of these, which counts with the sum of their weights.
+        weight: sum of the weights of all samples, copies included; None: their number.
 
     Raises:
         OverlapError: if the sets overlap without being shared or differ although shared, or a sample occurs twice.
@@ -30,9 +32,11 @@ class SubBatches:
 
     direction_indices: Int64[Tensor, " a"]
     magnitude_indices: Int64[Tensor, " b"]
-    n_data: int
+    n_data: int | float
     shared: bool
     folds: Int64[Tensor, " a"] | None = None
+    copies: Int64[Tensor, " c"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         for indices in (self.direction_indices, self.magnitude_indices):
@@ -45,10 +49,11 @@ class SubBatches:
             raise OverlapError(f"Expected disjoint direction and magnitude samples; got {n_common} in both sets.")
         if self.folds is not None and (not self.shared or self.folds.shape != self.direction_indices.shape):
             raise ValueError("Expected folds only for shared samples, one number for each.")
-        if self.n_data < self.n_samples:
+        if self.n_data < self.total_weight * (1 - 1e-9):
+            total = f"{self.n_samples}" if self.weight is None else f"the sum of their weights, {self.weight:g}"
             raise ValueError(
-                f"n_data is the size of the data set, including the given samples: expected at least {self.n_samples}, "
-                f"got {self.n_data}."
+                f"n_data is the size of the data set, including the given samples: expected at least {total}, "
+                f"got {self.n_data:g}."
             )
 
     @property
@@ -64,9 +69,45 @@ class SubBatches:
         return len(self.used_indices)
 
     @property
-    def direction_share(self) -> float:
-        """Share f of the direction samples in the data set."""
-        return len(self.direction_indices) / self.n_data
+    def total_weight(self) -> float:
+        """Sum of the weights of all samples, copies included."""
+        return self.n_samples if self.weight is None else self.weight
+
+    @property
+    def n_data_in_samples(self) -> float:
+        """Size N of the data set as a number of samples with the mean weight of these."""
+        # exactly the number of samples if they are all the data
+        return self.n_samples * (self.n_data / self.total_weight)
+
+    def merged(self, kept: Bool[Tensor, " n"], *, n_data: int | float, weight: float | None, seed: int) -> "SubBatches":
+        """Return the sub-batches without copies of their samples, which are dealt to folds anew.
+
+        Args:
+            kept: mask of `used_indices`.
+            n_data: size N of the data set.
+            weight: sum of the weights of all samples, copies included; None: their number.
+            seed: of the folds.
+
+        Raises:
+            ValueError: if too few distinct samples are left.
+        """
+        used = self.used_indices
+        n_directions = len(self.direction_indices)
+        first, second = used[:n_directions][kept[:n_directions]], used[n_directions:][kept[n_directions:]]
+        copies = used[~kept].sort().values
+        sizes = [len(first)] if self.shared else [len(first), len(second)]
+        if sizes[-1] < 2 or min(sizes) < 1:
+            raise ValueError(
+                f"Expected at least 2 distinct samples for the magnitudes, and 1 for the directions; {len(used)} "
+                f"samples have {int(kept.sum())} distinct ones, in sets of {sizes}."
+            )
+        folds = self.folds
+        if folds is not None and len(copies):
+            n_folds = min(int(folds.max()) + 1, len(first))
+            folds = deal(len(first), n_folds, torch.Generator().manual_seed(seed))
+        return SubBatches(
+            first, first if self.shared else second, n_data, self.shared, folds, copies=copies, weight=weight
+        )
 
 
 def draw_sub_batches(

@@ -1,10 +1,10 @@
 """A sub-batch: batches of a fixed set of samples, for any number of passes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.data.batches import Batch
@@ -21,6 +21,7 @@ class SubBatch:
         device: device of the batches.
         seed: seed of the loading (augmentations, workers).
         kept: the batches, if held in memory; else None.
+        weights: weight of each sample; None: as loaded.
     """
 
     source: SampleSource
@@ -28,18 +29,24 @@ class SubBatch:
     device: torch.device
     seed: int
     kept: tuple[Batch, ...] | None = None
+    weights: Float[Tensor, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
         loaded = self.source.batches(self.indices, self.seed) if self.kept is None else self.kept
+        start = 0
         for batch in loaded:
+            if self.weights is not None:
+                batch = batch.weighted(self.weights[start : start + len(batch)])
             yield batch.to(self.device)
+            start += len(batch)
 
     def at(self, positions: Int64[Tensor, " m"]) -> "SubBatch":
         """Return the sub-batch of the samples at these positions, counted within this one and increasing."""
-        part = SubBatch(self.source, self.indices[positions], self.device, self.seed)
+        weights = None if self.weights is None else self.weights[positions]
+        part = replace(self, indices=self.indices[positions], kept=None, weights=weights)
         if self.kept is None:
             return part
         batches, start = [], 0
@@ -51,4 +58,8 @@ class SubBatch:
 
     def keeping(self, batches: list[Batch]) -> "SubBatch":
         """Return the same samples held in memory."""
-        return SubBatch(self.source, self.indices, self.device, self.seed, tuple(batches))
+        return replace(self, kept=tuple(batches))
+
+    def weighted(self, weights: Float[Tensor, " n"]) -> "SubBatch":
+        """Return the same samples with other weights."""
+        return replace(self, weights=weights)

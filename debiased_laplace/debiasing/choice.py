@@ -92,7 +92,7 @@ class Choice:
 
 
 def choose(
-    batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weighting, *, n_data: int, seed: int
+    batch: SubBatchCurvature, trials: Sequence[Trial], weighting: Weighting, *, n_data: float, seed: int
 ) -> Choice:
     """Choose the trial whose posterior comes closest to that of the full batch.
 
@@ -100,7 +100,7 @@ def choose(
         batch: curvature of all samples.
         trials: candidates.
         weighting: prior and likelihood weight of the posteriors.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with their mean weight.
         seed: of the parts, and of the splits within them.
 
     Returns:
@@ -116,7 +116,7 @@ def choose(
 
 
 def trial_terms(
-    batch: SubBatchCurvature, trials: Sequence[Trial], weightings: Sequence[Weighting], *, n_data: int, seed: int
+    batch: SubBatchCurvature, trials: Sequence[Trial], weightings: Sequence[Weighting], *, n_data: float, seed: int
 ) -> Float[Tensor, "w t n"]:
     """Compute the terms of the samples set aside in the KL of every trial's posterior to the full batch.
 
@@ -124,7 +124,7 @@ def trial_terms(
         batch: curvature of all samples.
         trials: candidates.
         weightings: priors and likelihood weights of the posteriors; all share the curvature estimates.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with their mean weight.
         seed: of the parts, and of the splits within them.
 
     Returns:
@@ -224,7 +224,7 @@ def _terms(
 
 
 def _fitted(
-    rest: SubBatchCurvature, trials: Sequence[Trial], n_data: int, seed: int
+    rest: SubBatchCurvature, trials: Sequence[Trial], n_data: float, seed: int
 ) -> list[tuple[int, LowRankCurvature]]:
     """Fit every trial; those that differ only in rank and complement share their directions."""
     groups: dict[tuple[str, str, float], list[int]] = {}
@@ -243,7 +243,7 @@ def _fitted(
     return fitted
 
 
-def split_for(batch: SubBatchCurvature, trial: Trial, n_data: int, seed: int) -> SplitCurvature:
+def split_for(batch: SubBatchCurvature, trial: Trial, n_data: float, seed: int) -> SplitCurvature:
     """Split the samples of a batch as a trial requires."""
     n, options = batch.n_samples, trial.options
     generator = torch.Generator().manual_seed(seed)

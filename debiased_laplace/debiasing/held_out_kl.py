@@ -141,8 +141,9 @@ def estimate_held_out_kl(
     held_out: Float[Tensor, " n"],
     fitted: Float[Tensor, " B"] | None,
     *,
-    n_data: int,
-    n_fitted: int,
+    n_data: float,
+    n_fitted: float,
+    n_held_out: float,
     sample_keys: Int64[Tensor, " n"],
     context: str,
 ) -> HeldOutKL:
@@ -153,14 +154,15 @@ def estimate_held_out_kl(
         held_out: `sample_terms` of the held-out samples.
         fitted: `sample_terms` of all fitted samples; None: the held-out samples estimate their share too.
         n_data: size N of the data set.
-        n_fitted: number of samples that the posterior was fitted to.
+        n_fitted: number of samples that the posterior was fitted to, or the sum of their weights.
+        n_held_out: number of held-out samples, or the sum of their weights.
         sample_keys: identities of the held-out samples.
         context: string that must agree for two values to be compared.
 
     Returns:
         The estimate.
     """
-    share = n_fitted / n_data if fitted is not None else 0.0
+    share = min(n_fitted / n_data, 1.0) if fitted is not None else 0.0
     n = len(held_out)
     own = 0.5 * posterior.prior_trace + 0.5 * posterior.log_det
     seen = share * float(fitted.mean()) if fitted is not None else 0.0
@@ -168,11 +170,16 @@ def estimate_held_out_kl(
     # finite-population correction: held-out samples are drawn from those outside the fit, or, if they estimate the
     # fitted samples' share too, from all
     population = n_data - n_fitted if fitted is not None else n_data
-    unseen = max(1 - n / population, 0.0) if population else 0.0
+    unseen = 0.0 if is_all(n_held_out, population) else max(1 - n_held_out / population, 0.0)
     terms_mean = float(terms.mean()) if n else 0.0
-    exact = fitted is not None and n_fitted == n_data
+    exact = fitted is not None and is_all(n_fitted, n_data)
     error = _error_of_mean(terms, unseen)
     return HeldOutKL(own + seen + terms_mean, error, n, terms, sample_keys, context, exact, unseen)
+
+
+def is_all(n: float, n_data: float) -> bool:
+    """Return whether samples are all the data, by the sums of their weights, which may be rounded."""
+    return math.isclose(n, n_data, rel_tol=1e-9)
 
 
 def _error_of_mean(terms: Float[Tensor, " n"], unseen: float) -> float:

@@ -96,7 +96,10 @@ def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple
 
 def _kfac(curvature: RowCurvature, options: EstimatorOptions) -> tuple[dict[str, KroneckerFactors], str]:
     network = curvature.network
-    if network.backend is not None and network.backend.offers_kfac(curvature.root, options.kfac_approx):
+    # backends sum over samples without weights
+    weighted = curvature.samples.weights is not None
+    offered = network.backend is not None and network.backend.offers_kfac(curvature.root, options.kfac_approx)
+    if network.backend is not None and offered and not weighted:
         pairs = network.backend.kfac(curvature.samples, curvature.n_samples)
         return {name: KroneckerFactors(left, right) for name, (left, right) in pairs.items()}, network.backend.name
     sums = KfacSums(network, curvature.root, options.kfac_approx)

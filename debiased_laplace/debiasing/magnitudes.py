@@ -61,7 +61,7 @@ def held_out(
     b: DirectionalMoments,
     *,
     n_a: int,
-    n_data: int,
+    n_data: float,
     a_redrawn: DirectionalMoments | None = None,
 ) -> Magnitudes:
     r"""Estimate $u_i^\top [f H_a + (1 - f) H_b] u_i$ with $f = |a| / N$, which is unbiased for the full batch.
@@ -73,7 +73,7 @@ def held_out(
         in_sample: $u_i^\top H_a u_i$.
         b: moments of the magnitude samples along the directions.
         n_a: number of direction samples.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with their mean weight.
         a_redrawn: for a Monte-Carlo curvature: moments of the direction samples with fresh draws, which replace
             `in_sample` in the share of a. Standard errors are then without finite-population correction, because no
             sample's curvature is exact (slightly too large).
@@ -99,7 +99,7 @@ def cross_fitted(
     in_sample: Float[Tensor, " k"],
     folds: DirectionalMoments,
     *,
-    n_data: int,
+    n_data: float,
     redrawn: DirectionalMoments | None = None,
     decreasing: bool,
 ) -> Magnitudes:
@@ -110,7 +110,7 @@ def cross_fitted(
     Args:
         in_sample: $u_i^\top H_B u_i$.
         folds: pooled moments $c_i$ of the folds, each along the i-th direction of the others.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with their mean weight.
         redrawn: for a Monte-Carlo curvature: moments along the directions with fresh draws, in place of `in_sample`.
         decreasing: whether the true values decrease with the index, as those of eigenvectors do on average: $c_i$ is
             then made non-increasing by isotonic regression, which preserves its sum.
@@ -135,13 +135,15 @@ def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
     return torch.from_numpy(fitted.x.copy()).to(values)
 
 
-def same_batch(values: Float[Tensor, " k"], own: DirectionalMoments, *, n_data: int, drawn: bool = False) -> Magnitudes:
+def same_batch(
+    values: Float[Tensor, " k"], own: DirectionalMoments, *, n_data: float, drawn: bool = False
+) -> Magnitudes:
     r"""Return the eigenvalues of $H_B$, which are too large for leading directions and too small for trailing ones.
 
     Args:
         values: $u_i^\top H_B u_i$.
         own: moments over the samples of B of the curvature along each direction.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with their mean weight.
         drawn: whether the curvature is a Monte-Carlo estimate, which is inexact even on all the data.
 
     Returns:

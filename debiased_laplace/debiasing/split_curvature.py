@@ -19,13 +19,13 @@ class SplitCurvature:
         directions: curvature of the direction samples.
         magnitudes: curvature of the magnitude samples, disjoint from them; None if there are none.
         folds: fold of each direction sample; None without cross-fitting.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with their mean weight.
     """
 
     directions: SubBatchCurvature
     magnitudes: SubBatchCurvature | None
     folds: Int64[Tensor, " a"] | None
-    n_data: int
+    n_data: float
 
     @property
     def effective_folds(self) -> Int64[Tensor, " a"] | None:

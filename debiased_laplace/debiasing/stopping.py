@@ -112,7 +112,8 @@ def stage(
     read: Float[Tensor, " n"],
     unseen: Float[Tensor, " m"],
     *,
-    n_data: int,
+    n_data: float,
+    n_unseen: float,
     drawn: bool,
 ) -> Stage:
     """Estimate the gain of the larger of two posteriors.
@@ -122,7 +123,8 @@ def stage(
         larger: terms of the other posterior.
         read: `sample_terms` of all samples that the larger one has read, for the smaller minus those for the larger.
         unseen: the same for samples that neither has seen; may be empty if all data were read.
-        n_data: size N of the data set.
+        n_data: size N of the data set, as a number of samples with the mean weight of the read ones.
+        n_unseen: number of unseen samples in the same unit; that of the terms, without weights.
         drawn: whether the curvature is a Monte-Carlo estimate, for which no share of the full batch is exact.
 
     Returns:
@@ -135,7 +137,7 @@ def stage(
     if m:
         gain += (1 - f) * float(unseen.mean())
     # finite-population correction; 0 if the unseen samples are all the others
-    left_out = 1.0 if drawn else 1 - m / max(n_data - n, m, 1)
+    left_out = 1.0 if drawn else 1 - n_unseen / max(n_data - n, n_unseen, 1)
     if m and left_out > 0:
         variance += left_out * _variance_of_mean((1 - f) * unseen)
     if drawn:

@@ -70,7 +70,6 @@ def diagnose(
     Raises:
         ValueError: if an argument is out of range, there are too few samples, or model, likelihood or samples cannot be
             used.
-        RepeatedSamplesError: if samples of a draw are equal.
 
     References:
         Tatzel et al. (2025), arXiv 2410.14325, §3 and figure 3.

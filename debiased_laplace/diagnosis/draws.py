@@ -15,12 +15,10 @@ from tqdm import tqdm
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.source import SampleSource
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.directions import SUPPORTED, choose_solver, lanczos_pairs
 from debiased_laplace.diagnosis.posteriors import gain_of_debiasing, with_mixed_rows
-from debiased_laplace.errors import RepeatedSamplesError
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
 from debiased_laplace.linalg.eigenpairs import numerical_rank
@@ -138,15 +136,10 @@ class ChosenDirections:
 
 
 def diagnose_draw(plan: Plan, draw: int, bar: "tqdm[None]") -> DrawFindings:
-    """Measure own and unbiased values for all batch sizes of one draw.
-
-    Raises:
-        RepeatedSamplesError: if samples of the draw are equal.
-    """
+    """Measure own and unbiased values for all batch sizes of one draw."""
     order, seed = plan.order(draw), plan.seed + 1000 * draw
     positions = plan.batch(order, plan.sizes[-1])
     largest, reference = plan.curvature(positions), plan.curvature(plan.reference(order))
-    _refuse_repeats(largest, reference)
     if sees_whole_spectrum(largest):
         # they contain the rows of the smaller batches
         largest.keep_rows()
@@ -173,17 +166,6 @@ def diagnose_draw(plan: Plan, draw: int, bar: "tqdm[None]") -> DrawFindings:
     pairs = _own_and_unbiased(plan, chosen, reference)
     bar.update(plan.n_reference)
     return DrawFindings(pairs, gains)
-
-
-def _refuse_repeats(*parts: RowCurvature) -> None:
-    """Raise an error if samples at different positions are equal."""
-    # equal samples could be in a batch and in the reference samples at once
-    hashes = torch.cat([sample_hashes(batch) for part in parts for batch in part.samples])
-    positions = torch.cat([part.samples.indices for part in parts])
-    order = hashes.argsort(stable=True)
-    repeated = positions[order[1:]][hashes[order[1:]] == hashes[order[:-1]]]
-    if len(repeated):
-        raise RepeatedSamplesError(repeated.sort().values)
 
 
 def choose_directions(

@@ -11,13 +11,14 @@ import warnings
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.data.splitting import draw_sub_batches
+from debiased_laplace.data.batches import sample_hashes
+from debiased_laplace.data.splitting import deal
 from debiased_laplace.debiasing.estimate import estimate_variants
 from debiased_laplace.debiasing.held_out_kl import prior_trace
 from debiased_laplace.debiasing.options import EstimatorOptions
@@ -116,15 +117,7 @@ def _posteriors(
 ) -> tuple[LowRankPlusDiagonal, LowRankPlusDiagonal, KroneckerBasis | None]:
     """Return the precisions of both posteriors in coordinates of their common basis, and the basis."""
     options = EstimatorOptions(rank=RANK, complement="kron", seed=seed)
-    folds = draw_sub_batches(
-        torch.arange(batch.n_samples),
-        direction_samples=0.5,
-        magnitude_samples=None,
-        shared=True,
-        n_data=n_data,
-        seed=seed,
-        n_folds=options.n_folds,
-    ).folds
+    folds = _folds(batch, options.n_folds, seed)
     variants = [replace(options, magnitudes="same_batch"), options]
     with warnings.catch_warnings():
         # a small batch supports fewer directions than asked for
@@ -133,6 +126,13 @@ def _posteriors(
     prior = batch.network.like.new_tensor(prior_precision)
     biased, debiased = (replace(e.curvature, basis=None).precision(float(n_data), prior) for e in estimates)
     return biased, debiased, estimates[0].curvature.basis
+
+
+def _folds(batch: RowCurvature, n_folds: int, seed: int) -> Int64[Tensor, " n"]:
+    """Deal the samples to folds, with equal samples in the same fold."""
+    hashes = torch.cat([sample_hashes(part) for part in batch.samples])
+    kinds, kind = torch.unique(hashes, return_inverse=True)
+    return deal(len(kinds), min(n_folds, len(kinds)), torch.Generator().manual_seed(seed))[kind]
 
 
 def _mean_traces(

@@ -149,4 +149,5 @@ def _losses_at(problem: StepProblem, batch: Batch, d: Tensor) -> Tensor:
     moved = selection.unflatten(selection.flatten(network.parameters) + d)
     with torch.no_grad():
         outputs = selection.call(moved, batch.inputs)
-    return network.likelihood.per_sample_loss(outputs, batch.targets).to(accumulation_dtype(d))
+    losses = network.likelihood.per_sample_loss(outputs, batch.targets).to(accumulation_dtype(d))
+    return batch.scaled(losses)

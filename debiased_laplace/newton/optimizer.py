@@ -170,7 +170,7 @@ class DebiasedNewton(Optimizer):
                 "Expected a closure that returns the batch, (inputs, targets): optimizer.step(lambda: (x, y)). A loss "
                 "is not enough, because a step needs the curvature of each sample; got None."
             )
-        checked_batch = as_batch(closure(), DEFAULT_KEYS)
+        checked_batch = as_batch(closure(), DEFAULT_KEYS).with_mean_weight_one()
         with at_weights(self.model):
             network, batch, sets, held_out = self._split(checked_batch)
             damping, penalty = self.damping, self._penalty(network)

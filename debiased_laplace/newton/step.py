@@ -164,7 +164,7 @@ def newton_step(
     Args:
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
         likelihood: "classification", "regression" or "reward_modeling".
-        batch: (inputs, targets), or a mapping with both.
+        batch: (inputs, targets), (inputs, targets, sample_weights), or a mapping with them; the mean loss is weighted.
         damping: λ, added to the mean curvature; at least 0.
         magnitudes: "held_out": directions from one half, steps from the other; "cross_fitted": both ways round, the two
             updates averaged; "same_batch": directions and steps from all samples, biased.
@@ -196,7 +196,7 @@ def newton_step(
     options = checked_options(
         damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, tolerance, stopping, preconditioner)
     )
-    checked_batch = as_batch(batch, DEFAULT_KEYS)
+    checked_batch = as_batch(batch, DEFAULT_KEYS).with_mean_weight_one()
     with at_weights(model):
         network, samples = prepare_network_and_batch(model, likelihood, checked_batch)
         sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)

@@ -7,7 +7,7 @@ from hashlib import sha256
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihoods import Likelihood, shown_class_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
@@ -39,7 +39,7 @@ class Target:
     prior_precision: Float[Tensor, " P"]
     sigma_noise: float
     temperature: float
-    n_data: int
+    n_data: int | float
 
     @property
     def root(self) -> OutputRoot | None:
@@ -65,7 +65,8 @@ class Target:
             over = f"{over} {sha256(self.selection.description.encode()).hexdigest()[:8]}"
         return (
             f"weights {self.selection.fingerprint()[:12]}, {over}, {kind}, prior precision {self._shown_prior}, "
-            f"sigma_noise {self.sigma_noise:.6g}, temperature {self.temperature:.6g}, n_data {self.n_data}"
+            f"sigma_noise {self.sigma_noise:.6g}, temperature {self.temperature:.6g}, n_data {self.n_data:.12g}"
+            + shown_class_weights(self.likelihood)
         )
 
     @property
@@ -89,7 +90,7 @@ class Candidate:
         network: function from a first batch to the network at the posterior's mean.
         keys: of batches that are mappings.
         seed: of loading.
-        n_fitted: number of fitted samples.
+        n_fitted: number of fitted samples, or the sum of their weights.
         identities: of the fitted samples; None for posteriors of laplace-torch, which do not store them.
     """
 
@@ -99,7 +100,7 @@ class Candidate:
     network: Callable[[Batch], Network]
     keys: MappingKeys
     seed: int
-    n_fitted: int
+    n_fitted: float
     identities: SampleIdentities | None
 
     @property

@@ -65,6 +65,8 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "split_magnitude_indices": split.magnitude_indices,
         "split_shared": split.shared,
         "split_folds": torch.zeros(0, dtype=torch.int64) if split.folds is None else split.folds,
+        "split_copies": split.copies,
+        "split_weight": split.total_weight,
         "samples_hashes": identities.hashes,
         "samples_positions": identities.positions,
         "samples_n_root": identities.n_root,
@@ -135,6 +137,8 @@ def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
         state["n_data"],
         state["split_shared"],
         state["split_folds"].clone() if len(state["split_folds"]) else None,
+        state["split_copies"].clone(),
+        state["split_weight"],
     )
     identities = SampleIdentities(
         state["samples_hashes"].clone(),

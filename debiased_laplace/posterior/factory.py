@@ -105,6 +105,7 @@ def DebiasedLaplace(
     last_layer_name: str | None = None,
     subnetwork_indices: Tensor | None = None,
     feature_reduction: str | None = None,
+    class_weights: Any = None,
 ) -> DebiasedParametricLaplace:
     """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.
 
@@ -163,6 +164,8 @@ def DebiasedLaplace(
         last_layer_name: of the module; None: the last one with parameters that a forward pass goes through.
         subnetwork_indices: different positions in the flat vector of the trainable parameters.
         feature_reduction: accepted as by laplace-torch; without effect, since the whole forward pass is differentiated.
+        class_weights: (classification) one number for each class, which multiplies the loss of its samples, as the
+            `weight` of `torch.nn.CrossEntropyLoss`; N becomes the sum of the samples' weights.
 
     Returns:
         The posterior, not fitted yet.

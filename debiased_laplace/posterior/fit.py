@@ -30,10 +30,9 @@ from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stopping
-from debiased_laplace.errors import RepeatedSamplesError
 from debiased_laplace.posterior.backends import BackendChoice
 
-WeightingOf = Callable[[ParameterSelection, int], Weighting]
+WeightingOf = Callable[[ParameterSelection, int | float], Weighting]
 """Prior and likelihood weight of the posterior, given its parameters and N."""
 
 
@@ -151,7 +150,7 @@ class FitResult:
         split: sub-batches.
         identities: of the samples used.
         estimate: of the curvature.
-        loss: n_data / n_used times the summed loss of the samples used, in nats.
+        loss: summed loss of the samples used, with their weights, times N over the sum of the weights, in nats.
         n_outputs: C.
         options: of the estimate, as asked for or as chosen.
         network: at the fitted weights; not in a state.
@@ -178,7 +177,13 @@ class FitResult:
 
 
 def fit_curvature(
-    spec: FitSpec, weighting_of: WeightingOf, source: SampleSource, *, n_data: int, progress_bar: bool
+    spec: FitSpec,
+    weighting_of: WeightingOf,
+    source: SampleSource,
+    *,
+    n_data: int,
+    known_n_data: bool,
+    progress_bar: bool,
 ) -> tuple[FitResult, list[SubBatchCurvature]]:
     """Split the samples, load them once, choose open options, then estimate directions and magnitudes.
 
@@ -187,6 +192,7 @@ def fit_curvature(
         weighting_of: prior and likelihood weight, for open options and the default complement.
         source: the samples.
         n_data: size of the data set that the likelihood stands for.
+        known_n_data: whether the user gave it; if not, weights of samples scale it.
         progress_bar: show progress.
 
     Returns:
@@ -208,17 +214,18 @@ def fit_curvature(
             load(network, source, indices, seed, keep=first, progress_bar=progress_bar)
             for first, indices in _sets(split)
         ]
-        # same_batch has no sets of samples to keep apart
-        biased = request.options.magnitudes == "same_batch" and not request.open
-        identities = _identify(source, split, passes, augmented=augmented, tolerates_repeats=biased)
+        split, passes, identities = _merged(
+            source, split, passes, augmented=augmented, known_n_data=known_n_data, seed=seed
+        )
+        weighting = weighting_of(selection, split.n_data)
         curvatures = _curvatures(spec, network, some, passes, progress_bar=progress_bar)
         options, choice = request.options, None
         if request.open:
-            choice, split, curvatures = _choose(
-                spec, request, weighting, source, union=split, curvature=curvatures[0], n_data=n_data
-            )
+            choice, split, curvatures = _choose(spec, request, weighting, source, union=split, curvature=curvatures[0])
             options = choice.chosen.options
-        roles = SplitCurvature(curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data)
+        roles = SplitCurvature(
+            curvatures[0], None if split.shared else curvatures[1], split.folds, split.n_data_in_samples
+        )
         with warnings.catch_warnings():
             if "rank" in request.open:
                 # nobody asked for this rank
@@ -234,7 +241,7 @@ def fit_curvature(
         split=split,
         identities=identities,
         estimate=estimated,
-        loss=sum(found.loss for found in passes) * split.n_data / split.n_samples,
+        loss=sum(found.loss for found in passes) * split.n_data / split.total_weight,
         n_outputs=network.n_outputs,
         options=options,
         # without a backend's copies of the model, which are large and cannot always be pickled
@@ -252,15 +259,17 @@ def _choose(
     *,
     union: SubBatches,
     curvature: SubBatchCurvature,
-    n_data: int,
 ) -> tuple[Choice, SubBatches, list[SubBatchCurvature]]:
     """Choose open options for the curvature of all samples; return the split and the curvature of each part too."""
     largest_rank = min(curvature.n_rows, curvature.network.n_parameters)
     trials = request.trials(spec.split.direction_share(len(source.indices)), largest_rank)
-    choice = choose(curvature, trials, weighting, n_data=union.n_data, seed=spec.split.seed)
+    choice = choose(curvature, trials, weighting, n_data=union.n_data_in_samples, seed=spec.split.seed)
     chosen = choice.chosen
-    split = spec.split.draw(source.indices, Request(chosen.options), n_data, chosen.direction_share)
+    split = spec.split.draw(source.indices, Request(chosen.options), None, chosen.direction_share)
     positions = union.direction_indices
+    split = split.merged(
+        torch.isin(split.used_indices, positions), n_data=union.n_data, weight=union.weight, seed=spec.split.seed
+    )
     parts = [curvature.part(torch.searchsorted(positions, indices)) for _, indices in _sets(split)]
     for part in parts:
         part.progress_bar = curvature.progress_bar
@@ -290,7 +299,9 @@ def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
 
 def _first_samples(spec: FitSpec, source: SampleSource, split: SubBatches) -> Batch:
     device = next(spec.model.parameters()).device
-    return next(iter(SubBatch(source, split.direction_indices[:8], device, spec.split.seed)))
+    batch = next(iter(SubBatch(source, split.direction_indices[:8], device, spec.split.seed)))
+    # backends, which are compared on them, know no weights
+    return batch.weighted(None)
 
 
 def _network_with_backend(
@@ -321,26 +332,48 @@ def seed_of_draws(seed: int, i: int) -> int:
     return (seed * 1_000_003 + 2 * i) % 2**62
 
 
-def _identify(
-    source: SampleSource, split: SubBatches, passes: list[FirstPass], *, augmented: bool, tolerates_repeats: bool
-) -> SampleIdentities:
-    """Identify the used samples by hash and position.
+def _merged(
+    source: SampleSource, split: SubBatches, passes: list[FirstPass], *, augmented: bool, known_n_data: bool, seed: int
+) -> tuple[SubBatches, list[FirstPass], SampleIdentities]:
+    """Merge equal samples, which count with the sum of their weights, and scale the weights to a mean of 1.
+
+    Args:
+        source: the samples.
+        split: their sub-batches; n_data is the number of samples unless known.
+        passes: first pass over each sub-batch.
+        augmented: whether loading is random.
+        known_n_data: whether N is given; if not, it is scaled by the mean weight.
+        seed: of the folds.
+
+    Returns:
+        Sub-batches, first passes and identities of the distinct samples.
 
     Raises:
-        RepeatedSamplesError: if samples of a split have the same input and target.
+        ValueError: if all weights are 0, their sum exceeds N, or too few samples are distinct.
     """
     root, positions = source.root()
     hashes = torch.cat([found.hashes for found in passes])
     identities = SampleIdentities(hashes, positions[split.used_indices], root_length(root, positions), augmented, root)
-    if identities.n_repeated and not tolerates_repeats:
-        positions, order = split.used_indices.sort()
-        raise RepeatedSamplesError(positions[_repeats(hashes[order])])
-    return identities
+    weights = torch.cat(
+        [torch.ones(len(f.hashes), dtype=torch.float64) if f.weights is None else f.weights for f in passes]
+    )
+    kept, together = identities.distinct(weights)
+    if bool(kept.all()) and all(found.weights is None for found in passes):
+        return split, passes, identities
+    total = float(weights.sum())
+    if total == 0:
+        raise ValueError("Expected a positive weight of at least one sample; got 0 for all of them.")
+    n_data = split.n_data if known_n_data else whole(split.n_data * total / len(weights))
+    relative = together / (total / int(kept.sum()))
+    sizes = [len(found.hashes) for found in passes]
+    merged = []
+    for found, mask, weight in zip(passes, kept.split(sizes), relative.split(sizes), strict=True):
+        samples = found.samples.at(mask.nonzero().flatten()).weighted(weight[mask])
+        merged.append(replace(found, samples=samples, hashes=found.hashes[mask]))
+    split = split.merged(kept, n_data=n_data, weight=total, seed=seed)
+    return split, merged, identities.at(kept)
 
 
-def _repeats(hashes: Tensor) -> Tensor:
-    """Mask of the samples that an earlier one equals."""
-    order = hashes.argsort(stable=True)
-    repeated = torch.zeros(len(hashes), dtype=torch.bool)
-    repeated[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
-    return repeated
+def whole(n: float) -> int | float:
+    """Return a sum of weights as an integer if it is one."""
+    return round(n) if abs(n - round(n)) < 1e-9 * n else n

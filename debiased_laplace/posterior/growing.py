@@ -84,7 +84,12 @@ class _Growth:
         """Fit some samples, as if a loader had yielded just these."""
         source = replace(self.pool.source, indices=positions.sort().values)
         return fit_curvature(
-            self.spec, self.weighting_of, source, n_data=self.pool.size, progress_bar=self.progress_bar
+            self.spec,
+            self.weighting_of,
+            source,
+            n_data=self.pool.size,
+            known_n_data=self.pool.n_data is not None,
+            progress_bar=self.progress_bar,
         )
 
     def until_enough(self, tolerance: float) -> FitResult:
@@ -116,6 +121,13 @@ class _Growth:
             ValueError: if no number would do, or the number would make no difference.
         """
         options, at_hand = self.spec.split, self.pool.available
+        if self.pool.source.augments(options.seed):
+            # the gain of a stage would contain the difference between two loadings of the same samples
+            raise ValueError(
+                "tolerance compares fits of the same samples, and this loader yields others at every pass "
+                "(augmentation, padding by batch): expected a loader without it, or the batches of one pass, "
+                "list(loader)."
+            )
         if isinstance(options.direction_samples, int) and isinstance(options.magnitude_samples, int):
             raise ValueError(
                 "tolerance doubles the samples: expected direction_samples or magnitude_samples as a share of them; "
@@ -140,30 +152,42 @@ class _Growth:
         if before is None or len(unseen) < min(FEWEST_UNSEEN, N - n):
             return fitted[0], Stage(n)
         with at_weights(self.spec.model, self.spec.split.seed):
-            inside, outside = self._evaluation_curvatures(fitted, order[:n], unseen)
-            weighting = self.weighting_of(fitted[0].selection, N)
+            inside, outside, n_unseen = self._evaluation_curvatures(fitted, order[:n], unseen)
+            split = fitted[0].split
+            weighting = self.weighting_of(fitted[0].selection, split.n_data)
             smaller, larger = (_evaluate(fit, weighting, inside, outside) for fit in (before, fitted[0]))
         gain = stage(
             smaller.terms,
             larger.terms,
             smaller.read - larger.read,
             smaller.unseen - larger.unseen,
-            n_data=N,
+            n_data=split.n_data_in_samples,
+            n_unseen=n_unseen,
             drawn=inside[0].is_random,
         )
         return fitted[0], gain
 
     def _evaluation_curvatures(
         self, fitted: Fitted, read: Int64[Tensor, " n"], unseen: Int64[Tensor, " m"]
-    ) -> tuple[list[SubBatchCurvature], list[SubBatchCurvature]]:
-        """Curvature of the samples that were read, used or not, and of those that were not."""
-        (fit, used), seed = fitted, self.spec.split.seed
+    ) -> tuple[list[SubBatchCurvature], list[SubBatchCurvature], float]:
+        """Curvature of the samples that were read, used or not, and of those that were not, with their number.
 
-        def of(positions: Int64[Tensor, " _"], i: int) -> list[SubBatchCurvature]:
+        Weights of read samples are relative to the mean of the used ones, those of unseen samples to their own. The
+        number of unseen samples is one of samples with the mean weight of the used ones.
+        """
+        (fit, used), seed = fitted, self.spec.split.seed
+        mean = fit.split.total_weight / fit.split.n_samples
+
+        def of(positions: Int64[Tensor, " _"], i: int, mean: float | None) -> tuple[list[SubBatchCurvature], float]:
             if not len(positions):
-                return []
+                return [], 0.0
             found = load(used[0].network, self.pool.source, positions, seed)
-            return [used[0].of_samples(found.samples, seed_of_draws(seed, i))]
+            weights = torch.ones(len(positions), dtype=torch.float64) if found.weights is None else found.weights
+            relative = weights / (weights.mean() if mean is None else mean)
+            # as loaded where all are 1
+            plain = found.weights is None and bool((relative == 1).all())
+            samples = found.samples if plain else found.samples.weighted(relative)
+            return [used[0].of_samples(samples, seed_of_draws(seed, i))], float(weights.sum())
 
         # Monte-Carlo curvatures are evaluated with fresh draws; the fitted ones, two a sample, would be optimistic
         redrawn = [
@@ -171,13 +195,13 @@ class _Growth:
             for i, part in enumerate(used, 2)
             if isinstance(part, RowCurvature) and part.is_random
         ]
-        unused = read[~torch.isin(read, fit.split.used_indices)].sort().values
-        inside = (redrawn or used) + of(unused, 4)
-        outside = of(unseen, 5)
+        unused = read[~torch.isin(read, torch.cat([fit.split.used_indices, fit.split.copies]))].sort().values
+        inside = (redrawn or used) + of(unused, 4, mean)[0]
+        outside, weight = of(unseen, 5, None)
         for curvature in inside + outside:
             if isinstance(curvature, RowCurvature):
                 curvature.keep_rows()
-        return inside, outside
+        return inside, outside, weight / mean
 
 
 @dataclass(frozen=True, eq=False)

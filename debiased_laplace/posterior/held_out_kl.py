@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
-from debiased_laplace.curvature.first_pass import evaluated
+from debiased_laplace.curvature.first_pass import evaluated, with_target_weights
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import sample_hashes
@@ -22,6 +22,7 @@ from debiased_laplace.debiasing.held_out_kl import (
     HeldOutKL,
     KLTerms,
     estimate_held_out_kl,
+    is_all,
     sample_terms,
 )
 from debiased_laplace.errors import OverlapError
@@ -127,10 +128,10 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
     given = None if fitted_loader is None else _identify(candidate, fitted_loader)
     held_out = None if loader is None else _identify(candidate, loader)
     if given is not None:
-        _check_fitted(candidate, given.identities)
+        _check_fitted(candidate, given)
     fitted = candidate.identities if given is None or candidate.identities is not None else given.identities
     if held_out is not None and fitted is not None:
-        _check_held_out(fitted, held_out.identities, n_data - n_fitted)
+        _check_held_out(fitted, held_out, n_data - n_fitted)
     terms = candidate.terms
     outside, keys = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
     n_rows = sum(len(known.identities) for known in (given, held_out) if known is not None)
@@ -145,6 +146,7 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
         inside,
         n_data=n_data,
         n_fitted=n_fitted,
+        n_held_out=0.0 if held_out is None else held_out.weight,
         sample_keys=keys,
         context=candidate.target.context,
     )
@@ -152,10 +154,17 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
 
 @dataclass(frozen=True, eq=False)
 class _Identified:
-    """Samples of a loader with their identities."""
+    """Distinct samples of a loader with their identities.
+
+    Attributes:
+        samples: the samples, with the weights of their copies included and scaled to a mean of 1.
+        identities: of the samples.
+        weight: sum of the weights before.
+    """
 
     samples: SubBatch
     identities: SampleIdentities
+    weight: float
 
 
 def _identify(candidate: Candidate, loader: Any) -> _Identified:
@@ -165,11 +174,26 @@ def _identify(candidate: Candidate, loader: Any) -> _Identified:
     samples = SubBatch(source, source.indices, candidate.precision.directions.device, seed)
     root, positions = source.root()
     augmented = source.augments(seed)
+    hashes: list[Tensor] = []
+    weights: list[Tensor] = []
+    weighs = False
     with undisturbed_randomness(seed):
-        hashes = torch.cat([sample_hashes(batch) for batch in samples])
-    return _Identified(
-        samples, SampleIdentities(hashes, positions[source.indices], root_length(root, positions), augmented, root)
+        for batch in samples:
+            hashes.append(sample_hashes(batch))
+            batch.check_finite()
+            weighted = with_target_weights(batch, candidate.target.likelihood).weights
+            weighs = weighs or weighted is not None
+            weights.append(torch.ones(len(batch)).double() if weighted is None else weighted.double().cpu())
+    identities = SampleIdentities(
+        torch.cat(hashes), positions[source.indices], root_length(root, positions), augmented, root
     )
+    kept, together = identities.distinct(torch.cat(weights))
+    total = float(torch.cat(weights).sum())
+    if weighs or not bool(kept.all()):
+        if total == 0:
+            raise ValueError("Expected a positive weight of at least one sample; got 0 for all of them.")
+        samples = samples.at(kept.nonzero().flatten()).weighted(together[kept] / together[kept].mean())
+    return _Identified(samples, identities.at(kept), total)
 
 
 def _terms_of(candidate: Candidate, terms: KLTerms, given: _Identified, bar: Any) -> Tensor:
@@ -187,7 +211,6 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
     r"""$\mathrm{tr}(\hat P^{-1} H_n)$ of each sample."""
     precision, root = candidate.precision, candidate.target.root
     for batch in samples:
-        batch.check_finite()
         network = candidate.network(batch)
         with torch.no_grad():
             outputs = evaluated(network.selection, network.parameters, batch)
@@ -206,12 +229,13 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
 def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> None:
     """Check that there are samples left out of the fit, and that they are given."""
     n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
-    if loader is None and (n_fitted < n_data or fitted_loader is None):
+    all_fitted = is_all(n_fitted, n_data)
+    if loader is None and (not all_fitted or fitted_loader is None):
         raise ValueError(
-            f"{n_fitted} of {n_data} samples were fitted; expected a loader of training samples left out of "
+            f"{n_fitted:g} of {n_data} samples were fitted; expected a loader of training samples left out of "
             "the fit. Only a posterior of all the data needs none, and then its fitted_loader."
         )
-    if loader is not None and n_fitted == n_data:
+    if loader is not None and all_fitted:
         hint = ""
         if candidate.identities is None:
             hint = (
@@ -224,32 +248,33 @@ def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> Non
         )
 
 
-def _check_held_out(fitted: SampleIdentities, given: SampleIdentities, n_left_out: int) -> None:
+def _check_held_out(fitted: SampleIdentities, given: _Identified, n_left_out: float) -> None:
     """Check that no held-out sample was fitted, and that there are not more of them than n_data allows."""
-    if n := given.shared_with(fitted):
+    if n := given.identities.shared_with(fitted):
         raise OverlapError(
-            f"{n} of the {len(given)} samples of the loader were fitted. On fitted samples the "
+            f"{n} of the {len(given.identities)} samples of the loader were fitted. On fitted samples the "
             "held-out KL favours the biased posterior: pass training samples left out of the fit."
         )
-    if len(given) > n_left_out:
-        raise ValueError(f"n_data leaves {n_left_out} samples out of the fit; the loader yields {len(given)}.")
+    if given.weight > n_left_out * (1 + 1e-9):
+        raise ValueError(f"n_data leaves {n_left_out:g} samples out of the fit; the loader yields {given.weight:g}.")
 
 
-def _check_fitted(candidate: Candidate, given: SampleIdentities) -> None:
+def _check_fitted(candidate: Candidate, given: _Identified) -> None:
     """Check that a loader yields exactly the fitted samples; where they are unknown, as many."""
     expected = candidate.identities
     if expected is None:
-        if len(given) != candidate.n_fitted:
+        if given.weight != candidate.n_fitted:
             raise ValueError(
-                f"fitted_loader must yield the {candidate.n_fitted} samples that were fitted; it yields {len(given)}. "
+                f"fitted_loader must yield the {candidate.n_fitted:g} samples that were fitted; it yields "
+                f"{given.weight:g}. "
                 "laplace-torch counts the whole data set of the loader that it was fitted to, also what a sampler or "
                 "drop_last leaves out: fit to a Subset instead."
             )
         return
-    ours, theirs = expected.keys(given)
+    ours, theirs = expected.keys(given.identities)
     if not torch.equal(ours.sort().values, theirs.sort().values):
         raise ValueError(
             f"fitted_loader must yield the {len(expected)} samples that were fitted; it yields "
-            f"{len(given)}, of which {given.shared_with(expected)} were. They are at "
+            f"{len(given.identities)}, of which {given.identities.shared_with(expected)} were. They are at "
             "`la.split.direction_indices` and `la.split.magnitude_indices` of the data set."
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from debiased_laplace.checks import boolean, finite, integer, name_of, one_of, one_positive, positive
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
 from debiased_laplace.curvature.derivatives import find_capabilities
-from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.likelihoods import likelihood_named, shown_class_weights
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -71,6 +71,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         last_layer_name: str | None = None,
         subnetwork_indices: Tensor | None = None,
         feature_reduction: str | None = None,
+        class_weights: Any = None,
         direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,
         **estimator: Any,
@@ -85,7 +86,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         _warn_of_no_effect(split, request)
         self._spec = FitSpec(
             model,
-            likelihood_named(likelihood),
+            likelihood_named(likelihood, class_weights),
             WeightSubset(self._key[0], last_layer_name, subnetwork_indices),
             BackendChoice.of(backend, backend_kwargs),
             MappingKeys(dict_key_x, dict_key_y),
@@ -144,7 +145,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             f"{split.n_samples}" if split.shared else f"{len(split.direction_indices)} + {len(split.magnitude_indices)}"
         )
         rank = "" if self.rank is None else f", rank={self.rank}"
-        return f"{head}{rank}, fitted on {used} of {split.n_data} samples)"
+        return f"{head}{rank}, fitted on {used} of {split.n_data:.12g} samples)"
 
     # --- hyper-parameters: a change takes effect at once ---
 
@@ -222,8 +223,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Estimate the curvature of the full batch from the samples of a loader.
 
         Args:
-            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs, targets)
-                or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
+            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs,
+                targets), (inputs, targets, sample_weights) or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
                 augmentation do not matter.
             override: forget earlier fits. False: continue from the fitted samples with those of the loader that were
                 not fitted yet. The posterior equals that of a single fit of all of them, and costs as much.
@@ -271,7 +272,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._check_weights()
         return self.fit_result.pool
 
-    def _weighting(self, selection: ParameterSelection, n_data: int) -> Weighting:
+    def _weighting(self, selection: ParameterSelection, n_data: int | float) -> Weighting:
         """Prior and likelihood weight of the posterior of these parameters."""
         prior = self.prior_precision.detach()
         check_prior_precision(prior, selection, in_basis=self._is_in_basis)
@@ -787,7 +788,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             lambda batch: self._network(batch.inputs),
             self._spec.keys,
             fit.options.seed,
-            fit.split.n_samples,
+            fit.split.total_weight,
             fit.identities,
         )
 
@@ -881,7 +882,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         hyper_parameters = {name: getattr(self, name) for name in checkpoint.HYPER_PARAMETERS}
         head = {
             "cls_name": type(self).__name__,
-            "likelihood": self.likelihood,
+            "likelihood": self.likelihood + shown_class_weights(self._spec.likelihood),
             "curvature": self._spec.backend.kind,
             "open_options": " ".join(sorted(self._spec.request.open)),
         }
@@ -896,7 +897,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         expected = {
             "cls_name": type(self).__name__,
-            "likelihood": self.likelihood,
+            "likelihood": self.likelihood + shown_class_weights(self._spec.likelihood),
             "curvature": self._spec.backend.kind,
         }
         fit = checkpoint.from_state(state_dict, self.model, self._selection, expected)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
-from debiased_laplace.data.batches import Batch, as_batch
+from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -104,7 +104,7 @@ def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> l
         ValueError: if there are none, or they, the predictive or (with the default loss) the targets cannot be used.
     """
     with undisturbed_randomness(la.fit_result.options.seed):
-        batches = [as_batch(loaded, MappingKeys(la.dict_key_x, la.dict_key_y)) for loaded in loader]
+        batches = [as_unweighted_batch(loaded, MappingKeys(la.dict_key_x, la.dict_key_y)) for loaded in loader]
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         raise ValueError("val_loader yields no batches with samples; expected validation data.")
@@ -161,8 +161,12 @@ def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float
         if isinstance(out, tuple):
             parts.append(_gaussian(*out, y, la.sigma_noise.detach()))
             continue
-        chosen = out.gather(1, y.long()[:, None])[:, 0].clamp_min(torch.finfo(out.dtype).tiny)
-        parts.append(-chosen.to(accumulation_dtype(out)).log())
+        exact = accumulation_dtype(out)
+        log_p = out.clamp_min(torch.finfo(out.dtype).tiny).to(exact).log()
+        if y.is_floating_point():
+            parts.append(-(y.to(exact) * log_p).sum(-1))
+        else:
+            parts.append(-log_p.gather(1, y.long()[:, None])[:, 0])
     return torch.cat(parts)
 
 

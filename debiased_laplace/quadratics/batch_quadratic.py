@@ -47,13 +47,13 @@ class BatchQuadratic(ABC):
 
     @cached_property
     def losses(self) -> Float[Tensor, " n"]:
-        """Loss of each sample."""
-        return self.network.likelihood.per_sample_loss(self.outputs, self.batch.targets)
+        """Loss of each sample, times its weight."""
+        return self.batch.scaled(self.network.likelihood.per_sample_loss(self.outputs, self.batch.targets))
 
     @cached_property
     def output_gradients(self) -> Float[Tensor, "n C"]:
-        """Gradient of each sample's loss with respect to the outputs."""
-        return self.network.likelihood.gradient(self.outputs, self.batch.targets)
+        """Gradient of each sample's weighted loss with respect to the outputs."""
+        return self.batch.scaled(self.network.likelihood.gradient(self.outputs, self.batch.targets))
 
     @cached_property
     def gradient(self) -> Float[Tensor, " P"]:
@@ -130,11 +130,11 @@ class RootQuadratic(BatchQuadratic):
         """Return the mean curvature times x, by one Jacobian-vector product and one backward pass."""
         along = self.pushed(x[:, None]) if pushed is None else pushed
         weighted = self.root.product(self.outputs, self._targets, along[..., 0])
-        return self._linearized.pulled(weighted) / len(self)
+        return self._linearized.pulled(self.batch.scaled(weighted)) / len(self)
 
     def projections(self, pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n r k"]:
-        r"""Return $S_n^\top J_n u_i$."""
-        return self.root.transposed(self.outputs, self._targets, pushed)
+        r"""Return $\sqrt{m_n} S_n^\top J_n u_i$, $m_n$ being the weights."""
+        return self.batch.scaled(self.root.transposed(self.outputs, self._targets, pushed), 0.5)
 
     def curvatures(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n k"]:  # noqa: ARG002
         r"""Return $\|S_n^\top J_n u_i\|^2$."""

@@ -141,12 +141,15 @@ def derivatives_along(quadratics: Iterable[BatchQuadratic], directions: Float[Te
         quadratics: quadratic models of at least one batch.
         directions: columns; the memory is that of a few dozen at a time.
     """
-    slopes, curvatures = [], []
+    slopes, curvatures, weights = [], [], []
     for quadratic in quadratics:
+        if quadratic.batch.weights is not None:
+            weights.append(quadratic.batch.weights)
         parts = [(U, quadratic.pushed(U)) for U in directions.split(_DIRECTIONS_AT_ONCE, dim=1)]
         slopes.append(torch.cat([quadratic.slopes(pushed) for _, pushed in parts], dim=1).detach())
         curvatures.append(torch.cat([quadratic.curvatures(U, pushed) for U, pushed in parts], dim=1).detach())
-    return DirectionalDerivatives(torch.cat(slopes), torch.cat(curvatures))
+    mean = torch.cat(weights).to(directions).mean() if weights else 1.0
+    return DirectionalDerivatives(torch.cat(slopes) / mean, torch.cat(curvatures) / mean)
 
 
 def quadratics_of(

@@ -43,8 +43,7 @@ def differentiable_batch(batch: Batch) -> Batch:
     """
     batch.check_finite()
     if batch.targets.is_inference() or (isinstance(batch.inputs, Tensor) and batch.inputs.is_inference()):
-        inputs = batch.inputs.clone() if isinstance(batch.inputs, Tensor) else batch.inputs
-        return Batch(inputs, batch.targets.clone())
+        return batch.mapped(torch.clone)
     return batch
 
 
@@ -77,7 +76,7 @@ def load_batches(data: Any, seed: int) -> tuple[int, Iterator[Batch]]:
 
 
 def _is_one_batch(data: Any) -> bool:
-    """Return whether data are one batch, (inputs, targets) or a mapping, and not a loader or a list of batches."""
-    if not isinstance(data, tuple | list) or len(data) != 2:
+    """Return whether data are one batch, a tuple of tensors or a mapping, and not a loader or a list of batches."""
+    if not isinstance(data, tuple | list) or len(data) not in (2, 3):
         return isinstance(data, Mapping)
-    return isinstance(data[0], Tensor | Mapping) and isinstance(data[1], Tensor)
+    return isinstance(data[0], Tensor | Mapping) and all(isinstance(t, Tensor) for t in data[1:])

@@ -121,13 +121,13 @@ def quadratic_along(
         U, penalty = problem.directions, problem.penalty
         exact = accumulation_dtype(U)
         k = U.shape[1]
-        loss, slopes, matrix = 0.0, U.new_zeros(k, dtype=exact), U.new_zeros(k, k, dtype=exact)
+        n, loss, slopes, matrix = 0.0, 0.0, U.new_zeros(k, dtype=exact), U.new_zeros(k, k, dtype=exact)
         for quadratic in problem.quadratics(progress_bar=progress_bar):
             pushed = quadratic.pushed(U)
+            n += quadratic.batch.total_weight
             loss += float(quadratic.losses.to(exact).sum())
             slopes += quadratic.slopes(pushed).to(exact).sum(0)
             matrix += quadratic.curvature_matrix(U, pushed)
-        n = problem.n_samples
         matrix = matrix / n + U.mT.to(exact) @ penalty.products(U).to(exact)
         return Quadratic(
             loss / n + penalty.value,

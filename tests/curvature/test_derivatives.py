@@ -313,7 +313,9 @@ def test_products_of_a_batch_are_right_at_every_use(name: str, kind: str) -> Non
     if not s.capabilities.columns:
         pytest.skip(s.capabilities.reasons["columns"])
     H = ggn_sum(s, kind)
-    products = BatchProducts(s.selection, s.parameters, s.X, torch.zeros(N), ggn_root(kind), s.capabilities)
+    products = BatchProducts(
+        s.selection, s.parameters, Batch(s.X, torch.zeros(N)), torch.zeros(N), ggn_root(kind), s.capabilities
+    )
     U = s.tangents(4)
     for X in (U, U[:, :1], 2 * U, U[:, 1:3], U):
         assert_close(products(X), H @ X)
@@ -344,7 +346,9 @@ def test_products_of_all_modes_agree(name: str, way: str) -> None:
     s = setup(name)
     H = ggn_sum(s, "classification")
     able = without(name, **WAYS[way])
-    products = BatchProducts(s.selection, s.parameters, s.X, torch.zeros(N), ggn_root("classification"), able)
+    products = BatchProducts(
+        s.selection, s.parameters, Batch(s.X, torch.zeros(N)), torch.zeros(N), ggn_root("classification"), able
+    )
     U = s.tangents(3)
     for _ in range(3):
         assert_close(products(U), H @ U)
@@ -355,7 +359,9 @@ def test_products_of_a_gru_are_right_at_the_second_and_third_use() -> None:
     able = network(setup("GRU")).ready_for_products(setup("GRU").X).capabilities
     s = setup("GRU")
     H = ggn_sum(s, "classification")
-    products = BatchProducts(s.selection, s.parameters, s.X, torch.zeros(N), ggn_root("classification"), able)
+    products = BatchProducts(
+        s.selection, s.parameters, Batch(s.X, torch.zeros(N)), torch.zeros(N), ggn_root("classification"), able
+    )
     u = s.tangents(1)
     for scale in (1.0, -2.0, 1.0):
         assert_close(products(scale * u), scale * H @ u)
@@ -410,10 +416,12 @@ def test_a_networks_columns_come_in_groups_of_directions(n_directions: int) -> N
         U,
     )
     root, targets_or_noise = ggn_root("classification"), torch.zeros(N)
-    pushed = network(s).root_columns(s.X, root, targets_or_noise, U)
+    pushed = network(s).root_columns(Batch(s.X, torch.zeros(N)), root, targets_or_noise, U)
     assert pushed.shape == (N, 3, n_directions)
     assert_close(pushed.square().sum(1), expected)
-    assert_close(network(s, vmapped_columns=False).root_columns(s.X, root, targets_or_noise, U), pushed)
+    assert_close(
+        network(s, vmapped_columns=False).root_columns(Batch(s.X, torch.zeros(N)), root, targets_or_noise, U), pushed
+    )
 
 
 @pytest.mark.parametrize("looped", [False, True], ids=["as found", "looped"])

@@ -232,8 +232,8 @@ def test_rows_columns_and_products_are_of_one_root(twin: str, root: str) -> None
     for batch, targets_or_noise in c.batches():
         groups = network.root_rows(batch, c.root, targets_or_noise)
         V = torch.cat([torch.cat(list(blocks), dim=1) for _, blocks, _ in groups])
-        close(network.root_columns(batch.inputs, c.root, targets_or_noise, U), V @ U)
-        close(network.products(batch.inputs, c.root, targets_or_noise)(U), (V.mT @ V).sum(0) @ U)
+        close(network.root_columns(batch, c.root, targets_or_noise, U), V @ U)
+        close(network.products(batch, c.root, targets_or_noise)(U), (V.mT @ V).sum(0) @ U)
 
 
 @pytest.mark.parametrize("kind", KINDS)

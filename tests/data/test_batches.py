@@ -86,7 +86,7 @@ WRONG_BATCHES = {
     "scalar targets": (lambda: Batch(torch.ones(1, 2), torch.tensor(1)), r"shapes inputs \(1, 2\), targets \(\)"),
     "lengths that differ": (lambda: Batch(torch.ones(3, 2), torch.ones(2)), "3 inputs but 2 targets"),
     "a tensor alone": (lambda: as_batch(torch.ones(2, 2), DEFAULT_KEYS), "came as Tensor"),
-    "three parts": (lambda: as_batch((torch.ones(2),) * 3, DEFAULT_KEYS), "came as tuple .*Tensor.*Tensor.*Tensor"),
+    "four parts": (lambda: as_batch((torch.ones(2),) * 4, DEFAULT_KEYS), "came as tuple .*Tensor.*Tensor.*Tensor"),
     "one part": (lambda: as_batch([torch.ones(2)], DEFAULT_KEYS), "came as list"),
     "a target that is not a tensor": (lambda: as_batch((torch.ones(2, 2), [0, 1]), DEFAULT_KEYS), "'Tensor', 'list'"),
     "nested inputs": (lambda: as_batch(((torch.ones(2),) * 2, torch.ones(2)), DEFAULT_KEYS), "'tuple', 'Tensor'"),

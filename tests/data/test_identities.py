@@ -60,10 +60,15 @@ def test_keys_are_hashes_or_positions_for_both_sets() -> None:
     assert [keys.tolist() for keys in PLAIN.keys(plain)] == [[11, 12, 13], [13, 99]]
 
 
-def test_repeated_samples_are_counted_unless_loading_is_random() -> None:
-    assert PLAIN.n_repeated == 0
-    assert identities([5, 5, 6, 5], [1, 2, 3, 4]).n_repeated == 2
-    assert identities([5, 5, 6, 5], [1, 2, 3, 4], augmented=True).n_repeated == 0
+def test_equal_samples_are_merged_at_the_lowest_position_unless_loading_is_random() -> None:
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.25])
+    kept, together = identities([5, 5, 6, 5], [4, 2, 3, 1]).distinct(weights)
+    assert kept.tolist() == [False, False, True, True]
+    assert together.tolist() == [2.75, 2.75, 1.0, 2.75]
+    kept, together = identities([5, 5, 6, 5], [4, 2, 3, 1], augmented=True).distinct(weights)
+    assert bool(kept.all())
+    assert torch.equal(together, weights)
+    assert identities([5, 6], [4, 2]).at(torch.tensor([False, True])).hashes.tolist() == [6]
     assert len(PLAIN) == 3
 
 

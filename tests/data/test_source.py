@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "weighted": (
         lambda: DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * N, 60)),
-        "more than once.*weight the loss",
+        "more than once.*sample_weights.*class_weights",
     ),
     "a batch sampler that repeats": (lambda: DataLoader(DATA, batch_sampler=[[0, 1], [1, 2]]), "1 of its 4 samples"),
     "empty sampler": (lambda: DataLoader(DATA, sampler=[]), "no samples"),

@@ -115,7 +115,7 @@ def gained(H: Tensor, n: int, m: int, *, drawn: bool = False, redrawn: Tensor | 
     of_smaller, of_larger = (sample_terms(precision, H, N) for precision in (smaller, larger))
     difference = of_smaller - of_larger
     terms = terms_of(smaller, N), terms_of(larger, N)
-    return stage(*terms, difference[:n], difference[n : n + m], n_data=N, drawn=drawn)
+    return stage(*terms, difference[:n], difference[n : n + m], n_data=N, n_unseen=m, drawn=drawn)
 
 
 def true_gain(H: Tensor, n: int) -> float:

@@ -217,6 +217,7 @@ class Judged:
             of_all[:FITTED],
             n_data=N,
             n_fitted=FITTED,
+            n_held_out=len(c),
             sample_keys=c,
             context="",
         )

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.splitting import deal
 from debiased_laplace.diagnosis import Diagnosis, diagnose, draws, posteriors
 from debiased_laplace.diagnosis.posteriors import RANK
-from debiased_laplace.errors import RepeatedSamplesError
 
 # importing it from the package would give the function of the same name
 module = importlib.import_module("debiased_laplace.diagnosis.diagnose")
@@ -113,12 +113,16 @@ def test_of_large_batches_only_leading_eigenvectors_are_computed(monkeypatch):
     assert "last tenth" in diagnosis.figure().svg
 
 
-def test_equal_samples_are_refused():
+def test_equal_samples_are_in_one_fold(monkeypatch):
+    """So that debiasing helps a posterior of copies as it helps one of the distinct samples."""
     model, data = given()
-    twice = TensorDataset(*(torch.cat([t, t[:2]]) for t in data.tensors))
-    loader = DataLoader(twice, batch_size=7)
-    with pytest.raises(RepeatedSamplesError, match="2 samples have the same input"):
-        diagnose(model, "classification", loader, batch_sizes=[10], prior_precision=None)
+    twice = TensorDataset(*(torch.cat([t[:12]] * 4) for t in data.tensors))
+    seen = []
+    monkeypatch.setattr(posteriors, "deal", lambda n, k, generator: seen.append((n, k)) or deal(n, k, generator))
+    found = diagnose(model, "classification", DataLoader(twice, batch_size=7), batch_sizes=[30], n_draws=2)
+    assert all(n <= 12 for n, _ in seen)
+    assert len(seen) == 2
+    assert found.summary()
 
 
 @pytest.mark.slow

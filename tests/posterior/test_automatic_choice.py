@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.debiasing.choice import Choice
 from debiased_laplace.debiasing.options import SHARES
-from debiased_laplace.errors import NotFittedError, RepeatedSamplesError
+from debiased_laplace.errors import NotFittedError
 
 OPEN = ("magnitudes", "complement", "rank", "metric", "direction_samples")
 EVERYTHING = dict.fromkeys(OPEN, "auto")
@@ -519,8 +519,11 @@ def test_too_few_samples() -> None:
         unfitted(**EVERYTHING).fit(DataLoader(Subset(data(), [])))
 
 
-def test_samples_that_come_twice_would_judge_themselves() -> None:
+@pytest.mark.parametrize("magnitudes", ["same_batch", "auto"])
+def test_samples_that_come_twice_do_not_judge_themselves(magnitudes: str) -> None:
     X, y = data().tensors
-    la = unfitted(magnitudes="same_batch", complement="auto", rank=5)
-    with pytest.raises(RepeatedSamplesError):
-        la.fit(loader_of(torch.cat([X, X[:5]]), torch.cat([y, y[:5]])))
+    la = unfitted(magnitudes=magnitudes, complement="auto", rank=5)
+    la.fit(loader_of(torch.cat([X, X[:5]]), torch.cat([y, y[:5]])))
+    assert len(la.split.copies) == 5
+    assert la.n_data == len(X) + 5
+    assert la.choice.n_samples <= len(X)

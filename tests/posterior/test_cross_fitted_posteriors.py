@@ -6,8 +6,6 @@ from models import MODELS, targets
 from posterior_cases import close, posterior_of
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from debiased_laplace.errors import RepeatedSamplesError
-
 
 def data_with_repeats() -> TensorDataset:
     _, X = MODELS["MLP"]()
@@ -15,14 +13,12 @@ def data_with_repeats() -> TensorDataset:
     return TensorDataset(torch.cat([X[:15], X[3:4]]), torch.cat([y[:15], y[3:4]]))
 
 
-@pytest.mark.parametrize("kind", ["lowrank", "kron", "full"])
-def test_repeated_samples_are_refused_because_they_would_be_in_two_folds(kind: str) -> None:
-    la = posterior_of(MODELS["MLP"]()[0], "classification", "all", kind, magnitudes="cross_fitted")
-    with pytest.raises(RepeatedSamplesError) as caught:
-        la.fit(DataLoader(data_with_repeats(), batch_size=4))
-    assert caught.value.positions.tolist() == [15]
-    la.fit(DataLoader(Subset(data_with_repeats(), range(15)), batch_size=4))
+def test_equal_samples_are_one_sample_in_one_fold() -> None:
+    la = posterior_of(MODELS["MLP"]()[0], "classification", magnitudes="cross_fitted", n_folds=5)
+    la.fit(DataLoader(data_with_repeats(), batch_size=4), n_data=40)
     assert la.split.n_samples == 15
+    assert la.split.copies.tolist() == [15]
+    assert la.split.folds.bincount().tolist() == [3] * 5
 
 
 @pytest.mark.parametrize("kind", ["lowrank", "lowrank, kron complement", "kron", "full"])

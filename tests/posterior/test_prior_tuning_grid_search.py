@@ -290,8 +290,8 @@ def test_the_users_own_loss_chooses_and_likelihoods_are_compared():
 
 def test_targets_of_the_users_own_loss_need_not_be_the_likelihoods():
     la, X, y, _ = fitted("MLP", "classification")
-    unit = torch.nn.functional.one_hot(y, 3).double()
-    search = quiet(la, loader_of(X, unit), loss=lambda p, t: (p - t).square().sum(-1).mean())
+    signs = 2 * torch.nn.functional.one_hot(y, 3).double() - 1
+    search = quiet(la, loader_of(X, signs), loss=lambda p, t: (p - t).square().sum(-1).mean())
     assert search.against_map is None
     assert search.map_loss is None
     assert search.worse_than_map is None

@@ -22,7 +22,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from debiased_laplace.errors import OverlapError, RepeatedSamplesError
+from debiased_laplace.errors import OverlapError
 
 # --- types: tried in a process of its own, without the tests' type checks ---
 
@@ -69,7 +69,7 @@ WRONG_TYPES = {
     "loader: a tensor": "DataLoader.*Tensor",
     "loader: a generator": "DataLoader.*generator",
     "loader: batches of text": "two tensors.*'str'",
-    "loader: batches of three": "two tensors.*'Tensor', 'Tensor', 'Tensor'",
+    "loader: batches of four": "two tensors.*'Tensor', 'Tensor', 'Tensor', 'Tensor'",
     "loader: mappings": r"could not be evaluated.*'input_ids': \(8, 4\).*must be Tensor, not dict",
     "n_data: float": "n_data must be an integer.*40.0",
     "n_data: bool": "n_data must be an integer.*True",
@@ -216,11 +216,6 @@ def put(value):
     return change
 
 
-def repeated():
-    dataset = data()
-    return DataLoader(ConcatDataset([Subset(dataset, range(30)), Subset(dataset, [2, 7])]), batch_size=8)
-
-
 CLASSIFICATION, REGRESSION = "classification", "regression"
 LOADERS = {
     "empty": (CLASSIFICATION, {}, lambda: DataLoader(Subset(data(), []), batch_size=4), "no samples"),
@@ -258,7 +253,6 @@ LOADERS = {
         lambda: DataLoader(data(), batch_size=8, sampler=WeightedRandomSampler([1.0] * 40, 60)),
         "more than once",
     ),
-    "equal samples": (CLASSIFICATION, {}, repeated, r"2 samples.*positions 30, 31"),
     "NaN inputs": (CLASSIFICATION, {}, lambda: changed(CLASSIFICATION, put(math.nan)), "finite inputs; 1 of"),
     "infinite inputs": (CLASSIFICATION, {}, lambda: changed(CLASSIFICATION, put(math.inf)), "finite inputs; 1 of"),
     "NaN targets": (REGRESSION, {}, lambda: changed(REGRESSION, None, put(math.nan)), "finite targets; 1 of"),
@@ -298,17 +292,6 @@ def test_loaders_that_cannot_be_used(case, monkeypatch):
 
 def no_long_work(*args):
     raise AssertionError("long work has begun")
-
-
-def test_positions_of_repeated_samples_are_handed_over():
-    la = posterior_of(mlp()[0], "classification", prior_precision=0.4)
-    loader = repeated()
-    with pytest.raises(RepeatedSamplesError) as caught:
-        la.fit(loader)
-    assert caught.value.positions.tolist() == [30, 31]
-    rest = sorted(set(range(32)) - set(caught.value.positions.tolist()))
-    la.fit(DataLoader(Subset(loader.dataset, rest), batch_size=8))
-    assert la.n_data == 30
 
 
 @pytest.mark.parametrize("n_data", [39, 1, 0, -5])
@@ -452,7 +435,7 @@ def test_held_out_kl_without_what_it_needs(monkeypatch):
 def test_held_out_targets_must_fit():
     la, dataset = judged()
     X = dataset.tensors[0][30:]
-    with pytest.raises(ValueError, match="class labels"):
+    with pytest.raises(ValueError, match="soft labels as probabilities"):
         la.held_out_kl(loader_of(X, torch.randn(10, 3)), DataLoader(Subset(dataset, range(20))))
 
 

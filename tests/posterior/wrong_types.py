@@ -80,7 +80,7 @@ CASES = {
     "loader: a tensor": lambda: fresh().fit(X),
     "loader: a generator": lambda: fresh().fit(b for b in loader()),
     "loader: batches of text": lambda: fresh().fit([("a", "b")]),
-    "loader: batches of three": lambda: fresh().fit([(X, X, X)]),
+    "loader: batches of four": lambda: fresh().fit([(X, X, X, X)]),
     "loader: mappings": lambda: fresh().fit([{"input_ids": X, "labels": targets("classification")}]),
     "n_data: float": lambda: fresh().fit(loader(), n_data=40.0),
     "n_data: bool": lambda: fresh().fit(loader(), n_data=True),
