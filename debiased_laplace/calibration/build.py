@@ -133,7 +133,8 @@ def calibration_report(
             `validation`. "auto": the latter if it is given, else the former from 100 samples on. "none": no such row.
         validation: the baseline's predictions (or logits) on labelled samples outside of the test set, and their
             targets.
-        logits: method to its logits (n, C), for the temperature of methods whose probabilities are rounded to 0.
+        logits: method to its logits (n, C), for negative log-likelihood and temperature where probabilities are rounded
+            to 0.
         ood: name of a set of samples out of distribution to the predictions there of every method, in the forms of
             `predictions`. Posterior samples on both sets also give mutual information as a score.
         clusters: one id of any kind per sample (a patient, a video): samples of one id may depend on each other, and

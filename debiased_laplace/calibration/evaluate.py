@@ -119,7 +119,7 @@ def evaluate(  # noqa: D417 - further options are those of the report
     known: Any = next(iter(laplace.values()), DEFAULT_KEYS)
     keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
     noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
-    options = PredictionOptions(task, pred_type, link_approx, n_samples, seed, first, keys, progress_bar)
+    options = PredictionOptions(task, pred_type, link_approx, n_samples, seed, keys, progress_bar)
 
     def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}

@@ -16,6 +16,7 @@ from debiased_laplace.calibration.distributions import Gaussian
 from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
 from debiased_laplace.checks import name_of
+from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.parameters import takes_keywords
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
@@ -35,17 +36,13 @@ MOST_JOINT_OUTPUTS = 32  # covariances (n, d, d) between more outputs would outg
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """Options of the predictions, as of `evaluate`; a link of None becomes its default.
-
-    `baseline` names the method whose logits are kept where it is a network, since probabilities may be rounded to 0.
-    """
+    """Options of the predictions, as of `evaluate`; a link of None becomes its default."""
 
     task: Task
     pred_type: PredictionType = "glm"
     link: Link | None = None
     n_samples: int = 100
     seed: int = 0
-    baseline: str | None = None
     keys: MappingKeys = DEFAULT_KEYS
     progress_bar: bool = False
 
@@ -67,7 +64,7 @@ class BatchPrediction:
     """Predictions for the n samples of a batch, or of all batches; None where a method has none.
 
     Attributes:
-        probabilities: (n, C), as the logits.
+        probabilities: (n, C), as the logits, which are kept of networks: probabilities may be rounded to 0.
         mutual_information: between label and parameters, (n,), in nats.
         logit_variance: trace of the covariance of the centred logits, (n,).
         mean: (n,) or (n, d), as the standard deviation.
@@ -250,7 +247,11 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
     """Predict probabilities, with mutual information where the link knows it, or moments of the function."""
     is_regression = options.task == "regression"
     x = inputs if isinstance(inputs, Tensor) else _MovableMapping(inputs)
-    with preserve_state(network_of(la), plain=isinstance(la, DebiasedParametricLaplace)), torch.enable_grad():
+    ours = isinstance(la, DebiasedParametricLaplace)
+    with preserve_state(network_of(la), plain=ours), torch.enable_grad():
+        # laplace-torch fits a network that ends in a softmax, and takes the softmax of its outputs once more
+        if not ours and not is_regression and (model := network_of(la)) is not None:
+            _check_logits(name, _outputs_of(model, inputs))
         if options.pred_type == "nn" or (options.link == "mc" and not is_regression):
             generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
             samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator)
@@ -269,9 +270,8 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
 
 def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
     """Predict the softmax of the logits of a network (MAP), or its outputs as means."""
-    with preserve_state(model), torch.no_grad():
-        returned = model(**inputs) if isinstance(inputs, dict) and takes_keywords(model, inputs) else model(inputs)
-    outputs, n = getattr(returned, "logits", returned), n_samples_of(inputs)
+    with preserve_state(model):
+        outputs, n = _outputs_of(model, inputs), n_samples_of(inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != n:
         got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs, or an output with logits; got {got}.")
@@ -282,14 +282,20 @@ def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: 
         outputs = torch.stack([torch.zeros_like(z), z], dim=1)
     if outputs.ndim < 2 or outputs.shape[1] < 2:
         raise ValueError(f"{name!r}: expected logits (n, C) of at least 2 classes; got {tuple(outputs.shape)}.")
-    if bool((outputs >= 0).all()) and bool(((outputs.double().sum(1) - 1).abs() < 1e-4).all()):
-        raise ValueError(
-            f"The outputs of the network {name!r} are probabilities; expected logits. Give a callable, "
-            "`lambda x: model(x)`, to use the probabilities as they are."
-        )
+    _check_logits(name, outputs)
     logits = outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()
-    kept = logits if name == options.baseline and logits.ndim == 2 else None
-    return BatchPrediction(probabilities=logits.softmax(1), logits=kept)
+    return BatchPrediction(probabilities=logits.softmax(1), logits=logits)
+
+
+@torch.no_grad()
+def _outputs_of(model: nn.Module, inputs: Inputs) -> Any:
+    returned = model(**inputs) if isinstance(inputs, dict) and takes_keywords(model, inputs) else model(inputs)
+    return getattr(returned, "logits", returned)
+
+
+def _check_logits(name: str, outputs: Any) -> None:
+    if isinstance(outputs, Tensor) and outputs.ndim > 1 and are_probabilities(outputs):
+        raise ValueError(f"The outputs of the network of {name!r} are probabilities; {LOGITS_NEEDED}.")
 
 
 def _predict_with_callable(name: str, function: Callable[[Any], Any], inputs: Inputs, task: Task) -> BatchPrediction:

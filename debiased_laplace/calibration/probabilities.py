@@ -88,6 +88,15 @@ class Probabilities:
             z = mean_prediction(_normalize(self.values[..., rows, :])).clamp_min_(self.smallest).log_()
         return z - z.amax(dim=1, keepdim=True)
 
+    def log_probabilities(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return the log probability of each row's label from the logits, on the CPU."""
+        parts = []
+        for rows in self.portions():
+            z = self.take_logits(rows)
+            z = z if self.temperature is None else z / self.temperature[rows].to(z.device)[:, None]
+            parts.append(z.log_softmax(dim=1).gather(1, labels[rows].to(z.device)[:, None])[:, 0].cpu())
+        return torch.cat(parts)
+
 
 @dataclass(frozen=True, eq=False)
 class ClassBins:
@@ -140,8 +149,8 @@ class ClassificationPredictions:
 
     @property
     def n_impossible(self) -> int:
-        """Number of samples whose true class has a probability that counts as 0."""
-        return int((self.true_class_probability < self.source.smallest).sum())
+        """Number of samples whose true class has a probability that counts as 0; none where logits are known."""
+        return 0 if self.source.logits is not None else int((self.true_class_probability < self.source.smallest).sum())
 
 
 def mean_prediction(p: Float[Tensor, "*S rows C"]) -> Float[Tensor, "rows C"]:

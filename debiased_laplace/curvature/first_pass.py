@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.derivatives import find_capabilities
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, Likelihood, are_probabilities
 from debiased_laplace.curvature.memory import KEEP_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -92,7 +92,8 @@ def prepare_network(selection: ParameterSelection, likelihood: Likelihood, batch
 
     Raises:
         ValueError: if the model cannot be evaluated or differentiated on it, its outputs do not have the shape (n, C)
-            or differ for the same inputs, or a sample's output depends on the other samples of the batch.
+            or differ for the same inputs, those of a classifier are probabilities, or a sample's output depends on the
+            other samples of the batch.
     """
     batch.check_finite()
     parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
@@ -100,6 +101,8 @@ def prepare_network(selection: ParameterSelection, likelihood: Likelihood, batch
     with torch.no_grad():
         outputs = evaluated(selection, parameters, few)
         likelihood.check(outputs, few.targets)
+        if likelihood.name == "classification" and are_probabilities(outputs):
+            raise ValueError(f"The model's outputs are probabilities; {LOGITS_NEEDED}.")
         again = selection.call(parameters, few.inputs)
         single = evaluated(selection, parameters, few.first(1))
     scale = float(outputs.abs().max())

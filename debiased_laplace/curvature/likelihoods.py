@@ -211,6 +211,20 @@ class Regression:
         return outputs + noise.to(outputs.dtype)
 
 
+LOGITS_NEEDED = (
+    "expected logits, of which the softmax is taken. Remove the model's last softmax, or return the probabilities' "
+    "logarithms (log_softmax), which are logits"
+)
+"""What to do with a classifier whose outputs `are_probabilities`."""
+
+
+def are_probabilities(outputs: Float[Tensor, "n C ..."]) -> bool:
+    """Return whether the outputs of all samples are non-negative and sum to 1 over the classes."""
+    # half precision leaves rounding errors of a percent in a sum; logits of a whole batch do not come as close
+    sums = outputs.double().sum(1)
+    return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < (1e-2 if len(outputs) > 1 else 1e-4)).all())
+
+
 _LIKELIHOODS: dict[str, Likelihood] = {
     "classification": Classification(),
     "regression": Regression(),

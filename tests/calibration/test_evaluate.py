@@ -227,3 +227,30 @@ def test_gpu_equals_cpu_and_tells_its_memory():
         assert ours == pytest.approx(theirs, rel=1e-6)
         assert found["cuda"].predicted[method].peak_bytes > 0
         assert found["cpu"].predicted[method].peak_bytes is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("baseline", ["net", "even"])
+def test_the_negative_log_likelihood_of_a_network_comes_from_its_logits(dtype, baseline):
+    """Of two samples one has 1600 nats: its probability is 0 in double precision too."""
+    model = nn.Linear(2, 2, bias=False).to(dtype)
+    model.weight.data = 800 * torch.eye(2, dtype=dtype)
+    x, y = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=dtype), torch.tensor([0, 0])
+    methods = {"net": model, "even": lambda x: torch.full((len(x), 2), 0.5)}
+    report = evaluate(methods, [(x, y)], task="multiclass", baseline=baseline)
+    assert report.metrics["net"]["nll"].value == pytest.approx(800, rel=1e-6)
+    assert not any("true class probability 0" in warning for warning in report.warnings)
+
+
+def test_the_negative_log_likelihood_after_scaling_comes_from_the_logits_too():
+    model = nn.Linear(4, C, bias=False)
+    nn.init.normal_(model.weight, std=300, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+    z = model(x).detach().double()
+    y = torch.multinomial((z / 300).softmax(-1), 1, generator=torch.Generator().manual_seed(2))[:, 0]
+    report = evaluate({"net": model}, [(x, y)], task="multiclass", validation_loader=[(x[:100], y[:100])])
+    T = report.scaling.value
+    for name, scale in (("net", 1.0), (report.scaling.method, T)):
+        expected = torch.nn.functional.cross_entropy(z / scale, y).item()
+        assert report.metrics[name]["nll"].value == pytest.approx(expected, rel=1e-6)
+    assert T > 3

@@ -3,12 +3,23 @@ from typing import Any
 
 import pytest
 import torch
+from laplace import Laplace
 from models import MODELS, mlp, targets
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from debiased_laplace import (
+    DebiasedLaplace,
+    DebiasedNewton,
+    diagnose,
+    directional_derivatives,
+    evaluate,
+    held_out_kl,
+    newton_step,
+)
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.first_pass import checked_outputs, first_pass, prepare_network
-from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.likelihoods import are_probabilities, likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch, sample_hashes
@@ -210,3 +221,57 @@ def test_the_first_pass_can_show_progress(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == ""
     first_pass(network, samples, keep=False, progress_bar=True)
     assert "Reading samples" in capsys.readouterr().err
+
+
+def from_every_entry_point(model, X, y):
+    """Every way for a classifier to come in, by name."""
+    data = DataLoader(TensorDataset(X, y), batch_size=13)
+    optimizer = DebiasedNewton(model.parameters(), model, "classification")
+    U = torch.randn(sum(p.numel() for p in model.parameters()), 2, generator=torch.Generator().manual_seed(0))
+    return {
+        "fit": lambda: DebiasedLaplace(model, "classification", prior_precision=0.4).fit(data),
+        "fit of the last layer": lambda: DebiasedLaplace(model, "classification", "last_layer").fit(data),
+        "diagnose": lambda: diagnose(model, "classification", data, batch_sizes=[8], n_draws=1),
+        "newton_step": lambda: newton_step(model, "classification", (X, y)),
+        "DebiasedNewton": lambda: optimizer.step(lambda: (X, y)),
+        "directional_derivatives": lambda: directional_derivatives(model, "classification", data, U),
+        "held_out_kl": lambda: held_out_kl(theirs(model, data), None, fitted_loader=data),
+        "evaluate, of the network": lambda: evaluate({"net": model}, data, task="multiclass"),
+        "evaluate, of laplace-torch's posterior": lambda: evaluate(
+            {"la": theirs(model, data)}, data, task="multiclass", include_map=False
+        ),
+    }
+
+
+def theirs(model, data):
+    la = Laplace(model, "classification", "all", "diag", prior_precision=0.4)
+    la.fit(data)
+    return la
+
+
+@pytest.mark.parametrize("entry", from_every_entry_point(nn.Linear(1, 2), torch.ones(1, 1), torch.ones(1)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_network_that_ends_in_a_softmax_is_refused_everywhere(entry, dtype):
+    network, X = mlp(dtype=dtype)
+    call = from_every_entry_point(nn.Sequential(network, nn.Softmax(-1)), X, targets("classification"))[entry]
+    with pytest.raises(ValueError, match=r"are probabilities; expected logits.*last softmax.*log_softmax"):
+        call()
+
+
+def test_log_probabilities_are_logits():
+    network, X = mlp()
+    predictions = []
+    for model in (network, nn.Sequential(network, nn.LogSoftmax(-1))):
+        la = DebiasedLaplace(model, "classification", prior_precision=0.4)
+        la.fit(DataLoader(TensorDataset(X, targets("classification")), batch_size=13))
+        predictions.append(la(X))
+    assert torch.allclose(*predictions, rtol=1e-9)
+
+
+def test_non_negative_outputs_and_rows_that_sum_to_one_are_logits_still():
+    network, X = mlp()
+    rows = torch.eye(3, dtype=X.dtype)[targets("classification")[:8]]
+    assert are_probabilities(rows)
+    assert are_probabilities(torch.softmax(network(X), 1).bfloat16())
+    for outputs in (network(X).exp(), network(X) - network(X).mean(1, keepdim=True) + 1 / 3, rows[:1] * 1.002):
+        assert not are_probabilities(outputs)

@@ -22,8 +22,14 @@ from debiased_laplace.calibration.probabilities import ClassificationPredictions
 
 
 def negative_log_likelihood(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
-    r"""Return $-\log p(y)$ in nats per sample, finite also for a true class of probability 0."""
-    return -predictions.true_class_probability.clamp_min(predictions.source.smallest).log()
+    r"""Return $-\log p(y)$ in nats per sample, from logits where they are known.
+
+    Without logits it is finite also for a true class of probability 0.
+    """
+    source = predictions.source
+    if source.logits is not None:
+        return -source.log_probabilities(predictions.targets)
+    return -predictions.true_class_probability.clamp_min(source.smallest).log()
 
 
 def brier_score(predictions: ClassificationPredictions) -> Float[Tensor, " n"]:
