@@ -1,7 +1,8 @@
 """The parameters that a posterior is over, and their flattening."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -11,6 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from debiased_laplace.data.inputs import Inputs, dtype_of, shape_of
 
@@ -219,13 +222,37 @@ class ParameterSelection:
         return _logits(returned)
 
     def _returned(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None) -> object:
-        placed = {place: self._whole(name, parameters) for place, name in self._places.items()}
+        placed = {place: self._placed(place, name, parameters) for place, name in self._places.items()}
         arguments: tuple[Inputs, ...] = (inputs,)
         keywords = dict(model_kwargs or {})
         if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
             arguments, keywords = (), {**inputs, **keywords}
-        returned: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
+        with _PlainEmbeddings() if self._has_embeddings else nullcontext():
+            returned: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
         return returned
+
+    @cached_property
+    def _has_embeddings(self) -> bool:
+        return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in self.model.modules())
+
+    @cached_property
+    def _padding_rows(self) -> dict[str, int]:
+        """Row of the padding in each place that holds an embedding with one."""
+        # of an EmbeddingBag no row of the padding enters the outputs
+        rows = {
+            f"{path}.weight" if path else "weight": module.padding_idx
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        }
+        return {place: row for place, row in rows.items() if place in self._places}
+
+    def _placed(self, place: str, name: str, parameters: dict[str, Tensor]) -> Tensor:
+        """Return a parameter as its place in the model takes it: of an embedding, the padding's row is a constant."""
+        values, row = self._whole(name, parameters), self._padding_rows.get(place)
+        if row is None or name not in parameters:
+            return values
+        is_padding = torch.arange(len(values), device=values.device)[:, None] == row
+        return torch.where(is_padding, self._by_name[name].detach(), values)
 
     def _whole(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
         """Return a parameter with its selected entries replaced; the others are constants."""
@@ -256,6 +283,30 @@ class ParameterSelection:
                 digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+class _PlainEmbeddings(TorchFunctionMode):
+    """Embeddings with the derivatives of the function that they compute, in forward mode and in backward mode.
+
+    torch's backward pass gives the padding's row no gradient, its forward mode a tangent: here it is a constant in
+    both. Division by frequencies in the batch is for steps of an optimizer, and sparse gradients cannot be reshaped.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch's."""
+        kwargs = dict(kwargs or {})
+        if func not in (functional.embedding, functional.embedding_bag):
+            return func(*args, **kwargs)
+        # torch passes all but the first two by name
+        kwargs |= {"scale_grad_by_freq": False, "sparse": False}
+        row = kwargs.get("padding_idx")
+        if func is functional.embedding_bag or row is None:
+            return func(*args, **kwargs)
+        indices, weight = args
+        found = func(indices, weight, **kwargs)
+        return torch.where((indices == row % len(weight))[..., None], found.detach(), found)
 
 
 def _logits(returned: object) -> Tensor:

@@ -5,12 +5,18 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS
-from oracles import dense_jacobian, flat_parameters
+from oracles import dense_jacobian, flat_parameters, output_hessian
 from torch import Tensor, nn
 from torch.func import jacrev
+from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
+from debiased_laplace import DebiasedLaplace
+from debiased_laplace.curvature import derivatives
+from debiased_laplace.curvature.first_pass import prepare_network
+from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection, takes_keywords
+from debiased_laplace.data.batches import Batch
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -421,3 +427,108 @@ def test_inputs_that_a_model_cannot_read_are_described_in_the_error() -> None:
         selection.evaluated(parameters, torch.ones(3, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"shape \{'mask': \(3, 1\), 'x': \(3, 5\)\} and \{'x': torch.float64, 'mask'"):
         selection.evaluated(parameters, {"x": torch.ones(3, 5, dtype=torch.float64), "mask": torch.ones(3, 1)})
+
+
+class Tokens(nn.Module):
+    """Mean of the tokens' embeddings; the padding is token 0, as `F.embedding` or as a module sees it."""
+
+    def __init__(self, style: str, **options: Any):
+        super().__init__()
+        self.functional = style == "by the function"
+        self.embedding = (nn.EmbeddingBag if style == "a bag" else nn.Embedding)(7, 3, **options)
+        self.layer = nn.Linear(3, 7)
+        if style == "tied":
+            self.layer.weight = self.embedding.weight
+        generator = torch.Generator().manual_seed(0)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.embedding, nn.EmbeddingBag):
+            return self.layer(self.embedding(x).tanh())
+        embedded = functional.embedding(x, self.embedding.weight, 0) if self.functional else self.embedding(x)
+        return self.layer(embedded.tanh().mean(1))
+
+
+EMBEDDINGS = {
+    "padding": ("a module", {"padding_idx": 0}),
+    "padding, counted from the end": ("a module", {"padding_idx": -7}),
+    "padding, tied weights": ("tied", {"padding_idx": 0}),
+    "padding by the function": ("by the function", {}),
+    "padding of a bag": ("a bag", {"padding_idx": 0}),
+    "gradients by frequency": ("a module", {"scale_grad_by_freq": True}),
+    "gradients by frequency, a bag": ("a bag", {"scale_grad_by_freq": True}),
+    "sparse gradients": ("a module", {"sparse": True, "padding_idx": 0}),
+}
+
+
+def naive_outputs(model: Tokens, x: Tensor, theta: Tensor, *, padded: bool) -> Tensor:
+    """The model at other weights, token by token; of a padding the embedding stays as it was."""
+    own, bag = list(model.parameters()), isinstance(model.embedding, nn.EmbeddingBag)
+    parts = theta.split([p.numel() for p in own])
+    E, *rest = (part.reshape(p.shape) for part, p in zip(parts, own, strict=True))
+    W, b = rest if len(rest) == 2 else (E, rest[0])
+    rows = []
+    for tokens in x.tolist():
+        at = [own[0].detach()[0] if padded and t == 0 else E[t] for t in tokens if not (bag and padded and t == 0)]
+        rows.append(torch.stack(at).mean(0).tanh() if bag else torch.stack(at).tanh().mean(0))
+    return torch.stack(rows) @ W.T + b
+
+
+def finite_differences(model: Tokens, x: Tensor, *, padded: bool) -> Tensor:
+    """Jacobian (n, C, P) of the naive outputs."""
+    theta = flat_parameters(model)
+    assert torch.allclose(naive_outputs(model, x, theta, padded=padded), model(x).detach(), rtol=1e-12)
+    steps = 1e-5 * torch.eye(len(theta), dtype=theta.dtype)
+    ends = [[naive_outputs(model, x, theta + s * h, padded=padded) for s in (1, -1)] for h in steps]
+    return torch.stack([(right - left) / 2e-5 for right, left in ends], dim=-1)
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_all_modes_take_the_padding_of_an_embedding_as_a_constant(case: str) -> None:
+    style, options = EMBEDDINGS[case]
+    model = Tokens(style, **options).double()
+    x = torch.tensor([[1, 2, 3, 4], [5, 6, 1, 1], [2, 2, 0, 0], [0, 3, 0, 5]])
+    J = finite_differences(model, x, padded="padding" in case or "sparse" in case)
+    network = prepare_network(
+        ParameterSelection.all_weights(model), likelihood_named("classification"), Batch(x, x[:, 0])
+    )
+    generator = torch.Generator().manual_seed(1)
+    U = torch.randn(J.shape[-1], 5, generator=generator, dtype=J.dtype)
+    W = torch.randn(4, 7, generator=generator, dtype=J.dtype)
+    eye = derivatives.identity_cotangents
+    rows = [
+        torch.cat([part for part, _ in network.jacobians(x)]),
+        derivatives.looped_rows(network.selection, network.parameters, x, torch.zeros(4), eye)[0],
+    ]
+    batch = network.linearized(x)
+    along = [batch.pushed(U)] if network.capabilities.columns else []
+    found = [*rows, *along, batch.pulled(W)]
+    expected = [J, J, *[J @ U for _ in along], torch.einsum("nc,ncp->p", W, J)]
+    for value, at in zip(found, expected, strict=True):
+        assert torch.allclose(value, at, rtol=1e-6, atol=1e-8)
+    assert along or style == "a bag"
+
+
+def test_gram_matrix_lanczos_and_samples_agree_where_padding_comes_late() -> None:
+    """Two samples without padding come first, which modes of differentiation are tested on."""
+    model = Tokens("a module", padding_idx=0).double()
+    X = torch.randint(1, 7, (30, 4), generator=torch.Generator().manual_seed(2))
+    X[2:] = torch.tensor([[t, u, 0, 0] for t in range(1, 7) for u in range(1, 7)])[:28]
+    y = torch.randint(7, (30,), generator=torch.Generator().manual_seed(3))
+    options = {"rank": 3, "prior_precision": 0.7, "magnitudes": "same_batch", "complement": "none"}
+    gram, lanczos = (DebiasedLaplace(model, "classification", solver=s, **options) for s in ("gram", "lanczos"))
+    for la in (gram, lanczos):
+        la.fit([(X, y)], n_data=300)
+    assert torch.allclose(gram.directional_curvatures, lanczos.directional_curvatures, rtol=1e-9)
+    J = finite_differences(model, X[2:4], padded=True)
+    seeds = [torch.Generator().manual_seed(4) for _ in range(4)]
+    theta = gram.sample(5, generator=seeds[0])
+    linearized = model(X[2:4]).detach() + torch.einsum("ncp,sp->snc", J, theta - gram.mean)
+    assert torch.allclose(gram.functional_samples(X[2:4], "glm", 5, generator=seeds[1]), linearized, rtol=1e-6)
+    expected = torch.stack([naive_outputs(model, X[2:4], t, padded=True) for t in theta])
+    assert torch.allclose(gram.functional_samples(X[2:4], "nn", 5, generator=seeds[2]), expected, rtol=1e-9)
+    J = finite_differences(model, X, padded=True)
+    H = sum(J_n.T @ output_hessian(f, "classification") @ J_n for J_n, f in zip(J, model(X).detach(), strict=True))
+    values = torch.linalg.eigvalsh(H / 30).flip(0)[:3]
+    assert torch.allclose(gram.directional_curvatures, values, rtol=1e-5)
