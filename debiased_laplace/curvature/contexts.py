@@ -1,12 +1,15 @@
 """Contexts in which the user's model is evaluated and differentiated without side effects."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from debiased_laplace.data.randomness import undisturbed_randomness
 
@@ -27,13 +30,59 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(before)
 
 
+class DifferentiableFunctions(TorchFunctionMode):
+    """Calls of torch's functions with the same derivatives in forward mode and in backward mode.
+
+    Embeddings: torch's backward pass gives the padding's row no gradient, its forward mode a tangent; here that row is
+    a constant. Division by frequencies in the batch is of steps of an optimizer, and sparse gradients cannot be
+    flattened: both are turned off. Autocast, which transformations mix up the dtypes of, is turned off for each call,
+    also where the model turns it on.
+    """
+
+    def __init__(self, device_type: str):
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch's."""
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled(self.device_type):
+            with torch.autocast(self.device_type, enabled=False):
+                return self._called(func, args, kwargs)
+        return self._called(func, args, kwargs)
+
+    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func not in (functional.embedding, functional.embedding_bag):
+            return func(*args, **kwargs)
+        # torch passes all but the first two by name
+        found = func(*args, **{**kwargs, "scale_grad_by_freq": False, "sparse": False})
+        row = kwargs.get("padding_idx")
+        if func is functional.embedding_bag or row is None:
+            return found
+        indices, weight = args
+        return torch.where((indices == row % len(weight))[..., None], found.detach(), found)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Leave the caller's autocast, which would round sums to a few digits."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Select kernels that can be differentiated in both modes; restore the user's settings afterwards."""
+    """Select functions and kernels that can be differentiated in both modes; restore the user's settings afterwards."""
     # fused attention and the fast path of multi-head attention have no JVP, and cuDNN's recurrent layers no backward
     # pass in evaluation mode
     fast_path, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    device_type = next((p.device.type for p in model.parameters()), "cpu")
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch.backends.cudnn.enabled = cudnn and not recurrent
@@ -42,7 +91,8 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="There is a performance drop")
             # torch scripts its own forward-mode rules at their first use
             warnings.filterwarnings("ignore", message="`torch.jit.script")
-            yield
+            with full_precision(), DifferentiableFunctions(device_type):
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.cudnn.enabled = cudnn

@@ -1,8 +1,7 @@
 """The parameters that a posterior is over, and their flattening."""
 
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -12,8 +11,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from debiased_laplace.data.inputs import Inputs, dtype_of, shape_of
 
@@ -64,7 +61,11 @@ class ParameterSelection:
             raise ValueError(f"Expected trainable parameters of one dtype on one device; got {found}.")
         (dtype,) = {dtype for dtype, _ in kinds}
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"Expected parameters in torch.float32 or torch.float64; got {dtype}: convert the model.")
+            names = ", ".join(list(selected)[:3]) + (", …" if len(selected) > 3 else "")
+            raise ValueError(
+                f"Expected trainable parameters in torch.float32 or torch.float64; got {dtype} ({names}): fit "
+                "model.float(), whose weights are the same, or leave only float32 parameters with requires_grad=True."
+            )
         shapes = tuple(p.shape for p in selected.values())
         return cls(model, tuple(selected), shapes, (None,) * len(shapes), "all weights")
 
@@ -227,13 +228,8 @@ class ParameterSelection:
         keywords = dict(model_kwargs or {})
         if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
             arguments, keywords = (), {**inputs, **keywords}
-        with _PlainEmbeddings() if self._has_embeddings else nullcontext():
-            returned: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
+        returned: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
         return returned
-
-    @cached_property
-    def _has_embeddings(self) -> bool:
-        return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in self.model.modules())
 
     @cached_property
     def _padding_rows(self) -> dict[str, int]:
@@ -285,30 +281,6 @@ class ParameterSelection:
         return digest.hexdigest()
 
 
-class _PlainEmbeddings(TorchFunctionMode):
-    """Embeddings with the derivatives of the function that they compute, in forward mode and in backward mode.
-
-    torch's backward pass gives the padding's row no gradient, its forward mode a tangent: here it is a constant in
-    both. Division by frequencies in the batch is for steps of an optimizer, and sparse gradients cannot be reshaped.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch's."""
-        kwargs = dict(kwargs or {})
-        if func not in (functional.embedding, functional.embedding_bag):
-            return func(*args, **kwargs)
-        # torch passes all but the first two by name
-        kwargs |= {"scale_grad_by_freq": False, "sparse": False}
-        row = kwargs.get("padding_idx")
-        if func is functional.embedding_bag or row is None:
-            return func(*args, **kwargs)
-        indices, weight = args
-        found = func(indices, weight, **kwargs)
-        return torch.where((indices == row % len(weight))[..., None], found.detach(), found)
-
-
 def _logits(returned: object) -> Tensor:
     outputs = getattr(returned, "logits", returned)
     if not isinstance(outputs, Tensor):
@@ -316,7 +288,8 @@ def _logits(returned: object) -> Tensor:
             "Expected the model to return a tensor, or an output with a tensor of logits; "
             f"got {type(outputs).__name__}."
         )
-    return outputs
+    # what follows is in the dtype of the weights
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.first_pass import evaluated, with_target_weights
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
@@ -77,7 +77,7 @@ def held_out_kl(
     References:
         docs/conventions.md, "Held-out KL"; Daxberger et al. (2021), arXiv 2106.14806.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), full_precision():
         candidate = candidate_of(posterior, n_data, temperature)
         if candidate.identities is None and fitted_loader is None:
             raise ValueError(

@@ -14,7 +14,7 @@ from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
 from debiased_laplace.checks import boolean, finite, integer, name_of, one_of, one_positive, positive
-from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.derivatives import find_capabilities
 from debiased_laplace.curvature.likelihoods import likelihood_named, shown_class_weights
 from debiased_laplace.curvature.memory import free_memory
@@ -461,7 +461,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._check_H_init()
         if self._precision is None:
             curvature = self.fit_result.estimate.curvature
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), full_precision():
                 diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
             self._precision = LowRankPlusDiagonal(diagonal, curvature.factor, weights, curvature.basis)
         return self._precision
@@ -516,7 +516,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
             raise ValueError(f"Expected parameters of shape (…, {P}); got {tuple(value.shape)}.")
         if self._fit is None:
             return (self.prior_precision_diag * (value - self.prior_mean).square()).sum(-1)
-        return self.posterior_precision.quadratic(value - self._fit.mean)
+        with full_precision():
+            return self.posterior_precision.quadratic(value - self._fit.mean)
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
         """Return the log density of parameters (…, P) in nats under the posterior, before `fit` under the prior.
@@ -554,7 +555,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         mean = self.fit_result.mean
         _check_draws(n_samples, generator, mean.device)
-        return self._embed(mean + self.posterior_precision.root(standard_normal(n_samples, mean, generator)))
+        with full_precision():
+            return self._embed(mean + self.posterior_precision.root(standard_normal(n_samples, mean, generator)))
 
     def _embed(self, draws: Float[Tensor, "S P"]) -> Float[Tensor, "S _"]:
         """Draws as laplace-torch shows them: of a subnetwork, among the trained values of all parameters."""
@@ -678,12 +680,14 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Return output covariances (n, C, C) for Jacobians (n, C, P)."""
         self._check_jacobian_width(Js)
-        return self.posterior_precision.variance(Js)
+        with full_precision():
+            return self.posterior_precision.variance(Js)
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Return the covariance (nC, nC) of all outputs together, for Jacobians (n, C, P) or (nC, P)."""
         self._check_jacobian_width(Js)
-        return self.posterior_precision.variance(Js.flatten(0, -2))
+        with full_precision():
+            return self.posterior_precision.variance(Js.flatten(0, -2))
 
     def _check_jacobian_width(self, Js: Tensor) -> None:
         P = len(self.fit_result.mean)
@@ -760,7 +764,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         Warns:
             UserWarning: if the fitted samples' share is above a tenth and missing.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), full_precision():
             return estimate_for(self._candidate(), loader, fitted_loader, progress_bar=progress_bar)
 
     def _candidate(self) -> Candidate:
@@ -859,7 +863,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if method not in ("marglik", "gridsearch"):
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
         one_of(structure, prior_tuning.PriorStructure, "prior_structure")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), full_precision():
             if method == "marglik":
                 ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
                 prior_tuning.maximize_marginal_likelihood(self, ascent, progress_bar=progress_bar)
@@ -903,7 +907,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         fit = checkpoint.from_state(state_dict, self.model, self._selection, expected)
         before = dict(self.__dict__)
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), full_precision():
                 self._become(fit, state_dict)
         except Exception as error:
             self.__dict__.clear()

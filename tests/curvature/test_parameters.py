@@ -13,6 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature import derivatives
+from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection, takes_keywords
@@ -490,20 +491,19 @@ def test_all_modes_take_the_padding_of_an_embedding_as_a_constant(case: str) -> 
     model = Tokens(style, **options).double()
     x = torch.tensor([[1, 2, 3, 4], [5, 6, 1, 1], [2, 2, 0, 0], [0, 3, 0, 5]])
     J = finite_differences(model, x, padded="padding" in case or "sparse" in case)
-    network = prepare_network(
-        ParameterSelection.all_weights(model), likelihood_named("classification"), Batch(x, x[:, 0])
-    )
     generator = torch.Generator().manual_seed(1)
     U = torch.randn(J.shape[-1], 5, generator=generator, dtype=J.dtype)
     W = torch.randn(4, 7, generator=generator, dtype=J.dtype)
-    eye = derivatives.identity_cotangents
-    rows = [
-        torch.cat([part for part, _ in network.jacobians(x)]),
-        derivatives.looped_rows(network.selection, network.parameters, x, torch.zeros(4), eye)[0],
-    ]
-    batch = network.linearized(x)
-    along = [batch.pushed(U)] if network.capabilities.columns else []
-    found = [*rows, *along, batch.pulled(W)]
+    selection, likelihood = ParameterSelection.all_weights(model), likelihood_named("classification")
+    with differentiable_kernels(model):
+        network = prepare_network(selection, likelihood, Batch(x, x[:, 0]))
+        of_vmap = torch.cat([part for part, _ in network.jacobians(x)])
+        eye = derivatives.identity_cotangents
+        of_loop, _ = derivatives.looped_rows(selection, network.parameters, x, torch.zeros(4), eye)
+        batch = network.linearized(x)
+        along = [batch.pushed(U)] if network.capabilities.columns else []
+        pulled = batch.pulled(W)
+    found = [of_vmap, of_loop, *along, pulled]
     expected = [J, J, *[J @ U for _ in along], torch.einsum("nc,ncp->p", W, J)]
     for value, at in zip(found, expected, strict=True):
         assert torch.allclose(value, at, rtol=1e-6, atol=1e-8)
