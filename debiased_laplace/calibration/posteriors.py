@@ -158,7 +158,7 @@ def _list_facts(
         "data set, N": getattr(la, "n_data", None),
         **({} if ours is None else _describe_estimate(ours)),
         "prior precision": low if low == high else f"{low:.4g} to {high:.4g}",
-        "observation noise": float(la.sigma_noise.detach()) if name_of(la.likelihood) == "regression" else None,
+        "observation noise": _show_noise(la) if name_of(la.likelihood) == "regression" else None,
         "temperature": float(la.temperature) if la.temperature != 1 else None,
         # P - tr(P0 P̂^-1) = tr(N τ H P̂^-1)
         "effective parameters": None if candidate is None else max(0.0, P - candidate.terms.prior_trace),
@@ -166,6 +166,11 @@ def _list_facts(
         "time of the fit": None if seconds is None else format_seconds(seconds),
     }
     return {label: value for label, value in facts.items() if value is not None}
+
+
+def _show_noise(la: BaseLaplace) -> Scalar:
+    values = la.sigma_noise.detach().reshape(-1).tolist()
+    return float(values[0]) if len(values) == 1 else ", ".join(f"{value:.4g}" for value in values)
 
 
 def _describe_estimate(la: DebiasedParametricLaplace) -> dict[str, Scalar | None]:

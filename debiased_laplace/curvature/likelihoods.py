@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss, one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 
 @runtime_checkable
@@ -160,55 +160,80 @@ class Classification:
         return (below < noise * below[..., -1:]).sum(-1).clamp_max(outputs.shape[-1] - 1)
 
 
+@dataclass(frozen=True)
 class Regression:
-    """Gaussian likelihood with unit noise."""
+    r"""Gaussian likelihood with unit noise.
+
+    Targets are (n, C), or (n,) for a single output.
+
+    Attributes:
+        relative_noise: noise of each output, of geometric mean 1; None: 1 for all. Losses and curvatures are in its
+            units, so that $\sum_c (y_c - f_c)^2 / 2 r_c^2$ is the loss.
+    """
 
     name = "regression"
+    relative_noise: tuple[float, ...] | None = None
 
     def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Check that the targets are floating-point and have the shape of the outputs."""
-        if not targets.is_floating_point() or targets.shape != outputs.shape:
+        """Check that the targets are floating-point and have the shape of the outputs, or (n,) for one output."""
+        n, C = outputs.shape
+        if not targets.is_floating_point() or (targets.shape != (n, C) and (C != 1 or targets.shape != (n,))):
             raise ValueError(
                 f"Expected regression targets as floats of the outputs' shape {tuple(outputs.shape)}; got "
                 f"{targets.dtype} of shape {tuple(targets.shape)}."
             )
+        if self.relative_noise is not None and len(self.relative_noise) != C:
+            raise ValueError(
+                f"Expected sigma_noise as one number, or one for each of {C} outputs; got {len(self.relative_noise)}."
+            )
 
     def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
         """Return half the summed squared error."""
-        return 0.5 * mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
+        return 0.5 * self._residuals(outputs, targets).square().sum()
 
     def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
         """Return half the squared error of each sample."""
-        return 0.5 * (outputs - targets.to(outputs.dtype)).square().sum(-1)
+        return 0.5 * self._residuals(outputs, targets).square().sum(-1)
 
     def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        """Return columns of the identity."""
-        unit = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)[:, columns]
+        """Return columns of the identity, each divided by its output's noise."""
+        unit = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
+        unit = self._scaled(unit)[:, columns]
         return unit.expand(*outputs.shape[:-1], *unit.shape)
 
     def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:  # noqa: ARG002
-        """Return X."""
-        return X
+        """Return X, each row divided by its output's noise."""
+        return X if self.relative_noise is None else self._scaled(X.mT).mT
 
     def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:  # noqa: ARG002
-        """Return x."""
-        return x
+        """Return x, divided by the noise variances."""
+        return self._scaled(self._scaled(x))
 
     def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:  # noqa: ARG002
         """Return None: every target counts alike."""
         return None
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        """Return output minus target."""
-        return outputs - targets.to(outputs.dtype)
+        """Return output minus target, divided by the noise variances."""
+        return self._scaled(self._residuals(outputs, targets))
 
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
         """Draw one standard normal number per output."""
         return torch.randn(n, n_outputs, generator=generator, dtype=torch.float64)
 
     def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
-        """Return outputs plus unit noise."""
-        return outputs + noise.to(outputs.dtype)
+        """Return outputs plus noise."""
+        noise = noise.to(outputs.dtype)
+        return outputs + (noise if self.relative_noise is None else noise * outputs.new_tensor(self.relative_noise))
+
+    def _residuals(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
+        """Return (output - target) / noise."""
+        # targets (n,) of a single output would be broadcast to (n, n)
+        y = targets[..., None] if targets.ndim == outputs.ndim - 1 else targets
+        return self._scaled(outputs - y.to(outputs.dtype))
+
+    def _scaled(self, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        return x if self.relative_noise is None else x / x.new_tensor(self.relative_noise)
 
 
 LOGITS_NEEDED = (
@@ -265,3 +290,9 @@ def shown_class_weights(likelihood: Likelihood) -> str:
     """Return the class weights of a likelihood as text; nothing without them."""
     weights = getattr(likelihood, "class_weights", None)
     return "" if weights is None else f" with class_weights {[float(f'{w:.6g}') for w in weights.tolist()]}"
+
+
+def in_columns(targets: Tensor, n_outputs: int) -> Tensor:
+    """Return floating-point targets (n,) of a single output as (n, 1), and all others as they are."""
+    flat = targets.ndim == 1 and n_outputs == 1 and targets.is_floating_point()
+    return targets[:, None] if flat else targets

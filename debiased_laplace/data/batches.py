@@ -197,6 +197,8 @@ def sample_hashes(batch: Batch) -> Int64[Tensor, " n"]:
     """Return a 64-bit hash of the input and target of each sample."""
     # a label has the same hash in any integer type, and in any floating-point type
     targets = batch.targets.to(torch.float64 if batch.targets.is_floating_point() else torch.int64)
+    # and a single number in the shape () or (1,)
+    targets = targets[:, None] if targets.ndim == 1 and targets.is_floating_point() else targets
     # sorted: the order of a mapping is not part of the sample; a single tensor has no name
     named = [("", batch.inputs)] if isinstance(batch.inputs, Tensor) else sorted(batch.inputs.items())
     parts = [(name, t.detach().cpu().contiguous()) for name, t in (*named, ("", targets))]

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from debiased_laplace.curvature.derivatives import looped_rows
 from debiased_laplace.curvature.kfac import KfacApproximation, KfacSums
 from debiased_laplace.curvature.kronecker import KroneckerFactors
+from debiased_laplace.curvature.likelihoods import in_columns
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, takes_keywords
@@ -95,7 +96,7 @@ class BackendDerivatives:
         n, C, P = len(batch), self._n_outputs, self._selection.n_parameters
         with self._asked("rows") as backend:
             if root.kind == "EF":
-                G = self._own(backend.gradients(batch.inputs, batch.targets)[0].detach())
+                G = self._own(backend.gradients(batch.inputs, self._targets(batch))[0].detach())
                 _check_shape(G, (n, P), "gradients")
                 # laplace-torch's are of the squared error, twice the gradient of the negative log-likelihood
                 return G[:, None, :] * backend.factor
@@ -104,6 +105,9 @@ class BackendDerivatives:
             J = self._own(J)
             _check_shape(J, (n, C, P), "Jacobians")
             return root.transposed(outputs, targets_or_noise, J)
+
+    def _targets(self, batch: Batch) -> Tensor:
+        return in_columns(batch.targets, self._n_outputs)
 
     def kfac(self, batches: Iterable[Batch], n_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the backend's factors of every parameter, as a mean over samples."""
@@ -125,7 +129,7 @@ class BackendDerivatives:
             with self._asked(feature) as backend:
                 # Curvlinops would draw the same for every batch
                 seed = {"seed": int(torch.randint(2**31 - 1, ()))} if "mc_samples" in options else {}
-                factors = backend.kron(batch.inputs, batch.targets, N=n_samples, **options, **seed)[1].kfacs
+                factors = backend.kron(batch.inputs, self._targets(batch), N=n_samples, **options, **seed)[1].kfacs
             # the empirical Fisher of the squared error is twice that of the negative log-likelihood
             weight = (backend.factor if isinstance(self._root, EmpiricalFisher) else 1.0) / n_samples
             for name, pair in zip(self._names, factors, strict=True):
@@ -141,7 +145,7 @@ class BackendDerivatives:
         """Return the backend's dense Hessian."""
         # laplace-torch's unit matrix has the default dtype and device, which may be neither of the model's
         with self._asked("hessian") as backend, _defaults_of(next(self._selection.model.parameters())):
-            H = backend.full(batch.inputs, batch.targets)[1].detach()
+            H = backend.full(batch.inputs, self._targets(batch))[1].detach()
         if self._last_layer:
             return H
         own = self._selection.indices.to(H.device)

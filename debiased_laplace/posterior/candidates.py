@@ -28,7 +28,7 @@ class Target:
         likelihood: of the outputs.
         choice: kind of the curvature H.
         prior_precision: diagonal of $P_0$.
-        sigma_noise: $\sigma$.
+        sigma_noise: $\sigma$, to be multiplied by the likelihood's relative noise of each output.
         temperature: T.
         n_data: N.
     """
@@ -65,9 +65,14 @@ class Target:
             over = f"{over} {sha256(self.selection.description.encode()).hexdigest()[:8]}"
         return (
             f"weights {self.selection.fingerprint()[:12]}, {over}, {kind}, prior precision {self._shown_prior}, "
-            f"sigma_noise {self.sigma_noise:.6g}, temperature {self.temperature:.6g}, n_data {self.n_data:.12g}"
+            f"sigma_noise {self._shown_noise}, temperature {self.temperature:.6g}, n_data {self.n_data:.12g}"
             + shown_class_weights(self.likelihood)
         )
+
+    @property
+    def _shown_noise(self) -> str:
+        relative = getattr(self.likelihood, "relative_noise", None) or (1.0,)
+        return " ".join(f"{self.sigma_noise * ratio:.6g}" for ratio in relative)
 
     @property
     def _shown_prior(self) -> str:

@@ -19,7 +19,7 @@ from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.posterior.fit import FitResult
 
-VERSION = 5
+VERSION = 6
 _OTHER = {
     "cls_name": "Expected the state of a {expected}; got a {found}.",
     "likelihood": "Expected likelihood {expected!r}; the state has {found!r}.",
@@ -47,6 +47,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "loss": fit.loss,
         "n_outputs": fit.n_outputs,
         "n_data": split.n_data,
+        "targets_are_flat": fit.targets_are_flat,
         # None is -1, as some loaders of states do not know None
         **{f"option_{name}": -1 if value is None else value for name, value in asdict(fit.options).items()},
         "curvature_diagonal": estimate.curvature.diagonal,
@@ -161,6 +162,7 @@ def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
         loss=state["loss"],
         n_outputs=state["n_outputs"],
         options=EstimatorOptions(**options),
+        targets_are_flat=state["targets_are_flat"],
     )
 
 

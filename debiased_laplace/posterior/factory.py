@@ -93,7 +93,7 @@ def DebiasedLaplace(
     kron_basis: Literal["row_matrices", "kfac"] = "row_matrices",
     kron_magnitudes: Literal["exact", "kronecker"] = "exact",
     kfac_approx: Literal["expand", "reduce"] = "expand",
-    sigma_noise: int | float | Tensor = 1.0,
+    sigma_noise: int | float | Tensor | None = None,
     prior_precision: int | float | Tensor = 1.0,
     prior_mean: int | float | Tensor = 0.0,
     temperature: int | float = 1.0,
@@ -150,7 +150,8 @@ def DebiasedLaplace(
             factors' own, which are unbiased factor by factor only.
         kfac_approx: (kron_basis="kfac") positions of a sequence or an image as samples of their own, "expand", or
             averaged (inputs) and summed (gradients), "reduce".
-        sigma_noise: standard deviation of the observation noise (regression), in units of the targets.
+        sigma_noise: (regression) standard deviation of the observation noise in units of the targets, one number or one
+            per output. None: 1, until `optimize_prior_precision` tunes it with the prior.
         prior_precision: one number, one per parameter tensor, or (neither for hessian_structure="kron" nor for
             complement="kron") one per parameter.
         prior_mean: one number, or one per parameter.

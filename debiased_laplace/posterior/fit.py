@@ -153,6 +153,7 @@ class FitResult:
         loss: summed loss of the samples used, with their weights, times N over the sum of the weights, in nats.
         n_outputs: C.
         options: of the estimate, as asked for or as chosen.
+        targets_are_flat: whether targets are (n,).
         network: at the fitted weights; not in a state.
         choice: alternatives of "auto"; None where nothing was open; not in a state.
         pool: samples that loaders have yielded; not in a state.
@@ -169,6 +170,7 @@ class FitResult:
     loss: float
     n_outputs: int
     options: EstimatorOptions
+    targets_are_flat: bool
     network: Network | None = None
     choice: Choice | None = None
     pool: Pool | None = None
@@ -244,6 +246,7 @@ def fit_curvature(
         loss=sum(found.loss for found in passes) * split.n_data / split.total_weight,
         n_outputs=network.n_outputs,
         options=options,
+        targets_are_flat=some.targets.ndim == 1,
         # without a backend's copies of the model, which are large and cannot always be pickled
         network=replace(network, backend=None),
         choice=choice,

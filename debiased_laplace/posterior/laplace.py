@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from laplace.baselaplace import BaseLaplace, ParametricLaplace
+from laplace.baselaplace import ParametricLaplace
 from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
 from debiased_laplace.checks import boolean, finite, integer, name_of, one_of, one_positive, positive
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.derivatives import find_capabilities
-from debiased_laplace.curvature.likelihoods import likelihood_named, shown_class_weights
+from debiased_laplace.curvature.likelihoods import Regression, likelihood_named, shown_class_weights
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -42,7 +42,11 @@ from debiased_laplace.posterior.held_out_kl import estimate_for
 from debiased_laplace.posterior.prior import check_prior_mean, check_prior_precision, expand_prior
 from debiased_laplace.predictive import links
 from debiased_laplace.predictive.mean_field import GaussianLogits
+from debiased_laplace.predictive.prediction import ClassificationPrediction, Draws, RegressionPrediction
 from debiased_laplace.predictive.predictive import Link, PredictionType, Predictive, standard_normal
+
+_NEAR_ONE = (0.8, 1.25)
+"""Root mean squares of residuals that agree with a noise of 1."""
 
 
 class DebiasedParametricLaplace(ParametricLaplace):
@@ -58,7 +62,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self,
         model: nn.Module,
         likelihood: str,
-        sigma_noise: int | float | Tensor = 1.0,
+        sigma_noise: int | float | Tensor | None = None,
         prior_precision: int | float | Tensor = 1.0,
         prior_mean: int | float | Tensor = 0.0,
         temperature: int | float = 1.0,
@@ -99,10 +103,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         # under the present hyper-parameters
         self._precision: LowRankPlusDiagonal | None = None
         self._prior_search: prior_tuning.PriorSearch | None = None
+        self._noise_was_noted = False
         super().__init__(
             model,
             likelihood,
-            one_positive(sigma_noise, "sigma_noise"),
+            1.0,
             prior_precision,
             prior_mean,
             temperature,
@@ -110,6 +115,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             dict_key_x,
             dict_key_y,
         )
+        self.sigma_noise = sigma_noise
         if self._selection is not None:
             self._take(self._selection)
         else:
@@ -145,7 +151,15 @@ class DebiasedParametricLaplace(ParametricLaplace):
             f"{split.n_samples}" if split.shared else f"{len(split.direction_indices)} + {len(split.magnitude_indices)}"
         )
         rank = "" if self.rank is None else f", rank={self.rank}"
-        return f"{head}{rank}, fitted on {used} of {split.n_data:.12g} samples)"
+        noise = "" if self.likelihood != "regression" else f", sigma_noise={self._shown_noise}"
+        return f"{head}{rank}{noise}, fitted on {used} of {split.n_data:.12g} samples)"
+
+    @property
+    def _shown_noise(self) -> str:
+        if self._noise_is_open:
+            return "1 (not given)" if bool(self.sigma_noise == 1) else f"{float(self.sigma_noise):.3g} (tuned)"
+        values = [f"{value:.3g}" for value in self.sigma_noise.detach().reshape(-1).tolist()]
+        return values[0] if len(values) == 1 else f"[{', '.join(values)}]"
 
     # --- hyper-parameters: a change takes effect at once ---
 
@@ -189,16 +203,55 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @property
     def sigma_noise(self) -> Tensor:
-        """Standard deviation of the observation noise, in units of the targets; 1 in classification."""
+        """Standard deviation of the observation noise in units of the targets, one number or one per output.
+
+        It is 1 in classification, and in regression until it is set, to None again included, or tuned.
+        """
         return self._sigma_noise
 
     @sigma_noise.setter
-    def sigma_noise(self, value: int | float | Tensor) -> None:
-        value = one_positive(value, "sigma_noise")
-        if self.likelihood != "regression" and value != 1:
-            raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {float(value)}.")
-        BaseLaplace.sigma_noise.fset(self, value)
-        self._precision = None
+    def sigma_noise(self, value: int | float | Tensor | None) -> None:
+        noise = positive(1.0 if value is None else value, "sigma_noise")
+        noise = torch.as_tensor(noise, dtype=self._dtype, device=self._device)
+        if noise.ndim > 1:
+            raise ValueError(f"sigma_noise must be one number or one per output; got shape {tuple(noise.shape)}.")
+        noise = noise.reshape(()) if noise.numel() == 1 else noise
+        if self.likelihood != "regression" and bool((noise != 1).any()):
+            raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {value}.")
+        if self.likelihood == "regression":
+            self._take_relative_noise(noise)
+        self._sigma_noise, self._precision = noise, None
+        self._noise_is_open = value is None and self.likelihood == "regression"
+
+    def _take_relative_noise(self, noise: Tensor) -> None:
+        """Weigh the outputs by their noise, as the curvature has to know before it is estimated.
+
+        Raises:
+            ValueError: if it was estimated with other weights.
+        """
+        relative = None if noise.ndim == 0 else (noise / _geometric_mean(noise)).detach()
+        known = getattr(self._spec.likelihood, "relative_noise", None)
+        if self._fit is None:
+            ratios = None if relative is None else tuple(relative.tolist())
+            self._spec = replace(self._spec, likelihood=Regression(ratios))
+        elif (known is None) != (relative is None) or (
+            relative is not None and not torch.allclose(relative, relative.new_tensor(known), rtol=1e-4)
+        ):
+            was = "one noise for all outputs" if known is None else f"noise in the ratio {known}"
+            raise ValueError(
+                f"The curvature was fitted with {was}; expected sigma_noise in that ratio, got {noise.tolist()}. Build "
+                "a new posterior with it."
+            )
+
+    @property
+    def _noise_scale(self) -> Tensor:
+        """Noise in whose units curvature and loss are: sigma_noise, or the geometric mean over outputs."""
+        noise = torch.as_tensor(self.sigma_noise)
+        return noise if noise.ndim == 0 else _geometric_mean(noise)
+
+    @property
+    def _H_factor(self) -> Tensor:
+        return 1 / self._noise_scale.square() / self.temperature
 
     @property
     def temperature(self) -> float:
@@ -257,6 +310,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         )
         self._adopt(fit)
         self._warn_of_dropped_directions()
+        self._warn_of_default_noise()
 
     def _fitted_samples(self) -> Pool:
         """The samples that further ones join.
@@ -276,7 +330,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Prior and likelihood weight of the posterior of these parameters."""
         prior = self.prior_precision.detach()
         check_prior_precision(prior, selection, in_basis=self._is_in_basis)
-        weight = n_data / (float(torch.as_tensor(self.sigma_noise).detach()) ** 2 * self.temperature)
+        weight = n_data / (float(self._noise_scale.detach()) ** 2 * self.temperature)
         return Weighting(weight, expand_prior(prior, selection), len(prior) in (1, len(selection.names)))
 
     def _adopt(self, fit: FitResult) -> None:
@@ -313,6 +367,27 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 f"rank=None left out directions below {SUPPORTED:g} of the largest curvature. In them the data are "
                 f"worth up to {dropped / prior:.3g} times as much as the prior: the posterior is too wide there. "
                 "Inputs of very different scales cause this: standardize them, raise the rank, or take a complement.",
+                stacklevel=3,
+            )
+
+    @property
+    def residual_noise(self) -> Float[Tensor, ""]:
+        """Root mean square of the fitted samples' residuals in regression: the noise, if the network were exact."""
+        fit = self.fit_result
+        squares = 2 * fit.loss / (fit.split.n_data * fit.n_outputs)
+        return fit.mean.new_tensor(max(squares, torch.finfo(fit.mean.dtype).tiny)).sqrt()
+
+    def _warn_of_default_noise(self) -> None:
+        """Warn once where the noise is 1 because nobody said otherwise, and the residuals are of another size."""
+        if not self._noise_is_open or self._noise_was_noted:
+            return
+        self._noise_was_noted = True
+        residual = float(self.residual_noise)
+        if not _NEAR_ONE[0] < residual < _NEAR_ONE[1]:
+            warnings.warn(
+                f"sigma_noise was not given and is 1, but the residuals of the fitted samples have a root mean square "
+                f"of {residual:.3g}. Expected the standard deviation of the observation noise: give it, or call "
+                "optimize_prior_precision, which tunes it with the prior.",
                 stacklevel=3,
             )
 
@@ -536,7 +611,10 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def log_likelihood(self) -> Tensor:
         """Log likelihood of N samples at the mean, in nats; differentiable in the noise."""
         self._check_H_init()
-        return BaseLaplace.log_likelihood.fget(self)
+        if self.likelihood != "regression":
+            return -self._H_factor * self.loss
+        normalizer = self.n_data * self.n_outputs * (self._noise_scale * math.sqrt(2 * math.pi)).log()
+        return -self._H_factor * self.loss - normalizer
 
     @property
     def scatter(self) -> Tensor:
@@ -619,6 +697,47 @@ class DebiasedParametricLaplace(ParametricLaplace):
             if regression:
                 return predictive.moments(joint=joint, diagonal_output=diagonal_output)
             return predictive.probabilities(link, n_samples, generator, diagonal_output=diagonal_output)
+
+    def predict(
+        self,
+        x: Tensor | Mapping[str, Tensor],
+        pred_type: str = "glm",
+        link_approx: str = "mean_field",
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> RegressionPrediction | ClassificationPrediction:
+        """Predict targets.
+
+        Args:
+            x: inputs, as of the posterior itself.
+            pred_type: "glm" or "nn".
+            link_approx: (classification) as of the posterior itself; of "nn" the default is "mc".
+            n_samples: draws of "mc" and "nn".
+            generator: of these draws.
+
+        Returns:
+            Regression: `mean`, `std` with the observation noise, `interval(level)`, in the shape of the targets that
+            were fitted. Classification: `probs`. Both: `samples(n)`.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: if an option is not known.
+        """
+        classification = self.likelihood == "classification"
+        default = name_of(link_approx) == "mean_field"
+        link = "mc" if default and name_of(pred_type) == "nn" else link_approx
+        found = self(
+            x, pred_type, link_approx=link, n_samples=n_samples, diagonal_output=not classification, generator=generator
+        )
+        inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
+        with self._predictive(inputs) as predictive:
+            draws = Draws(predictive, pred_type)
+        if isinstance(found, Tensor):
+            return ClassificationPrediction(found, draws)
+        # a reward is a function without observations
+        noise = self.sigma_noise if self.likelihood == "regression" else found[0].new_zeros(())
+        flat = self.likelihood == "regression" and self.fit_result.targets_are_flat
+        return RegressionPrediction.of(*found, noise.detach(), draws, flat=flat)
 
     def gaussian_logits(self, x: Tensor | Mapping[str, Tensor]) -> GaussianLogits:
         """Return the Gaussian over the logits of each input, as the mean-field link takes it.
@@ -781,7 +900,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._spec.likelihood,
             self._spec.backend,
             self.prior_precision_diag.detach(),
-            float(self.sigma_noise.detach()),
+            float(self._noise_scale.detach()),
             float(self.temperature),
             self.n_data,
         )
@@ -821,6 +940,10 @@ class DebiasedParametricLaplace(ParametricLaplace):
         log_prior_prec_base: int | float = 10.0,
     ) -> None:
         """Tune the prior precision, by marginal likelihood or by a grid search on validation data.
+
+        In regression `sigma_noise` is tuned with it as long as it was not given: by the marginal likelihood, or to the
+        best value on the validation data for each prior (with "nn": for the plain network); a `loss` of your own leaves
+        it. To tune a noise that was given, set it to None.
 
         The arguments are laplace-torch's. The grid search scores every prior by the mean negative log-likelihood of the
         validation data (in regression Gaussian, of function variance plus observation noise, per output), computes
@@ -863,19 +986,34 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if method not in ("marglik", "gridsearch"):
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
         one_of(structure, prior_tuning.PriorStructure, "prior_structure")
-        with torch.inference_mode(False), full_precision():
-            if method == "marglik":
-                ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
-                prior_tuning.maximize_marginal_likelihood(self, ascent, progress_bar=progress_bar)
-                self._prior_search = None
-            else:
-                grid = prior_tuning.prior_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-                scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
-                self._prior_search = prior_tuning.search_grid(
-                    self, grid, val_loader, scoring, progress_bar=progress_bar
-                )
+        noise_is_open = self._noise_is_open
+        try:
+            with torch.inference_mode(False), full_precision():
+                if method == "marglik":
+                    ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
+                    prior_tuning.maximize_marginal_likelihood(
+                        self, ascent, with_noise=noise_is_open, progress_bar=progress_bar
+                    )
+                    self._prior_search = None
+                else:
+                    grid = prior_tuning.prior_grid(
+                        log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+                    )
+                    scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
+                    self._prior_search = prior_tuning.search_grid(
+                        self,
+                        grid,
+                        val_loader,
+                        scoring,
+                        with_noise=noise_is_open and loss is None,
+                        progress_bar=progress_bar,
+                    )
+        finally:
+            # what was tuned may be tuned again
+            self._noise_is_open = noise_is_open
         if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}.")
+            with_noise = f", sigma_noise {self._shown_noise}" if noise_is_open else ""
+            print(f"Optimized prior precision is {self.prior_precision}{with_noise}.")
         cautions = [] if self._prior_search is None else self._prior_search.cautions
         for caution in [*prior_tuning.without_effect(method, structure, val_loader), *cautions]:
             warnings.warn(caution, stacklevel=2)
@@ -888,7 +1026,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             "cls_name": type(self).__name__,
             "likelihood": self.likelihood + shown_class_weights(self._spec.likelihood),
             "curvature": self._spec.backend.kind,
-            "open_options": " ".join(sorted(self._spec.request.open)),
+            "open_options": " ".join(sorted({*self._spec.request.open, *(("sigma_noise",) * self._noise_is_open)})),
         }
         return checkpoint.to_state(fit, {**head, **hyper_parameters})
 
@@ -918,12 +1056,15 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     def _become(self, fit: FitResult, state: dict[str, Any]) -> None:
         """Take over a fit and the hyper-parameters of a state."""
-        request = Request(fit.options, frozenset(state["open_options"].split()))
+        opened = frozenset(state["open_options"].split())
+        request = Request(fit.options, opened - {"sigma_noise"})
         self._spec = replace(self._spec, request=request, split=replace(self._spec.split, seed=fit.options.seed))
-        self._fit, self._selection, self._precision = fit, fit.selection, None
+        # without a fit while the noise comes, whose ratios are the state's
+        self._fit, self._selection, self._precision = None, fit.selection, None
         for name in checkpoint.HYPER_PARAMETERS:
             value = state[name]
             setattr(self, name, value.detach().clone().to(fit.mean) if isinstance(value, Tensor) else value)
+        self._noise_is_open = "sigma_noise" in opened
         self._adopt(fit)
         self.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
 
@@ -975,6 +1116,10 @@ class JacobianBackend:
                 "`jacobians`."
             )
         return self.jacobians(x, enable_backprop)
+
+
+def _geometric_mean(noise: Float[Tensor, " C"]) -> Float[Tensor, ""]:
+    return noise.log().mean().exp()
 
 
 def _check_draws(n_samples: int, generator: torch.Generator | None, device: torch.device) -> None:

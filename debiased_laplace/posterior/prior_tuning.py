@@ -16,6 +16,7 @@ from debiased_laplace.posterior.validation import (
     Posterior,
     Scoring,
     ValidationBatch,
+    best_scale,
     fit_the_likelihood,
     negative_log_likelihoods,
     plain_predictions,
@@ -38,7 +39,7 @@ class AgainstMap:
     In regression they are also per output.
 
     Attributes:
-        map_loss: of the plain network; in regression with the observation noise.
+        map_loss: of the plain network; in regression with the observation noise, the best for it if that was tuned.
         laplace_loss: of the posterior predictive under the chosen prior.
         difference: the posterior's minus the network's; 0 where it is rounding.
         standard_error: of the difference, paired by sample; NaN from a single sample.
@@ -80,6 +81,8 @@ class PriorSearch:
         against_map: comparison with the plain network; None where the targets are not those of the likelihood.
         loss_name: name of the minimised loss.
         n: number of validation samples.
+        sigma_noise: the observation noise that was tuned with the prior; None where it was given. The grid is then of
+            the priors that were scored, each with its best noise.
     """
 
     grid: Float[Tensor, " g"]
@@ -89,6 +92,7 @@ class PriorSearch:
     against_map: AgainstMap | None
     loss_name: str
     n: int
+    sigma_noise: Tensor | None = None
 
     @property
     def map_loss(self) -> float | None:
@@ -147,6 +151,9 @@ class PriorSearch:
             f"prior precision {self.chosen:.4g}, the best {self._range}, on {self.n} validation samples",
             f"  {self.loss_name} {float(self.losses[i]):.4g}{error}",
         ]
+        if self.sigma_noise is not None:
+            shown = ", ".join(f"{value:.4g}" for value in self.sigma_noise.reshape(-1).tolist())
+            lines.append(f"  with sigma_noise {shown}, tuned with it")
         if self.against_map is None:
             lines.append("  not compared with the plain network: the targets are not those of the likelihood")
         else:
@@ -215,12 +222,13 @@ class Ascent:
     structure: str
 
 
-def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, progress_bar: bool) -> None:
+def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: bool, progress_bar: bool) -> None:
     """Set the prior precision by gradient ascent on the log marginal likelihood.
 
     Args:
         la: a fitted posterior.
         ascent: steps, learning rate, start and structure.
+        with_noise: whether to tune the observation noise too, from the size of the residuals on.
         progress_bar: show progress.
 
     Raises:
@@ -230,7 +238,7 @@ def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, progress_bar:
     if ascent.n_steps < 0:
         raise ValueError(f"n_steps must not be negative; got {ascent.n_steps}.")
     start = torch.as_tensor(positive(ascent.start, "init_prior_prec"))
-    before = la.prior_precision
+    before = la.prior_precision, la.sigma_noise
     try:
         la.prior_precision = start.detach()
         if la.prior_precision.numel() == 1 and structure != "scalar":
@@ -243,21 +251,36 @@ def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, progress_bar:
                 la.mean_subnet.dtype,
             )
         log_prior = la.prior_precision.detach().log().requires_grad_()
-        optimizer = torch.optim.Adam([log_prior], lr=ascent.lr)
+        log_noise = la.residual_noise.log().requires_grad_() if with_noise else None
+        optimizer = torch.optim.Adam([p for p in (log_prior, log_noise) if p is not None], lr=ascent.lr)
         bar = tqdm(range(ascent.n_steps), disable=not progress_bar, desc="[Tuning the prior]")
         for _ in bar:
             optimizer.zero_grad()
             with torch.enable_grad():
-                objective = -la.log_marginal_likelihood(prior_precision=log_prior.exp())
+                objective = -_log_marginal_likelihood(la, log_prior, log_noise)
             if not bool(objective.isfinite()):
                 raise ValueError("The log marginal likelihood is not finite; the prior is unchanged.")
             objective.backward()
             optimizer.step()
             bar.set_postfix(log_marginal_likelihood=f"{-objective.item():.4g}")
         la.prior_precision = log_prior.detach().exp()
+        if log_noise is not None:
+            la.sigma_noise = log_noise.detach().exp()
     except BaseException:
-        la.prior_precision = before
+        la.prior_precision, la.sigma_noise = before
         raise
+
+
+def _log_marginal_likelihood(
+    la: Posterior, log_prior: Float[Tensor, " _"], log_noise: Float[Tensor, ""] | None
+) -> Float[Tensor, ""]:
+    """Return what is maximised; with open noise the normalizer is tempered as the squared residuals are."""
+    if log_noise is None:
+        found: Tensor = la.log_marginal_likelihood(prior_precision=log_prior.exp())
+        return found
+    # as in laplace-torch the temperature divides the residuals alone; the best noise would shrink with it
+    normalizers = (1 - 1 / la.temperature) * la.n_data * la.n_outputs * log_noise
+    return la.log_marginal_likelihood(prior_precision=log_prior.exp(), sigma_noise=log_noise.exp()) + normalizers
 
 
 def prior_grid(lower: int | float, upper: int | float, n_points: int, base: int | float) -> Float[Tensor, " g"]:
@@ -294,6 +317,7 @@ def search_grid(
     loader: Iterable[Any] | None,
     scoring: Scoring,
     *,
+    with_noise: bool = False,
     progress_bar: bool,
 ) -> PriorSearch:
     """Set the scalar prior precision with the best predictions of validation data.
@@ -303,70 +327,108 @@ def search_grid(
         grid: prior precisions to try, increasing.
         loader: validation data.
         scoring: predictive and loss.
+        with_noise: whether to set the observation noise too, to the best one for each prior.
         progress_bar: show progress.
 
     Returns:
         All losses, and the comparison of the best prior with the plain network.
 
     Raises:
-        ValueError: if there are no validation data, or no grid point scores finitely; the prior stays as it was.
+        ValueError: if there are no validation data, or no grid point scores finitely; prior and noise stay as they
+            were.
     """
     if not isinstance(loader, Iterable):
         raise ValueError(f"method='gridsearch' needs val_loader, a DataLoader of validation data; got {loader!r}.")
     positive(grid.to(la.mean_subnet.dtype), f"every prior_precision of the grid, in {la.mean_subnet.dtype},")
-    before = la.prior_precision
+    before = la.prior_precision, la.sigma_noise
     try:
         data = read_validation(la, loader, scoring)
-        losses, errors = _scores(la, grid, data, scoring, progress_bar=progress_bar)
+        if with_noise:
+            la.sigma_noise = la.sigma_noise * best_scale(la, list(plain_predictions(la, data)))
+        plain = None
+        if scoring.loss is None or fit_the_likelihood(la, data):
+            plain = negative_log_likelihoods(la, plain_predictions(la, data))
+        points = _score_points(la, grid, data, scoring, with_noise=with_noise, progress_bar=progress_bar)
+        losses = torch.tensor([point.loss for point in points], dtype=torch.float64)
         if not bool(losses.isfinite().any()):
             raise ValueError(
                 f"No prior precision between {float(grid[0]):.3g} and {float(grid[-1]):.3g} gives a finite "
                 f"loss on the validation data (the first one: {float(losses[0])}); the prior is unchanged."
             )
-        best = grid[best_of(losses)]
-        la.prior_precision = best
+        best = points[best_of(losses)]
+        la.prior_precision, la.sigma_noise = best.prior, best.noise
         comparison = None
-        if scoring.loss is None or fit_the_likelihood(la, data):
+        if plain is not None:
             own = negative_log_likelihoods(la, predictions(la, data, scoring))
-            plain = negative_log_likelihoods(la, plain_predictions(la, data))
             comparison = against_map(own, plain, torch.finfo(la.mean_subnet.dtype).eps)
     except BaseException:
-        la.prior_precision = before
+        la.prior_precision, la.sigma_noise = before
         raise
+    errors = [point.standard_error for point in points]
     return PriorSearch(
-        grid=grid.clone(),
+        grid=torch.tensor([point.prior for point in points], dtype=torch.float64),
         losses=losses,
-        standard_errors=errors,
-        chosen=float(best),
+        standard_errors=torch.tensor(errors, dtype=torch.float64) if scoring.loss is None else None,
+        chosen=best.prior,
         against_map=comparison,
         loss_name=scoring.name,
         n=sum(len(held.batch) for held in data),
+        sigma_noise=best.noise if with_noise else None,
     )
 
 
-def _scores(
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """Prior precision and noise with their loss, and its standard error, NaN where it is unknown."""
+
+    prior: float
+    noise: Tensor
+    loss: float
+    standard_error: float
+
+
+def _score_points(
     la: Posterior,
     grid: Tensor,
     data: Sequence[ValidationBatch],
     scoring: Scoring,
     *,
+    with_noise: bool,
     progress_bar: bool,
-) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"] | None]:
-    """Return the loss of every prior, and its standard error where the loss is a mean over samples."""
-    losses, errors = [], []
-    bar = tqdm(grid, disable=not progress_bar, desc="[Grid search]")
+) -> list[_Point]:
+    """Score every prior, with the best noise for it if that is open."""
+    points = []
+    noise = la.sigma_noise
+    bar = tqdm(grid.tolist(), disable=not progress_bar, desc="[Grid search]")
     for prior in bar:
-        la.prior_precision = prior
+        la.prior_precision, la.sigma_noise = prior, noise
         try:
-            loss, of_samples = score(la, data, scoring)
+            # drawn networks are not those of another noise: theirs is the plain network's
+            if with_noise and scoring.pred_type == "glm":
+                point = _score_with_best_noise(la, prior, data, scoring)
+            else:
+                loss, of_samples = score(la, data, scoring)
+                error = float("nan") if of_samples is None else standard_error_of_mean(of_samples)
+                point = _Point(prior, noise, loss, error)
         except torch.linalg.LinAlgError:
             # as in laplace-torch: another prior may be usable
-            loss, of_samples = float("nan"), None
-        losses.append(loss)
-        errors.append(float("nan") if of_samples is None else standard_error_of_mean(of_samples))
-        bar.set_postfix(prior_precision=f"{float(prior):.3g}", loss=f"{loss:.4g}")
-    exact = torch.tensor(losses, dtype=torch.float64)
-    return exact, torch.tensor(errors, dtype=torch.float64) if scoring.loss is None else None
+            point = _Point(prior, noise, float("nan"), float("nan"))
+        points.append(point)
+        bar.set_postfix(prior_precision=f"{point.prior:.3g}", loss=f"{point.loss:.4g}")
+    return points
+
+
+def _score_with_best_noise(la: Posterior, prior: float, data: Sequence[ValidationBatch], scoring: Scoring) -> _Point:
+    r"""Score the best noise and its prior on the curve along which $\sigma^2 P_0$ is that of the present ones.
+
+    Along it the function variance is proportional to $\sigma^2$, so that no other posterior is needed.
+    """
+    found = list(predictions(la, data, scoring))
+    scale = best_scale(la, found)
+    la.prior_precision, la.sigma_noise = prior / scale**2, la.sigma_noise * scale
+    scaled = (((mean, variance * scale**2), y) for (mean, variance), y in found)  # type: ignore[misc]
+    losses = negative_log_likelihoods(la, scaled)
+    return _Point(prior / scale**2, la.sigma_noise, float(losses.mean()), standard_error_of_mean(losses))
 
 
 def without_effect(method: str, structure: str, val_loader: object) -> Iterator[str]:

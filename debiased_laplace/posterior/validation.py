@@ -11,7 +11,7 @@ import torchmetrics
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.likelihoods import in_columns, likelihood_named
 from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
@@ -140,7 +140,7 @@ def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring
             out = _predict_anew(la, held.batch, scoring, generator)
         else:
             out = _predict(la, held.outputs, held.jacobians, scoring, generator)
-        yield out, held.batch.targets.to(la.mean_subnet.device)
+        yield out, in_columns(held.batch.targets, la.n_outputs).to(la.mean_subnet.device)
 
 
 def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterator[Predicted]:
@@ -148,7 +148,7 @@ def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterato
     for held in data:
         f = held.outputs
         out = (f, torch.zeros_like(f)) if la.likelihood == "regression" else torch.softmax(f, dim=-1)
-        yield out, held.batch.targets.to(f.device)
+        yield out, in_columns(held.batch.targets, la.n_outputs).to(f.device)
 
 
 def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float[Tensor, " n"]:
@@ -168,6 +168,23 @@ def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float
         else:
             parts.append(-log_p.gather(1, y.long()[:, None])[:, 0])
     return torch.cat(parts)
+
+
+def best_scale(la: Posterior, pairs: Sequence[Predicted]) -> float:
+    """Return the factor on noise and function deviation together that gives the highest Gaussian likelihood.
+
+    Raises:
+        ValueError: if the residuals are all zero, or not finite.
+    """
+    parts = []
+    for out, y in pairs:
+        assert isinstance(out, tuple)  # of a regression; for the type checker
+        mean, total = _mean_and_variance(*out, la.sigma_noise.detach())
+        parts.append((y.to(mean.dtype) - mean).square() / total)
+    scale = float(torch.cat(parts).mean().sqrt())
+    if not 0 < scale < math.inf:
+        raise ValueError(f"Expected residuals of the validation data to tune sigma_noise; their size is {scale}.")
+    return scale
 
 
 def score(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> tuple[float, Float[Tensor, " n"] | None]:
@@ -253,11 +270,16 @@ def _outputs_alone(la: Posterior, scoring: Scoring) -> bool:
 
 def _gaussian(mean: Tensor, variance: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
     """Return Gaussian losses under function variance plus observation noise, averaged over outputs."""
+    mean, total = _mean_and_variance(mean, variance, sigma)
+    squared = (y.to(mean.dtype) - mean).square()
+    return 0.5 * (total.log() + squared / total + math.log(2 * math.pi)).mean(-1)
+
+
+def _mean_and_variance(mean: Tensor, variance: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means (n, C), and variances with the noise, in the precision in which they are summed."""
     exact = accumulation_dtype(mean)
     of_outputs = variance if variance.ndim == 2 else variance.diagonal(dim1=-2, dim2=-1)
-    total = of_outputs.to(exact) + sigma.to(exact).square()
-    squared = (y.to(exact) - mean.to(exact)).square()
-    return 0.5 * (total.log() + squared / total + math.log(2 * math.pi)).mean(-1)
+    return mean.to(exact), of_outputs.to(exact) + sigma.to(exact).square()
 
 
 def _update(metric: torchmetrics.Metric, out: Prediction, y: Tensor) -> None:

@@ -7,7 +7,7 @@ from oracles import output_gradient, output_hessian
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
+from debiased_laplace.curvature.likelihoods import Likelihood, Regression, likelihood_named
 
 KINDS = ["classification", "regression"]
 ALL = slice(None)
@@ -94,7 +94,8 @@ UNFIT = {
     "a negative label": ("classification", outputs(), torch.tensor([0, 1, -100, 3, 2, 0]), "got -100 to 3"),
     "too few labels": ("classification", outputs(), torch.zeros(5, dtype=torch.int64), r"shape \(6,\)"),
     "targets as integers": ("regression", outputs(), torch.zeros(6, 4, dtype=torch.int64), "as floats"),
-    "targets without the output dimension": ("regression", outputs(6, 1), torch.zeros(6), r"shape \(6, 1\)"),
+    "targets without the output dimension": ("regression", outputs(6, 4), torch.zeros(6), r"shape \(6, 4\)"),
+    "too few targets of one output": ("regression", outputs(6, 1), torch.zeros(5), r"shape \(6, 1\)"),
     "targets of fewer outputs": ("regression", outputs(), torch.zeros(6, 3), r"shape \(6, 4\)"),
 }
 
@@ -194,3 +195,37 @@ def test_reward_models_have_the_likelihood_of_a_pair() -> None:
     # Bradley and Terry: the logistic function of the difference of the two rewards
     difference = f.gather(1, y[:, None])[:, 0] - f.gather(1, 1 - y[:, None])[:, 0]
     torch.testing.assert_close(reward.per_sample_loss(f, y), -torch.nn.functional.logsigmoid(difference))
+
+
+def test_targets_of_a_single_output_need_no_second_dimension() -> None:
+    likelihood, f, y = likelihood_named("regression"), outputs(6, 1), targets("regression", 6, 1)
+    likelihood.check(f, y[:, 0])
+    for method in (likelihood.loss, likelihood.per_sample_loss, likelihood.gradient):
+        assert torch.equal(method(f, y[:, 0]), method(f, y))
+    assert torch.equal(likelihood.gradient(f[2], y[2, 0]), likelihood.gradient(f[2], y[2]))
+
+
+NOISE = (0.5, 2.0, 0.8, 1.25)
+
+
+def test_outputs_count_by_their_noise() -> None:
+    likelihood, f, y = Regression(NOISE), outputs(), targets("regression", 6, 4)
+    r = torch.tensor(NOISE, dtype=torch.float64)
+    log_density = torch.distributions.Normal(f, r).log_prob(y) + r.log() + math.log(2 * math.pi) / 2
+    torch.testing.assert_close(likelihood.per_sample_loss(f, y), -log_density.sum(1))
+    torch.testing.assert_close(likelihood.loss(f, y), -log_density.sum())
+    X = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for i in range(6):
+        at = f[i].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(likelihood.loss(at[None], y[i : i + 1]), at)
+        torch.testing.assert_close(likelihood.gradient(f[i], y[i]), slope)
+        H = hessian(lambda g, i=i: likelihood.loss(g[None], y[i : i + 1]), f[i])
+        S = likelihood.root(f[i], ALL)
+        torch.testing.assert_close(S @ S.T, H)
+        torch.testing.assert_close(likelihood.root(f[i], slice(1, 3)), S[:, 1:3])
+        torch.testing.assert_close(likelihood.root_transposed(f[i], X[i]), S.T @ X[i])
+        torch.testing.assert_close(likelihood.hessian_product(f[i], X[i, :, 0]), H @ X[i, :, 0])
+    noise = torch.ones(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(likelihood.drawn_targets(f, noise) - f, r.expand(6, 4))
+    with pytest.raises(ValueError, match="one for each of 3 outputs; got 4"):
+        likelihood.check(f[:, :3], y[:, :3])

@@ -48,7 +48,7 @@ WRONG_TYPES = {
     "prior_mean: text": "prior_mean.*'zero'",
     "temperature: text": "temperature.*'cold'",
     "temperature: several": "temperature must be one number; got 2",
-    "sigma_noise: several": "sigma_noise must be one number; got 3",
+    "sigma_noise: a matrix": r"one number or one per output; got shape \(3, 2\)",
     "likelihood: unknown": "'classification', 'regression', 'reward_modeling'.*'poisson'",
     "subset: unknown": "'all', 'last_layer', 'subnetwork'.*'full', 'kron', 'lowrank'.*got 'first_layer'",
     "structure: unknown": "'all', 'last_layer', 'subnetwork'.*'full', 'kron', 'lowrank'.*got 'all' and 'tree'",

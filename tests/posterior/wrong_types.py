@@ -59,7 +59,7 @@ CASES = {
     "prior_mean: text": lambda: fresh(prior_mean="zero"),
     "temperature: text": lambda: fresh(temperature="cold"),
     "temperature: several": lambda: fresh(temperature=torch.ones(2)),
-    "sigma_noise: several": lambda: fresh("regression", sigma_noise=torch.ones(3)),
+    "sigma_noise: a matrix": lambda: fresh("regression", sigma_noise=torch.ones(3, 2)),
     "likelihood: unknown": lambda: fresh("poisson"),
     "subset: unknown": lambda: posterior_of(mlp()[0], "classification", "first_layer"),
     "structure: unknown": lambda: posterior_of(mlp()[0], "classification", "all", "tree"),
