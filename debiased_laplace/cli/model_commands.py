@@ -135,6 +135,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:CALLABLE",
         help="returns a DataLoader of samples not used in training, for a grid search by --tune-prior",
     )
+    inputs.add_argument(
+        "--prior-structure",
+        choices=("scalar", "layerwise", "diag"),
+        default="scalar",
+        help="of --tune-prior by marginal likelihood: one prior precision, one per tensor, or one per parameter",
+    )
     inputs.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
@@ -187,6 +193,11 @@ def _run_fit(parsed: argparse.Namespace) -> int:
     check_writable(parsed.out, "--out")
     if parsed.validation_loader is not None and not parsed.tune_prior:
         raise ValueError("--validation-loader requires --tune-prior; got it without.")
+    if parsed.prior_structure != "scalar" and (not parsed.tune_prior or parsed.validation_loader is not None):
+        raise ValueError(
+            f"--prior-structure {parsed.prior_structure} requires --tune-prior without --validation-loader, whose grid "
+            "is of one number."
+        )
     device = device_named(parsed.device)
     model = trained_model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
@@ -197,7 +208,12 @@ def _run_fit(parsed: argparse.Namespace) -> int:
     la.fit(loader, n_data=parsed.n_data, tolerance=parsed.tolerance, progress_bar=not parsed.no_progress)
     if parsed.tune_prior:
         method = "marglik" if validation is None else "gridsearch"
-        la.optimize_prior_precision(method=method, val_loader=validation, progress_bar=not parsed.no_progress)
+        la.optimize_prior_precision(
+            method=method,
+            prior_structure=parsed.prior_structure,
+            val_loader=validation,
+            progress_bar=not parsed.no_progress,
+        )
     torch.save(la.state_dict(), parsed.out)
     _print_fit(la, parsed)
     return 0

@@ -71,6 +71,13 @@ def fit_samples(
     return replace(fit, seconds=time.perf_counter() - started)
 
 
+def fit_again(spec: FitSpec, weighting_of: WeightingOf, pool: Pool, earlier: FitResult) -> FitResult:
+    """Fit the samples of an earlier fit again, for another prior; `spec` is otherwise that of the fit."""
+    started = time.perf_counter()
+    fit = _Growth(spec, weighting_of, pool, progress_bar=False).fit_at(pool.read)[0]
+    return replace(fit, pool=pool, stopping=earlier.stopping, seconds=time.perf_counter() - started)
+
+
 @dataclass(frozen=True, eq=False)
 class _Growth:
     """Fits of several numbers of samples of a pool."""

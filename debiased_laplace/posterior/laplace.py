@@ -37,9 +37,15 @@ from debiased_laplace.posterior import checkpoint, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
 from debiased_laplace.posterior.fit import FitResult, FitSpec, SplitOptions
-from debiased_laplace.posterior.growing import fit_samples
+from debiased_laplace.posterior.growing import fit_again, fit_samples
 from debiased_laplace.posterior.held_out_kl import estimate_for
-from debiased_laplace.posterior.prior import check_prior_mean, check_prior_precision, expand_prior
+from debiased_laplace.posterior.prior import (
+    check_prior_mean,
+    check_prior_precision,
+    expand_prior,
+    is_of_tensors,
+    mixed_by_basis,
+)
 from debiased_laplace.predictive import links
 from debiased_laplace.predictive.mean_field import GaussianLogits
 from debiased_laplace.predictive.prediction import ClassificationPrediction, Draws, RegressionPrediction
@@ -135,8 +141,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def __repr__(self) -> str:
         open_to_choice = self._spec.request.open if self._fit is None else frozenset()
         names = ["magnitudes", "complement"] if self._structure == "lowrank" else ["magnitudes"]
-        shown = {name: "auto" if name in open_to_choice else getattr(self._options, name) for name in names}
+        resolved = self._options.resolved(prior_of_blocks=self._prior_is_of_blocks)
+        shown = {name: "auto" if name in open_to_choice else getattr(resolved, name) for name in names}
         options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        if not self._prior_is_of_blocks:
+            options += ", a prior precision per parameter"
         backend = self._spec.backend
         if backend.kind != "GGN" or backend.backend is not None:
             options += f", {backend.kind}"
@@ -165,7 +174,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @property
     def prior_precision(self) -> Tensor:
-        """Prior precision: a tensor of one entry, one per parameter tensor, or one per parameter."""
+        """Prior precision: a tensor of one entry, one per parameter tensor, or one per parameter.
+
+        One that differs between the entries of a parameter tensor has no place in a Kronecker basis. Set where the
+        default complement has one, it makes the same samples be fitted again with complement="diagonal".
+        """
         return self._prior_precision
 
     @prior_precision.setter
@@ -173,9 +186,39 @@ class DebiasedParametricLaplace(ParametricLaplace):
         # a number goes to the model's precision directly: through torch's default dtype it would lose half its digits
         prior = torch.as_tensor(positive(value, "prior_precision"), dtype=self._dtype, device=self._device)
         prior = prior.reshape(1) if prior.ndim == 0 else prior
+        mixed = prior.ndim == 1 and self._is_in_basis and self._fit is not None
+        if mixed and len(prior) == self.selection.n_parameters and not is_of_tensors(prior, self.selection):
+            self._leave_basis(prior)
+            return
         check_prior_precision(prior, self._selection, in_basis=self._is_in_basis)
         self._prior_precision = prior
         self._precision = None
+
+    def _leave_basis(self, prior: Float[Tensor, " P"]) -> None:
+        """Fit the same samples again, with a complement that allows a prior precision per parameter.
+
+        Raises:
+            ValueError: if structure or complement were asked for by name, or the samples are not known any more.
+        """
+        request, pool = self._spec.request, self.fit_result.pool
+        if self._structure == "kron" or not (request.options.complement is None or "complement" in request.open):
+            raise mixed_by_basis(len(prior), self.selection)
+        if pool is None:
+            raise ValueError(
+                f"One prior_precision per parameter ({len(prior)}) needs another complement than the one fitted, "
+                "'kron', and the fitted samples are not in a state or a pickle. Expected complement='diagonal' or "
+                "'none' of the posterior that was fitted."
+            )
+        self._check_weights()
+        before = dict(self.__dict__)
+        try:
+            self._fit, self._prior_precision = None, prior.detach()
+            self._adopt(fit_again(self._spec, self._weighting, pool, before["_fit"]))
+            self._prior_precision = prior
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     @property
     def _is_in_basis(self) -> bool:
@@ -183,6 +226,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if self._fit is None:
             return self._structure == "kron" or self._options.complement == "kron"
         return self._structure == "kron" or self._fit.estimate.curvature.basis is not None
+
+    @property
+    def _prior_is_of_blocks(self) -> bool:
+        """Whether there is one prior precision, or one per parameter tensor, or nothing is known of them yet."""
+        selection, n = self._selection, len(self._prior_precision)
+        return n == 1 or selection is None or n == len(selection.names)
 
     @property
     def prior_precision_diag(self) -> Tensor:
@@ -956,7 +1005,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
             n_steps: of Adam on the log prior precision ("marglik").
             lr: its learning rate.
             init_prior_prec: its start; a tensor keeps its structure.
-            prior_structure: "scalar", "layerwise" or, without a Kronecker basis, "diag"; the grid is of scalars.
+            prior_structure: "scalar", "layerwise" or "diag", which the bases of a Kronecker posterior or complement
+                cannot hold: where the complement was not named, the same samples are fitted again with "diagonal". The
+                grid is of scalars.
             val_loader: validation data of the grid search, seen by neither training nor `fit`.
             loss: None for the negative log-likelihood; or a torchmetrics metric, or a function of (predictions,
                 targets), in regression of (means, covariances of the function without noise, targets).
@@ -986,11 +1037,13 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if method not in ("marglik", "gridsearch"):
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
         one_of(structure, prior_tuning.PriorStructure, "prior_structure")
-        noise_is_open = self._noise_is_open
+        noise_is_open, before = self._noise_is_open, dict(self.__dict__)
         try:
             with torch.inference_mode(False), full_precision():
                 if method == "marglik":
                     ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
+                    if self._is_in_basis and ascent.of_parameters(self.selection):
+                        self._leave_basis(self.prior_precision_diag)
                     prior_tuning.maximize_marginal_likelihood(
                         self, ascent, with_noise=noise_is_open, progress_bar=progress_bar
                     )
@@ -1008,9 +1061,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
                         with_noise=noise_is_open and loss is None,
                         progress_bar=progress_bar,
                     )
-        finally:
-            # what was tuned may be tuned again
-            self._noise_is_open = noise_is_open
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        # what was tuned may be tuned again
+        self._noise_is_open = noise_is_open
         if verbose:
             with_noise = f", sigma_noise {self._shown_noise}" if noise_is_open else ""
             print(f"Optimized prior precision is {self.prior_precision}{with_noise}.")

@@ -8,7 +8,7 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 
 
 def check_prior_precision(prior: Tensor, selection: ParameterSelection | None, *, in_basis: bool) -> None:
-    """Check the shape of a prior precision.
+    """Check the shape of a prior precision, and in a Kronecker basis its values.
 
     Args:
         prior: precision, positive.
@@ -23,17 +23,29 @@ def check_prior_precision(prior: Tensor, selection: ParameterSelection | None, *
     if selection is None or len(prior) in (1, len(selection.names)):
         return
     P, n_tensors = selection.n_parameters, len(selection.names)
-    if in_basis:
-        raise ValueError(
-            f"A Kronecker posterior or complement takes one prior_precision, or one per parameter tensor "
-            f"({n_tensors}), because its basis mixes the entries of a tensor; got {len(prior)}. For one per "
-            "parameter, take hessian_structure='lowrank' with complement='diagonal' or 'none'."
-        )
+    if in_basis and (len(prior) != P or not is_of_tensors(prior, selection)):
+        raise mixed_by_basis(len(prior), selection)
     if len(prior) != P:
         raise ValueError(
             f"prior_precision must be one number, one per parameter tensor ({n_tensors}) or one per parameter "
             f"({P}); got {len(prior)}."
         )
+
+
+def mixed_by_basis(n: int, selection: ParameterSelection) -> ValueError:
+    """Return the error of n prior precisions in a Kronecker basis."""
+    return ValueError(
+        f"A Kronecker posterior or complement takes one prior_precision, or one per parameter tensor "
+        f"({len(selection.names)}), because its basis mixes the entries of a tensor; got {n}. For one per parameter, "
+        "take hessian_structure='lowrank' with complement='diagonal' or 'none'."
+    )
+
+
+def is_of_tensors(prior: Float[Tensor, " _"], selection: ParameterSelection) -> bool:
+    """Return whether a prior precision is the same for all entries of each parameter tensor."""
+    if len(prior) != selection.n_parameters:
+        return True
+    return all(bool((part == part[0]).all()) for part in prior.detach().split(list(selection.sizes)))
 
 
 def check_prior_mean(mean: Tensor, selection: ParameterSelection | None) -> None:

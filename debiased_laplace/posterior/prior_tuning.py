@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.checks import integer, positive
+from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.posterior.validation import (
     Posterior,
     Scoring,
@@ -220,6 +221,11 @@ class Ascent:
     lr: int | float
     start: int | float | Tensor
     structure: str
+
+    def of_parameters(self, selection: ParameterSelection) -> bool:
+        """Return whether there is a prior precision for every parameter, more than one to a parameter tensor."""
+        n, P = torch.as_tensor(positive(self.start, "init_prior_prec")).numel(), selection.n_parameters
+        return len(selection.names) < P and (n == P or (n == 1 and self.structure == "diag"))
 
 
 def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: bool, progress_bar: bool) -> None:

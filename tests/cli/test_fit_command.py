@@ -193,6 +193,17 @@ def test_the_prior_is_tuned_on_request(folder):
     assert abs(float(state["prior_precision"]) - 0.4) > 0.1
 
 
+def test_a_prior_for_every_parameter_is_tuned_on_request(folder, capsys):
+    assert main(arguments(tune_prior=True, prior_structure="diag")) == 0
+    la = DebiasedLaplace(make_model(), "classification")
+    la.fit(make_loader("classification"))
+    la.optimize_prior_precision(prior_structure="diag")
+    state = torch.load("posterior.pt", weights_only=True)
+    torch.testing.assert_close(state["prior_precision"], la.prior_precision, rtol=1e-3, atol=0.0)
+    assert len(la.prior_precision) == la.n_params
+    assert "complement='diagonal', a prior precision per parameter" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:The best prior precision", "ignore:Even the best")
 def test_the_prior_is_tuned_on_validation_data(folder, capsys):
     options = {"hessian_structure": "kron", "prior_precision": 0.4}
@@ -286,6 +297,10 @@ WRONG = {
     "validation data without samples": (
         {"tune_prior": True, "validation_loader": "problem_of_the_user:no_validation"},
         "val_loader yields no batches",
+    ),
+    "a structure of a prior that is not tuned": (
+        {"prior_structure": "diag"},
+        "--prior-structure diag requires --tune-prior",
     ),
     "num_samples alone": ({"num_samples": 3}, "stochastic=True"),
     "a folder in the way": ({"out": "."}, "--out must be a file"),

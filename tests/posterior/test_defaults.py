@@ -1,5 +1,6 @@
 """What a posterior is of which nothing was said, and what those say who meet a default that does not suit them."""
 
+import pickle
 import warnings
 from dataclasses import fields
 from inspect import signature
@@ -9,7 +10,7 @@ import torch
 from laplace import Laplace
 from laplace.curvature import CurvlinopsHessian
 from models import mlp, targets
-from posterior_cases import PRIOR, close, hyper_parameters, loader_of
+from posterior_cases import PRIOR, close, hyper_parameters, loader_of, problem
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
@@ -107,7 +108,7 @@ def test_a_prior_for_every_parameter_is_told_the_way_out() -> None:
     prior = torch.linspace(0.2, 3.0, 93, dtype=torch.float64)
     with pytest.raises(ValueError, match=OUT):
         DebiasedLaplace(mlp()[0], "classification", prior_precision=prior, complement="kron")
-    la = fitted(DebiasedLaplace)
+    la = fitted(DebiasedLaplace, complement="kron")
     with pytest.raises(ValueError, match=OUT):
         la.prior_precision = prior
     with pytest.raises(ValueError, match=OUT):
@@ -120,6 +121,100 @@ def test_a_prior_for_every_parameter_is_told_the_way_out() -> None:
         other.prior_precision = prior
         other.optimize_prior_precision(prior_structure="diag", n_steps=2)
         assert other.prior_precision.shape == (93,)
+
+
+@pytest.mark.parametrize("how", ["named nothing", "chosen", "held out", "by tolerance"])
+def test_a_prior_for_every_parameter_may_come_after_the_fit(how: str) -> None:
+    options = {
+        "named nothing": {},
+        "chosen": {"complement": "auto", "magnitudes": "cross_fitted"},
+        "held out": {"magnitudes": "held_out"},
+        "by tolerance": {},
+    }[how]
+    prior = torch.linspace(0.2, 3.0, 93, dtype=torch.float64)
+    fit = {"tolerance": 1e-9} if how == "by tolerance" else {}
+    model, X, y, _ = problem("MLP", "classification")
+    la, fresh = (DebiasedLaplace(model, "classification", prior_precision=p, **options) for p in (PRIOR, prior))
+    for each in (la, fresh):
+        each.fit(loader_of(X, y), n_data=70, **fit)
+    stopping = la.stopping
+    la.prior_precision = prior
+    assert torch.equal(la.prior_precision, prior)
+    assert la.fit_result.options.complement == fresh.fit_result.options.complement != "kron"
+    close(la.posterior_precision.to_matrix(), fresh.posterior_precision.to_matrix())
+    assert la.log_marginal_likelihood() == fresh.log_marginal_likelihood()
+    assert la.stopping is stopping
+    assert "a prior precision per parameter" in repr(la)
+    assert f"complement={fresh.fit_result.options.complement!r}" in repr(la)
+    la.fit(loader_of(X, y), n_data=70)
+    close(la.posterior_precision.to_matrix(), fresh.posterior_precision.to_matrix())
+
+
+def test_tuning_a_prior_for_every_parameter_leaves_the_basis_of_the_default_complement() -> None:
+    la = fitted(DebiasedLaplace)
+    other = fitted(DebiasedLaplace, complement="diagonal")
+    for each, start in ((la, 0.7), (other, 0.7)):
+        each.optimize_prior_precision(prior_structure="diag", n_steps=5, init_prior_prec=start)
+    assert la.prior_precision.shape == (93,)
+    assert la.prior_precision.unique().numel() > 80
+    close(la.prior_precision, other.prior_precision)
+    close(la.posterior_precision.to_matrix(), other.posterior_precision.to_matrix())
+    vector = fitted(DebiasedLaplace)
+    vector.optimize_prior_precision(n_steps=5, init_prior_prec=torch.full((93,), 0.7))
+    close(vector.prior_precision, other.prior_precision)
+    failed = fitted(DebiasedLaplace)
+    before = failed.posterior_precision.to_matrix()
+    with pytest.raises(ValueError, match="n_steps"):
+        failed.optimize_prior_precision(prior_structure="diag", n_steps=-1)
+    assert failed.fit_result.options.complement == "kron"
+    close(failed.posterior_precision.to_matrix(), before)
+    scalar = fitted(DebiasedLaplace)
+    for structure, n in (("scalar", 1), ("layerwise", 6)):
+        scalar.optimize_prior_precision(prior_structure=structure, n_steps=2)
+        assert scalar.prior_precision.shape == (n,)
+        assert scalar.fit_result.options.complement == "kron"
+
+
+def test_equal_priors_of_a_tensors_entries_need_no_other_complement() -> None:
+    la, kron = fitted(DebiasedLaplace), fitted(DebiasedLaplace, hessian_structure="kron")
+    sizes = torch.tensor([28, 7, 35, 5, 15, 3])
+    by_tensor = torch.linspace(0.2, 3.0, 6, dtype=torch.float64)
+    for each in (la, kron):
+        each.prior_precision = by_tensor
+        expected = each.posterior_precision.to_matrix()
+        each.prior_precision = by_tensor.repeat_interleave(sizes)
+        assert each.prior_precision.shape == (93,)
+        close(each.posterior_precision.to_matrix(), expected)
+        each.prior_precision = torch.full((93,), 0.6)
+        same = each.posterior_precision.to_matrix()
+        each.prior_precision = 0.6
+        close(same, each.posterior_precision.to_matrix(), rtol=1e-5)
+    assert la.fit_result.options.complement == "kron"
+
+
+def test_a_loaded_posterior_cannot_leave_its_basis() -> None:
+    la = fitted(DebiasedLaplace)
+    loaded = DebiasedLaplace(la.model, "classification")
+    loaded.load_state_dict(la.state_dict())
+    prior = torch.linspace(0.2, 3.0, 93, dtype=torch.float64)
+    for copied, match in ((loaded, OUT), (pickle.loads(pickle.dumps(la)), "not in a state or a pickle")):
+        with pytest.raises(ValueError, match=match):
+            copied.prior_precision = prior
+        close(copied.prior_precision, [PRIOR])
+    la.prior_precision = prior
+    again = DebiasedLaplace(la.model, "classification")
+    again.load_state_dict(la.state_dict())
+    close(again.posterior_precision.to_matrix(), la.posterior_precision.to_matrix())
+    again.prior_precision = prior.flip(0)
+    la.prior_precision = prior.flip(0)
+    close(again.posterior_precision.to_matrix(), la.posterior_precision.to_matrix())
+
+
+def test_repr_says_which_complement_a_prior_will_have() -> None:
+    plain = DebiasedLaplace(mlp()[0], "classification")
+    vector = DebiasedLaplace(mlp()[0], "classification", prior_precision=torch.linspace(0.2, 3.0, 93))
+    assert "complement='kron', not fitted" in repr(plain)
+    assert "complement='diagonal', a prior precision per parameter, not fitted" in repr(vector)
 
 
 # --- a Hessian that does not fit ---
