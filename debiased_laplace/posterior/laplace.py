@@ -325,9 +325,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Estimate the curvature of the full batch from the samples of a loader.
 
         Args:
-            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs,
-                targets), (inputs, targets, sample_weights) or a mapping of tensors. Samples are split by their position before any is loaded; order, shuffling and
-                augmentation do not matter.
+            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs, targets),
+                (inputs, targets, sample_weights) or a mapping of tensors. Samples are split by their position before
+                any is loaded; order, shuffling and augmentation do not matter.
             override: forget earlier fits. False: continue from the fitted samples with those of the loader that were
                 not fitted yet. The posterior equals that of a single fit of all of them, and costs as much.
             progress_bar: show progress.
