@@ -100,6 +100,7 @@ print(f"of Laplace's spread, the function: {function:.1f} points, noise: {noise:
 spread = (variance + sigma_laplace**2).sqrt()
 print(f"widest interval over narrowest: MAP 1.00, Laplace {spread.max() / spread.min():.2f}")
 for c in report.comparisons:
-    print(f"{c.metric} of {c.method} minus {c.baseline}: {c.difference:.4f} [{c.low:.4f}, {c.high:.4f}], {c.verdict}")
+    interval = f"[{c.adjusted_low:.4f}, {c.adjusted_high:.4f}]"
+    print(f"{c.metric} of {c.method} minus {c.baseline}: {c.difference:.4f} {interval}, {c.verdict}")
 if options.folder:
     report.save(options.folder)

@@ -18,7 +18,12 @@ from debiased_laplace.calibration.formatting import (
     format_with_interval,
     half_width,
 )
-from debiased_laplace.calibration.intervals import adjust_by_holm, student_quantile, two_sided_p_value
+from debiased_laplace.calibration.intervals import (
+    adjust_by_holm,
+    find_holm_levels,
+    student_quantile,
+    two_sided_p_value,
+)
 from debiased_laplace.calibration.tables import make_environment, make_table
 
 ChangeVerdict = Literal["better", "worse", "no detectable change", "changed", "unchanged", "not judged"]
@@ -41,6 +46,9 @@ class Change:
         adjusted_p_value: Holm's adjustment over all changes that are judged.
         verdict: "changed" is a detectable change across the target of a metric.
         note: why it is not judged.
+        adjusted_low: of the interval at the level of Holm's procedure, which excludes 0 exactly where a change is
+            detected; None where the change is not judged.
+        adjusted_high: its other end.
     """
 
     method: str
@@ -55,6 +63,8 @@ class Change:
     adjusted_p_value: float | None = None
     verdict: ChangeVerdict = "not judged"
     note: str = ""
+    adjusted_low: float | None = None
+    adjusted_high: float | None = None
 
 
 def independent_widths(old: Estimate, new: Estimate) -> tuple[float, float]:
@@ -86,15 +96,24 @@ def compare_reports(old: ReportContents, new: ReportContents) -> tuple[Change, .
     if not common:
         raise ValueError(f"The reports have no method in common: {list(old.methods)} and {list(new.methods)}.")
     same = is_same_test_set(old, new)
-    raw = [
+    measured = [
         _compare(method, metric, (old.methods[method], new.methods[method]), same, level)
         for method in common
         for metric in new.definitions
         if metric in old.methods[method].metrics and metric in new.methods[method].metrics
     ]
     better = {name: definition.better for name, definition in new.definitions.items()}
-    adjusted = adjust_by_holm([None if better[c.metric] in ("none", "level") else c.p_value for c in raw])
-    return tuple(_judge(c, p, better[c.metric], 1 - level) for c, p in zip(raw, adjusted, strict=True))
+    p_values = [None if better[c.metric] in ("none", "level") else c.p_value for c, _ in measured]
+    adjusted = zip(adjust_by_holm(p_values), find_holm_levels(p_values, level), strict=True)
+    judged = []
+    for (c, freedom), (p, own) in zip(measured, adjusted, strict=True):
+        change = _judge(c, p, better[c.metric], 1 - level)
+        if own is not None and c.difference is not None and c.low is not None and c.high is not None:
+            wider = student_quantile(own, freedom) / student_quantile(level, freedom)
+            low, high = (c.difference + wider * (end - c.difference) for end in (c.low, c.high))
+            change = replace(change, adjusted_low=low, adjusted_high=high)
+        judged.append(change)
+    return tuple(judged)
 
 
 def is_same_test_set(old: ReportContents, new: ReportContents) -> bool:
@@ -127,11 +146,14 @@ def render_changes(changes: Sequence[Change], old: ReportContents, new: ReportCo
     )
 
 
-def _compare(method: str, metric: str, results: tuple[MethodResult, MethodResult], same: bool, level: float) -> Change:
+def _compare(
+    method: str, metric: str, results: tuple[MethodResult, MethodResult], same: bool, level: float
+) -> tuple[Change, int | None]:
+    """Return the change without a verdict, and the degrees of freedom of its interval."""
     before, after = (result.metrics[metric] for result in results)
     change = Change(method, metric, before.value, after.value, "as if independent" if same else "independent")
     if before.value is None or after.value is None:
-        return replace(change, note=(after.reason if after.value is None else before.reason) or "")
+        return replace(change, note=(after.reason if after.value is None else before.reason) or ""), None
     difference = after.value - before.value
     if abs(difference) <= ROUNDING * max(abs(before.value), abs(after.value)):
         difference = 0.0
@@ -143,13 +165,13 @@ def _compare(method: str, metric: str, results: tuple[MethodResult, MethodResult
         below = above = student_quantile(level, freedom) * error
         change = replace(change, pairing="same samples")
     elif before.low is None or after.low is None:
-        return replace(change, note=f"no interval: {after.reason if after.low is None else before.reason}")
+        return replace(change, note=f"no interval: {after.reason if after.low is None else before.reason}"), None
     else:
         (below, above), freedom = independent_widths(before, after), None
     toward_zero = below if difference > 0 else above
     # 1 minus the level at which the interval would end at zero
     p_value = two_sided_p_value(difference, toward_zero / student_quantile(level, freedom), freedom)
-    return replace(change, low=difference - below, high=difference + above, p_value=p_value)
+    return replace(change, low=difference - below, high=difference + above, p_value=p_value), freedom
 
 
 def _judge(change: Change, adjusted: float | None, better: Better, level: float) -> Change:
@@ -173,7 +195,8 @@ def _tabulate(changes: Sequence[Change], new: ReportContents) -> pd.DataFrame:
     for c in changes:
         decimals = choose_decimals([half_width(c.low, c.high)])
         old_and_new = (format_number(x, decimals) for x in (c.old, c.new))
-        difference = format_with_interval(c.difference, c.low, c.high, signed=True)
+        ends = (c.low, c.high) if c.adjusted_p_value is None else (c.adjusted_low, c.adjusted_high)
+        difference = format_with_interval(c.difference, *ends, signed=True)
         verdict = f"{c.verdict} ({c.note})" if c.note else c.verdict
         label, p = new.definitions[c.metric].label, format_p_value(c.adjusted_p_value)
         rows.append([c.method, label, *old_and_new, difference, p, verdict])

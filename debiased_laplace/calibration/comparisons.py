@@ -14,6 +14,7 @@ from debiased_laplace.calibration.intervals import (
     adjust_by_holm,
     estimate_mean,
     estimate_skewed_mean,
+    find_holm_levels,
     judge_difference,
     normal_quantile,
     skewed_p_value,
@@ -44,24 +45,30 @@ def compare_methods(
         fitting_errors: standard errors of methods' NLL from numbers that were fitted on other folds.
     """
     fitted = fitting_errors or {}
-    raw = [
-        _compare(
-            (method, reference, metric),
-            score - scores[reference][metric],
-            units,
-            fitting_error=max(fitted.get(method, 0.0), fitted.get(reference, 0.0)) if metric == "nll" else 0.0,
-        )
+    compared = [
+        (method, reference, metric)
         for method, metrics in scores.items()
         for reference in references
         if method not in (reference, references[0])
-        for metric, score in metrics.items()
+        for metric in metrics
         if metric in scores[reference] and not (metric == "error" and method in references)  # equal by construction
     ]
-    adjusted = adjust_by_holm([c.p_value for c in raw])
-    return tuple(
-        replace(c, adjusted_p_value=p, verdict=judge_difference(c.difference, p, level=1 - units.level))
-        for c, p in zip(raw, adjusted, strict=True)
-    )
+
+    def compare(names: tuple[str, str, str], level: float) -> Comparison:
+        method, reference, metric = names
+        error = max(fitted.get(method, 0.0), fitted.get(reference, 0.0)) if metric == "nll" else 0.0
+        difference = scores[method][metric] - scores[reference][metric]
+        return _compare(names, difference, replace(units, level=level), fitting_error=error)
+
+    raw = [compare(names, units.level) for names in compared]
+    p_values = [c.p_value for c in raw]
+    judged = []
+    for c, p, level in zip(raw, adjust_by_holm(p_values), find_holm_levels(p_values, units.level), strict=True):
+        wide = c if level is None else compare((c.method, c.baseline, c.metric), level)
+        verdict = judge_difference(c.difference, p, level=1 - units.level)
+        c = replace(c, adjusted_p_value=p, verdict=verdict)
+        judged.append(replace(c, adjusted_low=wide.low, adjusted_high=wide.high, adjusted_level=level))
+    return tuple(judged)
 
 
 def compare_shares(difference: Float[Tensor, " n"], level: float) -> tuple[Estimate, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 
 Task = Literal["binary", "multiclass", "regression"]
 Better = Literal["lower", "higher", "zero", "one", "level", "none"]
@@ -85,8 +85,10 @@ class MetricDefinition:
 class Comparison:
     """Difference of a method's score to that of a reference on the same samples; a lower score is better.
 
-    `baseline` is the reference: the baseline, or the baseline after scaling. The interval and the two-sided `p_value`
-    are those of this comparison alone; `adjusted_p_value` (Holm) allows for all of them and decides the verdict.
+    `baseline` is the reference: the baseline, or the baseline after scaling. `low`, `high` and the two-sided `p_value`
+    are those of this comparison alone; `adjusted_p_value` (Holm) allows for all of them and decides the verdict. The
+    interval that is shown beside the verdict, from `adjusted_low` to `adjusted_high`, is of `adjusted_level`, at which
+    Holm's procedure tests this comparison: it excludes 0 exactly where the verdict is "better" or "worse".
     """
 
     method: str
@@ -100,6 +102,9 @@ class Comparison:
     adjusted_p_value: float | None
     verdict: Verdict
     estimator: str = ""
+    adjusted_low: float | None = None
+    adjusted_high: float | None = None
+    adjusted_level: float | None = None
 
 
 @dataclass(frozen=True)
@@ -323,6 +328,9 @@ class DetectionComparison:
     verdict: Verdict
     baseline_score: str
     below_chance: bool
+    adjusted_low: float | None = None
+    adjusted_high: float | None = None
+    adjusted_level: float | None = None
 
 
 @dataclass(frozen=True)
@@ -432,8 +440,8 @@ class SpectrumPoint:
 class HeldOutDifference:
     """Difference of two posteriors' KL divergences to the full-batch posterior, from n held-out samples, in nats.
 
-    It is positive where the posterior is further away than `reference`. The standard error is paired, the interval
-    normal, the p-value adjusted over the posteriors of the report (Holm).
+    It is positive where the posterior is further away than `reference`. The standard error is paired, the p-value
+    adjusted over the posteriors of the report (Holm). The normal intervals are those of `Comparison`.
     """
 
     reference: str
@@ -444,6 +452,9 @@ class HeldOutDifference:
     p_value: float
     verdict: KLVerdict
     n: int
+    adjusted_low: float | None = None
+    adjusted_high: float | None = None
+    adjusted_level: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from debiased_laplace.calibration.formatting import (
     choose_common_decimals,
     choose_decimals,
     format_interval,
+    format_level,
     format_number,
     format_with_interval,
 )
@@ -27,6 +28,17 @@ def summarize(contents: ReportContents) -> tuple[str, ...]:
     """Return one sentence for each of `contents.judged`, those of harm first."""
     sentences = [_summarize_method(contents, method) for method in contents.judged]
     return tuple(sorted(sentences, key=lambda sentence: not sentence.startswith(CAUTION)))
+
+
+def describe_brackets(contents: ReportContents) -> str:
+    """Return what the intervals of paired differences are, beside which verdicts stand."""
+    level, n = format_level(contents.confidence_level), len(contents.comparisons)
+    if n == 1:
+        return f"Brackets beside a difference are its {level} interval: they exclude 0 exactly where it is detected."
+    return (
+        f"Brackets beside a difference allow for all {n} comparisons, as the verdict does (Holm's adjustment): their "
+        f"level is {level} or higher, and they exclude 0 exactly where the difference is detected."
+    )
 
 
 def name_reference(contents: ReportContents, reference: str) -> str:
@@ -99,7 +111,7 @@ def _summarize_baseline(contents: ReportContents, confidence: str) -> str:
 def _describe_size(comparison: Comparison) -> str:
     """Return the difference with its interval, unsigned where its direction is known."""
     decimals = choose_decimals([comparison.standard_error])
-    low, high = comparison.low, comparison.high
+    low, high = comparison.adjusted_low, comparison.adjusted_high
     if comparison.verdict == "no detectable difference":
         return format_with_interval(comparison.difference, low, high, decimals, signed=True)
     direction = "higher"

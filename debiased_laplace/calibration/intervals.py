@@ -267,6 +267,18 @@ def adjust_by_holm(p_values: list[float | None]) -> list[float | None]:
     return [None if np.isnan(x) else x for x in p.tolist()]
 
 
+def find_holm_levels(p_values: list[float | None], level: float) -> list[float | None]:
+    r"""Return the level of each comparison's interval that excludes 0 exactly where Holm's procedure rejects.
+
+    With $\alpha = 1 - \mathrm{level}$ the procedure compares the smallest of m p-values with $\alpha / m$, the next
+    with $\alpha / (m - 1)$ and so on; the first that it does not reject ends it, and all others keep the level of that.
+    """
+    p, adjusted = (np.array(x, dtype=np.float64) for x in (p_values, adjust_by_holm(p_values)))
+    n_tests, alpha = int(np.count_nonzero(~np.isnan(p))), 1 - level
+    place = np.minimum(p.argsort(kind="stable").argsort(), np.count_nonzero(adjusted < alpha))
+    return [None if np.isnan(x) else 1 - alpha / (n_tests - i) for x, i in zip(p.tolist(), place.tolist(), strict=True)]
+
+
 def judge_difference(difference: float, p_value: float | None, *, level: float) -> Verdict:
     """Return "better" below 0 and "worse" above it, where the p-value is below the level."""
     if p_value is None or p_value >= level:

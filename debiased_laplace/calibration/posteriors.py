@@ -24,7 +24,13 @@ from debiased_laplace.calibration.contents import (
     Verdict,
 )
 from debiased_laplace.calibration.formatting import format_count, format_seconds
-from debiased_laplace.calibration.intervals import adjust_by_holm, judge_difference, normal_quantile, two_sided_p_value
+from debiased_laplace.calibration.intervals import (
+    adjust_by_holm,
+    find_holm_levels,
+    judge_difference,
+    normal_quantile,
+    two_sided_p_value,
+)
 from debiased_laplace.checks import name_of
 from debiased_laplace.debiasing.held_out_kl import KLDifference
 from debiased_laplace.errors import NotFittedError, OverlapError
@@ -115,12 +121,14 @@ def _judge_differences(
 ) -> dict[str, HeldOutDifference]:
     single = [two_sided_p_value(d.value, d.standard_error, None) for d in differences.values()]
     compared = {}
-    for (name, d), p in zip(differences.items(), adjust_by_holm([*single]), strict=True):
+    adjusted = zip(adjust_by_holm([*single]), find_holm_levels([*single], level), strict=True)
+    for (name, d), (p, own) in zip(differences.items(), adjusted, strict=True):
         assert p is not None  # for the type checker: every one is a test
-        half = normal_quantile(level) * d.standard_error
+        assert own is not None
+        half, wider = (normal_quantile(x) * d.standard_error for x in (level, own))
         verdict = CLOSENESS.get(judge_difference(d.value, p, level=1 - level), "no detectable difference")
-        ends = d.value - half, d.value + half
-        compared[name] = HeldOutDifference(first, d.value, d.standard_error, *ends, p, verdict, d.n)
+        ends, shown = ((d.value - h, d.value + h) for h in (half, wider))
+        compared[name] = HeldOutDifference(first, d.value, d.standard_error, *ends, p, verdict, d.n, *shown, own)
     return compared
 
 

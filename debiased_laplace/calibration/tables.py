@@ -22,7 +22,7 @@ from debiased_laplace.calibration.contents import (
     Task,
     ThresholdOutcome,
 )
-from debiased_laplace.calibration.findings import SHORT_NAMES, name_reference
+from debiased_laplace.calibration.findings import SHORT_NAMES, describe_brackets, name_reference
 from debiased_laplace.calibration.formatting import (
     NO_BREAK,
     NOTHING,
@@ -80,7 +80,9 @@ def to_text(contents: ReportContents) -> str:
     frame = tabulate_metrics(contents, "headline", "detail", "selective")
     frame.columns = pd.Index([shorten(column, NAME_LENGTH) for column in frame.columns])
     table = frame.to_string(index=False, justify="right")
-    return "\n".join([contents.title, *contents.summary, "", table, *(f"Warning: {w}" for w in contents.warnings)])
+    note = [describe_brackets(contents)] if contents.comparisons else []
+    warnings = (f"Warning: {w}" for w in contents.warnings)
+    return "\n".join([contents.title, *contents.summary, *note, "", table, *warnings])
 
 
 def to_markdown(contents: ReportContents) -> str:
@@ -91,6 +93,7 @@ def to_markdown(contents: ReportContents) -> str:
         contents=contents,
         level=format_level(contents.settings["confidence_level"]),
         references=references,
+        brackets=describe_brackets(contents),
         gates=summarize_gates(contents.checks),
         gates_table=tabulate_gates(contents.checks),
         headline=tabulate_metrics(contents, "headline"),
@@ -152,7 +155,8 @@ def tabulate_comparisons(contents: ReportContents) -> pd.DataFrame:
     """Return the paired differences with their verdicts."""
     rows = []
     for c in contents.comparisons:
-        change = format_with_interval(c.difference, c.low, c.high, choose_decimals([c.standard_error]), signed=True)
+        decimals = choose_decimals([c.standard_error])
+        change = format_with_interval(c.difference, c.adjusted_low, c.adjusted_high, decimals, signed=True)
         name, p = SHORT_NAMES.get(c.metric, c.metric), format_p_value(c.adjusted_p_value)
         rows.append([c.method, c.baseline, name, change, p, c.verdict])
     return make_table(["method", "compared with", "score", "difference", "Holm-adjusted p", "verdict"], rows)
@@ -193,7 +197,7 @@ def tabulate_detection(one: OutOfDistributionSet, baseline: str) -> pd.DataFrame
         shown = (show_metric(metric, d.metrics[metric], RATES) for metric in names)
         row = [d.method, SCORES.get(d.score, d.score), *shown]
         if c := compared.get((d.method, d.score)):
-            change = _show_unbroken(c.difference, c.low, c.high, RATES, signed=True)
+            change = _show_unbroken(c.difference, c.adjusted_low, c.adjusted_high, RATES, signed=True)
             row += [change, c.verdict + (", below chance" if c.below_chance else "")]
         elif compared:
             row += [NOTHING, NOTHING]
@@ -215,7 +219,7 @@ def tabulate_held_out(contents: ReportContents) -> pd.DataFrame:
     for name, s in contents.posteriors.items():
         if h := s.held_out:
             decimals = min(2, choose_decimals([h.standard_error]) or 0)
-            change = format_with_interval(h.difference, h.low, h.high, decimals, signed=True)
+            change = format_with_interval(h.difference, h.adjusted_low, h.adjusted_high, decimals, signed=True)
             rows.append([name, h.reference, change, format_p_value(h.p_value), format_count(h.n), h.verdict])
     columns = ["posterior", "against", "difference in nats", "Holm-adjusted p", "held-out samples", "verdict"]
     return make_table(columns, rows)

@@ -1,6 +1,7 @@
 """The report as a whole: what its options change, what it says, and that equal inputs give equal bytes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,24 @@ def test_the_first_sentence_judges_against_both_references(data) -> None:
     assert swapped.summary[0].startswith("CAUTION, worse than laplace and temperature-scaled laplace: map is worse")
     assert (found.references, swapped.references[0]) == (["map", "map, temperature-scaled"], "laplace")
     assert (alone.comparisons, alone.scaling, alone.summary[0][:9]) == ((), None, "map: NLL ")
+
+
+def test_no_text_shows_an_interval_that_contradicts_its_verdict(draw_classification) -> None:
+    p, y, q = draw_classification(250, sharpness=1.25, seed=14)
+    methods = {"map": p, "other": q.roll(1, 0) * 0.03 + 0.97 * p, **{f"m{i}": p ** (1 - i / 40) for i in range(1, 7)}}
+    methods = {m: x / x.sum(1, keepdim=True) for m, x in methods.items()}
+    found = report(methods, y)
+    alone = [c for c in found.comparisons if c.verdict == "no detectable difference" and not c.low <= 0 <= c.high]
+    assert alone  # which a reader would take for a contradiction
+    for sentence in found.summary:
+        for words, low, high in re.findall(r"(better|worse|not detectably)[^()]*\(.*?\[(\S+), (\S+)\]\)", sentence):
+            ends = [float(end.replace("\u2212", "-")) for end in (low, high)]
+            assert (ends[0] <= 0 <= ends[1]) == (words == "not detectably"), sentence
+    rows = [line.split(" | ") for line in found.to_markdown().splitlines() if " detectable difference |" in line]
+    assert len(rows) > len(alone)
+    assert all("[\u2212" in row[3] for row in rows)
+    for text in (str(found), found.to_markdown(), found.to_html()):
+        assert "exclude 0 exactly where the difference is detected" in text
 
 
 def test_clusters_reach_every_number_of_a_regression(draw_regression) -> None:

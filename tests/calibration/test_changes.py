@@ -192,6 +192,10 @@ def test_verdicts_allow_for_the_number_of_metrics(make_contents) -> None:
         )
         change = of(compare_reports(old, new), "map", "a")
         assert change.p_value == pytest.approx(0.03, abs=1e-9)
+        assert change.low > 0  # its own interval; the shown one is adjusted as the verdict is
+        assert (change.adjusted_low > 0) == (verdict == "worse")
+        shown = next(line for line in render_changes([change], old, new).splitlines() if line.startswith("| map | a "))
+        assert ("[−" in shown) == (verdict != "worse")
         assert (change.adjusted_p_value, change.verdict) == (pytest.approx(adjusted, abs=1e-8), verdict)
 
 

@@ -8,7 +8,13 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from debiased_laplace.calibration.comparisons import compare_methods, compare_shares
-from debiased_laplace.calibration.intervals import Units, adjust_by_holm, hall_transform, standardized_skewness
+from debiased_laplace.calibration.intervals import (
+    Units,
+    adjust_by_holm,
+    find_holm_levels,
+    hall_transform,
+    standardized_skewness,
+)
 
 NOTHING = "no detectable difference"
 
@@ -36,6 +42,36 @@ def test_holm_finds_the_smallest_level_at_which_the_step_down_procedure_rejects(
             rejected.add(i)
         assert rejected == {i for i in range(6) if adjusted[i] <= level}
     assert (adjust_by_holm([0.7, 0.6]), adjust_by_holm([])) == ([1.0, 1.0], [])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("metric", ["nll", "error", "rmsce2_debiased"])
+@pytest.mark.parametrize("codes", [None, torch.arange(240) // 6])
+def test_the_shown_interval_excludes_0_exactly_where_a_difference_is_detected(seed: int, metric: str, codes) -> None:
+    generator, scores = torch.Generator().manual_seed(seed), {"a": {metric: torch.zeros(240, dtype=torch.float64)}}
+    for i in range(12):  # from no difference to a clear one
+        noise = torch.randn(240, generator=generator, dtype=torch.float64).exp() - 1.65
+        scores[str(i)] = {metric: noise.sign() * (noise.abs() > 0.4) if metric == "error" else noise + 0.03 * i}
+    found = compare_methods(scores, ["a"], Units(240, 0.9, codes))
+    alone = [c for c in found if c.verdict == NOTHING and not c.low <= 0 <= c.high]
+    assert seed or metric == "error" or alone  # what a reader would take for a contradiction
+    for c in found:
+        assert (c.adjusted_low <= 0 <= c.adjusted_high) == (c.verdict == NOTHING)
+        assert (c.adjusted_low <= c.low, c.high <= c.adjusted_high, c.adjusted_level >= 0.9) == (True, True, True)
+
+
+def test_levels_of_shown_intervals_are_those_of_holms_steps() -> None:
+    p = [0.03, 0.004, None, 0.2, 0.02]  # 0.004 < 0.05 / 4; 0.02 > 0.05 / 3 ends it
+    levels = find_holm_levels(p, 0.95)
+    assert levels.pop(2) is None
+    assert levels == pytest.approx([1 - 0.05 / 3, 1 - 0.05 / 4, 1 - 0.05 / 3, 1 - 0.05 / 3])
+    assert find_holm_levels([0.01, 0.001], 0.9) == pytest.approx([0.9, 0.95])  # both rejected
+    assert (find_holm_levels([], 0.9), find_holm_levels([None], 0.9)) == ([], [None])
+    d = tensor([0.0, 1.0, 2.0, 3.0, -1.0, 5.0])
+    scores = {m: {"rmsce2_debiased": f * d} for m, f in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
+    c, _ = compare_methods(scores, ["a"], Units(6, 0.9))
+    assert c.high - c.difference == pytest.approx(norm.ppf(0.95) * c.standard_error)
+    assert c.adjusted_high - c.difference == pytest.approx(norm.ppf(0.975) * c.standard_error)
 
 
 def test_differences_by_hand() -> None:

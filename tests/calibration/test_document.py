@@ -88,10 +88,10 @@ def put(path: str, value: Any):
 
 NLL, AT_NLL = "methods/map/metrics/nll", "at methods.map.metrics.nll"
 BROKEN = {
-    "a newer version": (put("schema_version", "2.1"), "newer schema_version 2.1; update debiased-laplace"),
+    "a newer version": (put("schema_version", "2.2"), "newer schema_version 2.2; update debiased-laplace"),
     "a much newer version": (put("schema_version", "10.0"), "newer schema_version 10.0; update"),
     "an older version": (put("schema_version", "1.0"), "older schema_version 1.0; make the report again"),
-    "no version": (put("schema_version", REMOVE), "at schema_version: expected '2.0'; got None"),
+    "no version": (put("schema_version", REMOVE), "at schema_version: expected '2.1'; got None"),
     "a version that is none": (put("schema_version", 2.0), "at schema_version: .*got 2.0"),
     "no methods": (put("methods", REMOVE), "at methods: Field required"),
     "another task": (put("task", "ranking"), "at task: Input should be 'binary'"),

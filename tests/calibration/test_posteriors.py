@@ -163,6 +163,10 @@ def test_differences_are_paired_against_the_first():
     assert (h.reference, h.n) == ("a", len(HELD_OUT_INDICES))
     assert (h.difference, h.standard_error) == pytest.approx((expected.value, expected.standard_error))
     assert h.high - h.low == pytest.approx(2 * 1.959964 * expected.standard_error, rel=1e-5)
+    # Holm's step of the smaller of two p-values
+    assert (h.adjusted_high - h.adjusted_low, h.adjusted_level) == pytest.approx(
+        (2 * 2.241403 * h.standard_error, 0.975)
+    )
     single = math.erfc(expected.value / expected.standard_error / 2**0.5)
     assert h.p_value == pytest.approx(2 * single, rel=1e-6, abs=0)  # Holm's adjustment of the smaller of two
     # with fewer directions it is further from the full batch, and clearly so

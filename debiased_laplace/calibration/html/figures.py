@@ -57,7 +57,7 @@ def draw_differences(contents: ReportContents) -> Iterator[Panel]:
         better, worse = (sum(c.verdict == verdict for c in rows) for verdict in ("better", "worse"))
         methods = " and ".join(dict.fromkeys(c.method for c in rows))
         alt = f"Differences in {name} of {methods} with their intervals: {better} better and {worse} worse."
-        table = tabulate(rows, without=("metric", "standard_error", "estimator"))
+        table = tabulate(rows, without=("metric", "standard_error", "estimator", "low", "high"))
         yield Panel(name[0].upper() + name[1:], _draw_forest(rows, assign_looks(contents)), alt, table)
 
 
@@ -206,12 +206,14 @@ def _draw_forest(rows: Sequence[Comparison], looks: dict[str, Look]) -> Figure:
             difference = format_number(c.difference, choose_decimals([c.standard_error]), signed=True)
             axes.text(0.0, y + 0.3, f"{shorten(c.method, NAME_LENGTH)}: {difference}, {verdict}", **words)
             axes.plot([0, 0], [y + 0.04, y + 0.24], color=GREY, linewidth=1)  # zero, but not through the words
-            if c.low is not None and c.high is not None:
-                axes.plot([c.low, c.high], [y + 0.14] * 2, color=looks[c.method].color, linewidth=1.8)
+            if c.adjusted_low is not None and c.adjusted_high is not None:
+                ends = [c.adjusted_low, c.adjusted_high]
+                axes.plot(ends, [y + 0.14] * 2, color=looks[c.method].color, linewidth=1.8)
             face = "none" if verdict == "not detectable" else looks[c.method].color
             axes.plot([c.difference], [y + 0.14], **looks[c.method]._asdict(), markersize=6.5, markerfacecolor=face)
     # symmetric around zero, so that the direction is seen at once
-    half = 1.12 * max(abs(x) for c in rows for x in (c.difference, c.low, c.high) if x is not None) or 1.0
+    ends = [x for c in rows for x in (c.difference, c.adjusted_low, c.adjusted_high) if x is not None]
+    half = 1.12 * max(map(abs, ends)) or 1.0
     axes.set(xlim=(-half, half), ylim=(0, height), yticks=[])
     axes.locator_params(axis="x", nbins=5)
     for x, text, side in ((0.0, "\u2190 better", "left"), (1.0, "worse \u2192", "right")):

@@ -22,7 +22,13 @@ from debiased_laplace.calibration.contents import (
     ReportFigure,
     Section,
 )
-from debiased_laplace.calibration.findings import CAUTION, CONFIDENCE_TARGETS, name_confidence, name_reference
+from debiased_laplace.calibration.findings import (
+    CAUTION,
+    CONFIDENCE_TARGETS,
+    describe_brackets,
+    name_confidence,
+    name_reference,
+)
 from debiased_laplace.calibration.formatting import NO_BREAK, NOTHING, format_interval, format_number
 from debiased_laplace.calibration.html import figures
 from debiased_laplace.calibration.svg import inline_svg
@@ -64,6 +70,7 @@ def render_html(contents: ReportContents) -> str:
             style=Markup(style),
             level=formatting.format_level(contents.settings["confidence_level"]).replace(" ", NO_BREAK),
             caution=CAUTION,
+            brackets=describe_brackets(contents),
             headline=list_rows(contents, "headline"),
             detail=list_rows(contents, "detail"),
             classes=tabulate_classes(contents),

@@ -219,12 +219,19 @@ def _compare(s: Separation, reference: Mapping[str, Separation], names: tuple[st
     difference, error = ood.mean().item(), s.standard_error((test, ood))
     low = high = p_value = None
     if error is not None:
-        half = student_quantile(s.units.level, s.freedom) * error
-        low, high = max(-1.0, difference - half), min(1.0, difference + half)
+        low, high = interval_of_difference(difference, error, s.units.level, s.freedom)
         p_value = two_sided_p_value(difference, error, s.freedom)
     below_chance = s.components[0].mean().item() < CHANCE
     verdict: Verdict = "no detectable difference"  # until p-values are adjusted over all sets
     return DetectionComparison(*names, difference, low, high, error, p_value, None, verdict, score, below_chance)
+
+
+def interval_of_difference(
+    difference: float, standard_error: float, level: float, freedom: int | None
+) -> tuple[float, float]:
+    """Return the interval of a difference of two areas."""
+    half = student_quantile(level, freedom) * standard_error
+    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def _choose_edges(separations: list[Separation]) -> list[float]:

@@ -11,8 +11,15 @@ from torch import Tensor
 from debiased_laplace.calibration.contents import SCORES, DetectionComparison, OutOfDistributionSet, Task
 from debiased_laplace.calibration.distributions import RegressionPredictions
 from debiased_laplace.calibration.inputs import Settings
-from debiased_laplace.calibration.intervals import Units, adjust_by_holm, judge_difference
-from debiased_laplace.calibration.metrics.detection import Pair, Separation, combine_scores, measure_set, range_of
+from debiased_laplace.calibration.intervals import Units, adjust_by_holm, find_holm_levels, judge_difference
+from debiased_laplace.calibration.metrics.detection import (
+    Pair,
+    Separation,
+    combine_scores,
+    interval_of_difference,
+    measure_set,
+    range_of,
+)
 from debiased_laplace.calibration.positions import as_rows
 from debiased_laplace.calibration.probabilities import Probabilities, read_probabilities, uncertainty_scores
 from debiased_laplace.calibration.regression import noise_of, read_regression
@@ -60,6 +67,7 @@ def evaluate_sets(
     if not isinstance(ood, Mapping):
         raise ValueError(f"ood must map names of sets to methods and their predictions; got {type(ood).__name__}.")
     sets, warnings = {}, []
+    freedom: dict[str, int | None] = {}  # the same for all methods of a set
     for name, predictions in ood.items():
         _check_names(name, predictions, list(test))
         rows, codes = _lay_out(predictions, settings, task=task, max_samples=max_samples)
@@ -78,18 +86,29 @@ def evaluate_sets(
         if len(set(sizes.values())) > 1:
             raise ValueError(f"All methods of ood[{name!r}] must predict the same samples; got {sizes} of them.")
         sets[name] = measure_set(separations, baseline)
-    return _adjust(sets, level=1 - settings.confidence_level), warnings
+        freedom[name] = next(iter(separations[baseline].values())).freedom
+    return _adjust(sets, freedom, settings.confidence_level), warnings
 
 
-def _adjust(sets: Mapping[str, OutOfDistributionSet], *, level: float) -> dict[str, OutOfDistributionSet]:
-    adjusted = iter(adjust_by_holm([c.p_value for s in sets.values() for c in s.comparisons]))
+def _adjust(
+    sets: Mapping[str, OutOfDistributionSet], freedom: Mapping[str, int | None], level: float
+) -> dict[str, OutOfDistributionSet]:
+    p_values = [c.p_value for s in sets.values() for c in s.comparisons]
+    adjusted = iter(zip(adjust_by_holm(p_values), find_holm_levels(p_values, level), strict=True))
 
-    def judge(c: DetectionComparison) -> DetectionComparison:
-        p = next(adjusted)
+    def judge(c: DetectionComparison, freedom: int | None) -> DetectionComparison:
+        p, own = next(adjusted)
         # a larger area is better, but `judge_difference` takes the smaller one as better
-        return replace(c, adjusted_p_value=p, verdict=judge_difference(-c.difference, p, level=level))
+        c = replace(c, adjusted_p_value=p, verdict=judge_difference(-c.difference, p, level=1 - level))
+        if own is None or c.standard_error is None:
+            return c
+        low, high = interval_of_difference(c.difference, c.standard_error, own, freedom)
+        return replace(c, adjusted_low=low, adjusted_high=high, adjusted_level=own)
 
-    return {name: replace(one, comparisons=tuple(judge(c) for c in one.comparisons)) for name, one in sets.items()}
+    return {
+        name: replace(one, comparisons=tuple(judge(c, freedom[name]) for c in one.comparisons))
+        for name, one in sets.items()
+    }
 
 
 def _lay_out(

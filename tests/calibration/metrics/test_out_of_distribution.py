@@ -196,6 +196,11 @@ def test_verdicts_are_adjusted_over_all_sets_and_turn_with_the_baseline(sets) ->
     assert [c.p_value for c in both["a"].comparisons] == [c.p_value for c in alone]
     best = min(range(5), key=lambda i: alone[i].p_value)
     assert both["b"].comparisons[best].adjusted_p_value == pytest.approx(10 * alone[best].p_value)
+    for c in (c for one in both.values() for c in one.comparisons):
+        assert (c.adjusted_low <= 0 <= c.adjusted_high) == (c.verdict == "no detectable difference")
+        half = norm.ppf(0.5 + c.adjusted_level / 2) * c.standard_error
+        assert (c.adjusted_low, c.adjusted_high) == pytest.approx((c.difference - half, c.difference + half))
+    assert both["a"].comparisons[best].adjusted_level == pytest.approx(1 - 0.05 / 10)
     swapped = report(*sets, baseline="laplace").ood["other"].comparisons
     assert {(c.method, c.baseline, c.verdict) for c in swapped} >= {("map", "laplace", "worse")}
     surer = {"surer": {m: (k * ood["other"]["map"].log()).softmax(-1) for m, k in (("map", 4.0), ("laplace", 1.8))}}
