@@ -26,10 +26,10 @@ from debiased_laplace.calibration.contents import (
     check_text,
     read_scalar,
 )
-from debiased_laplace.calibration.findings import summarize
+from debiased_laplace.calibration.findings import summarize, warn_of_useless
 from debiased_laplace.calibration.inputs import Settings, as_tensor, read_clusters, read_labels
 from debiased_laplace.calibration.intervals import Units
-from debiased_laplace.calibration.metrics import classification, out_of_distribution, regression
+from debiased_laplace.calibration.metrics import classification, constant, out_of_distribution, regression
 from debiased_laplace.calibration.metrics.definitions import CLASSIFICATION, DETECTION, REGRESSION
 from debiased_laplace.calibration.positions import Positions, as_rows
 from debiased_laplace.calibration.probabilities import (
@@ -60,7 +60,8 @@ SOFTWARE = ("debiased-laplace", "netcal", "torch", "numpy", "matplotlib")
 class _TestSet:
     """Predictions of all methods on the test set, the scaled baseline, and the functions that measure predictions.
 
-    `score` returns the per-sample scores of paired comparisons, `detect` those of out-of-distribution detection.
+    `score` returns the per-sample scores of paired comparisons, `detect` those of out-of-distribution detection,
+    `constant` holds the scores of a constant prediction.
     """
 
     read: Mapping[str, Any]
@@ -69,6 +70,7 @@ class _TestSet:
     score: Callable[[Any], dict[str, Tensor]]
     detect: Callable[[Any], dict[str, Tensor]]
     data: DataSummary
+    constant: Mapping[str, float]
     warnings: list[str]
 
 
@@ -229,8 +231,9 @@ def calibration_report(
         posteriors=summaries,
         scaling=record,
         ood=sets,
+        constant=test.constant,
     )
-    report = replace(report, summary=summarize(report))
+    report = replace(report, summary=summarize(report), warnings=(*warn_of_useless(report), *report.warnings))
     return report if thresholds is None else replace(report, checks=report.check(thresholds).outcomes)
 
 
@@ -325,6 +328,7 @@ def _prepare_classification(
         lambda p: classification.scores_of(p, units, n_bins=settings.n_bins),
         lambda p: out_of_distribution.scores_of_probabilities(p.uncertainty, p.source),
         DataSummary(one.n, one.source.n_classes, None, _digest(one.targets)),
+        constant.score_class_frequencies(one.targets, one.source.n_classes),
         [
             f"{method}: {p.n_impossible} of {p.n} predictions gave the true class probability 0. Their negative "
             f"log-likelihood is infinite; it was counted as {classification.negative_log_likelihood(p).max():.1f} nats "
@@ -365,6 +369,7 @@ def _prepare_regression(
         regression.scores_of,
         out_of_distribution.scores_of_regression,
         DataSummary(one.n, None, one.n_outputs, _digest(one.targets)),
+        constant.score_constant_gaussian(one.targets),
         [
             f"{method}: the predictive is known by {S} samples only, so its negative log-likelihood is on average "
             "larger than that of the predictive which they stand for."

@@ -10,6 +10,7 @@ import pandas as pd
 
 from debiased_laplace.calibration.comparisons import paired_spread
 from debiased_laplace.calibration.contents import PAIRED_AS, Better, Estimate, MethodResult, ReportContents
+from debiased_laplace.calibration.findings import describe_worse_than_constant
 from debiased_laplace.calibration.formatting import (
     choose_decimals,
     format_level,
@@ -133,6 +134,7 @@ def render_changes(changes: Sequence[Change], old: ReportContents, new: ReportCo
             new=new,
             verdict=", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
             n_judged=sum(c.adjusted_p_value is not None for c in changes),
+            useless=[f"{m} ({words})" for m in new.methods if (words := describe_worse_than_constant(new, m))],
             is_same=is_same_test_set(old, new),
             is_paired=any(c.pairing == "same samples" for c in changes),
             level=format_level(new.confidence_level),

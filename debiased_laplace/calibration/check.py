@@ -21,6 +21,7 @@ from debiased_laplace.calibration.contents import (
     ThresholdOutcome,
 )
 from debiased_laplace.calibration.document import message_of
+from debiased_laplace.calibration.findings import is_worse_than_constant
 from debiased_laplace.calibration.formatting import MINUS, choose_decimals, format_with_interval, half_width
 from debiased_laplace.calibration.inputs import parse_toml
 
@@ -290,6 +291,8 @@ def _judge(
     allowed = " and ".join(f"at {side} {limit:g}" for side, limit in limits if limit is not None).replace("-", MINUS)
     basis = f" ({measured.estimator})" if reference and measured.estimator and threshold.judge == "bound" else ""
     message = f"{outcome.title} is {found}; its {threshold.judge} must be {allowed}{basis}. {status.capitalize()}"
+    if is_worse_than_constant(contents, method, threshold.metric):
+        message = f"{message}, but worse than a constant prediction ({contents.constant[threshold.metric]:.4g})"
     return replace(outcome, message=f"{message}: {why}." if why else f"{message}.")
 
 

@@ -528,7 +528,8 @@ class ReportContents:
     """Contents of a finished report; methods are in the user's order, definitions in that of the tables.
 
     `summary` has a sentence for each of `judged`. `predicted` is filled by `evaluate`, `checks` where thresholds were
-    given. The second number of `schema_version` grows with new fields, the first with other changes.
+    given. `constant` maps metrics to those of a constant prediction, the class frequencies or the moments of the
+    targets. The second number of `schema_version` grows with new fields, the first with other changes.
     """
 
     task: Task
@@ -552,6 +553,7 @@ class ReportContents:
     ood: Mapping[str, OutOfDistributionSet] = field(default_factory=dict)
     checks: tuple[ThresholdOutcome, ...] = ()
     summary: tuple[str, ...] = ()
+    constant: Mapping[str, float] = field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from debiased_laplace.calibration.contents import Comparison, Estimate, ReportContents
+from debiased_laplace.calibration.contents import SCORES, Comparison, Estimate, ReportContents
 from debiased_laplace.calibration.formatting import (
     choose_common_decimals,
     choose_decimals,
@@ -18,8 +18,12 @@ SHORT_NAMES = {
     "error": "error rate",
     "rmsce2_debiased": "squared calibration error",
     "crps": "CRPS",
+    "rmse": "RMSE",
 }
 CONFIDENCE_TARGETS = {"confidence_gap": 0.0, "z_scale": 1.0}  # above them a method is over-confident
+PROPER = ("nll", "brier", "crps")
+CHANCE = 0.5  # of the area under a ROC curve
+ROUNDING = 1e-9  # relative
 ALSO_TOLD = ("brier", "crps", "error")  # where the NLL is not worse, but these are
 CAUTION = "CAUTION, worse than "
 
@@ -45,6 +49,67 @@ def name_reference(contents: ReportContents, reference: str) -> str:
     """Return the name of a reference inside a sentence."""
     scaling = contents.scaling
     return reference if scaling is None or reference != scaling.method else scaling.short_name
+
+
+def is_worse_than_constant(contents: ReportContents, method: str, metric: str) -> bool:
+    """Return whether a method has a worse value of a metric than a constant prediction, which uses no inputs."""
+    estimate, constant = contents.methods[method].metrics.get(metric), contents.constant.get(metric)
+    if estimate is None or estimate.value is None or constant is None:
+        return False
+    harm = constant - estimate.value if metric == "accuracy" else estimate.value - constant
+    return harm > ROUNDING * abs(constant)
+
+
+def describe_worse_than_constant(contents: ReportContents, method: str) -> str:
+    """Return the metrics of a method that are worse than those of a constant prediction; empty where none is."""
+    told = []
+    for metric, constant in contents.constant.items():
+        if is_worse_than_constant(contents, method, metric):
+            estimate = contents.methods[method].metrics[metric]
+            decimals, name = choose_common_decimals([estimate]), SHORT_NAMES.get(metric, metric)
+            told.append(f"{name} {format_number(estimate.value, decimals)} against {format_number(constant, decimals)}")
+    return ", ".join(told)
+
+
+def warn_of_useless(contents: ReportContents) -> tuple[str, ...]:
+    """Return warnings of methods that are worse than a constant prediction, or order samples worse than chance."""
+    warnings, decimals = [], 3
+    told = {m: words for m in contents.methods if (words := describe_worse_than_constant(contents, m))}
+    if told:
+        methods = "; ".join(f"{method} ({words})" for method, words in told.items())
+        warnings.append(
+            f"Worse than {_name_constant(contents)} for every sample, which use no inputs: {methods}. A verdict "
+            "between such methods does not make one of them useful."
+        )
+    for method, result in contents.methods.items():
+        area, risk = result.metrics.get("aurc"), result.selection[-1].risk if result.selection else None
+        if risk and area is not None and area.value is not None and area.value > (1 + ROUNDING) * risk:
+            found, chance = format_number(area.value, decimals), format_number(risk, decimals)
+            warnings.append(
+                f"{method}: its confidence orders its errors worse than chance (area under the risk-coverage curve "
+                f"{found}, in random order {chance})."
+            )
+    for name, one in contents.ood.items():
+        areas = {(d.method, d.score): d.metrics["auroc"].value for d in one.detections}
+        below = [f"{m}, {SCORES.get(s, s)} ({x:.3f})" for (m, s), x in areas.items() if x is not None and x < CHANCE]
+        if below:
+            warnings.append(
+                f"{name}: AUROC below {CHANCE}, worse than chance, of {'; '.join(below)}. Such a score is larger on "
+                "the test set than out of distribution."
+            )
+    return tuple(warnings)
+
+
+def _name_constant(contents: ReportContents) -> str:
+    if contents.task == "regression":
+        return "the mean and standard deviation of the targets"
+    return "the class frequencies of the test set"
+
+
+def _caution(contents: ReportContents, method: str) -> list[str]:
+    """Return "a constant prediction" where a proper score of a method is worse than that of one."""
+    is_worse = any(is_worse_than_constant(contents, method, metric) for metric in PROPER)
+    return ["a constant prediction"] if is_worse else []
 
 
 def name_confidence(metric: str, estimate: Estimate) -> str:
@@ -91,8 +156,14 @@ def _summarize_method(contents: ReportContents, method: str) -> str:
         if other is not None and other.verdict == "worse" and relations[contents.baseline].verdict != "worse":
             size = _describe_size(other)
             sentence += f", though its {SHORT_NAMES[metric]} is worse than that of {contents.baseline} ({size})"
+    if useless := describe_worse_than_constant(contents, method):
+        sentence += (
+            f", {'and' if previous == 'worse' else 'but'} worse than {_name_constant(contents)} alone ({useless})"
+        )
     harm = [name_reference(contents, reference) for reference, c in relations.items() if c.verdict == "worse"]
-    return f"{CAUTION + ' and '.join(harm) + ': ' if harm else ''}{sentence}; it is {confidence}."
+    harm = [*_caution(contents, method), *harm]
+    worse_than = " and ".join(filter(None, (", ".join(harm[:-1]), *harm[-1:])))
+    return f"{CAUTION + worse_than + ': ' if harm else ''}{sentence}; it is {confidence}."
 
 
 def _summarize_baseline(contents: ReportContents, confidence: str) -> str:
@@ -105,7 +176,10 @@ def _summarize_baseline(contents: ReportContents, confidence: str) -> str:
         changes = {"better": "lowers", "worse": "raises", "no detectable difference": "does not change detectably"}
         kind = "temperature" if contents.scaling.quantity == "temperature" else "variance"
         sentence += f"; {kind} scaling {changes[c.verdict]} the NLL ({_describe_size(c)})"
-    return f"{sentence}."
+    if useless := describe_worse_than_constant(contents, contents.baseline):
+        sentence += f"; worse than {_name_constant(contents)} alone ({useless})"
+    harm = _caution(contents, contents.baseline)
+    return f"{CAUTION + harm[0] + ': ' if harm else ''}{sentence}."
 
 
 def _describe_size(comparison: Comparison) -> str:

@@ -22,7 +22,7 @@ from debiased_laplace.calibration.contents import (
     Task,
     ThresholdOutcome,
 )
-from debiased_laplace.calibration.findings import SHORT_NAMES, describe_brackets, name_reference
+from debiased_laplace.calibration.findings import CHANCE, SHORT_NAMES, describe_brackets, name_reference
 from debiased_laplace.calibration.formatting import (
     NO_BREAK,
     NOTHING,
@@ -200,7 +200,8 @@ def tabulate_detection(one: OutOfDistributionSet, baseline: str) -> pd.DataFrame
             change = _show_unbroken(c.difference, c.adjusted_low, c.adjusted_high, RATES, signed=True)
             row += [change, c.verdict + (", below chance" if c.below_chance else "")]
         elif compared:
-            row += [NOTHING, NOTHING]
+            area = d.metrics["auroc"].value
+            row += [NOTHING, "below chance" if area is not None and area < CHANCE else NOTHING]
         rows.append(row)
     more = [f"AUROC against {baseline}", "verdict"] if compared else []
     return make_table(["method", "score", *names.values(), *more], rows)

@@ -95,6 +95,13 @@ class Diagnosis:
                 f"Debiasing brings a posterior of prior precision {self.prior_precision:g} closer to the full batch "
                 f"by {_mean_and_error(gain)} nats for batches of {first}"
                 + (f" and {_mean_and_error(last_gain)} for {last}." if last > first else ".")
+                + (" Below zero it takes it further away." if any(float(g.mean()) < 0 for _, g in gains) else "")
+            )
+        rises = [b.batch_size for b in self.batches if float(b.decrease.unbiased[:, -1].mean()) < 0]
+        if rises:
+            sizes = ", ".join(map(str, rises))
+            sentences.append(
+                f"{self.steps[-1]} steps of conjugate gradients on batches of {sizes} raise the quadratic of all data."
             )
         return " ".join(sentences)
 

@@ -12,6 +12,7 @@ import torch
 
 import debiased_laplace.calibration as room
 from debiased_laplace.calibration import CalibrationReport, calibration_report
+from debiased_laplace.calibration.changes import compare_reports, render_changes
 from debiased_laplace.calibration.contents import Estimate
 from debiased_laplace.calibration.intervals import Units
 from debiased_laplace.calibration.metrics.detection import Separation, estimate_auroc
@@ -104,6 +105,52 @@ def test_no_text_shows_an_interval_that_contradicts_its_verdict(draw_classificat
     assert all("[\u2212" in row[3] for row in rows)
     for text in (str(found), found.to_markdown(), found.to_html()):
         assert "exclude 0 exactly where the difference is detected" in text
+
+
+def test_nothing_hides_that_both_methods_are_worse_than_a_constant_prediction(draw_classification) -> None:
+    p, y, _ = draw_classification(300, sharpness=2.0, seed=15, n_classes=4)
+    shuffled = p.roll(1, 0)  # sure of what has nothing to do with the input
+    methods = {"map": shuffled, "la": 0.6 * shuffled + 0.1, "good": p}
+    far = {m: q[:80] ** 3 / (q[:80] ** 3).sum(1, keepdim=True) for m, q in methods.items()}
+    found = report(methods, y, ood={"far": far}, temperature_scaling="none", thresholds="default")
+    share = found.constant["accuracy"]
+    assert share == int(y.bincount().max()) / 300
+    assert found.constant["nll"] == pytest.approx(torch.special.entr(y.bincount() / 300).sum().item(), abs=0.02)
+    la, constant = found.metrics["la"]["nll"].known, found.constant["nll"]
+    assert (found.comparisons[0].verdict, la > constant) == ("better", True)
+    assert found.summary[0].startswith("CAUTION, worse than a constant prediction: la is better than map (NLL ")
+    assert ", but worse than the class frequencies of the test set alone (NLL " in found.summary[0]
+    assert not [sentence for sentence in found.summary if "constant" in sentence and "good" in sentence]
+    page = found.to_html()
+    assert page.count("worse than a constant: ") == 6  # NLL, Brier score and accuracy of two methods
+    for text in (str(found), found.to_markdown(), page):
+        plain = text.replace("\\", "")
+        assert "which use no inputs: map (NLL" in plain
+        assert "far: AUROC below 0.5, worse than chance, of map, predictive entropy (0." in plain
+        assert "; good, predictive entropy (0." in plain
+    assert found.to_markdown().count("below chance |") == 6  # also in the rows of the baseline
+    assert f"Passed, but worse than a constant prediction ({constant:.4g})" in found.checks[0].message
+    assert "constant" not in found.checks[1].message
+    alone = report({"map": shuffled}, y)
+    assert alone.summary[0].startswith("CAUTION, worse than a constant prediction: map: NLL ")
+    changes = render_changes(compare_reports(alone, alone), alone, alone)
+    assert "**Worse than a constant prediction** in the new report, whatever changed: map (NLL " in changes
+
+
+def test_regression_is_compared_with_the_moments_of_the_targets(draw_regression) -> None:
+    mean, std, y = draw_regression(200, scale=1.0, seed=16)
+    methods = {"map": (10 + 0 * mean, std), "la": (5 - mean, 6 * std), "good": (mean, std)}
+    found = report(methods, y, task="regression")
+    assert found.summary[0].startswith("CAUTION, worse than a constant prediction")
+    assert "worse than the mean and standard deviation of the targets alone (NLL " in found.summary[0]
+    assert "RMSE 5." in found.summary[0]
+    assert not [w for w in found.warnings if "good" in w]
+    assert str(found).count("which use no inputs: map (NLL ") == 1
+    std = (y - mean).abs() + 0.1
+    ordered = report({"a": (mean, 1 / std)}, y, task="regression").warnings
+    assert [w for w in ordered if w.startswith("a: its confidence orders its errors worse than chance")]
+    constant = report({"a": (mean, 0 * std + 0.8)}, y, task="regression").warnings
+    assert not [w for w in constant if "worse than chance" in w]  # no order at all
 
 
 def test_clusters_reach_every_number_of_a_regression(draw_regression) -> None:

@@ -164,6 +164,20 @@ def test_enough_is_the_smallest_size_from_which_on_no_excess_is_detected():
     assert "From batches of 128 on" in base.summary()
 
 
+def test_the_summary_says_where_debiasing_or_a_step_does_harm(problem):
+    from dataclasses import replace
+
+    base = found(problem)
+    better, worse = (
+        replace(b, posterior=torch.tensor([x, x + 1]), decrease=replace(b.decrease, unbiased=0 * b.decrease.own + x))
+        for b, x in zip((base.batches[0],) * 2, (2.0, -2.0), strict=True)
+    )
+    words = ("further away", "raise the quadratic of all data")
+    for batch, told in ((better, False), (worse, True)):
+        summary = replace(base, batches=(batch,), prior_precision=0.7).summary()
+        assert [w in summary for w in words] == [told, told]
+
+
 def test_the_standard_error_of_a_ratio_is_that_over_draws():
     a, b = torch.tensor([2.0, 4.0, 3.0]), torch.tensor([1.0, 2.0, 1.5])
     assert Ratio.of_means(a, b) == Ratio(2.0, 0.0)

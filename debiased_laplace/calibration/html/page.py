@@ -26,6 +26,7 @@ from debiased_laplace.calibration.findings import (
     CAUTION,
     CONFIDENCE_TARGETS,
     describe_brackets,
+    is_worse_than_constant,
     name_confidence,
     name_reference,
 )
@@ -107,6 +108,8 @@ def make_cell(contents: ReportContents, method: str, name: str, decimals: int | 
         asides.append(f"signed root: {format_number(copysign(sqrt(abs(estimate.value)), estimate.value), 3)}")
     if name in CONFIDENCE_TARGETS:
         asides.append(name_confidence(name, estimate) or "neither detectably")
+    if is_worse_than_constant(contents, method, name):
+        asides.append(f"worse than a constant: {format_number(contents.constant[name], decimals)}")
     value = format_number(estimate.value, decimals, signed=name == "confidence_gap")
     interval = format_interval(estimate.low, estimate.high, decimals)
     return Cell(value, interval, tuple(asides), list_changes(contents, method, name))
