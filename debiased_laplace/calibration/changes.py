@@ -26,11 +26,11 @@ from debiased_laplace.calibration.intervals import (
     two_sided_p_value,
 )
 from debiased_laplace.calibration.tables import make_environment, make_table
+from debiased_laplace.calibration.ties import THRESHOLD
 
 ChangeVerdict = Literal["better", "worse", "no detectable change", "changed", "unchanged", "not judged"]
 Pairing = Literal["same samples", "as if independent", "independent"]
 
-ROUNDING = 1e-9  # relative differences up to it are those of two machines
 TARGETS = {"zero": 0.0, "one": 1.0}
 DETECTED: tuple[ChangeVerdict, ...] = ("worse", "better", "changed")
 
@@ -157,7 +157,7 @@ def _compare(
     if before.value is None or after.value is None:
         return replace(change, note=(after.reason if after.value is None else before.reason) or ""), None
     difference = after.value - before.value
-    if abs(difference) <= ROUNDING * max(abs(before.value), abs(after.value)):
+    if abs(difference) <= THRESHOLD * max(abs(before.value), abs(after.value)):
         difference = 0.0
     change = replace(change, difference=difference)
     old_sums, new_sums = (result.score_sums for result in results)

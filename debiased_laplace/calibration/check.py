@@ -24,6 +24,7 @@ from debiased_laplace.calibration.document import message_of
 from debiased_laplace.calibration.findings import is_worse_than_constant
 from debiased_laplace.calibration.formatting import MINUS, choose_decimals, format_with_interval, half_width
 from debiased_laplace.calibration.inputs import parse_toml
+from debiased_laplace.calibration.ties import THRESHOLD
 
 LIMITS: dict[Quantity, tuple[str, str]] = {
     "value": ("min", "max"),
@@ -308,9 +309,10 @@ def _decide(
     if low is None or high is None:
         advice = "set judge = 'estimate' to judge the value alone"
         return "inconclusive", f"there is no interval ({measured.reason}); {advice}"
-    if (maximum is None or high <= maximum) and (minimum is None or low >= minimum):
+    rounding = THRESHOLD * max(abs(low), abs(high))
+    if (maximum is None or high <= maximum + rounding) and (minimum is None or low >= minimum - rounding):
         return "passed", ""
-    if (maximum is not None and low > maximum) or (minimum is not None and high < minimum):
+    if (maximum is not None and low > maximum + rounding) or (minimum is not None and high < minimum - rounding):
         return "failed", ""
     return "inconclusive", "the interval contains the limit; more samples are needed"
 

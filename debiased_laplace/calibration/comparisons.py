@@ -20,6 +20,7 @@ from debiased_laplace.calibration.intervals import (
     skewed_p_value,
     two_sided_p_value,
 )
+from debiased_laplace.calibration.ties import SINGLE
 
 N_BATCHES = 64
 COUNTS = "samples"
@@ -57,7 +58,7 @@ def compare_methods(
     def compare(names: tuple[str, str, str], level: float) -> Comparison:
         method, reference, metric = names
         error = max(fitted.get(method, 0.0), fitted.get(reference, 0.0)) if metric == "nll" else 0.0
-        difference = scores[method][metric] - scores[reference][metric]
+        difference = _subtract(scores[method][metric], scores[reference][metric])
         return _compare(names, difference, replace(units, level=level), fitting_error=error)
 
     raw = [compare(names, units.level) for names in compared]
@@ -88,6 +89,13 @@ def compare_shares(difference: Float[Tensor, " n"], level: float) -> tuple[Estim
     estimator = "proportions, Bonett and Price's interval"
     estimate = Estimate(value, min(low, value), max(high, value), error, n, estimator)
     return estimate, two_sided_p_value(shrunk, error, None)
+
+
+def _subtract(scores: Float[Tensor, " n"], reference: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return the differences; zeros where no two scores differ by more than the rounding of single precision."""
+    difference = scores - reference
+    is_rounding = difference.abs().max() <= SINGLE * reference.abs().max()
+    return torch.zeros_like(difference) if bool(is_rounding) else difference
 
 
 def _compare(

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+from debiased_laplace.calibration.ties import merge_ties
+
 BISECTIONS = 60  # halvings of an interval as wide as the spread of the samples: below a rounding error of it
 _TIE_SEED = 7_919_201  # not 0, from whose stream the samples of a user often come
 
@@ -86,12 +88,14 @@ class RegressionPredictions:
         values: means of the components.
         noise: standard deviation of each component.
         cholesky: factor of the covariance between the outputs of a single Gaussian.
+        precision: relative spacing of the numbers that were given.
     """
 
     values: Float[Tensor, "S n d"]
     targets: Float[Tensor, "n d"]
     noise: Float[Tensor, "n d"]
     cholesky: Float[Tensor, "n d d"] | None = None
+    precision: float = torch.finfo(torch.float64).eps
 
     @property
     def n(self) -> int:
@@ -123,7 +127,7 @@ class RegressionPredictions:
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "n d"]:
         """Predictive standard deviation, positive: root of the variance between the components plus that within."""
-        return (self.values.var(dim=0, correction=0) + self.noise.square()).sqrt().cpu()
+        return self._merge_ties((self.values.var(dim=0, correction=0) + self.noise.square()).sqrt())
 
     @cached_property
     def errors(self) -> Float[Tensor, "n d"]:
@@ -199,6 +203,15 @@ class RegressionPredictions:
         L = None if self.cholesky is None else self.cholesky * column[:, :, None]
         return replace(self, values=mean + column * (self.values - mean), noise=self.noise * column, cholesky=L)
 
+    def _merge_ties(self, deviation: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Merge standard deviations of samples that differ by the rounding of the samples."""
+        if self.n_samples is None:
+            return deviation.cpu()
+        # some units in the last place of a sample, of which the deviation is a difference
+        tolerance = (4 * self.precision * self.values.abs().amax(dim=0)).cpu()
+        columns = zip(deviation.cpu().T, tolerance.T, strict=True)
+        return torch.stack([merge_ties(x, t) for x, t in columns], dim=1)
+
     def _probability_below(self, y: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         # Normal.cdf loses all digits of small probabilities
         return torch.special.ndtr((y - self.values) / self.noise).mean(dim=0)
@@ -221,7 +234,7 @@ class SampledPredictions(RegressionPredictions):
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "n d"]:
         """Unbiased standard deviation of the samples."""
-        return self.values.std(dim=0).cpu()
+        return self._merge_ties(self.values.std(dim=0))
 
     @cached_property
     def negative_log_density(self) -> Float[Tensor, " n"]:

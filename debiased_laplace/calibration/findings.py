@@ -11,6 +11,8 @@ from debiased_laplace.calibration.formatting import (
     format_number,
     format_with_interval,
 )
+from debiased_laplace.calibration.metrics.detection import CHANCE, is_below_chance
+from debiased_laplace.calibration.ties import THRESHOLD
 
 SHORT_NAMES = {
     "nll": "NLL",
@@ -22,8 +24,6 @@ SHORT_NAMES = {
 }
 CONFIDENCE_TARGETS = {"confidence_gap": 0.0, "z_scale": 1.0}  # above them a method is over-confident
 PROPER = ("nll", "brier", "crps")
-CHANCE = 0.5  # of the area under a ROC curve
-ROUNDING = 1e-9  # relative
 ALSO_TOLD = ("brier", "crps", "error")  # where the NLL is not worse, but these are
 CAUTION = "CAUTION, worse than "
 
@@ -57,7 +57,7 @@ def is_worse_than_constant(contents: ReportContents, method: str, metric: str) -
     if estimate is None or estimate.value is None or constant is None:
         return False
     harm = constant - estimate.value if metric == "accuracy" else estimate.value - constant
-    return harm > ROUNDING * abs(constant)
+    return harm > THRESHOLD * abs(constant)
 
 
 def describe_worse_than_constant(contents: ReportContents, method: str) -> str:
@@ -83,7 +83,7 @@ def warn_of_useless(contents: ReportContents) -> tuple[str, ...]:
         )
     for method, result in contents.methods.items():
         area, risk = result.metrics.get("aurc"), result.selection[-1].risk if result.selection else None
-        if risk and area is not None and area.value is not None and area.value > (1 + ROUNDING) * risk:
+        if risk and area is not None and area.value is not None and area.value > (1 + THRESHOLD) * risk:
             found, chance = format_number(area.value, decimals), format_number(risk, decimals)
             warnings.append(
                 f"{method}: its confidence orders its errors worse than chance (area under the risk-coverage curve "
@@ -91,7 +91,7 @@ def warn_of_useless(contents: ReportContents) -> tuple[str, ...]:
             )
     for name, one in contents.ood.items():
         areas = {(d.method, d.score): d.metrics["auroc"].value for d in one.detections}
-        below = [f"{m}, {SCORES.get(s, s)} ({x:.3f})" for (m, s), x in areas.items() if x is not None and x < CHANCE]
+        below = [f"{m}, {SCORES.get(s, s)} ({x:.3f})" for (m, s), x in areas.items() if is_below_chance(x)]
         if below:
             warnings.append(
                 f"{name}: AUROC below {CHANCE}, worse than chance, of {'; '.join(below)}. Such a score is larger on "

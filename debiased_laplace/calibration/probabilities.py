@@ -11,7 +11,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from debiased_laplace.calibration.inputs import as_tensor, first_bad
+from debiased_laplace.calibration.ties import RELATIVE, merge_ties
 
+RANKED = ("confidence", "entropy", "mutual_information")
 ROW_SUM_TOLERANCE = 1e-3
 ROUNDING = 1e-12
 NUMBERS_AT_ONCE = 1_000_000  # float64 numbers of one portion: 8 MB, about a processor's cache
@@ -193,7 +195,8 @@ def reduce_classification(
         mean = mean_prediction(p)
         bins += _sum_over_bins(mean, true, edges)
         portion = _score(p) | {
-            "predicted": mean.argmax(dim=1),
+            # the first of classes whose probabilities differ by rounding
+            "predicted": (mean >= (1 - RELATIVE) * mean.amax(dim=1, keepdim=True)).int().argmax(dim=1),
             "true_class_probability": mean.gather(1, true[:, None])[:, 0],
             "squared_norm": mean.square().sum(dim=1),
         }
@@ -221,6 +224,7 @@ def uncertainty_scores(probabilities: Probabilities) -> dict[str, Float[Tensor, 
 
 def _join(portions: list[dict[str, Tensor]], probabilities: Probabilities) -> dict[str, Tensor]:
     vectors = {name: torch.cat([portion[name] for portion in portions]).cpu() for name in portions[0]}
+    vectors = {name: merge_ties(x) if name in RANKED else x for name, x in vectors.items()}
     known = probabilities.mutual_information
     return vectors if known is None else vectors | {"mutual_information": known}
 

@@ -86,10 +86,12 @@ def read_regression(
     if targets is not None:
         y = _read_columns(targets, where, "targets", y.shape).to(y.device)
     noise, cholesky = _read_spread(form, values[0], where)
+    given = as_tensor(form.values, where).dtype if isinstance(form, Samples) else values.dtype
+    precision = torch.finfo(given if given.is_floating_point else values.dtype).eps
     read = (
-        SampledPredictions(values, y, torch.zeros_like(y))
+        SampledPredictions(values, y, torch.zeros_like(y), precision=precision)
         if noise is None
-        else RegressionPredictions(values, y, noise, cholesky)
+        else RegressionPredictions(values, y, noise, cholesky, precision)
     )
     deviation = read.standard_deviation
     usual = f"standard deviation must be positive, between {1 / _LARGEST:g} and {_LARGEST:g}"

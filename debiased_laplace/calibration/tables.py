@@ -22,7 +22,7 @@ from debiased_laplace.calibration.contents import (
     Task,
     ThresholdOutcome,
 )
-from debiased_laplace.calibration.findings import CHANCE, SHORT_NAMES, describe_brackets, name_reference
+from debiased_laplace.calibration.findings import SHORT_NAMES, describe_brackets, name_reference
 from debiased_laplace.calibration.formatting import (
     NO_BREAK,
     NOTHING,
@@ -36,6 +36,7 @@ from debiased_laplace.calibration.formatting import (
     format_with_interval,
     shorten,
 )
+from debiased_laplace.calibration.metrics.detection import is_below_chance
 
 Table = Literal["metrics", "comparisons", "ood"]
 ESTIMATE = tuple(f.name for f in fields(Estimate))
@@ -200,8 +201,7 @@ def tabulate_detection(one: OutOfDistributionSet, baseline: str) -> pd.DataFrame
             change = _show_unbroken(c.difference, c.adjusted_low, c.adjusted_high, RATES, signed=True)
             row += [change, c.verdict + (", below chance" if c.below_chance else "")]
         elif compared:
-            area = d.metrics["auroc"].value
-            row += [NOTHING, "below chance" if area is not None and area < CHANCE else NOTHING]
+            row += [NOTHING, "below chance" if is_below_chance(d.metrics["auroc"].value) else NOTHING]
         rows.append(row)
     more = [f"AUROC against {baseline}", "verdict"] if compared else []
     return make_table(["method", "score", *names.values(), *more], rows)

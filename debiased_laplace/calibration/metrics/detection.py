@@ -32,6 +32,7 @@ from debiased_laplace.calibration.intervals import (
     wilson_of_share,
     without_interval,
 )
+from debiased_laplace.calibration.ties import THRESHOLD
 
 STAND_IN = "entropy"  # used for a baseline that lacks the method's score
 HISTOGRAM_BINS = 20
@@ -221,9 +222,14 @@ def _compare(s: Separation, reference: Mapping[str, Separation], names: tuple[st
     if error is not None:
         low, high = interval_of_difference(difference, error, s.units.level, s.freedom)
         p_value = two_sided_p_value(difference, error, s.freedom)
-    below_chance = s.components[0].mean().item() < CHANCE
+    below_chance = is_below_chance(s.components[0].mean().item())
     verdict: Verdict = "no detectable difference"  # until p-values are adjusted over all sets
     return DetectionComparison(*names, difference, low, high, error, p_value, None, verdict, score, below_chance)
+
+
+def is_below_chance(area: float | None) -> bool:
+    """Return whether an area under a ROC curve is below one half by more than rounding."""
+    return area is not None and area < CHANCE * (1 - THRESHOLD)
 
 
 def interval_of_difference(

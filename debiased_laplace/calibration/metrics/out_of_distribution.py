@@ -23,9 +23,10 @@ from debiased_laplace.calibration.metrics.detection import (
 from debiased_laplace.calibration.positions import as_rows
 from debiased_laplace.calibration.probabilities import Probabilities, read_probabilities, uncertainty_scores
 from debiased_laplace.calibration.regression import noise_of, read_regression
+from debiased_laplace.calibration.ties import SINGLE, merge_ties
 
 COMBINED = ("mutual_information", "logit_variance")  # uncertain label, uncertain function: OOD inputs show at least one
-ROUNDING = 1e-6  # relative; below it scores differ by their precision only
+COMPUTED = ("logit_variance", "standard_deviation")  # their scale is their own, also in single precision
 
 
 def scores_of_regression(predictions: RegressionPredictions) -> dict[str, Float[Tensor, " n"]]:
@@ -141,18 +142,20 @@ def _separate(
     units: Units,
     codes: Int[Tensor, " m"] | None,
 ) -> dict[str, Separation]:
-    pairs = {name: _merge_constant(x, ood[name]) for name, x in test.items() if name in ood}
+    pairs = {name: _merge_pair(name, x, ood[name]) for name, x in test.items() if name in ood}
     if all(score in pairs for score in COMBINED):
         pairs = {"conformal": combine_scores([pairs[score] for score in COMBINED]), **pairs}
     return {name: Separation(a, b, units, Units(len(b), units.level, codes)) for name, (a, b) in pairs.items()}
 
 
-def _merge_constant(test: Float[Tensor, " n"], ood: Float[Tensor, " m"]) -> Pair:
-    """Return equal scores where a constant came in two precisions: float32's 1.2 would lie above float64's."""
-    low, high = range_of([test, ood])
-    if high - low > ROUNDING * max(abs(low), abs(high)):
-        return test, ood
-    return torch.full_like(test, low), torch.full_like(ood, low)
+def _merge_pair(score: str, test: Float[Tensor, " n"], ood: Float[Tensor, " m"]) -> Pair:
+    """Merge scores that differ by rounding, also where both sets came in two precisions."""
+    both = torch.cat([test, ood])
+    low, high = range_of([both])
+    is_constant = high - low <= SINGLE * max(abs(low), abs(high))
+    tolerance = SINGLE * both.abs() if is_constant or score in COMPUTED else None
+    test, ood = merge_ties(both, tolerance).split([len(test), len(ood)])
+    return test, ood
 
 
 def _check_names(name: Any, predictions: Any, methods: list[str]) -> None:
