@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import dtype_of, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.source import SampleSource, root_length
@@ -46,6 +47,41 @@ class Pool:
     def of(cls, source: SampleSource, n_data: int | None) -> "Pool":
         """Return a pool of unread samples."""
         return cls(source, source.indices[:0], source.indices, n_data)
+
+    @classmethod
+    def resumed(cls, source: SampleSource, fitted: SampleIdentities, n_data: int | None, seed: int) -> "Pool":
+        """Return the pool of a fit whose samples are known by identity only, and are yielded again with new ones.
+
+        Args:
+            source: samples of a loader, the fitted ones among them.
+            fitted: identities of the fitted samples.
+            n_data: size N of the data set of the likelihood; None: all samples of the source.
+            seed: seed of the loading.
+
+        Returns:
+            The pool; read are the fitted samples, fresh all others.
+
+        Raises:
+            ValueError: if the loader does not yield all fitted samples, or no others.
+        """
+        root, positions = source.root()
+        augmented = fitted.augmented or source.augments(seed)
+        places = positions[source.indices]
+        hashes = places if augmented else _hashes(source, seed)
+        found = SampleIdentities(hashes, places, root_length(root, positions), augmented, root)
+        # positions of a state or a pickle are of a data set of the same length, as far as can be known
+        if augmented and found.n_root != fitted.n_root:
+            raise ValueError(_INCOMPARABLE)
+        keys, known = found.keys(fitted)
+        n_missing = int((~torch.isin(known, keys)).sum())
+        if n_missing:
+            raise ValueError(
+                "override=False after loading a state or a pickle, which do not hold the samples, expects a loader "
+                f"that yields the fitted samples again, with new ones; {n_missing} of {len(known)} are missing."
+            )
+        read = torch.isin(keys, known)
+        _check_fresh(~read)
+        return cls(source, source.indices[read], source.indices[~read], n_data)
 
     # Data sets and collate functions often cannot be copied or pickled: copies share the pool, a pickle has None.
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pool":
@@ -102,11 +138,7 @@ class Pool:
         shared, old_keys, new_keys = _keys(old, new, seed)
         read_keys = old_keys[torch.isin(old.indices, self.read)]
         fresh = ~torch.isin(new_keys, read_keys)
-        if not bool(fresh.any()):
-            raise ValueError(
-                f"The loader yields {len(new_keys)} samples, all of them fitted before; expected new samples with "
-                "override=False."
-            )
+        _check_fresh(fresh)
         if bool(torch.isin(old_keys, new_keys).all()):
             return Pool(new, new.indices[~fresh], new.indices[fresh], n_data)
         if shared is not None:
@@ -117,6 +149,20 @@ class Pool:
         unread = ~torch.isin(old.indices, self.read)
         again = old.indices[unread & torch.isin(old_keys, new_keys)]
         return Pool(source, self.read, torch.cat([again, added]), n_data)
+
+
+_INCOMPARABLE = (
+    "Samples of different data sets cannot be compared if loading is random (augmentation, padding). Expected loaders "
+    "over Subsets of one data set, or one loader of all samples."
+)
+
+
+def _check_fresh(fresh: Tensor) -> None:
+    if not bool(fresh.any()):
+        raise ValueError(
+            f"The loader yields {len(fresh)} samples, all of them fitted before; expected new samples with "
+            "override=False."
+        )
 
 
 def _nothing() -> None:
@@ -131,10 +177,7 @@ def _keys(old: SampleSource, new: SampleSource, seed: int) -> tuple[Any, Tensor,
     if old_root is new_root:
         return new_root, old_positions[old.indices], new_positions[new.indices]
     if old.augments(seed) or new.augments(seed):
-        raise ValueError(
-            "Samples of different data sets cannot be compared if loading is random (augmentation, padding). Expected "
-            "loaders over Subsets of one data set, or one loader of all samples."
-        )
+        raise ValueError(_INCOMPARABLE)
     return None, _hashes(old, seed), _hashes(new, seed)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ _OTHER = {
     "curvature": "Expected the state of a posterior with the {expected}; it has the {found}: pass the backend that it "
     "was fitted with.",
 }
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("loss", "magnitudes_sampled_share", "temperature", "split_weight"), float),
+    **dict.fromkeys(("split_shared", "samples_augmented", "solver_converged", "enable_backprop"), bool),
+    **dict.fromkeys(("curvature_source", "solver", "solver_reason", "open_options", "checksum"), str),
+    **dict.fromkeys(("n_outputs", "n_data", "n_data_given", "magnitudes_n_floored", "magnitudes_n_samples"), int),
+    **dict.fromkeys(("solver_products", "samples_n_root", "basis_n_blocks"), int),
+}
+_INTEGER_TENSORS = (
+    "split_direction_indices",
+    "split_magnitude_indices",
+    "split_folds",
+    "split_copies",
+    "samples_hashes",
+    "samples_positions",
+)
 HYPER_PARAMETERS = ("prior_mean", "prior_precision", "sigma_noise", "temperature", "enable_backprop")
 
 
@@ -49,6 +65,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "n_data": split.n_data,
         "targets_are_flat": fit.targets_are_flat,
         # None is -1, as some loaders of states do not know None
+        "n_data_given": -1 if fit.n_data_given is None else fit.n_data_given,
         **{f"option_{name}": -1 if value is None else value for name, value in asdict(fit.options).items()},
         "curvature_diagonal": estimate.curvature.diagonal,
         "curvature_directions": estimate.curvature.directions,
@@ -67,7 +84,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "split_shared": split.shared,
         "split_folds": torch.zeros(0, dtype=torch.int64) if split.folds is None else split.folds,
         "split_copies": split.copies,
-        "split_weight": split.total_weight,
+        "split_weight": -1.0 if split.weight is None else float(split.weight),
         "samples_hashes": identities.hashes,
         "samples_positions": identities.positions,
         "samples_n_root": identities.n_root,
@@ -83,7 +100,35 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         state["curvature_metric"] = estimate.curvature.metric
     if estimate.curvature.error_variances is not None:
         state["curvature_error_variances"] = estimate.curvature.error_variances
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {**state, "checksum": _checksum(state)}
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    """Return a hash of all entries but the checksum itself, in any order and on any device."""
+    digest = sha256()
+    for name in sorted(state.keys() - {"checksum"}):
+        value = state[name]
+        if not isinstance(value, Tensor):
+            digest.update(f"{name}={value!r};".encode())
+            continue
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}={value.dtype}{tuple(value.shape)};".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)  # without a copy
+    return digest.hexdigest()
+
+
+def check_integrity(state: Mapping[str, Any]) -> None:
+    """Refuse a state whose entries are not those that were written.
+
+    Raises:
+        ValueError: if the checksum differs.
+    """
+    if state["checksum"] != _checksum(state):
+        raise ValueError(
+            "The state is damaged: its entries are not those that were written, as its checksum tells. Expected an "
+            "undamaged copy; hyper-parameters are changed on the posterior, after loading."
+        )
 
 
 def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
@@ -116,6 +161,7 @@ def from_state(
     try:
         with torch.inference_mode(False):
             _check_head(state, expected)
+            _check_entries(state)
             if selection is None:
                 selection = ParameterSelection.all_weights(model).layer(state["last_layer_name"])
             _check_parameters(state, selection)
@@ -133,24 +179,24 @@ def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
     options = {field.name: state[f"option_{field.name}"] for field in fields(EstimatorOptions)}
     options["rank"] = None if options["rank"] < 0 else options["rank"]
     split = SubBatches(
-        state["split_direction_indices"].clone(),
-        state["split_magnitude_indices"].clone(),
+        _on_cpu(state["split_direction_indices"]),
+        _on_cpu(state["split_magnitude_indices"]),
         state["n_data"],
         state["split_shared"],
-        state["split_folds"].clone() if len(state["split_folds"]) else None,
-        state["split_copies"].clone(),
-        state["split_weight"],
+        _on_cpu(state["split_folds"]) if len(state["split_folds"]) else None,
+        _on_cpu(state["split_copies"]),
+        None if state["split_weight"] < 0 else state["split_weight"],
     )
     identities = SampleIdentities(
-        state["samples_hashes"].clone(),
-        state["samples_positions"].clone(),
+        _on_cpu(state["samples_hashes"]),
+        _on_cpu(state["samples_positions"]),
         state["samples_n_root"],
         state["samples_augmented"],
     )
     if len(identities.hashes) != split.n_samples or len(identities.positions) != split.n_samples:
         raise ValueError(f"Expected the identities of {split.n_samples} samples; the state has {len(identities)}.")
     # what the posterior itself reads is missed here too
-    for name in (*HYPER_PARAMETERS, "open_options"):
+    for name in (*HYPER_PARAMETERS, "open_options", "checksum"):
         _ = state[name]
     return FitResult(
         selection=selection,
@@ -163,7 +209,12 @@ def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
         n_outputs=state["n_outputs"],
         options=EstimatorOptions(**options),
         targets_are_flat=state["targets_are_flat"],
+        n_data_given=None if state["n_data_given"] < 0 else state["n_data_given"],
     )
+
+
+def _on_cpu(positions: Tensor) -> Tensor:
+    return positions.detach().to("cpu", copy=True)
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
@@ -241,20 +292,42 @@ def _check_head(state: dict[str, Any], expected: Mapping[str, str]) -> None:
         if key not in state:
             raise ValueError(f"The state has no entry {key!r}; it is not one of this package, or of an older version.")
     if state["version"] != VERSION:
-        raise ValueError(f"Expected a state of version {VERSION}; got {state['version']}.")
+        raise ValueError(
+            f"Expected a state of version {VERSION}; got {state['version']}. Fit again, or load it with the version "
+            "of the package that wrote it."
+        )
     for key, own in expected.items():
         if state[key] != own:
             raise ValueError(_OTHER[key].format(expected=own, found=state[key]))
 
 
+def _check_entries(state: dict[str, Any]) -> None:
+    """Refuse entries of another type, and numbers that are not finite."""
+    # a sum of weights that are no integers
+    weighted = not float(state["split_weight"]).is_integer()
+    for name, value in state.items():
+        kind = float if weighted and name == "n_data" else _TYPES.get(name, type(value))
+        if type(value) is not kind:
+            raise ValueError(f"Expected the state's {name!r} as {kind.__name__}; got {value!r}.")
+        if name in _INTEGER_TENSORS and (not isinstance(value, Tensor) or value.dtype != torch.int64):
+            raise ValueError(f"Expected the state's {name!r} as a tensor of torch.int64.")
+        if isinstance(value, Tensor | float) and not bool(torch.as_tensor(value).isfinite().all()):
+            raise ValueError(f"Expected finite numbers in the state; {name!r} has NaN or infinity.")
+
+
 def _check_parameters(state: dict[str, Any], selection: ParameterSelection) -> None:
-    """Refuse a state of other parameters or weights."""
+    """Refuse a state of another dtype, other parameters or weights."""
+    center, mean = selection.vector(), state["mean"]
+    if mean.shape == center.shape and mean.dtype != center.dtype:
+        raise ValueError(
+            f"The state is of a model with dtype {mean.dtype}; this model has {center.dtype}. Expected the same: load "
+            f"it beside model.to({mean.dtype}), with the weights of the fit."
+        )
     if state["weights_fingerprint"] != selection.fingerprint():
         raise ValueError(
             "The state was fitted at other weights than the model has now; load the weights that it was "
             "fitted to first."
         )
-    center, mean = selection.vector(), state["mean"]
     described = state["parameters"] == selection.description
     if not described or mean.shape != center.shape or not torch.equal(mean.to(center), center):
         raise ValueError(

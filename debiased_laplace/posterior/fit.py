@@ -154,6 +154,7 @@ class FitResult:
         n_outputs: C.
         options: of the estimate, as asked for or as chosen.
         targets_are_flat: whether targets are (n,).
+        n_data_given: size of the data set as the user gave it; None: all samples that loaders yielded.
         network: at the fitted weights; not in a state.
         choice: alternatives of "auto"; None where nothing was open; not in a state.
         pool: samples that loaders have yielded; not in a state.
@@ -171,6 +172,7 @@ class FitResult:
     n_outputs: int
     options: EstimatorOptions
     targets_are_flat: bool
+    n_data_given: int | None = None
     network: Network | None = None
     choice: Choice | None = None
     pool: Pool | None = None

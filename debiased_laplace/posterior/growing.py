@@ -14,7 +14,7 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.data.pool import Pool
-from debiased_laplace.data.source import sample_source
+from debiased_laplace.data.source import SampleSource, sample_source
 from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace, sample_terms
 from debiased_laplace.debiasing.stopping import (
@@ -35,7 +35,7 @@ def fit_samples(
     spec: FitSpec,
     weighting_of: WeightingOf,
     loader: object,
-    earlier: Pool | None,
+    earlier: FitResult | None,
     *,
     n_data: int | None,
     tolerance: float | None,
@@ -47,7 +47,7 @@ def fit_samples(
         spec: request.
         weighting_of: prior and likelihood weight of the posterior.
         loader: of training samples.
-        earlier: samples of earlier loaders; None to start anew.
+        earlier: fit whose samples these join; None to start anew.
         n_data: size of the data set that the likelihood stands for; None: as given earlier, or all samples yielded.
         tolerance: smallest gain, in nats, of the last doubling of samples; None: use all samples.
         progress_bar: show progress.
@@ -62,13 +62,33 @@ def fit_samples(
     ParameterSelection.all_weights(spec.model).check_finite()
     seed = spec.split.seed
     source = sample_source(loader, seed, spec.keys)
-    pool = Pool.of(source, n_data) if earlier is None else earlier.join(source, n_data, seed)
+    pool = Pool.of(source, n_data) if earlier is None else _joined(earlier, source, n_data, seed)
     growth = _Growth(spec, weighting_of, pool, progress_bar)
     if tolerance is not None:
         fit = growth.until_enough(tolerance)
     else:
         fit = replace(growth.fit_at(pool.available)[0], pool=pool.with_read(pool.available))
-    return replace(fit, seconds=time.perf_counter() - started)
+    return replace(fit, n_data_given=pool.n_data, seconds=time.perf_counter() - started)
+
+
+def _joined(earlier: FitResult, source: SampleSource, n_data: int | None, seed: int) -> Pool:
+    """Return the pool of the fitted samples and those of a loader; after loading a state, the loader yields both.
+
+    Raises:
+        ValueError: if no sample is new, or the samples cannot be joined.
+    """
+    if earlier.pool is not None:
+        return earlier.pool.join(source, n_data, seed)
+    n_data = earlier.n_data_given if n_data is None else n_data
+    pool = Pool.resumed(source, earlier.identities, n_data, seed)
+    # with weights, N is their sum and no number of samples
+    n_before = earlier.split.n_data if earlier.split.weight is None else earlier.split.n_samples
+    if pool.size < n_before and n_data is None:
+        raise ValueError(
+            f"The state is of a fit to {n_before} samples; the loader yields {pool.size}. Expected at "
+            "least as many, or n_data."
+        )
+    return pool
 
 
 def fit_again(spec: FitSpec, weighting_of: WeightingOf, pool: Pool, earlier: FitResult) -> FitResult:

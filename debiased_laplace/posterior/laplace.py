@@ -23,7 +23,6 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
 from debiased_laplace.data.batches import check_inputs
 from debiased_laplace.data.inputs import Inputs, MappingKeys, moved, on_each
-from debiased_laplace.data.pool import Pool
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice, Weighting
 from debiased_laplace.debiasing.directions import SUPPORTED
@@ -329,7 +328,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 (inputs, targets, sample_weights) or a mapping of tensors. Samples are split by their position before
                 any is loaded; order, shuffling and augmentation do not matter.
             override: forget earlier fits. False: continue from the fitted samples with those of the loader that were
-                not fitted yet. The posterior equals that of a single fit of all of them, and costs as much.
+                not fitted yet. The posterior equals that of a single fit of all of them, and costs as much. A state
+                holds the identities of the samples, not the samples: after loading it, the loader yields both.
             progress_bar: show progress.
             n_data: size N of the data set that the likelihood stands for, including the given samples; default: as
                 given before (`override=False`), or else all samples that loaders have yielded.
@@ -339,15 +339,17 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
         Raises:
             ValueError: if loader, samples, weights or options cannot be used; with `override=False` also if no sample
-                is new, the weights have changed, or the fitted samples are not known any more (after loading a
-                state). Model and posterior stay as they were.
+                is new, the weights have changed, or, after loading a state, the loader does not yield the fitted
+                samples again. Model and posterior stay as they were.
         """
         boolean(override, "override")
         n_data = None if n_data is None else integer(n_data, "n_data")
         if isinstance(tolerance, bool):
             raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
         tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
-        earlier = None if override or self._fit is None else self._fitted_samples()
+        earlier = None if override else self._fit
+        if earlier is not None:
+            self._check_weights()
         fit = fit_samples(
             self._spec,
             self._weighting,
@@ -360,20 +362,6 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._adopt(fit)
         self._warn_of_dropped_directions()
         self._warn_of_default_noise()
-
-    def _fitted_samples(self) -> Pool:
-        """The samples that further ones join.
-
-        Raises:
-            ValueError: if they are not known any more, or the weights have changed.
-        """
-        if self.fit_result.pool is None:
-            raise ValueError(
-                "override=False goes on from the fitted samples, which are not in a state or a pickle: expected a fit "
-                "in this session. Fit to one loader of all samples."
-            )
-        self._check_weights()
-        return self.fit_result.pool
 
     def _weighting(self, selection: ParameterSelection, n_data: int | float) -> Weighting:
         """Prior and likelihood weight of the posterior of these parameters."""
@@ -1090,8 +1078,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Become the posterior that `state_dict` describes.
 
         Raises:
-            ValueError: if it belongs to another kind of posterior, likelihood, set of parameters or trained weights;
-                the posterior stays as it was.
+            ValueError: if it belongs to another kind of posterior, likelihood, set of parameters, dtype or trained
+                weights, or is damaged (a checksum is in it); the posterior stays as it was.
         """
         expected = {
             "cls_name": type(self).__name__,
@@ -1103,6 +1091,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         try:
             with torch.inference_mode(False), full_precision():
                 self._become(fit, state_dict)
+                # last, since the other checks say what is wrong
+                checkpoint.check_integrity(state_dict)
         except Exception as error:
             self.__dict__.clear()
             self.__dict__.update(before)

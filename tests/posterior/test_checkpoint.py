@@ -116,6 +116,81 @@ def test_what_belongs_elsewhere_is_refused(case):
     assert torch.equal(la(X), before)
 
 
+NOT_OF_A_STATE = {
+    "directions that are not finite": ("curvature_directions", lambda t: t.clone().fill_(float("nan")), "finite"),
+    "one magnitude that is not finite": (
+        "magnitudes_values",
+        lambda t: torch.cat([t[:-1], t.new_tensor([float("inf")])]),
+        "finite numbers in the state; 'magnitudes_values'",
+    ),
+    "a loss that is not finite": ("loss", lambda _: float("nan"), "finite numbers in the state; 'loss'"),
+    "a loss that is an integer": ("loss", int, "'loss' as float"),
+    "a fraction of a sample": ("n_data", lambda n: n + 0.5, "'n_data' as int; got"),
+    "no number of outputs": ("n_outputs", lambda _: None, "'n_outputs' as int; got None"),
+    "another number of outputs": ("n_outputs", lambda n: n + 1, "checksum"),
+    "a truth that is a word": ("enable_backprop", lambda _: "yes", "'enable_backprop' as bool"),
+    "a temperature that is a word": ("temperature", lambda _: "1.3", "'temperature' as float"),
+    "another temperature": ("temperature", lambda t: 2 * t, "checksum"),
+    "positions that are fractions": ("samples_positions", lambda t: t.double(), "'samples_positions' as a tensor"),
+    "one hash changed": ("samples_hashes", lambda t: t ^ (torch.arange(len(t)) == 3).long(), "checksum"),
+    "one direction turned round": (
+        "curvature_directions",
+        lambda t: t * torch.tensor([1.0, -1.0, 1.0], dtype=t.dtype),
+        "checksum",
+    ),
+    "one bit of a weight": (
+        "curvature_weights",
+        lambda t: (t.view(torch.int64) ^ (torch.arange(len(t)) == 1).long()).view(t.dtype),
+        "checksum",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_OF_A_STATE)
+def test_what_was_not_written_is_not_loaded(case):
+    key, change, message = NOT_OF_A_STATE[case]
+    la, X, _, _ = fitted("MLP", "classification", rank=3)
+    state, before, n_outputs = la.state_dict(), la(X), la.n_outputs
+    with pytest.raises(ValueError, match=message):
+        la.load_state_dict({**state, key: change(state[key])})
+    assert torch.equal(la(X), before)
+    assert la.n_outputs == n_outputs
+    la.load_state_dict(state)
+
+
+def test_no_flipped_bit_of_a_file_is_loaded(tmp_path):
+    la, *_ = fitted("MLP", "classification", rank=3)
+    path, expected = tmp_path / "posterior.pt", la.posterior_precision.to_dense()
+    torch.save(la.state_dict(), path)
+    content = path.read_bytes()
+    generator = torch.Generator().manual_seed(4)
+    n_loaded = 0
+    for place in torch.randint(8 * len(content), (300,), generator=generator).tolist():
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        loaded = posterior_of(la.model, "classification")
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception:  # whatever torch says of its own format
+            continue
+        try:
+            loaded.load_state_dict(state)
+        except ValueError:
+            continue
+        n_loaded += 1  # padding between the parts of a file, or its table of contents
+        assert torch.equal(loaded.posterior_precision.to_dense(), expected)
+        assert loaded.state_dict()["checksum"] == la.state_dict()["checksum"]
+    assert 0 < n_loaded < 300
+
+
+def test_another_dtype_is_named():
+    la, *_ = fitted("MLP", "classification", rank=3)
+    single = copy.deepcopy(la.model).float()
+    with pytest.raises(ValueError, match=r"dtype torch.float64; this model has torch.float32.*model.to"):
+        posterior_of(single, "classification").load_state_dict(la.state_dict())
+
+
 MISSED = {
     "low rank": {"rank": 3},
     "Kronecker, a parameter of axes and the errors": {"hessian_structure": "kron"},

@@ -303,6 +303,10 @@ def pickled(la: Any) -> Any:
     return pickle.loads(pickle.dumps(la))
 
 
+def loaded_and_changed(la: Any) -> Any:
+    return other_weights(loaded(la))
+
+
 # what happens in between, the second loader, and what is said
 REFUSED = {
     "no new sample": (lambda la: la, lambda: loader(data(), range(5, 15)), "10 samples, all of them fitted before"),
@@ -312,8 +316,12 @@ REFUSED = {
         "one shape and dtype",
     ),
     "other weights": (other_weights, lambda: loader(data()), "weights or buffers have changed"),
-    "a state": (loaded, lambda: loader(data()), "not in a state or a pickle"),
-    "a pickle": (pickled, lambda: loader(data()), "not in a state or a pickle"),
+    "a state, without some of its samples": (loaded, lambda: loader(data(), range(4, 40)), "4 of 20 are missing"),
+    "a pickle, without its samples": (pickled, lambda: loader(data(), range(20, 40)), "20 of 20 are missing"),
+    "a state, no new sample": (loaded, lambda: loader(data(), range(20)), "20 samples, all of them fitted before"),
+    "a state, n_data too small": (loaded, lambda: loader(data()), "at least 40, got 39"),
+    "a state, other weights": (loaded_and_changed, lambda: loader(data()), "weights or buffers have changed"),
+    "a state, random loading of fewer samples": (loaded, lambda: loader(Noisy(), range(8)), "12 of 20 are missing"),
     "random loading of another data set": (lambda la: la, lambda: loader(Noisy()), "cannot be compared"),
     "n_data too small": (lambda la: la, lambda: loader(data()), "at least 40, got 39"),
 }
@@ -326,7 +334,7 @@ def test_what_cannot_go_on(case: str) -> None:
     la.fit(loader(data(), range(20)))
     la = between(la)
     before, split = la.posterior_precision.to_dense(), la.split
-    n_data = 39 if case == "n_data too small" else None
+    n_data = 39 if "n_data too small" in case else None
     with pytest.raises(ValueError, match=f"(?s){message}"):
         la.fit(second(), override=False, n_data=n_data)
     assert torch.equal(la.posterior_precision.to_dense(), before)
@@ -367,6 +375,46 @@ def test_copies_go_on_by_themselves() -> None:
     assert la.split.n_samples == 20
     la.fit(loader(data(), range(20, 30)), override=False)
     assert la.split.n_samples == 30
+
+
+@pytest.mark.parametrize("by", [loaded, pickled])
+def test_a_loaded_posterior_goes_on_where_its_samples_are_yielded_again(by: Any) -> None:
+    la, at_once = posterior(magnitudes="cross_fitted", n_folds=5), posterior(magnitudes="cross_fitted", n_folds=5)
+    la.fit(loader(data(), range(5, 20)))
+    again = by(la)
+    # another data set in another order: samples are known by hash
+    mixed = [*range(30, 40), *range(19, 4, -1)]
+    again.fit(loader(taken(data(), mixed)), override=False)
+    at_once.fit(loader(taken(data(), mixed)))
+    assert_equal(again, at_once)
+    assert again.n_data == 25
+    # and from there on as any other fit
+    again.fit(loader(data(), range(5)), override=False)
+    assert again.n_data == 30
+
+
+def test_a_loaded_posterior_keeps_the_size_of_the_data_set() -> None:
+    la = posterior()
+    la.fit(loader(data(), range(20)), n_data=70)
+    again = loaded(loaded(la))
+    again.fit(loader(data()), override=False)
+    assert again.n_data == 70
+    again = loaded(la)
+    again.fit(loader(data()), override=False, n_data=90)
+    assert again.n_data == 90
+
+
+def test_a_loaded_posterior_of_augmented_samples_goes_by_their_positions() -> None:
+    la, at_once = posterior(), posterior()
+    la.fit(loader(Noisy(), range(12, 20)))
+    again = loaded(la)
+    again.fit(loader(Noisy(), range(10, 40)), override=False)
+    at_once.fit(loader(Noisy(), range(10, 40)))
+    assert_equal(again, at_once)
+    with pytest.raises(ValueError, match="2 of 8 are missing"):
+        loaded(la).fit(loader(Noisy(), range(14, 40)), override=False)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        loaded(la).fit(loader(taken(data(), range(30))), override=False)
 
 
 # --- doubling ---
@@ -774,6 +822,25 @@ def test_copies_pickles_and_states_of_a_fit_that_stopped() -> None:
         assert other.n_data == N
     assert pickle.loads(pickle.dumps(la)).stopping == la.stopping
     assert state.stopping is None
+
+
+def test_doubling_goes_on_after_loading_a_state() -> None:
+    la, straight = doubling(seed=1), doubling(seed=1)
+    la.fit(loader(large().data), tolerance=1e9)
+    used = la.split.n_samples
+    again = doubling(seed=1)
+    again.load_state_dict(la.state_dict())
+    with pytest.raises(ValueError, match=f"of a fit to 240 samples; the loader yields {used + 1}"):
+        again.fit(loader(large().data, [*la.split.used_indices.tolist(), extra(la)]), override=False)
+    again.fit(loader(large().data, shuffle=True), override=False, tolerance=1e-9)
+    straight.fit(loader(large().data), tolerance=1e-9)
+    assert again.stopping.stages[0].n_samples == used
+    assert_equal(again, straight)
+
+
+def extra(la: Any) -> int:
+    """A sample that the fit did not use."""
+    return min(set(range(N)) - set(la.split.used_indices.tolist()))
 
 
 def test_the_progress_line_shows_the_gain_and_its_error(capsys: pytest.CaptureFixture[str]) -> None:
