@@ -11,6 +11,7 @@ PACKAGE = Path(debiased_laplace.__file__).parent
 ROOMS = [
     "errors",
     "checks",
+    "files",
     "linalg",
     "data",
     "curvature",

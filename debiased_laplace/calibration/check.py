@@ -66,7 +66,7 @@ class Threshold(BaseModel):
     min_relative_change: float | None = None
     max_relative_change: float | None = None
     judge: Criterion = "bound"
-    min_samples: int = Field(default=0, ge=0)
+    min_samples: int = Field(default=0, ge=0, le=2**53)  # any JSON reader has integers up to here
 
     @property
     def limits(self) -> dict[Quantity, tuple[float | None, float | None]]:
@@ -176,7 +176,7 @@ def read_thresholds(source: ThresholdSource, task: str) -> tuple[Threshold, ...]
     except ValidationError as error:
         first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")  # a typo explains the rest
         raise ValueError(f"{where}{_explain(first)}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no TOML: {error}") from error
 
 
@@ -317,10 +317,18 @@ def _decide(
     return "inconclusive", "the interval contains the limit; more samples are needed"
 
 
+def _shortened(value: object) -> str:
+    # 400 digits are no message; beyond 4,300 Python refuses to print them
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _explain(error: Any) -> str:
     """One of pydantic's errors, with the number of the threshold and the key."""
     place, kind, words = error["loc"], error["type"], message_of(error)
-    hint = "" if kind == "value_error" else f"; got {error['input']!r}"
+    hint = "" if kind == "value_error" else f"; got {_shortened(error['input'])}"
     if kind in ("extra_forbidden", "missing"):
         words = "unknown key" if kind == "extra_forbidden" else "missing key"
         hint = f"; the keys are {', '.join(Threshold.model_fields)}"

@@ -9,6 +9,7 @@ from debiased_laplace.calibration.check import DEFAULT, CheckResult, ThresholdSo
 from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.document import from_json, to_json
 from debiased_laplace.calibration.tables import Table, to_frame, to_markdown, to_text
+from debiased_laplace.files import replacing
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -89,7 +90,7 @@ class CalibrationReport(ReportContents):
         """Write the report into a folder, which is created if it is missing, and return the paths of the files.
 
         Args:
-            folder: files of the same names in it are replaced.
+            folder: files of the same names in it are replaced, all of them or, if one cannot be written, none.
             formats: any of "html", "json", "md" and "csv": report.html, report.json, ...; "csv" also writes
                 report_comparisons.csv and, with sets out of distribution, report_ood.csv.
         """
@@ -104,6 +105,8 @@ class CalibrationReport(ReportContents):
             if self.ood:
                 texts["report_ood.csv"] = self.to_csv("ood")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (Path(folder) / name).write_bytes(text.encode())
-        return tuple(Path(folder) / name for name in texts)
+        paths = tuple(Path(folder) / name for name in texts)
+        with replacing(*paths) as parts:
+            for part, text in zip(parts, texts.values(), strict=True):
+                part.write_bytes(text.encode())
+        return paths

@@ -1,8 +1,9 @@
-"""Command line. Exit codes: 0 done or passed, 1 a threshold failed, 2 bad input, 3 inconclusive with --strict."""
+"""Command line. Exit codes: 0 done or passed, 1 a threshold failed, 2 an error, 3 inconclusive with --strict."""
 
 import argparse
 import io
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -22,14 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without "±" must not change the exit code
     parsed = _parser().parse_args(arguments)
+    import_path = list(sys.path)
     try:
         exit_code: int = parsed.run(parsed)
     except KeyboardInterrupt:
         print("debiased-laplace: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"debiased-laplace: {error}", file=sys.stderr)
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
+        print(f"debiased-laplace: {error or type(error).__name__}", file=sys.stderr)
         return 2
+    except (Exception, SystemExit):
+        # of the user's model or data, or ours; Python's own exit code 1 would say that a threshold failed
+        traceback.print_exc()
+        return 2
+    finally:
+        sys.path[:] = import_path
     return exit_code
 
 

@@ -3,13 +3,15 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from debiased_laplace.files import check_replaceable
 
 Commands = Any
 """Type of the result of `add_subparsers`, which argparse keeps private."""
@@ -46,16 +48,14 @@ def check_writable(path: Path, option: str) -> None:
     """Check that a file can be written, before any long work.
 
     Raises:
-        ValueError: if the path is a folder.
+        ValueError: if the path is a folder, or its folder does not exist.
         OSError: if the file cannot be written.
     """
     if path.is_dir():
         raise ValueError(f"{option} must be a file; {path} is a folder.")
-    existed = path.exists()
-    with path.open("ab"):
-        pass
-    if not existed:
-        path.unlink()
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path} cannot be written: there is no folder {path.parent}.")
+    check_replaceable(path)
 
 
 def check_folder(path: Path) -> None:
@@ -66,6 +66,16 @@ def check_folder(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out must be a folder; {path} is a file.")
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for files, before any long work.
+
+    Raises:
+        OSError: if it cannot be created, or files in it cannot.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path / "report.json")
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:
@@ -88,14 +98,36 @@ def trained_model(parsed: argparse.Namespace) -> nn.Module:
     if parsed.weights is not None:
         weights = load_tensors(parsed.weights, "--weights")
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(_state_dict(weights, model))
         except Exception as error:
             raise ValueError(f"--weights {parsed.weights} does not fit the model: {error}") from error
     return model
 
 
+def _state_dict(loaded: Any, model: nn.Module) -> Mapping[str, Any]:
+    """Return the model's state dict in a checkpoint: under "state_dict", or with a prefix such as "module.".
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for key in ("state_dict", "model_state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
+        found = f"a mapping of {', '.join(map(repr, loaded))}" if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise ValueError(f"expected a state dict, names to tensors, as model.state_dict() gives it; got {found}")
+    names = set(model.state_dict())
+    # DataParallel, torch.compile and training frameworks put a prefix before every name
+    for prefix in {name.removesuffix(own) for own in sorted(names)[:1] for name in loaded if name.endswith(own)}:
+        if {name.removeprefix(prefix) for name in loaded} == names and len(loaded) == len(names):
+            return {name.removeprefix(prefix): value for name, value in loaded.items()}
+    return loaded
+
+
 def call(name: str, option: str) -> Any:
     """Call `module:callable`, with the working directory on the import path, and return the result.
+
+    The directory stays on the path, since workers of a loader import the module too; `main` restores the path.
 
     Raises:
         ValueError: if there is no such module or callable, or the call fails.
@@ -103,20 +135,28 @@ def call(name: str, option: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"{option} must be given as module:callable; got {name!r}.")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
-        with _working_directory_importable():
-            function: Any = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                function = getattr(function, part)
+        function: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{option} {name!r} cannot be found: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{option} {name!r} cannot be imported: {_described(error)}") from error
     if not isinstance(function, Callable):  # type: ignore[arg-type]
         raise ValueError(f"{option} must be a callable without arguments; {name!r} is a {type(function).__name__}.")
     try:
-        with _working_directory_importable():
-            return function()
-    except Exception as error:
-        raise ValueError(f"{option} {name!r} failed: {type(error).__name__}: {error}") from error
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{option} {name!r} failed: {_described(error)}") from error
+
+
+def _described(error: BaseException) -> str:
+    """Return an exception in one line, with the place where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def load_tensors(path: Path, option: str) -> Any:
@@ -132,14 +172,3 @@ def load_tensors(path: Path, option: str) -> Any:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{option} {path} cannot be loaded with weights_only=True: {first}") from error
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)

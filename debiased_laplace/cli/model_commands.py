@@ -1,7 +1,7 @@
 """Commands on models: `demo`, `fit` and `diagnose`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from debiased_laplace.cli.arguments import (
     check_writable,
     device_named,
     load_tensors,
+    make_folder,
     seed,
     trained_model,
 )
 from debiased_laplace.diagnosis import diagnose
+from debiased_laplace.files import replacing
 from debiased_laplace.posterior.factory import DebiasedLaplace
 from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
@@ -89,8 +91,7 @@ def _add_demo(commands: Commands) -> None:
 
 def _run_demo(parsed: argparse.Namespace) -> int:
     check_folder(parsed.out)
-    # fail on a folder that cannot be written before the work
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parsed.out)
     device = device_named(parsed.device)
     # only the demo needs scikit-learn
     from debiased_laplace import demo
@@ -191,6 +192,8 @@ def _or_auto(parse: Callable[[str], int | float]) -> Callable[[str], int | float
 
 def _run_fit(parsed: argparse.Namespace) -> int:
     check_writable(parsed.out, "--out")
+    if parsed.weights is not None and parsed.weights.exists() and parsed.out.resolve() == parsed.weights.resolve():
+        raise ValueError(f"--out {parsed.out} is the file of --weights; expected another one.")
     if parsed.validation_loader is not None and not parsed.tune_prior:
         raise ValueError("--validation-loader requires --tune-prior; got it without.")
     if parsed.prior_structure != "scalar" and (not parsed.tune_prior or parsed.validation_loader is not None):
@@ -205,6 +208,11 @@ def _run_fit(parsed: argparse.Namespace) -> int:
     validation = None
     if parsed.validation_loader is not None:
         validation = call(parsed.validation_loader, "--validation-loader")
+        if not isinstance(validation, Iterable):
+            raise ValueError(
+                f"--validation-loader {parsed.validation_loader!r} must return a DataLoader; got "
+                f"{type(validation).__name__}."
+            )
     la.fit(loader, n_data=parsed.n_data, tolerance=parsed.tolerance, progress_bar=not parsed.no_progress)
     if parsed.tune_prior:
         method = "marglik" if validation is None else "gridsearch"
@@ -214,9 +222,18 @@ def _run_fit(parsed: argparse.Namespace) -> int:
             val_loader=validation,
             progress_bar=not parsed.no_progress,
         )
-    torch.save(la.state_dict(), parsed.out)
+    _save(la.state_dict(), parsed.out)
     _print_fit(la, parsed)
     return 0
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Write a state; an earlier one stays where that fails."""
+    try:
+        with replacing(path) as (part,), part.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's, of a full disk
+        raise OSError(f"--out {path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def _options(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -277,9 +294,23 @@ def _add_diagnose(commands: Commands) -> None:
     parser.set_defaults(run=_run_diagnose)
 
 
+def _check_format(path: Path) -> None:
+    """Check that matplotlib can write the format of a suffix, before any long work.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    from matplotlib.figure import Figure  # only figures need it
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"--figure must end in one of {', '.join(sorted(known))}; got {path}.")
+
+
 def _run_diagnose(parsed: argparse.Namespace) -> int:
     if parsed.figure is not None:
         check_writable(parsed.figure, "--figure")
+        _check_format(parsed.figure)
     device = device_named(parsed.device)
     diagnosis = diagnose(
         trained_model(parsed).to(device),

@@ -6,8 +6,9 @@ from pathlib import Path
 from debiased_laplace.calibration import CalibrationReport, calibration_report
 from debiased_laplace.calibration.changes import compare_reports, render_changes
 from debiased_laplace.calibration.check import DEFAULT, CheckResult, Threshold, read_thresholds
-from debiased_laplace.cli.arguments import Commands, check_folder, check_writable, seed
+from debiased_laplace.cli.arguments import Commands, check_folder, check_writable, make_folder, seed
 from debiased_laplace.cli.prediction_archive import LAYOUT, read_archive
+from debiased_laplace.files import replacing
 
 FORMATS = ("html", "json", "md", "csv")
 PASSED, FAILED, INCONCLUSIVE = 0, 1, 3
@@ -71,8 +72,7 @@ def _run_report(parsed: argparse.Namespace) -> int:
     if (task == "regression") != (archive.kind == "regression"):
         raise ValueError(f"--task {task} does not fit {parsed.predictions}, which has {archive.kind} predictions.")
     thresholds = _read_thresholds(parsed, task)
-    # fail on a folder that cannot be written before the work
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parsed.out)
     report = calibration_report(
         archive.predictions,
         archive.targets,
@@ -160,7 +160,8 @@ def _read_thresholds(parsed: argparse.Namespace, task: str) -> tuple[Threshold, 
 def _conclude(result: CheckResult, parsed: argparse.Namespace) -> int:
     """Print the outcomes, write them for a CI server, and return the exit code."""
     if parsed.junit is not None:
-        parsed.junit.write_text(result.to_junit(strict=parsed.strict), encoding="utf-8", newline="\n")
+        with replacing(parsed.junit) as (part,):
+            part.write_text(result.to_junit(strict=parsed.strict), encoding="utf-8", newline="\n")
     print(result)
     print(f"{result.status}.")
     if result.status == "failed":

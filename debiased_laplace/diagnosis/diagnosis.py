@@ -11,6 +11,7 @@ from torch import Tensor
 
 from debiased_laplace.calibration import ReportFigure, ReportTable
 from debiased_laplace.diagnosis.findings import MISSING, BatchFindings, Ratio, Z
+from debiased_laplace.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +158,9 @@ class Diagnosis:
 
     def save_figure(self, path: str | PathLike[str]) -> None:
         """Write the figure to a file, in the format of its suffix."""
-        _plot(self).savefig(path, dpi=130)
+        figure = _plot(self)
+        with replacing(path) as (part,):
+            figure.savefig(part, dpi=130)
 
     def __str__(self) -> str:
         table = self.table()

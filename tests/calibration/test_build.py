@@ -54,6 +54,27 @@ def test_options_are_shown_stored_and_saved(data, tmp_path: Path, monkeypatch) -
     assert repr(found).startswith("CalibrationReport(multiclass, n=300, methods: map, map, temp")
 
 
+def test_a_report_that_cannot_be_written_keeps_all_files_of_the_earlier_one(data, tmp_path: Path, monkeypatch) -> None:
+    report(*data, title="One").save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found, write = report(*data, title="Two"), Path.write_bytes
+
+    def on_a_full_disk(path: Path, content: bytes) -> int:
+        if path.suffix != ".html":
+            write(path, content[:100])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        found.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    found.save(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["report.html", "report.json", "report.md"]
+    assert all("Two" in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+
+
 def test_equal_inputs_give_equal_bytes_and_stay_as_they_were(data, monkeypatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     (predictions, y), state, one = data, torch.get_rng_state(), report(*data)

@@ -1,9 +1,12 @@
 """`debiased-laplace diagnose`: output and exit codes."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+
+from debiased_laplace.cli import main
 
 MODULE = """
 import torch
@@ -44,6 +47,11 @@ def test_findings_and_figure(run, tmp_path):
     # two draws: directions and posteriors of both batches, and the samples that the larger batch leaves
     assert f"[Diagnosing]: 100%|██████████| {2 * (2 * 32 + 40)}/{2 * (2 * 32 + 40)} [" in done.stderr
     assert (tmp_path / "found.svg").read_text().count("<svg") == 1
+
+
+def test_an_unknown_format_of_the_figure_is_an_error_before_the_work(tmp_path, capsys):
+    assert main(["diagnose", *NAMED, "--figure", f"{tmp_path}/found.abc"]) == 2
+    assert re.search(r"--figure must end in one of .*png.*; got .*found.abc", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.cli import main, model_commands
+from debiased_laplace.cli.arguments import trained_model
 
 MODULE = """
 import torch
@@ -47,6 +48,54 @@ def no_validation():
     return []
 
 
+def nothing():
+    return None
+
+
+class Late:
+    # imports another module of the working directory when samples are loaded, as workers do
+    def __init__(self):
+        self.samples = loader().dataset
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        import transforms_of_the_user
+
+        return transforms_of_the_user.unchanged(*self.samples[i])
+
+
+def late():
+    return DataLoader(Late(), batch_size=10)
+
+
+def spawning():
+    return DataLoader(Late(), batch_size=10, num_workers=1, multiprocessing_context="spawn")
+
+
+class Broken(Late):
+    def __getitem__(self, i):
+        raise KeyError("a column")
+
+
+def breaking():
+    return DataLoader(Broken(), batch_size=10)
+
+
+class Leaving(Late):
+    def __getitem__(self, i):
+        raise SystemExit(1)
+
+
+def leaving():
+    return DataLoader(Leaving(), batch_size=10)
+
+
+def left():
+    raise SystemExit(1)
+
+
 def broken():
     raise RuntimeError("no data today")
 
@@ -58,12 +107,17 @@ number = 7
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "problem_of_the_user.py").write_text(MODULE)
+    (tmp_path / "transforms_of_the_user.py").write_text("def unchanged(*sample):\n    return sample\n")
+    (tmp_path / "unfinished_by_the_user.py").write_text("def model(:\n    pass\n")
+    (tmp_path / "broken_by_the_user.py").write_text("\nraise KeyError('a setting')\n")
+    (tmp_path / "left_by_the_user.py").write_text("import sys\nsys.exit(1)\n")
     monkeypatch.chdir(tmp_path)
     model = make_model()
     torch.save(model.state_dict(), "weights.pt")
     torch.save(torch.arange(2, 30, 3), "indices.pt")
     yield tmp_path
-    sys.modules.pop("problem_of_the_user", None)
+    for name in ("problem_of_the_user", "transforms_of_the_user"):
+        sys.modules.pop(name, None)
 
 
 def make_model():
@@ -277,6 +331,25 @@ def test_words_in_place_of_numbers_are_refused(folder, capsys):
 WRONG = {
     "no such module": ({"model": "nowhere_to_be_found:model"}, "--model 'nowhere_to_be_found:model' cannot be found"),
     "no such callable": ({"model": "problem_of_the_user:mdel"}, "cannot be found: .*mdel"),
+    "a module with a syntax error": (
+        {"model": "unfinished_by_the_user:model"},
+        r"cannot be imported: SyntaxError: .*unfinished_by_the_user.py, line 1",
+    ),
+    "a module that fails": (
+        {"model": "broken_by_the_user:model"},
+        r"cannot be imported: KeyError: 'a setting' \(broken_by_the_user.py, line 2\)",
+    ),
+    "a module that exits": ({"loader": "left_by_the_user:loader"}, "cannot be imported: SystemExit: 1"),
+    "a callable that exits": ({"loader": "problem_of_the_user:left"}, "failed: SystemExit: 1"),
+    "a relative module": ({"loader": ".problem_of_the_user:left"}, "cannot be imported: TypeError"),
+    "a callable that returns nothing": ({"loader": "problem_of_the_user:nothing"}, "got NoneType"),
+    "a validation loader that returns nothing": (
+        {"tune_prior": True, "validation_loader": "problem_of_the_user:nothing"},
+        "--validation-loader 'problem_of_the_user:nothing' must return a DataLoader; got NoneType",
+    ),
+    "an n_data of 400 digits": ({"n_data": 10**399}, "too large"),
+    "the weights themselves": ({"weights": "weights.pt", "out": "./weights.pt"}, "is the file of --weights"),
+    "no such folder": ({"out": "nowhere/posterior.pt"}, "--out nowhere/posterior.pt cannot be .*no folder nowhere"),
     "no colon": ({"loader": "problem_of_the_user"}, "--loader must be given as module:callable"),
     "not callable": ({"loader": "problem_of_the_user:number"}, "number' is a int"),
     "a callable that fails": ({"loader": "problem_of_the_user:broken"}, "failed: RuntimeError: no data today"),
@@ -325,6 +398,79 @@ def test_a_pickle_that_would_run_code_is_not_run(folder):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
     assert main(arguments()) == 2
     assert not (folder / "ran").exists()
+
+
+CHECKPOINTS = {
+    "of DataParallel": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "of a compiled model in DataParallel": lambda w: {f"module._orig_mod.{name}": value for name, value in w.items()},
+    "with the optimizer": lambda weights: {"state_dict": weights, "optimizer": {"lr": 0.1}, "epoch": 3},
+    "of a training framework": lambda w: {"epoch": 3, "state_dict": {f"model.{name}": v for name, v in w.items()}},
+    "under another key": lambda weights: {"model_state_dict": weights, "loss": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_weights_are_found_in_checkpoints(case, folder):
+    expected = make_model().state_dict()
+    torch.save(CHECKPOINTS[case](expected), "weights.pt")
+    model = trained_model(parsed())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"net": make_model().state_dict(), "epoch": 3}, "expected a state dict, .*; got a mapping of 'net', 'epoch'"),
+        ([torch.ones(3)], "expected a state dict, .*; got list"),
+        ({"module.0.weight": torch.ones(5, 4)}, "Missing key"),
+    ],
+)
+def test_checkpoints_without_the_weights_are_refused(saved, message, folder, capsys):
+    torch.save(saved, "weights.pt")
+    assert main(arguments()) == 2
+    assert re.search(f"(?s)--weights weights.pt does not fit the model: .*{message}", capsys.readouterr().err)
+
+
+def test_modules_of_the_user_are_found_as_long_as_samples_are_loaded(folder):
+    before = list(sys.path)
+    assert main(arguments(loader="problem_of_the_user:late", hessian_structure="kron")) == 0
+    assert (folder / "posterior.pt").exists()
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("loader", ["breaking", "leaving"])
+def test_a_failing_data_set_is_no_failed_threshold(loader, folder, capsys):
+    assert main(arguments(loader=f"problem_of_the_user:{loader}")) == 2
+    assert re.search("KeyError: 'a column'|SystemExit: 1", capsys.readouterr().err)
+
+
+def without_space(state, path):
+    file = path if hasattr(path, "write") else open(path, "wb")  # noqa: SIM115
+    file.write(b"half of a st")
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 24")
+
+
+def test_a_full_disk_keeps_the_earlier_state(folder, monkeypatch, capsys):
+    assert main(arguments(hessian_structure="kron")) == 0
+    before = (folder / "posterior.pt").read_bytes()
+    names = {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(torch, "save", without_space)
+    assert main(arguments(hessian_structure="kron", prior_precision=0.4)) == 2
+    assert "--out posterior.pt cannot be written" in capsys.readouterr().err
+    assert (folder / "posterior.pt").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == names
+
+
+@pytest.mark.slow
+def test_spawned_workers_find_the_module_of_the_loader(folder, tmp_path_factory):
+    # the script lies elsewhere, as that of an installed package does
+    script = tmp_path_factory.mktemp("bin") / "debiased-laplace"
+    script.write_text("from debiased_laplace.cli import main\nif __name__ == '__main__':\n    exit(main())\n")
+    command = [sys.executable, str(script), *arguments(loader="problem_of_the_user:spawning", rank=3)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "posterior.pt").exists()
 
 
 @pytest.mark.slow

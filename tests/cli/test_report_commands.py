@@ -1,8 +1,10 @@
 """`report`, `check` and `compare`: files read and written, and exit codes."""
 
 import json
+import struct
 import subprocess
 import sys
+import zipfile
 from xml.etree import ElementTree
 
 import numpy as np
@@ -39,6 +41,13 @@ def folder(tmp_path_factory):
     for name, limit in limits.items():
         (path / f"{name}.toml").write_text(f'[[threshold]]\nmetric = "nll"\nmethod = "laplace"\nmax = {limit}\n')
     (path / "typo.toml").write_text('[[threshold]]\nmetric = "nlll"\nmax = 1\n')
+    digits = "1" + 400 * "0"
+    for name, line in {
+        "digits": f"max = {digits}",
+        "samples": f"max = 1\nmin_samples = {digits}",
+        "nested": f"max = {20_000 * '['}",
+    }.items():
+        (path / f"{name}.toml").write_text(f'[[threshold]]\nmetric = "nll"\n{line}\n')
     (path / "cut.json").write_text((path / "preds" / "report.json").read_text()[:-50])
     return path
 
@@ -50,6 +59,14 @@ RUNS = {
     "inconclusive": ((*CHECK, "inconclusive.toml"), 0, "inconclusive."),
     "inconclusive, strict": ((*CHECK, "inconclusive.toml", "--strict"), 3, "inconclusive."),
     "unknown metric": ((*CHECK, "typo.toml"), 2, "no metric 'nlll'"),
+    "a limit of 401 digits": (
+        (*CHECK, "digits.toml"),
+        2,
+        "'max': Input should be a valid number; got an integer of 13",
+    ),
+    "a number of samples of 401 digits": ((*CHECK, "samples.toml"), 2, "'min_samples': Input should be less than"),
+    "20,000 brackets": ((*CHECK, "nested.toml"), 2, "nested.toml is no TOML"),
+    "junit in no folder": ((*CHECK, "passed.toml", "--junit", "no/j.xml"), 2, "there is no folder no"),
     "no thresholds file": ((*CHECK, "nowhere.toml"), 2, "nowhere.toml"),
     "no report": (("check", "preds.npz", "--defaults"), 2, "preds.npz is not JSON"),
     "report with thresholds": ((*REPORT, "o", "--format", "md", "--fail-on", "failed.toml"), 1, "failed."),
@@ -178,8 +195,28 @@ def a_single_array(path) -> None:
         np.save(file, np.ones(3))
 
 
+def with_header(text):
+    """Make an archive whose targets have this header and no values."""
+
+    def write(path) -> None:
+        header = text.encode() + b"\n"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("targets.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+
+    return write
+
+
 P, T = np.ones((2, 3)), np.ones(2)
 BAD = {
+    "a header of a petabyte": (
+        with_header(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**15},), }}"),
+        "cannot be read",
+    ),
+    "a header of 40 digits": (
+        with_header(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**40},), }}"),
+        "cannot be read",
+    ),
+    "a header of brackets": (with_header("(" * 9000), "cannot be read"),
     "truncated": (truncated, "cannot be read"),
     "damaged": (damaged, "cannot be read"),
     "pickled": ({"targets": np.array([{"a": 1}, None], dtype=object), "a/probs": P}, "pickled"),
