@@ -5,7 +5,7 @@ import warnings
 with warnings.catch_warnings():
     # laplace-torch's own imports still use torch.jit.script, a dozen times
     warnings.filterwarnings("ignore", message="`torch.jit.script")
-    from debiased_laplace.calibration import calibration_report
+    from debiased_laplace.calibration import CalibrationReport, calibration_report
     from debiased_laplace.calibration.evaluate import evaluate
     from debiased_laplace.diagnosis import diagnose
     from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     from debiased_laplace.quadratics.regularizer import Regularizer
 
 __all__ = [
+    "CalibrationReport",
     "DebiasedLaplace",
     "DebiasedNewton",
     "Regularizer",

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from debiased_laplace.cli import model_commands, report_commands
+from debiased_laplace.cli import evaluate_command, model_commands, report_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,5 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("debiased-laplace"))
     commands = parser.add_subparsers(dest="command", required=True)
     model_commands.add_to(commands)
+    evaluate_command.add_to(commands)
     report_commands.add_to(commands)
     return parser

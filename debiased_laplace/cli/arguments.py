@@ -80,10 +80,15 @@ def make_folder(path: Path) -> None:
 
 def add_model(parser: argparse._ActionsContainer) -> None:
     """Add the options for a trained model, its data and its likelihood."""
-    parser.add_argument("--model", required=True, metavar="MODULE:CALLABLE", help="returns the torch.nn.Module")
-    parser.add_argument("--weights", type=Path, help="state dict of the trained model (loaded with weights_only=True)")
+    add_network(parser)
     parser.add_argument("--loader", required=True, metavar="MODULE:CALLABLE", help="returns the training DataLoader")
     parser.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
+
+
+def add_network(parser: argparse._ActionsContainer) -> None:
+    """Add the options for a trained model."""
+    parser.add_argument("--model", required=True, metavar="MODULE:CALLABLE", help="returns the torch.nn.Module")
+    parser.add_argument("--weights", type=Path, help="state dict of the trained model (loaded with weights_only=True)")
 
 
 def trained_model(parsed: argparse.Namespace) -> nn.Module:

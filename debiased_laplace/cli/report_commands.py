@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from debiased_laplace.calibration import CalibrationReport, calibration_report
 from debiased_laplace.calibration.changes import compare_reports, render_changes
@@ -34,23 +35,56 @@ def _add_report(commands: Commands) -> None:
     )
     parser.add_argument("predictions", type=Path, help="the .npz file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report; may exist")
+    parser.add_argument(
+        "--noise-included", action="store_true", help="covariances and samples include observation noise"
+    )
+    add_presentation(parser)
+    parser.set_defaults(run=_run_report)
+
+
+def add_presentation(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what a report shows, how, and which thresholds it has to keep."""
     parser.add_argument("--format", type=_formats, default=("html", "json", "md"), help="out of html,json,md,csv")
-    parser.add_argument("--task", choices=("binary", "multiclass", "regression"), help="default: from the arrays")
+    parser.add_argument("--task", choices=("binary", "multiclass", "regression"), help="default: from the predictions")
     parser.add_argument("--baseline", help="method that the others are compared with; default: the first")
     parser.add_argument("--title", help="heading of the report")
     parser.add_argument("--description", help="plain text below the verdict")
     parser.add_argument("--class-names", type=_names, help="names separated by commas")
     parser.add_argument("--target-unit", help="unit of regression targets, for labels")
-    parser.add_argument(
-        "--noise-included", action="store_true", help="covariances and samples include observation noise"
-    )
     parser.add_argument("--temperature-scaling", choices=("auto", "cross_fitted", "validation", "none"), default="auto")
     parser.add_argument("--n-bins", type=int, default=15, help="number of confidence bins")
     parser.add_argument("--confidence-level", type=float, default=0.95, help="level of all intervals")
     parser.add_argument("--n-resamples", type=int, default=1000, help="number of draws for p-values")
     parser.add_argument("--seed", type=seed, default=0, help="seed of all random draws")
     _add_thresholds(parser, option="--fail-on", required=False)
-    parser.set_defaults(run=_run_report)
+
+
+_PRESENTATION = (
+    "baseline",
+    "n_bins",
+    "confidence_level",
+    "n_resamples",
+    "seed",
+    "class_names",
+    "title",
+    "description",
+    "target_unit",
+    "temperature_scaling",
+)
+
+
+def presentation(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return the given options of a report, as `calibration_report` and `evaluate` take them."""
+    return {name: getattr(parsed, name) for name in _PRESENTATION}
+
+
+def publish(report: CalibrationReport, parsed: argparse.Namespace) -> int:
+    """Write and print a report, judge it where there are thresholds, and return the exit code."""
+    paths = report.save(parsed.out, formats=parsed.format)
+    print(report)
+    print("\n" + "\n".join(f"wrote {path}" for path in paths))
+    given = parsed.thresholds is not None or parsed.defaults
+    return _conclude(CheckResult(report.checks), parsed) if given else PASSED
 
 
 def _formats(text: str) -> tuple[str, ...]:
@@ -71,32 +105,20 @@ def _run_report(parsed: argparse.Namespace) -> int:
     task = parsed.task or archive.task
     if (task == "regression") != (archive.kind == "regression"):
         raise ValueError(f"--task {task} does not fit {parsed.predictions}, which has {archive.kind} predictions.")
-    thresholds = _read_thresholds(parsed, task)
+    thresholds = read_given_thresholds(parsed, task)
     make_folder(parsed.out)
     report = calibration_report(
         archive.predictions,
         archive.targets,
         task=task,
-        baseline=parsed.baseline,
-        n_bins=parsed.n_bins,
-        confidence_level=parsed.confidence_level,
-        n_resamples=parsed.n_resamples,
-        seed=parsed.seed,
-        class_names=parsed.class_names,
-        title=parsed.title,
-        description=parsed.description,
-        target_unit=parsed.target_unit,
-        temperature_scaling=parsed.temperature_scaling,
         validation=archive.validation,
         logits=archive.logits or None,
         ood=archive.ood or None,
         clusters=archive.clusters,
         thresholds=thresholds,
+        **presentation(parsed),
     )
-    paths = report.save(parsed.out, formats=parsed.format)
-    print(report)
-    print("\n" + "\n".join(f"wrote {path}" for path in paths))
-    return 0 if thresholds is None else _conclude(CheckResult(report.checks), parsed)
+    return publish(report, parsed)
 
 
 # --- check and compare ---
@@ -141,7 +163,7 @@ def _add_thresholds(parser: argparse.ArgumentParser, *, option: str, required: b
     group.add_argument("--strict", action="store_true", help="exit code 3 if a threshold is inconclusive")
 
 
-def _read_thresholds(parsed: argparse.Namespace, task: str) -> tuple[Threshold, ...] | None:
+def read_given_thresholds(parsed: argparse.Namespace, task: str) -> tuple[Threshold, ...] | None:
     """Read the given thresholds; return None if there are none.
 
     Raises:
@@ -171,7 +193,7 @@ def _conclude(result: CheckResult, parsed: argparse.Namespace) -> int:
 
 def _run_check(parsed: argparse.Namespace) -> int:
     report = CalibrationReport.from_json(parsed.report)
-    return _conclude(report.check(_read_thresholds(parsed, report.task) or ()), parsed)
+    return _conclude(report.check(read_given_thresholds(parsed, report.task) or ()), parsed)
 
 
 def _run_compare(parsed: argparse.Namespace) -> int:
