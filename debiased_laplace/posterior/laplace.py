@@ -973,7 +973,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         link_approx: str = "mean_field",
         n_samples: int = 100,
         verbose: bool = False,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         log_prior_prec_base: int | float = 10.0,
     ) -> None:
         """Tune the prior precision, by marginal likelihood or by a grid search on validation data.
@@ -1005,7 +1005,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             link_approx: of the scored predictive; take the one that predictions will be made with.
             n_samples: draws of "mc" and of "nn".
             verbose: print the result.
-            progress_bar: show progress.
+            progress_bar: show progress; None: if it takes longer than some seconds.
             log_prior_prec_base: base of the exponents.
 
         Raises:
@@ -1015,7 +1015,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
         Warns:
             UserWarning: if the best prior is at an edge of the grid, or still predicts the validation data worse than
-                the plain network (MAP), or the loss does not depend on the prior; if an argument has no effect.
+                the plain network (MAP), or the loss does not depend on the prior; if the marginal likelihood leaves the
+                training data predicted clearly worse than by the plain network; if an argument has no effect.
 
         References:
             Daxberger et al. (2021), arXiv 2106.14806, section 3 (cross-validating the prior precision).
@@ -1025,22 +1026,17 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if method not in ("marglik", "gridsearch"):
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
         one_of(structure, prior_tuning.PriorStructure, "prior_structure")
+        scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
         noise_is_open, before = self._noise_is_open, dict(self.__dict__)
         try:
             with torch.inference_mode(False), full_precision():
                 if method == "marglik":
                     ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
-                    if self._is_in_basis and ascent.of_parameters(self.selection):
-                        self._leave_basis(self.prior_precision_diag)
-                    prior_tuning.maximize_marginal_likelihood(
-                        self, ascent, with_noise=noise_is_open, progress_bar=progress_bar
-                    )
-                    self._prior_search = None
+                    cautions = self._maximize_marginal_likelihood(ascent, scoring, progress_bar)
                 else:
                     grid = prior_tuning.prior_grid(
                         log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
                     )
-                    scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
                     self._prior_search = prior_tuning.search_grid(
                         self,
                         grid,
@@ -1049,6 +1045,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                         with_noise=noise_is_open and loss is None,
                         progress_bar=progress_bar,
                     )
+                    cautions = self._prior_search.cautions
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
@@ -1058,9 +1055,20 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if verbose:
             with_noise = f", sigma_noise {self._shown_noise}" if noise_is_open else ""
             print(f"Optimized prior precision is {self.prior_precision}{with_noise}.")
-        cautions = [] if self._prior_search is None else self._prior_search.cautions
         for caution in [*prior_tuning.without_effect(method, structure, val_loader), *cautions]:
             warnings.warn(caution, stacklevel=2)
+
+    def _maximize_marginal_likelihood(
+        self, ascent: prior_tuning.Ascent, scoring: prior_tuning.Scoring, progress_bar: bool | None
+    ) -> list[str]:
+        """Tune without validation data; return warnings of harm done to the training data."""
+        if self._is_in_basis and ascent.of_parameters(self.selection):
+            self._leave_basis(self.prior_precision_diag)
+        prior_tuning.maximize_marginal_likelihood(
+            self, ascent, with_noise=self._noise_is_open, progress_bar=progress_bar
+        )
+        self._prior_search = None
+        return list(prior_tuning.harm_without_validation(self, replace(scoring, loss=None)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, strings and numbers from which `load_state_dict` restores the posterior."""

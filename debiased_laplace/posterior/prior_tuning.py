@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from laplace.utils.utils import fix_prior_prec_structure
 from torch import Tensor
-from tqdm import tqdm
 
 from debiased_laplace.checks import integer, positive
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.posterior.validation import (
     Posterior,
     Scoring,
@@ -22,6 +22,7 @@ from debiased_laplace.posterior.validation import (
     negative_log_likelihoods,
     plain_predictions,
     predictions,
+    progress,
     read_validation,
     score,
 )
@@ -30,6 +31,8 @@ Edge = Literal["lower", "upper"]
 
 PriorStructure = Literal["scalar", "layerwise", "diag"]
 
+_HARM = 0.03  # nats a training sample by which a posterior may be worse than the network: some it always is
+_FEWEST, _MOST, _MOST_ROWS = 16, 256, 2560  # training samples for that, and rows of Jacobians
 _FLAT = 1e-6  # relative range of losses that is rounding in single precision
 
 
@@ -228,14 +231,14 @@ class Ascent:
         return len(selection.names) < P and (n == P or (n == 1 and self.structure == "diag"))
 
 
-def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: bool, progress_bar: bool) -> None:
+def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: bool, progress_bar: bool | None) -> None:
     """Set the prior precision by gradient ascent on the log marginal likelihood.
 
     Args:
         la: a fitted posterior.
         ascent: steps, learning rate, start and structure.
         with_noise: whether to tune the observation noise too, from the size of the residuals on.
-        progress_bar: show progress.
+        progress_bar: show progress; None: after some seconds.
 
     Raises:
         ValueError: if an option is out of range, or the marginal likelihood is not finite; the prior stays as it was.
@@ -259,7 +262,7 @@ def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: b
         log_prior = la.prior_precision.detach().log().requires_grad_()
         log_noise = la.residual_noise.log().requires_grad_() if with_noise else None
         optimizer = torch.optim.Adam([p for p in (log_prior, log_noise) if p is not None], lr=ascent.lr)
-        bar = tqdm(range(ascent.n_steps), disable=not progress_bar, desc="[Tuning the prior]")
+        bar = progress(range(ascent.n_steps), progress_bar, "[Tuning the prior]")
         for _ in bar:
             optimizer.zero_grad()
             with torch.enable_grad():
@@ -268,7 +271,7 @@ def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: b
                 raise ValueError("The log marginal likelihood is not finite; the prior is unchanged.")
             objective.backward()
             optimizer.step()
-            bar.set_postfix(log_marginal_likelihood=f"{-objective.item():.4g}")
+            bar.set_postfix(log_marginal_likelihood=f"{-objective.item():.4g}", refresh=False)
         la.prior_precision = log_prior.detach().exp()
         if log_noise is not None:
             la.sigma_noise = log_noise.detach().exp()
@@ -324,7 +327,7 @@ def search_grid(
     scoring: Scoring,
     *,
     with_noise: bool = False,
-    progress_bar: bool,
+    progress_bar: bool | None,
 ) -> PriorSearch:
     """Set the scalar prior precision with the best predictions of validation data.
 
@@ -334,7 +337,7 @@ def search_grid(
         loader: validation data.
         scoring: predictive and loss.
         with_noise: whether to set the observation noise too, to the best one for each prior.
-        progress_bar: show progress.
+        progress_bar: show progress; None: after some seconds.
 
     Returns:
         All losses, and the comparison of the best prior with the plain network.
@@ -348,7 +351,7 @@ def search_grid(
     positive(grid.to(la.mean_subnet.dtype), f"every prior_precision of the grid, in {la.mean_subnet.dtype},")
     before = la.prior_precision, la.sigma_noise
     try:
-        data = read_validation(la, loader, scoring)
+        data = read_validation(la, loader, scoring, n_priors=len(grid), progress_bar=progress_bar)
         if with_noise:
             la.sigma_noise = la.sigma_noise * best_scale(la, list(plain_predictions(la, data)))
         plain = None
@@ -400,12 +403,12 @@ def _score_points(
     scoring: Scoring,
     *,
     with_noise: bool,
-    progress_bar: bool,
+    progress_bar: bool | None,
 ) -> list[_Point]:
     """Score every prior, with the best noise for it if that is open."""
     points = []
     noise = la.sigma_noise
-    bar = tqdm(grid.tolist(), disable=not progress_bar, desc="[Grid search]")
+    bar = progress(grid.tolist(), progress_bar, "[Grid search]")
     for prior in bar:
         la.prior_precision, la.sigma_noise = prior, noise
         try:
@@ -420,7 +423,7 @@ def _score_points(
             # as in laplace-torch: another prior may be usable
             point = _Point(prior, noise, float("nan"), float("nan"))
         points.append(point)
-        bar.set_postfix(prior_precision=f"{point.prior:.3g}", loss=f"{point.loss:.4g}")
+        bar.set_postfix(prior_precision=f"{point.prior:.3g}", loss=f"{point.loss:.4g}", refresh=False)
     return points
 
 
@@ -435,6 +438,37 @@ def _score_with_best_noise(la: Posterior, prior: float, data: Sequence[Validatio
     scaled = (((mean, variance * scale**2), y) for (mean, variance), y in found)  # type: ignore[misc]
     losses = negative_log_likelihoods(la, scaled)
     return _Point(prior / scale**2, la.sigma_noise, float(losses.mean()), standard_error_of_mean(losses))
+
+
+def harm_without_validation(la: Posterior, scoring: Scoring) -> Iterator[str]:
+    """Yield a warning if the posterior predicts its own training data clearly worse than the plain network.
+
+    It is asked of some of the fitted samples, as far as they are known: not in a loaded posterior. In regression it
+    says nothing: the excess on training data is at most half the mean ratio of function variance to noise variance
+    there, which is what the fit has taken from the noise.
+
+    Args:
+        la: a posterior whose prior was tuned without validation data.
+        scoring: predictive.
+    """
+    pool, fit = la.fit_result.pool, la.fit_result
+    if pool is None or la.likelihood == "regression":
+        return
+    n = max(_FEWEST, min(_MOST, _MOST_ROWS // fit.n_outputs))
+    order = torch.randperm(len(pool.read), generator=torch.Generator().manual_seed(fit.options.seed))
+    some = pool.read[order[:n].sort().values]
+    samples = SubBatch(pool.source, some, fit.mean.device, fit.options.seed)
+    data = read_validation(la, ((batch.inputs, batch.targets) for batch in samples), scoring)
+    own, plain = (
+        negative_log_likelihoods(la, pairs) for pairs in (predictions(la, data, scoring), plain_predictions(la, data))
+    )
+    found = against_map(own, plain, torch.finfo(fit.mean.dtype).eps)
+    if found.difference - 2 * found.standard_error > _HARM:
+        yield (
+            f"The prior was tuned without validation data, and the posterior predicts {len(own)} of its own training "
+            f"samples {found}. New data may be predicted worse too: where predictions matter, tune by "
+            "method='gridsearch' with val_loader. The prior is set nevertheless."
+        )
 
 
 def without_effect(method: str, structure: str, val_loader: object) -> Iterator[str]:

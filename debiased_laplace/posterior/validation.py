@@ -10,6 +10,7 @@ import torch
 import torchmetrics
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from debiased_laplace.curvature.likelihoods import in_columns, likelihood_named
 from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
@@ -17,6 +18,7 @@ from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.shifted import ProjectedRows, Shifted
 from debiased_laplace.predictive.predictive import class_probabilities
 
 Posterior = Any
@@ -29,6 +31,7 @@ Predicted = tuple[Prediction, Tensor]
 """Predictions of a batch, and its targets."""
 
 _MANY_OUTPUTS = 100  # above, no more Jacobians are held than one chunk
+_PATIENCE = 5.0  # seconds without a progress bar, where none was asked for
 _SEED = 0  # of every pass, so that two priors differ by their predictions and not by their draws
 
 
@@ -72,30 +75,87 @@ class Scoring:
 
 
 @dataclass(frozen=True, eq=False)
+class Spreads:
+    """Function variances of Jacobians under one scalar prior after another.
+
+    Attributes:
+        posterior: whose prior and noise are the present ones.
+        shifted: decomposition of its precision without the prior; None where every prior needs its own.
+        likelihood_weight: of the decomposition.
+    """
+
+    posterior: Posterior
+    shifted: Shifted | None
+    likelihood_weight: float
+
+    @classmethod
+    def of(cls, la: Posterior, *, n_rows: int, n_priors: int) -> "Spreads":
+        """Return them for as many rows and priors."""
+        curvature, weight = la.fit_result.estimate.curvature, _likelihood_weight(la)
+        shifted = None
+        # the correction of the inverse depends on the prior
+        if n_priors and curvature.error_variances is None:
+            diagonal, weights = curvature.diagonal_and_weights(weight, curvature.weights.new_zeros(()))
+            shifted = Shifted.of(diagonal, curvature.factor, weights, curvature.basis, n_rows=n_rows, n_shifts=n_priors)
+        return cls(la, shifted, weight)
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a held number."""
+        kept = self.posterior.mean_subnet if self.shifted is None else self.shifted.values
+        return int(kept.element_size())
+
+    def held(self, J: Float[Tensor, "n C P"]) -> Tensor | ProjectedRows:
+        """Return what is kept of Jacobians for all priors."""
+        return J if self.shifted is None else self.shifted.project(J)
+
+    def of_outputs(self, held: Tensor | ProjectedRows, *, alone: bool) -> Tensor:
+        """Return covariances (n, C, C) of the function under the present prior, or variances (n, C)."""
+        if self.shifted is None or isinstance(held, Tensor):
+            precision = self.posterior.posterior_precision
+            spread: Tensor = precision.variances(held) if alone else precision.variance(held)
+            return spread
+        # with another noise A is r A
+        r = _likelihood_weight(self.posterior) / self.likelihood_weight
+        spread_of = self.shifted.variances if alone else self.shifted.variance
+        return spread_of(held, float(self.posterior.prior_precision) / r) / r
+
+
+def _likelihood_weight(la: Posterior) -> float:
+    return float(la.n_data * torch.as_tensor(la._H_factor).detach())
+
+
+@dataclass(frozen=True, eq=False)
 class ValidationBatch:
     """Validation batch with everything that does not depend on the prior.
 
     Attributes:
         batch: as loaded.
         outputs: of the plain network.
-        jacobians: in chunks of samples; None where they are computed anew for every prior.
+        rows: of the Jacobians, in chunks of samples; None where they are computed anew for every prior.
+        spreads: of these rows.
     """
 
     batch: Batch
     outputs: Float[Tensor, "n C"]
-    jacobians: tuple[Float[Tensor, "_ C P"], ...] | None
+    rows: tuple[Tensor | ProjectedRows, ...] | None
+    spreads: Spreads
 
 
-def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> list[ValidationBatch]:
+def read_validation(
+    la: Posterior, loader: Iterable[Any], scoring: Scoring, *, n_priors: int = 0, progress_bar: bool | None = False
+) -> list[ValidationBatch]:
     """Load validation data once, and compute everything that does not depend on the prior.
 
     Jacobians are kept as long as they fit into a quarter of the free memory, batch by batch, and the outputs are not
-    too many.
+    too many: in the coordinates of one decomposition for all scalar priors, where that pays.
 
     Args:
         la: a fitted posterior.
         loader: validation data; one pass is enough.
         scoring: predictive and loss.
+        n_priors: number of scalar priors to come; 0: the present prior only, of any structure.
+        progress_bar: show progress; None: after some seconds.
 
     Returns:
         The batches that have samples.
@@ -118,16 +178,24 @@ def read_validation(la: Posterior, loader: Iterable[Any], scoring: Scoring) -> l
     left = 0
     if scoring.pred_type == "glm":
         left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else free_memory(la.mean_subnet.device) // 4
+    n_rows = la.n_outputs * sum(len(batch) for batch in batches)
+    spreads = Spreads.of(la, n_rows=n_rows, n_priors=n_priors if left else 0)
     found = []
-    for batch in batches:
-        n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * la.mean_subnet.element_size()
+    for batch in progress(batches, progress_bar, "[Validation data]"):
+        n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * spreads.element_size
         if n_bytes > left:
-            found.append(ValidationBatch(batch, la.backend.outputs(batch.inputs), None))
+            found.append(ValidationBatch(batch, la.backend.outputs(batch.inputs), None, spreads))
             continue
         jacobians, outputs = zip(*la.backend.chunks(batch.inputs), strict=True)
-        found.append(ValidationBatch(batch, torch.cat(outputs), jacobians))
+        rows = tuple(spreads.held(J) for J in jacobians)
+        found.append(ValidationBatch(batch, torch.cat(outputs), rows, spreads))
         left -= n_bytes
     return found
+
+
+def progress(items: Sequence[Any], shown: bool | None, description: str) -> tqdm:
+    """Return the items with a progress bar: shown, hidden, or (None) shown after some seconds."""
+    return tqdm(items, disable=shown is False, delay=_PATIENCE if shown is None else 0, desc=description)
 
 
 def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> Iterator[Predicted]:
@@ -136,10 +204,10 @@ def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring
     for held in data:
         if scoring.pred_type == "nn":
             generator = _generator(la)  # the same networks for every batch
-        if held.jacobians is None:
+        if held.rows is None:
             out = _predict_anew(la, held.batch, scoring, generator)
         else:
-            out = _predict(la, held.outputs, held.jacobians, scoring, generator)
+            out = _predict(la, held.outputs, held.rows, held.spreads, scoring, generator)
         yield out, in_columns(held.batch.targets, la.n_outputs).to(la.mean_subnet.device)
 
 
@@ -251,16 +319,20 @@ def _predict_anew(la: Posterior, batch: Batch, scoring: Scoring, generator: torc
 def _predict(
     la: Posterior,
     mean: Tensor,
-    jacobians: Sequence[Tensor],
+    rows: Sequence[Tensor | ProjectedRows],
+    spreads: Spreads,
     scoring: Scoring,
     generator: torch.Generator,
 ) -> Prediction:
     alone = _outputs_alone(la, scoring) or (la.likelihood != "regression" and scoring.link == "probit")
-    spread_of = la.posterior_precision.variances if alone else la.posterior_precision.variance
-    spread = torch.cat([spread_of(J) for J in jacobians])
+    spread = torch.cat([spreads.of_outputs(held, alone=alone) for held in rows])
     if la.likelihood == "regression":
-        return mean, spread
-    return class_probabilities(mean, spread, scoring.link, scoring.n_samples, generator)
+        return mean, spread.to(mean.dtype)
+    if scoring.link == "mc":
+        # the draws of the posterior itself
+        spread = spread.to(mean.dtype)
+    p = class_probabilities(mean.to(spread.dtype), spread, scoring.link, scoring.n_samples, generator)
+    return p.to(mean.dtype)
 
 
 def _outputs_alone(la: Posterior, scoring: Scoring) -> bool:

@@ -1,15 +1,17 @@
 """Tuning the prior precision: the grid search scores what it says it scores, the evidence ascends."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torchmetrics
 from laplace.utils.enums import PredType, PriorStructure, TuningMethod
+from models import mlp
 from posterior_cases import close, fitted, loader_of, posterior_of
 
 from debiased_laplace.errors import NotFittedError
-from debiased_laplace.posterior.prior_tuning import search_grid
+from debiased_laplace.posterior.prior_tuning import AgainstMap, search_grid
 from debiased_laplace.posterior.validation import Scoring
 
 
@@ -251,3 +253,67 @@ def test_a_loader_that_can_be_read_once_is_enough():
     scoring = Scoring("glm", "probit", 10, None)
     search_grid(la, torch.logspace(-9, 9, 3), iter([(X, y)]), scoring, progress_bar=False)
     assert float(la.prior_precision) != pytest.approx(0.4)
+
+
+# --- harm done to the training data ---
+
+
+def trained_to_certainty(scale):
+    """A network of large outputs, sure of its own predictions, which are the labels; and a posterior of it."""
+    model, X = mlp()
+    with torch.no_grad():
+        model[-1].weight.mul_(scale)
+        model[-1].bias.mul_(scale)
+    y = model(X).argmax(1)
+    return posterior_of(model, "classification", "all", "full", temperature=1.3), X, y
+
+
+def losses_of(p, y):
+    return -p.detach().gather(1, y[:, None])[:, 0].log()
+
+
+def test_tuning_that_harms_the_training_data_says_so():
+    la, X, y = trained_to_certainty(60.0)
+    la.fit(loader_of(X, y))
+    with pytest.warns(UserWarning, match="without validation data") as caught:
+        la.optimize_prior_precision(n_steps=5, lr=0.01, init_prior_prec=0.4)
+    excess = losses_of(la(X), y) - losses_of(torch.softmax(la.model(X), 1), y)
+    error = float(excess.std()) / len(X) ** 0.5
+    assert float(excess.mean()) - 2 * error > 0.03  # it does
+    assert "40 of its own training samples worse than the plain network" in str(caught[0].message)
+    assert f"a paired difference of {float(excess.mean()):+.2g} ± {error:.1g}" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("case", ["strong prior", "loaded", "validated"])
+def test_tuning_without_harm_or_with_validation_data_does_not(case):
+    la, X, y = trained_to_certainty(60.0)
+    la.fit(loader_of(X, y))
+    if case == "loaded":
+        other = posterior_of(la.model, "classification", "all", "full")
+        other.load_state_dict(la.state_dict())
+        other.optimize_prior_precision(n_steps=5, lr=0.01, init_prior_prec=0.4)
+    elif case == "strong prior":
+        la.optimize_prior_precision(n_steps=1, lr=1e-6, init_prior_prec=1e6)
+    else:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            search(la, X, y)
+        assert not any("without validation data" in str(w.message) for w in caught)
+
+
+def test_harm_is_judged_by_the_link_of_the_predictions_and_by_some_samples_of_many():
+    la, X, _ = trained_to_certainty(60.0)
+    many = torch.cat([X + 1e-3 * i for i in range(8)])
+    la.fit(loader_of(many, la.model(many).argmax(1)))
+    with pytest.warns(UserWarning, match="256 of its own") as caught:
+        la.optimize_prior_precision(n_steps=1, lr=1e-6, init_prior_prec=0.4, link_approx="probit")
+    said = str(caught[0].message)
+    with pytest.warns(UserWarning, match="256 of its own") as caught:
+        la.optimize_prior_precision(n_steps=1, lr=1e-6, init_prior_prec=0.4)
+    assert str(caught[0].message) != said
+
+
+def test_a_difference_within_two_standard_errors_is_not_worse():
+    found = AgainstMap(0.072, 0.07227, 0.00027, 0.0006)
+    assert not found.worse
+    assert str(found).startswith("not detectably worse than the plain network")

@@ -356,14 +356,14 @@ def test_a_probability_that_underflows_costs_much_and_not_everything():
 
 def test_a_prior_that_cannot_be_decomposed_is_passed_over(monkeypatch):
     la, X, y, _ = fitted("MLP", "classification")
-    variance = type(la.posterior_precision).variance
+    spread_of = validation.Spreads.of_outputs
 
-    def failing(precision, rows):
+    def failing(spreads, rows, **options):
         if float(la.prior_precision) == pytest.approx(0.01):
             raise torch.linalg.LinAlgError("not positive definite")
-        return variance(precision, rows)
+        return spread_of(spreads, rows, **options)
 
-    monkeypatch.setattr(type(la.posterior_precision), "variance", failing)
+    monkeypatch.setattr(validation.Spreads, "of_outputs", failing)
     search = quiet(la, loader_of(X, y))
     assert search.losses.isnan().tolist() == [True, False, False, False, False]
     assert "1 of the grid's priors have no finite loss" in repr(search)
@@ -452,3 +452,34 @@ def test_priors_beyond_single_precision():
     la.fit(loader_of(X.float(), y))
     with pytest.raises(ValueError, match=r"every prior_precision of the grid, in torch\.float32"):
         la.optimize_prior_precision(**{**SEARCH, "log_prior_prec_max": 60}, val_loader=loader_of(X.float(), y))
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("complement", ["none", "isotropic", "diagonal", "kron"])
+def test_one_decomposition_serves_the_whole_grid(likelihood, complement, monkeypatch):
+    la, X, y, _ = fitted("MLP", likelihood, complement=complement, rank=9)
+    once = quiet(la, loader_of(X, y, 9), grid_size=300)
+    assert la.prior_search is once
+    monkeypatch.setattr(validation.Shifted, "of", classmethod(lambda *_, **__: None))
+    singly = quiet(la, loader_of(X, y, 9), grid_size=300)
+    torch.testing.assert_close(once.losses, singly.losses, rtol=1e-8, atol=0)
+    assert once.chosen == singly.chosen
+    assert once.against_map.laplace_loss == pytest.approx(singly.against_map.laplace_loss, rel=1e-8)
+
+
+def test_the_correction_of_the_inverse_is_made_for_every_prior():
+    la, X, y, _ = fitted("MLP", "classification", rank=9, inverse_correction="second_order")
+    search = quiet(la, loader_of(X, y, 9))
+    for prior, loss in zip(GRID, search.losses, strict=True):
+        la.prior_precision = prior
+        assert float(loss) == pytest.approx(float(-la(X).gather(1, y[:, None]).log().mean()))
+
+
+@pytest.mark.parametrize("patience", [0.0, 1e6])
+def test_a_long_search_shows_progress_unasked(patience, monkeypatch, capsys):
+    monkeypatch.setattr(validation, "_PATIENCE", patience)
+    la, X, y, _ = fitted("MLP", "classification", rank=9)
+    quiet(la, loader_of(X, y, 9))
+    assert ("[Grid search]" in capsys.readouterr().err) == (patience == 0)
+    quiet(la, loader_of(X, y, 9), progress_bar=False)
+    assert capsys.readouterr().err == ""
