@@ -164,10 +164,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @property
     def _shown_noise(self) -> str:
-        if self._noise_is_open:
-            return "1 (not given)" if bool(self.sigma_noise == 1) else f"{float(self.sigma_noise):.3g} (tuned)"
-        values = [f"{value:.3g}" for value in self.sigma_noise.detach().reshape(-1).tolist()]
-        return values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+        values = [f"{value:.3g}" for value in torch.as_tensor(self.sigma_noise).detach().reshape(-1).tolist()]
+        shown = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+        if not self._noise_is_open:
+            return shown
+        return f"{shown} ({'not given' if bool(self.noise_scale == 1) else 'tuned'})"
 
     # --- hyper-parameters: a change takes effect at once ---
 
@@ -259,7 +260,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @sigma_noise.setter
     def sigma_noise(self, value: int | float | Tensor | None) -> None:
-        noise = positive(1.0 if value is None else value, "sigma_noise")
+        noise = positive(self._unit_noise if value is None else value, "sigma_noise")
         noise = torch.as_tensor(noise, dtype=self._dtype, device=self._device)
         if noise.ndim > 1:
             raise ValueError(f"sigma_noise must be one number or one per output; got shape {tuple(noise.shape)}.")
@@ -270,6 +271,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._take_relative_noise(noise)
         self._sigma_noise, self._precision = noise, None
         self._noise_is_open = value is None and self.likelihood == "regression"
+
+    @property
+    def _unit_noise(self) -> float | list[float]:
+        """Noise of scale 1, in the ratio that was fitted."""
+        ratios = None if self._fit is None else getattr(self._spec.likelihood, "relative_noise", None)
+        return 1.0 if ratios is None else list(ratios)
 
     def _take_relative_noise(self, noise: Tensor) -> None:
         """Weigh the outputs by their noise, as the curvature has to know before it is estimated.
@@ -292,14 +299,14 @@ class DebiasedParametricLaplace(ParametricLaplace):
             )
 
     @property
-    def _noise_scale(self) -> Tensor:
+    def noise_scale(self) -> Tensor:
         """Noise in whose units curvature and loss are: sigma_noise, or the geometric mean over outputs."""
         noise = torch.as_tensor(self.sigma_noise)
         return noise if noise.ndim == 0 else _geometric_mean(noise)
 
     @property
     def _H_factor(self) -> Tensor:
-        return 1 / self._noise_scale.square() / self.temperature
+        return 1 / self.noise_scale.square() / self.temperature
 
     @property
     def temperature(self) -> float:
@@ -367,7 +374,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Prior and likelihood weight of the posterior of these parameters."""
         prior = self.prior_precision.detach()
         check_prior_precision(prior, selection, in_basis=self._is_in_basis)
-        weight = n_data / (float(self._noise_scale.detach()) ** 2 * self.temperature)
+        weight = n_data / (float(self.noise_scale.detach()) ** 2 * self.temperature)
         return Weighting(weight, expand_prior(prior, selection), len(prior) in (1, len(selection.names)))
 
     def _adopt(self, fit: FitResult) -> None:
@@ -650,7 +657,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._check_H_init()
         if self.likelihood != "regression":
             return -self._H_factor * self.loss
-        normalizer = self.n_data * self.n_outputs * (self._noise_scale * math.sqrt(2 * math.pi)).log()
+        normalizer = self.n_data * self.n_outputs * (self.noise_scale * math.sqrt(2 * math.pi)).log()
         return -self._H_factor * self.loss - normalizer
 
     @property
@@ -937,7 +944,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._spec.likelihood,
             self._spec.backend,
             self.prior_precision_diag.detach(),
-            float(self._noise_scale.detach()),
+            float(self.noise_scale.detach()),
             float(self.temperature),
             self.n_data,
         )

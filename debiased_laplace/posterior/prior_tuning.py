@@ -241,43 +241,39 @@ def maximize_marginal_likelihood(la: Posterior, ascent: Ascent, *, with_noise: b
         progress_bar: show progress; None: after some seconds.
 
     Raises:
-        ValueError: if an option is out of range, or the marginal likelihood is not finite; the prior stays as it was.
+        ValueError: if an option is out of range, or the marginal likelihood is not finite; the prior and the noise are
+            then those that were tried last.
     """
     structure = ascent.structure
     if ascent.n_steps < 0:
         raise ValueError(f"n_steps must not be negative; got {ascent.n_steps}.")
     start = torch.as_tensor(positive(ascent.start, "init_prior_prec"))
-    before = la.prior_precision, la.sigma_noise
-    try:
-        la.prior_precision = start.detach()
-        if la.prior_precision.numel() == 1 and structure != "scalar":
-            la.prior_precision = fix_prior_prec_structure(
-                la.prior_precision.item(),
-                structure,
-                len(la.selection.names),
-                la.selection.n_parameters,
-                la.mean_subnet.device,
-                la.mean_subnet.dtype,
-            )
-        log_prior = la.prior_precision.detach().log().requires_grad_()
-        log_noise = la.residual_noise.log().requires_grad_() if with_noise else None
-        optimizer = torch.optim.Adam([p for p in (log_prior, log_noise) if p is not None], lr=ascent.lr)
-        bar = progress(range(ascent.n_steps), progress_bar, "[Tuning the prior]")
-        for _ in bar:
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                objective = -_log_marginal_likelihood(la, log_prior, log_noise)
-            if not bool(objective.isfinite()):
-                raise ValueError("The log marginal likelihood is not finite; the prior is unchanged.")
-            objective.backward()
-            optimizer.step()
-            bar.set_postfix(log_marginal_likelihood=f"{-objective.item():.4g}", refresh=False)
-        la.prior_precision = log_prior.detach().exp()
-        if log_noise is not None:
-            la.sigma_noise = log_noise.detach().exp()
-    except BaseException:
-        la.prior_precision, la.sigma_noise = before
-        raise
+    la.prior_precision = start.detach()
+    if la.prior_precision.numel() == 1 and structure != "scalar":
+        la.prior_precision = fix_prior_prec_structure(
+            la.prior_precision.item(),
+            structure,
+            len(la.selection.names),
+            la.selection.n_parameters,
+            la.mean_subnet.device,
+            la.mean_subnet.dtype,
+        )
+    log_prior = la.prior_precision.detach().log().requires_grad_()
+    log_noise = la.residual_noise.log().requires_grad_() if with_noise else None
+    optimizer = torch.optim.Adam([p for p in (log_prior, log_noise) if p is not None], lr=ascent.lr)
+    bar = progress(range(ascent.n_steps), progress_bar, "[Tuning the prior]")
+    for _ in bar:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            objective = -_log_marginal_likelihood(la, log_prior, log_noise)
+        if not bool(objective.isfinite()):
+            raise ValueError("The log marginal likelihood is not finite; the prior is unchanged.")
+        objective.backward()
+        optimizer.step()
+        bar.set_postfix(log_marginal_likelihood=f"{-objective.item():.4g}", refresh=False)
+    la.prior_precision = log_prior.detach().exp()
+    if log_noise is not None:
+        la.sigma_noise = la.sigma_noise.detach() / la.noise_scale.detach() * log_noise.detach().exp()
 
 
 def _log_marginal_likelihood(
@@ -289,7 +285,9 @@ def _log_marginal_likelihood(
         return found
     # as in laplace-torch the temperature divides the residuals alone; the best noise would shrink with it
     normalizers = (1 - 1 / la.temperature) * la.n_data * la.n_outputs * log_noise
-    return la.log_marginal_likelihood(prior_precision=log_prior.exp(), sigma_noise=log_noise.exp()) + normalizers
+    ratios = (la.sigma_noise / la.noise_scale).detach()
+    noise = log_noise.exp() * ratios
+    return la.log_marginal_likelihood(prior_precision=log_prior.exp(), sigma_noise=noise) + normalizers
 
 
 def prior_grid(lower: int | float, upper: int | float, n_points: int, base: int | float) -> Float[Tensor, " g"]:
@@ -343,36 +341,31 @@ def search_grid(
         All losses, and the comparison of the best prior with the plain network.
 
     Raises:
-        ValueError: if there are no validation data, or no grid point scores finitely; prior and noise stay as they
-            were.
+        ValueError: if there are no validation data, or no grid point scores finitely; prior and noise are then those
+            that were tried last.
     """
     if not isinstance(loader, Iterable):
         raise ValueError(f"method='gridsearch' needs val_loader, a DataLoader of validation data; got {loader!r}.")
     positive(grid.to(la.mean_subnet.dtype), f"every prior_precision of the grid, in {la.mean_subnet.dtype},")
-    before = la.prior_precision, la.sigma_noise
-    try:
-        data = read_validation(la, loader, scoring, n_priors=len(grid), progress_bar=progress_bar)
-        if with_noise:
-            la.sigma_noise = la.sigma_noise * best_scale(la, list(plain_predictions(la, data)))
-        plain = None
-        if scoring.loss is None or fit_the_likelihood(la, data):
-            plain = negative_log_likelihoods(la, plain_predictions(la, data))
-        points = _score_points(la, grid, data, scoring, with_noise=with_noise, progress_bar=progress_bar)
-        losses = torch.tensor([point.loss for point in points], dtype=torch.float64)
-        if not bool(losses.isfinite().any()):
-            raise ValueError(
-                f"No prior precision between {float(grid[0]):.3g} and {float(grid[-1]):.3g} gives a finite "
-                f"loss on the validation data (the first one: {float(losses[0])}); the prior is unchanged."
-            )
-        best = points[best_of(losses)]
-        la.prior_precision, la.sigma_noise = best.prior, best.noise
-        comparison = None
-        if plain is not None:
-            own = negative_log_likelihoods(la, predictions(la, data, scoring))
-            comparison = against_map(own, plain, torch.finfo(la.mean_subnet.dtype).eps)
-    except BaseException:
-        la.prior_precision, la.sigma_noise = before
-        raise
+    data = read_validation(la, loader, scoring, n_priors=len(grid), progress_bar=progress_bar)
+    if with_noise:
+        la.sigma_noise = la.sigma_noise * best_scale(la, list(plain_predictions(la, data)))
+    plain = None
+    if scoring.loss is None or fit_the_likelihood(la, data):
+        plain = negative_log_likelihoods(la, plain_predictions(la, data))
+    points = _score_points(la, grid, data, scoring, with_noise=with_noise, progress_bar=progress_bar)
+    losses = torch.tensor([point.loss for point in points], dtype=torch.float64)
+    if not bool(losses.isfinite().any()):
+        raise ValueError(
+            f"No prior precision between {float(grid[0]):.3g} and {float(grid[-1]):.3g} gives a finite "
+            f"loss on the validation data (the first one: {float(losses[0])}); the prior is unchanged."
+        )
+    best = points[best_of(losses)]
+    la.prior_precision, la.sigma_noise = best.prior, best.noise
+    comparison = None
+    if plain is not None:
+        own = negative_log_likelihoods(la, predictions(la, data, scoring))
+        comparison = against_map(own, plain, torch.finfo(la.mean_subnet.dtype).eps)
     errors = [point.standard_error for point in points]
     return PriorSearch(
         grid=torch.tensor([point.prior for point in points], dtype=torch.float64),

@@ -236,6 +236,23 @@ def score(la, X, y, prior, sigma):
     return float(torch.nn.functional.gaussian_nll_loss(mean, y, variance + sigma**2, full=True))
 
 
+@pytest.mark.filterwarnings("ignore:The best prior precision", "ignore:Even the best")
+def test_the_size_of_several_noises_is_tuned_and_their_ratio_kept():
+    model, X, y = noisy()
+    y = y * PER_OUTPUT / 0.13 + (1 - PER_OUTPUT / 0.13) * model(X).detach()  # residuals in the ratio
+    la = posterior_of(model, "regression", "all", sigma_noise=PER_OUTPUT * 7, temperature=TEMPERATURE, **FULL)
+    la.fit(loader_of(X, y))
+    la.sigma_noise = None
+    assert "(not given)" in repr(la)
+    grid = {"method": "gridsearch", "val_loader": loader_of(X, y), "grid_size": 3}
+    for options in ({"n_steps": 200}, grid):
+        la.optimize_prior_precision(**options)
+        scale = float((la.sigma_noise / PER_OUTPUT).mean())
+        torch.testing.assert_close(la.sigma_noise, PER_OUTPUT * scale)
+        assert 0.5 < scale < 3
+        assert "(tuned)" in repr(la)
+
+
 @pytest.mark.filterwarnings(UNSET, "ignore:The best prior precision", "ignore:Even the best")
 def test_noise_stays_open_until_it_is_set():
     model, X, y = noisy()
