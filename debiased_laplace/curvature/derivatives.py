@@ -128,8 +128,11 @@ class LinearizedBatch:
         self._push: Callable[[dict[str, Tensor]], Tensor] | None = None
         if capabilities.linearized:
             _, self._push = _linearize(network, parameters)
-        outputs, self._pull = _vjp(network, parameters)
-        self.outputs = outputs.detach()
+        # not by torch.func.vjp: checkpoints and functions without setup_context allow backward passes only
+        self._leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        with torch.enable_grad():
+            self._outputs = network(self._leaves)
+        self.outputs = self._outputs.detach()
 
     def pushed(self, X: Tensor) -> Tensor:
         """Return $J_n x$ as (n, C, k) for X (P, k), by forward mode, which the model must allow."""
@@ -143,7 +146,10 @@ class LinearizedBatch:
 
     def pulled(self, W: Tensor) -> Tensor:
         r"""Return $\sum_n J_n^\top w_n$ (P,) for W (n, C)."""
-        return self.selection.flatten(self._pull(W)[0]).detach()
+        gradients = torch.autograd.grad(
+            self._outputs, list(self._leaves.values()), W, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return self.selection.flatten(dict(zip(self._leaves, gradients, strict=True)))
 
 
 class BatchProducts:
@@ -225,7 +231,8 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         The modes that work and agree with rows computed one at a time.
 
     Raises:
-        ValueError: if the outputs do not depend on the parameters or cannot be differentiated.
+        ValueError: if the outputs do not depend on the parameters or cannot be differentiated, or a checkpoint leaves
+            gradients out.
     """
     inputs = first(inputs, 2)
     unused = torch.zeros(n_samples_of(inputs))
@@ -252,7 +259,18 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         return mixed
 
     try:
-        expected, _ = looped_rows(selection, parameters, inputs, unused, cotangents)
+        with warnings.catch_warnings():
+            if selection.last_layer is None:
+                # torch warns and leaves the gradients of what is in the checkpoint out
+                warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+            expected, _ = looped_rows(selection, parameters, inputs, unused, cotangents)
+    except UserWarning as error:
+        if "None of the inputs have requires_grad=True" not in str(error):
+            raise
+        raise ValueError(
+            "The model calls torch.utils.checkpoint with use_reentrant=True, which leaves out the gradients of what it "
+            "calls where only weights need one; expected use_reentrant=False."
+        ) from error
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ValueError(

@@ -7,7 +7,9 @@ import torch
 from models import MODELS
 from oracles import dense_jacobian, output_hessian
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from debiased_laplace import DebiasedLaplace, diagnose, directional_derivatives, newton_step, quadratic_along
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.derivatives import (
     BatchProducts,
@@ -443,3 +445,86 @@ def test_jacobians_with_a_graph_have_gradients_with_respect_to_the_inputs(name: 
         rise = along(x.detach() + step * u) - along(x.detach() - step * u)
         expected = float(rise.detach()) / (2 * step)
         assert float((found * u).sum()) == pytest.approx(expected, rel=1e-6)
+
+
+class OldFunction(torch.autograd.Function):
+    """Softplus in the style that torch.func does not transform."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return nn.functional.softplus(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream * torch.sigmoid(ctx.saved_tensors[0])
+
+
+class Backward(nn.Module):
+    """Two layers with a softplus between them, in one of the styles that allow backward passes only."""
+
+    def __init__(self, style: str):
+        super().__init__()
+        self.first, self.last, self.style = nn.Linear(4, 5), nn.Linear(5, 3), style
+        for i, p in enumerate(self.parameters()):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        self.double()
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(self.first(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.style == "a function without setup_context":
+            return self.last(OldFunction.apply(self.first(x)))
+        if self.style == "plain":
+            return self.last(self._hidden(x))
+        return self.last(checkpoint(self._hidden, x, use_reentrant=self.style == "a reentrant checkpoint"))
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(40, 4, generator=generator, dtype=torch.float64), torch.randint(3, (40,), generator=generator)
+
+
+def posterior(model: nn.Module, **options: Any) -> Tensor:
+    la = DebiasedLaplace(model, "classification", prior_precision=0.4, **options)
+    la.fit([samples()], n_data=90)
+    X = samples()[0][:4]
+    draws = la.functional_samples(X, n_samples=3, generator=torch.Generator().manual_seed(0))
+    return torch.cat([t.flatten() for t in (la.directional_curvatures, la(X), draws.square().mean(0))])
+
+
+U = torch.randn(43, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+ENTRIES = {
+    "low rank": lambda m: posterior(m, rank=4, magnitudes="same_batch")[:4],
+    "last layer": lambda m: posterior(m, subset_of_weights="last_layer", rank=4)[:16],
+    "Lanczos": lambda m: posterior(m, rank=3, solver="lanczos", magnitudes="same_batch", complement="none")[:15],
+    "directional_derivatives": lambda m: (
+        directional_derivatives(m, "classification", samples(), U).per_sample_curvatures
+    ),
+    "slopes": lambda m: directional_derivatives(m, "classification", samples(), U, curvature="ef").per_sample_slopes,
+    "Hessian": lambda m: directional_derivatives(m, "classification", samples(), U, curvature="hessian").curvatures,
+    "quadratic_along": lambda m: quadratic_along(m, "classification", samples(), U).curvature_matrix,
+    "newton_step": lambda m: newton_step(m, "classification", samples(), 0.1, max_iterations=5).update,
+    "newton_step, Hessian": lambda m: newton_step(m, "classification", samples(), 9.0, curvature="hessian").update,
+    "diagnose": lambda m: diagnose(m, "classification", [samples()], batch_sizes=[12], n_draws=1).batches[0].posterior,
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("style", ["a function without setup_context", "a checkpoint"])
+def test_models_that_allow_backward_passes_only_go_the_slow_way(style: str, entry: str) -> None:
+    expected = ENTRIES[entry](Backward("plain"))
+    assert bool((expected != 0).any())
+    assert torch.allclose(ENTRIES[entry](Backward(style)), expected, rtol=1e-7, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_reentrant_checkpoint_that_leaves_gradients_out_is_refused(entry: str) -> None:
+    model = Backward("a reentrant checkpoint")
+    if entry == "last layer":
+        assert torch.allclose(ENTRIES[entry](model), ENTRIES[entry](Backward("plain")), rtol=1e-9)
+        return
+    with pytest.raises(ValueError, match=r"leaves out the gradients.*expected use_reentrant=False"):
+        ENTRIES[entry](model)
