@@ -35,8 +35,8 @@ class DifferentiableFunctions(TorchFunctionMode):
 
     Embeddings: torch's backward pass gives the padding's row no gradient, its forward mode a tangent; here that row is
     a constant. Division by frequencies in the batch is of steps of an optimizer, and sparse gradients cannot be
-    flattened: both are turned off. Autocast, which transformations mix up the dtypes of, is turned off for each call,
-    also where the model turns it on.
+    flattened: both are turned off. Weight normalization: torch's second derivative is wrong. Autocast, which
+    transformations mix up the dtypes of, is turned off for each call, also where the model turns it on.
     """
 
     def __init__(self, device_type: str):
@@ -54,6 +54,9 @@ class DifferentiableFunctions(TorchFunctionMode):
         return self._called(func, args, kwargs)
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch._weight_norm and len(args) == 3:
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
         if func not in (functional.embedding, functional.embedding_bag):
             return func(*args, **kwargs)
         # torch passes all but the first two by name

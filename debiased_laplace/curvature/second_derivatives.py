@@ -15,10 +15,19 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch
 
 _TOGETHER = 16  # directions at once
+_ASYMMETRY, _ASYMMETRY_OF_HALF = 0.01, 0.2  # relative to the Hessian, by rounding
+_WITHOUT_HESSIAN = (
+    "Expected curvature='ggn' or 'ef' (of a posterior: a backend of the GGN, or None), which take first derivatives "
+    "only."
+)
 
 
 class SecondDerivatives:
-    """Hessians of the samples' losses with respect to the selected parameters, by the fastest mode that works."""
+    """Hessians of the samples' losses with respect to the selected parameters, by the fastest mode that works.
+
+    Raises:
+        ValueError: if the model cannot be differentiated twice, or torch's Hessian of it is not symmetric.
+    """
 
     def __init__(
         self, selection: ParameterSelection, parameters: dict[str, Tensor], likelihood: Likelihood, batch: Batch
@@ -27,10 +36,31 @@ class SecondDerivatives:
         generator = torch.Generator().manual_seed(0)
         U = torch.randn(selection.n_parameters, 2, generator=generator).to(selection.vector())
         batch = batch.first(2)
+        try:
+            products = self._looped_products(batch, U)
+        except RuntimeError as error:
+            raise ValueError(f"The model could not be differentiated twice: {error}. {_WITHOUT_HESSIAN}") from error
+        self._check_symmetry(U, products)
         self.forward_quadratics = _agrees(
             lambda: self._forward_bilinears(batch, U, U.flip(1)), self._looped_bilinears(batch, U, U.flip(1))
         )
-        self.forward_products = _agrees(lambda: self._forward_products(batch, U), self._looped_products(batch, U))
+        self.forward_products = _agrees(lambda: self._forward_products(batch, U), products)
+
+    def _check_symmetry(self, U: Tensor, products: Tensor) -> None:
+        r"""Check $u^\top H v = v^\top H u$ for two vectors of independent standard normal numbers.
+
+        Raises:
+            ValueError: if they differ, as an operation's derivative of second order is then wrong.
+        """
+        bilinears = U.mT @ products
+        is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.selection.model.parameters())
+        # the difference is of the size of the norm of H - H', and the norms of products are those of H
+        most = (_ASYMMETRY_OF_HALF if is_half else _ASYMMETRY) * products.norm(dim=0).max()
+        if not bool((bilinears[0, 1] - bilinears[1, 0]).abs() <= most):
+            raise ValueError(
+                "The Hessian by double backward is not symmetric: an operation of the model has a wrong second "
+                f"derivative (a custom autograd.Function whose backward cannot be differentiated?). {_WITHOUT_HESSIAN}"
+            )
 
     def quadratics(self, batch: Batch, directions: Tensor) -> Tensor:
         r"""Return per-sample $u_i^\top \nabla^2 \ell_n u_i$ (n, k) along directions (P, k)."""

@@ -6,10 +6,14 @@ from functools import cache
 
 import pytest
 import torch
+from laplace.curvature import CurvlinopsHessian
 from models import MODELS, targets
 from oracles import dense_hessian, trainable
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import weight_norm
 
+from debiased_laplace import DebiasedLaplace, directional_derivatives, newton_step, quadratic_along
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -210,3 +214,78 @@ def test_entries_of_a_subnetwork_have_their_block_of_the_hessian() -> None:
         derivatives.forward_quadratics = derivatives.forward_products = fast
         close(derivatives.quadratics(batch, U), torch.einsum("pk,npq,qk->nk", U, H, U))
         close(derivatives.products(batch, U), H.sum(0) @ U)
+
+
+def gradient_differences(model: nn.Module, batch: Batch, U: Tensor) -> Tensor:
+    """Mean Hessian times U, from differences of gradients."""
+    parameters = trainable(model)
+    start = nn.utils.parameters_to_vector(parameters).detach()
+
+    def gradient(theta: Tensor) -> Tensor:
+        nn.utils.vector_to_parameters(theta, parameters)
+        loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    columns = [(gradient(start + 1e-5 * u) - gradient(start - 1e-5 * u)) / 2e-5 for u in U.unbind(1)]
+    nn.utils.vector_to_parameters(start, parameters)
+    return torch.stack(columns, dim=1)
+
+
+def small_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(20, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return Batch(X, torch.randint(3, (20,), generator=generator))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_hessians_through_weight_normalization_are_those_of_differences(dim: int | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        weight_norm(nn.Conv2d(2, 3, 3), dim=dim), nn.Tanh(), nn.Flatten(), weight_norm(nn.Linear(12, 3), dim=dim)
+    ).double()
+    batch = small_batch()
+    U = torch.randn(len(nn.utils.parameters_to_vector(model.parameters())), 5, dtype=torch.float64)
+    expected = gradient_differences(model, batch, U)
+    data = (batch.inputs, batch.targets)
+    found = quadratic_along(model, "classification", data, U, curvature="hessian").curvature_matrix
+    assert torch.allclose(found, U.T @ expected, rtol=1e-6, atol=1e-7 * float(found.abs().max()))
+    along = directional_derivatives(model, "classification", data, U, curvature="hessian").curvatures
+    assert torch.allclose(along, (U * expected).sum(0), rtol=1e-6, atol=1e-7 * float(found.abs().max()))
+
+
+class FirstOrder(torch.autograd.Function):
+    """Softplus whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return nn.functional.softplus(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        return upstream * torch.sigmoid(ctx.saved_tensors[0])
+
+
+class Softplus(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return FirstOrder.apply(x)
+
+
+def test_a_hessian_that_double_backward_gets_wrong_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3), Softplus(), nn.Linear(3, 3)).double()
+    batch = small_batch()
+    data = (batch.inputs, batch.targets)
+    U = torch.randn(111, 2, dtype=torch.float64)
+    la = DebiasedLaplace(model, "classification", rank=2, complement="none", backend=CurvlinopsHessian)
+    refused = r"not symmetric: .* Expected curvature='ggn'"
+    for call in (
+        lambda: newton_step(model, "classification", data, 0.3, curvature="hessian"),
+        lambda: directional_derivatives(model, "classification", data, U, curvature="hessian"),
+        lambda: quadratic_along(model, "classification", data, U, curvature="hessian"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            call()
+    with pytest.warns(UserWarning, match="CurvlinopsHessian cannot"), pytest.raises(ValueError, match=refused):
+        la.fit([data])
