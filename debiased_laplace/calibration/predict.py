@@ -17,7 +17,7 @@ from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
 from debiased_laplace.checks import name_of
 from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, are_probabilities
-from debiased_laplace.curvature.parameters import takes_keywords
+from debiased_laplace.curvature.parameters import call_with, logits_of
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -251,7 +251,7 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
     with preserve_state(network_of(la), plain=ours), torch.enable_grad():
         # laplace-torch fits a network that ends in a softmax, and takes the softmax of its outputs once more
         if not ours and not is_regression and (model := network_of(la)) is not None:
-            _check_logits(name, _outputs_of(model, inputs))
+            _check_logits(name, _outputs_of(name, model, inputs))
         if options.pred_type == "nn" or (options.link == "mc" and not is_regression):
             generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
             samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator)
@@ -271,10 +271,9 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
 def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
     """Predict the softmax of the logits of a network (MAP), or its outputs as means."""
     with preserve_state(model):
-        outputs, n = _outputs_of(model, inputs), n_samples_of(inputs)
-    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != n:
-        got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs, or an output with logits; got {got}.")
+        outputs, n = _outputs_of(name, model, inputs), n_samples_of(inputs)
+    if outputs.ndim == 0 or len(outputs) != n:
+        raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs; got shape {tuple(outputs.shape)}.")
     if options.task == "regression":
         return BatchPrediction(mean=outputs)
     if options.task == "binary" and (outputs.ndim == 1 or outputs.shape[1:] == (1,)):
@@ -283,18 +282,21 @@ def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: 
     if outputs.ndim < 2 or outputs.shape[1] < 2:
         raise ValueError(f"{name!r}: expected logits (n, C) of at least 2 classes; got {tuple(outputs.shape)}.")
     _check_logits(name, outputs)
-    logits = outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()
+    logits = outputs if outputs.is_floating_point() else outputs.float()
     return BatchPrediction(probabilities=logits.softmax(1), logits=logits)
 
 
 @torch.no_grad()
-def _outputs_of(model: nn.Module, inputs: Inputs) -> Any:
-    returned = model(**inputs) if isinstance(inputs, dict) and takes_keywords(model, inputs) else model(inputs)
-    return getattr(returned, "logits", returned)
+def _outputs_of(name: str, model: nn.Module, inputs: Inputs) -> Tensor:
+    returned = call_with(model, inputs, model)
+    try:
+        return logits_of(returned)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
 
 
-def _check_logits(name: str, outputs: Any) -> None:
-    if isinstance(outputs, Tensor) and outputs.ndim > 1 and are_probabilities(outputs):
+def _check_logits(name: str, outputs: Tensor) -> None:
+    if outputs.ndim > 1 and are_probabilities(outputs):
         raise ValueError(f"The outputs of the network of {name!r} are probabilities; {LOGITS_NEEDED}.")
 
 

@@ -1,11 +1,13 @@
 """The parameters that a posterior is over, and their flattening."""
 
 import inspect
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int64
@@ -199,13 +201,12 @@ class ParameterSelection:
     def call(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None = None) -> Tensor:
         """Return the model's outputs with these values in place of the selected entries.
 
-        A mapping is passed as keyword arguments if the model's `forward` names its keys, as in Hugging Face models, and
-        otherwise as one argument, as in laplace-torch's examples. Of Hugging Face outputs, the logits are returned.
+        A mapping is passed as `call_with` does. Of Hugging Face outputs and of mappings, the logits are returned.
 
         Raises:
             ValueError: if the model returns anything but a tensor or an output with logits.
         """
-        return _logits(self._returned(parameters, inputs, model_kwargs))
+        return logits_of(self._returned(parameters, inputs, model_kwargs))
 
     def evaluated(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the same as `call`, with errors of the model as `ValueError`.
@@ -220,16 +221,17 @@ class ParameterSelection:
                 f"The model could not be evaluated on a batch of inputs of shape {shape_of(inputs)} and "
                 f"{dtype_of(inputs)}: {error}"
             ) from error
-        return _logits(returned)
+        return logits_of(returned)
 
     def _returned(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None) -> object:
         placed = {place: self._placed(place, name, parameters) for place, name in self._places.items()}
-        arguments: tuple[Inputs, ...] = (inputs,)
-        keywords = dict(model_kwargs or {})
-        if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
-            arguments, keywords = (), {**inputs, **keywords}
-        returned: object = functional_call(self.model, placed, arguments, keywords, tie_weights=False)
-        return returned
+
+        def call(*arguments: Inputs, **keywords: Any) -> object:
+            return functional_call(
+                self.model, placed, arguments, {**keywords, **(model_kwargs or {})}, tie_weights=False
+            )
+
+        return call_with(self.model, inputs, call)
 
     @cached_property
     def _padding_rows(self) -> dict[str, int]:
@@ -281,28 +283,84 @@ class ParameterSelection:
         return digest.hexdigest()
 
 
-def _logits(returned: object) -> Tensor:
-    outputs = getattr(returned, "logits", returned)
+def logits_of(returned: object) -> Tensor:
+    """Return the tensor of outputs in what a model returns, in single precision where it is in half.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    outputs = (
+        returned.get("logits", returned) if isinstance(returned, Mapping) else getattr(returned, "logits", returned)
+    )
+    if isinstance(outputs, tuple | list):
+        parts = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
+        raise ValueError(
+            "Expected the model to return a tensor, or an output with a tensor of logits; got "
+            f"{type(outputs).__name__} of {parts}. Give a model whose forward returns the one element with the outputs."
+        )
     if not isinstance(outputs, Tensor):
+        keys = f" with keys {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
         raise ValueError(
             "Expected the model to return a tensor, or an output with a tensor of logits; "
-            f"got {type(outputs).__name__}."
+            f"got {type(outputs).__name__}{keys}."
         )
     # what follows is in the dtype of the weights
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
-def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:
-    """Return whether a model's `forward` takes the entries of a mapping by name, not the mapping itself.
+def call_with(model: nn.Module, inputs: Inputs, call: Callable[..., Any]) -> Any:
+    """Call a model, by a function, with inputs in the way that the model takes them.
 
-    It does if it names at least one key, or takes any keywords, and requires no other arguments. It then raises its own
-    error for keys that it does not name.
+    Entries of a mapping go in by name where `forward` names a key. Where it does not, the first way that works is
+    taken: by name (if it takes any), the mapping as one argument, or its first entry, that of `dict_key_x`, alone.
+
+    Warns:
+        UserWarning: once for each model, if entries that `forward` does not name are dropped.
+    """
+    if isinstance(inputs, Tensor):
+        return call(inputs)
+    keywords = takes_keywords(model, inputs)
+    named, takes_any = _names_of(model)
+    if keywords and named & inputs.keys():
+        extra = sorted(set() if takes_any else inputs.keys() - named)
+        if extra and model not in _WARNED:
+            _WARNED.add(model)
+            warnings.warn(
+                f"{type(model).__name__}.forward takes no {', '.join(extra)}: dropped from the mappings of inputs.",
+                stacklevel=2,
+            )
+        return call(**{key: value for key, value in inputs.items() if key not in extra})
+    errors = []
+    for attempt in ([lambda: call(**inputs)] if keywords else []) + [
+        lambda: call(inputs),
+        lambda: call(next(iter(inputs.values()))),
+    ]:
+        try:
+            return attempt()
+        # a module in the model may have taken a mapping for a tensor
+        except (TypeError, AttributeError) as error:
+            errors.append(error)
+    raise errors[0]
+
+
+_WARNED: "WeakSet[nn.Module]" = WeakSet()
+
+
+def takes_keywords(model: nn.Module, keys: Iterable[str]) -> bool:
+    """Return whether a model's `forward` may take the entries of a mapping by name, not the mapping itself.
+
+    It does if it names at least one key, or takes any keywords, and requires no other arguments.
     """
     signature = inspect.signature(model.forward).parameters
-    kinds = inspect.Parameter
-    named = {n for n, p in signature.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
-    required = {n for n in named if signature[n].default is kinds.empty}
+    named, takes_any = _names_of(model)
     keys = set(keys)
-    if required - keys:
+    if {n for n in named if signature[n].default is inspect.Parameter.empty} - keys:
         return False
-    return bool(keys & named) or any(p.kind is kinds.VAR_KEYWORD for p in signature.values())
+    return bool(keys & named) or takes_any
+
+
+def _names_of(model: nn.Module) -> tuple[set[str], bool]:
+    """Return the names of the arguments of a model's `forward`, and whether it takes any others by name."""
+    signature, kinds = inspect.signature(model.forward).parameters, inspect.Parameter
+    named = {n for n, p in signature.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+    return named, any(p.kind is kinds.VAR_KEYWORD for p in signature.values())

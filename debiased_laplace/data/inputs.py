@@ -28,7 +28,7 @@ class MappingKeys:
     dict_key_y: str = "labels"
 
     def inputs(self, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the inputs of a mapping: all entries except the targets and the samples' weights.
+        """Return the inputs of a mapping, that of `dict_key_x` first: all but the targets and the samples' weights.
 
         Raises:
             ValueError: if an entry is not a tensor, or the entry `dict_key_x` is missing.
@@ -40,7 +40,8 @@ class MappingKeys:
             raise ValueError(
                 f"Expected the inputs of a mapping under dict_key_x={self.dict_key_x!r}; got keys {sorted(loaded)}."
             )
-        return {key: value for key, value in loaded.items() if key not in (self.dict_key_y, WEIGHTS)}
+        ordered = {self.dict_key_x: loaded[self.dict_key_x], **loaded}
+        return {key: value for key, value in ordered.items() if key not in (self.dict_key_y, WEIGHTS)}
 
 
 DEFAULT_KEYS = MappingKeys()

@@ -23,7 +23,7 @@ from debiased_laplace.curvature.kronecker import KroneckerFactors
 from debiased_laplace.curvature.likelihoods import in_columns
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.parameters import ParameterSelection, takes_keywords
+from debiased_laplace.curvature.parameters import ParameterSelection, call_with, logits_of
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
@@ -255,12 +255,7 @@ class _TakesMapping(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the logits."""
-        if isinstance(inputs, dict) and takes_keywords(self.model, inputs):
-            outputs = self.model(**inputs)
-        else:
-            outputs = self.model(inputs)
-        logits: Tensor = getattr(outputs, "logits", outputs)
-        return logits
+        return logits_of(call_with(self.model, inputs, self.model))
 
 
 def _same_product(found: tuple[Tensor, Tensor], expected: KroneckerFactors) -> bool:

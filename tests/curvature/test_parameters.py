@@ -1,4 +1,5 @@
 import copy
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.func import jacrev
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
-from debiased_laplace import DebiasedLaplace
+from debiased_laplace import DebiasedLaplace, evaluate
 from debiased_laplace.curvature import derivatives
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.first_pass import prepare_network
@@ -406,9 +407,9 @@ def test_further_keyword_arguments_join_a_mapping_and_win() -> None:
 
 
 NO_TENSORS = {
-    "a tuple": (lambda self, x: (self.layer(x),), "got tuple"),
-    "a dictionary with logits as a key": (lambda self, x: {"logits": self.layer(x)}, "got dict"),
-    "logits that are no tensor": (lambda self, x: SimpleNamespace(logits=[1.0]), "got list"),
+    "a tuple": (lambda self, x: (self.layer(x), None), r"got tuple of \(3, 2\), NoneType\. .* the one element"),
+    "a dictionary without logits": (lambda self, x: {"scores": self.layer(x)}, r"got dict with keys \['scores'\]"),
+    "logits that are no tensor": (lambda self, x: SimpleNamespace(logits=[1.0]), "got list of float"),
     "nothing": (lambda self, x: None, "got NoneType"),
 }
 
@@ -419,6 +420,68 @@ def test_refuses_outputs_that_are_no_tensor(case: str) -> None:
     selection = ParameterSelection.all_weights(model_with(forward))
     with pytest.raises(ValueError, match=f"tensor of logits; {message}"):
         selection.call(selection.unflatten(selection.vector()), torch.ones(3, 2, dtype=torch.float64))
+
+
+class Wrapper(nn.Module):
+    """Passes on whatever it gets, as adapters and compilers do."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def of_tokens(forward: Any, wrapped: bool = False) -> nn.Module:
+    model = model_with(forward)
+    return Wrapper(model) if wrapped else model
+
+
+MAPPED = {
+    "one mapping": lambda: of_tokens(lambda self, batch: self.layer(batch["x"]) * batch["mask"][:, None]),
+    "one mapping, in a wrapper": lambda: of_tokens(
+        lambda self, batch: self.layer(batch["x"]) * batch["mask"][:, None], True
+    ),
+    "by name, in a wrapper": lambda: of_tokens(lambda self, x, mask, index: self.layer(x) * mask[:, None], True),
+    "a mapping of outputs": lambda: of_tokens(
+        lambda self, batch: {"logits": self.layer(batch["x"]) * batch["mask"][:, None]}
+    ),
+    "a plain net": lambda: of_tokens(lambda self, inputs: self.layer(inputs.tanh().atanh())),
+    "a plain net, in a wrapper": lambda: of_tokens(lambda self, inputs: self.layer(inputs), True),
+    "some of the columns": lambda: of_tokens(lambda self, x, mask: self.layer(x) * mask[:, None]),
+}
+
+
+@pytest.mark.parametrize("case", MAPPED)
+def test_mappings_find_their_way_into_every_entry_point(case: str) -> None:
+    """The mask is 1, for the nets that do not see it; the posterior is that of tensors."""
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(40, 2, generator=g, dtype=torch.float64), torch.randint(2, (40,), generator=g)
+    batch = {"mask": torch.ones(40, dtype=torch.float64), "index": torch.arange(40), "x": X, "label": y}
+    plain = DebiasedLaplace(model_with(lambda self, x: self.layer(x)), "classification", prior_precision=0.4)
+    plain.fit([(X, y)], n_data=90)
+    model, keys = MAPPED[case](), {"dict_key_x": "x", "dict_key_y": "label"}
+    nn.utils.vector_to_parameters(plain.mean, model.parameters())
+    la = DebiasedLaplace(model, "classification", prior_precision=0.4, **keys)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        la.fit([batch], n_data=90)
+        report = evaluate({"la": la}, [batch], task="multiclass", **keys)
+        found = la(batch)
+    dropped = [str(w.message) for w in caught if "dropped" in str(w.message)]
+    assert dropped == (["Module.forward takes no index: dropped from the mappings of inputs."] * (case[:4] == "some"))
+    assert torch.allclose(la.directional_curvatures, plain.directional_curvatures, rtol=1e-9)
+    assert torch.allclose(found, plain(X), rtol=1e-9)
+    expected = evaluate({"la": plain}, [(X, y)], task="multiclass")
+    for name in ("map", "la"):
+        assert report.metrics[name]["nll"].value == pytest.approx(expected.metrics[name]["nll"].value, rel=1e-9)
+
+
+def test_errors_of_a_model_are_not_hidden_by_other_ways_of_calling_it() -> None:
+    selection = ParameterSelection.all_weights(model_with(lambda self, batch: self.layer(batch["x"]).missing))
+    with pytest.raises(ValueError, match="has no attribute 'missing'"):
+        selection.evaluated(selection.unflatten(selection.vector()), {"x": torch.ones(3, 2, dtype=torch.float64)})
 
 
 def test_inputs_that_a_model_cannot_read_are_described_in_the_error() -> None:

@@ -166,7 +166,8 @@ def test_inputs_of_a_mapping_are_all_entries_except_the_targets(case: str) -> No
     loaded, keys = MAPPINGS[case]
     found = as_batch(loaded, keys)
     assert type(found.inputs) is dict
-    assert list(found.inputs) == ["input_ids", "attention_mask", "weights"]
+    assert sorted(found.inputs) == ["attention_mask", "input_ids", "weights"]
+    assert next(iter(found.inputs)) == keys.dict_key_x
     assert all(torch.equal(found.inputs[key], value) for key, value in tokens().items())
     assert torch.equal(found.targets, torch.arange(6))
     assert len(found) == 6
@@ -176,7 +177,7 @@ def test_an_input_may_have_the_default_key_of_the_targets() -> None:
     found = as_batch(
         {"input_ids": torch.ones(2), "labels": torch.ones(2), "y": torch.zeros(2)}, MappingKeys("labels", "y")
     )
-    assert list(found.inputs) == ["input_ids", "labels"]
+    assert list(found.inputs) == ["labels", "input_ids"]  # dict_key_x first
 
 
 def test_a_batch_of_a_mapping_is_split_moved_and_measured_as_a_whole() -> None:

@@ -441,7 +441,6 @@ WRONG_BATCHES = {
         lambda c: {**c, "attention_mask": c["attention_mask"] / torch.zeros(1)},
         r"finite attention_mask",
     ),
-    "an entry that the model does not know": (lambda c: {**c, "index": c["labels"]}, r"unexpected keyword.*'index'"),
     "an empty mapping": (lambda c: {}, r"dict_key_y='labels'"),
     "no samples": (lambda c: {k: v[:0] for k, v in c.items()}, r"no samples"),
 }
@@ -470,7 +469,6 @@ WRONG_INPUTS = {
     "no samples": (lambda x: {k: v[:0] for k, v in x.items()}, r"at least one sample of input_ids"),
     "an infinite entry": (lambda x: {**x, "attention_mask": x["attention_mask"] / 0.0}, r"finite attention_mask"),
     "a number among the tensors": (lambda x: {**x, "weight": torch.tensor(2.0)}, r"at least one sample of weight"),
-    "an entry that the model does not know": (lambda x: {**x, "index": x["input_ids"]}, r"unexpected keyword.*'index'"),
 }
 
 
