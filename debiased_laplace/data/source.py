@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from debiased_laplace.data.batches import Batch, as_batch, sample_hashes
 from debiased_laplace.data.inputs import DEFAULT_KEYS, WEIGHTS, Inputs, MappingKeys, on_each, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.data.workers import Workers
 
 _PROBES = 16  # samples loaded twice to detect random loading
 _REPLACEMENT_HINT = (
@@ -34,6 +35,7 @@ class SampleSource:
         batch_size: samples per batch.
         options: workers, collate function and pinning of the loader.
         keys: keys of the inputs and targets in a mapping.
+        workers: worker processes, shared by all sources that were derived from this one.
     """
 
     dataset: Any
@@ -41,6 +43,7 @@ class SampleSource:
     batch_size: int
     options: dict[str, Any]
     keys: MappingKeys = DEFAULT_KEYS
+    workers: Workers = field(default_factory=Workers)
 
     def batches(self, indices: Int64[Tensor, " m"], seed: int) -> Iterator[Batch]:
         """Load the samples at these positions, in this order, as the loader does.
@@ -55,14 +58,8 @@ class SampleSource:
         Raises:
             ValueError: if a batch has another number of samples, or the data set ends early.
         """
-        loader: DataLoader[Any] = DataLoader(
-            Subset(self.dataset, indices.tolist()),
-            batch_size=self.batch_size,
-            generator=torch.Generator().manual_seed(seed),
-            **self.options,
-        )
         start = 0
-        for loaded in loader:
+        for loaded in self._loaded(indices.tolist(), seed):
             batch = as_batch(loaded, self.keys)
             expected = min(self.batch_size, len(indices) - start)
             if len(batch) != expected:
@@ -77,6 +74,15 @@ class SampleSource:
                 f"Expected {len(indices)} samples from the data set; loading stopped after {start} (a StopIteration "
                 "in __getitem__ ends a loader without an error)."
             )
+
+    def _loaded(self, positions: list[int], seed: int) -> Iterator[Any]:
+        """Yield what the collate function makes of the samples at these positions."""
+        if self.options.get("num_workers"):
+            batches = [positions[i : i + self.batch_size] for i in range(0, len(positions), self.batch_size)]
+            return self.workers.load(self.dataset, batches, seed, self.options)
+        generator = torch.Generator().manual_seed(seed)
+        subset: Subset[Any] = Subset(self.dataset, positions)
+        return iter(DataLoader(subset, batch_size=self.batch_size, generator=generator, **self.options))
 
     def root(self) -> tuple[Any, Int64[Tensor, " n"]]:
         """Return the data set below all `Subset`s, and the position in it of each item of this data set."""
