@@ -29,7 +29,7 @@ _OTHER = {
 }
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("loss", "magnitudes_sampled_share", "temperature", "split_weight"), float),
-    **dict.fromkeys(("split_shared", "samples_augmented", "solver_converged", "enable_backprop"), bool),
+    **dict.fromkeys(("targets_are_flat", "split_shared", "samples_augmented", "solver_converged", "enable_backprop"), bool),
     **dict.fromkeys(("curvature_source", "solver", "solver_reason", "open_options", "checksum"), str),
     **dict.fromkeys(("n_outputs", "n_data", "n_data_given", "magnitudes_n_floored", "magnitudes_n_samples"), int),
     **dict.fromkeys(("solver_products", "samples_n_root", "basis_n_blocks"), int),
