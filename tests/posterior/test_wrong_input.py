@@ -70,7 +70,6 @@ WRONG_TYPES = {
     "loader: a generator": "DataLoader.*generator",
     "loader: batches of text": "two tensors.*'str'",
     "loader: batches of four": "two tensors.*'Tensor', 'Tensor', 'Tensor', 'Tensor'",
-    "loader: mappings": r"could not be evaluated.*'input_ids': \(8, 4\).*must be Tensor, not dict",
     "n_data: float": "n_data must be an integer.*40.0",
     "n_data: bool": "n_data must be an integer.*True",
     "override: text": "override must be True or False; got 'no'",

@@ -81,7 +81,6 @@ CASES = {
     "loader: a generator": lambda: fresh().fit(b for b in loader()),
     "loader: batches of text": lambda: fresh().fit([("a", "b")]),
     "loader: batches of four": lambda: fresh().fit([(X, X, X, X)]),
-    "loader: mappings": lambda: fresh().fit([{"input_ids": X, "labels": targets("classification")}]),
     "n_data: float": lambda: fresh().fit(loader(), n_data=40.0),
     "n_data: bool": lambda: fresh().fit(loader(), n_data=True),
     "override: text": lambda: fresh().fit(loader(), override="no"),
