@@ -50,6 +50,7 @@ _LAPLACE_ARGUMENTS = (
     "seed",
     "kron_basis",
     "kron_magnitudes",
+    "class_weights",
     "kfac_approx",
     "prior_precision",
     "prior_mean",
@@ -167,6 +168,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--prior-precision", type=float)
     options.add_argument("--prior-mean", type=float)
     options.add_argument("--sigma-noise", type=float)
+    options.add_argument(
+        "--class-weights", type=float, nargs="+", metavar="W", help="(classification) one for each class"
+    )
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
     options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")

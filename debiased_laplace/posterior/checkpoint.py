@@ -29,7 +29,8 @@ _OTHER = {
 }
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("loss", "magnitudes_sampled_share", "temperature", "split_weight"), float),
-    **dict.fromkeys(("targets_are_flat", "split_shared", "samples_augmented", "solver_converged", "enable_backprop"), bool),
+    **dict.fromkeys(("split_shared", "samples_augmented", "solver_converged"), bool),
+    **dict.fromkeys(("targets_are_flat", "enable_backprop"), bool),
     **dict.fromkeys(("curvature_source", "solver", "solver_reason", "open_options", "checksum"), str),
     **dict.fromkeys(("n_outputs", "n_data", "n_data_given", "magnitudes_n_floored", "magnitudes_n_samples"), int),
     **dict.fromkeys(("solver_products", "samples_n_root", "basis_n_blocks"), int),
@@ -306,7 +307,7 @@ def _check_entries(state: dict[str, Any]) -> None:
     # a sum of weights that are no integers
     weighted = not float(state["split_weight"]).is_integer()
     for name, value in state.items():
-        kind = float if weighted and name == "n_data" else _TYPES.get(name, type(value))
+        kind = type(value) if weighted and name == "n_data" else _TYPES.get(name, type(value))
         if type(value) is not kind:
             raise ValueError(f"Expected the state's {name!r} as {kind.__name__}; got {value!r}.")
         if name in _INTEGER_TENSORS and (not isinstance(value, Tensor) or value.dtype != torch.int64):

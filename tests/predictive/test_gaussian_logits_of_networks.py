@@ -101,7 +101,7 @@ def test_probabilities_can_be_differentiated_with_respect_to_inputs():
 def test_outputs_that_are_no_logits_are_refused():
     model = nn.Linear(3, 2)
     X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    la = DebiasedLaplace(model, "regression", prior_precision=0.7)
+    la = DebiasedLaplace(model, "regression", prior_precision=0.7, sigma_noise=1.3)
     la.fit(DataLoader(TensorDataset(X, X[:, :2]), batch_size=4))
     with pytest.raises(ValueError, match="at least two logits; got the likelihood 'regression'"):
         la.gaussian_logits(X)
