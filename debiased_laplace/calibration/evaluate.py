@@ -23,12 +23,14 @@ from debiased_laplace.calibration.predict import (
 )
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
 from debiased_laplace.predictive.predictive import Link
 
 FEW_DRAWS = 100
 
 
+@leaves_as_found()
 def evaluate(  # noqa: D417 - further options are those of the report
     posteriors: Mapping[str, Method] | BaseLaplace,
     loader: Iterable[Any],

@@ -32,6 +32,7 @@ from debiased_laplace.calibration.intervals import (
     two_sided_p_value,
 )
 from debiased_laplace.checks import name_of
+from debiased_laplace.curvature.as_found import raise_interrupt
 from debiased_laplace.debiasing.held_out_kl import KLDifference
 from debiased_laplace.errors import NotFittedError, OverlapError
 from debiased_laplace.posterior.candidates import Candidate
@@ -141,6 +142,7 @@ def _attempt(
     except (NotFittedError, OverlapError):
         raise
     except errors as error:
+        raise_interrupt(error)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         notes.append(f"No {what}: {reason}")
         return None

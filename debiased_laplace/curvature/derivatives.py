@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, linearize, vjp, vmap
 
+from debiased_laplace.curvature.as_found import raise_interrupt, uninterrupted
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.batches import Batch
@@ -193,7 +194,14 @@ def _linearize(
     with warnings.catch_warnings():
         # torch.fx warns about the names that tracing gives to constants
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
-        outputs, push = linearize(network, parameters)
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+        def trace() -> tuple[Tensor, Callable[[dict[str, Tensor]], Tensor]]:
+            with torch.cuda.stream(stream):  # type: ignore[arg-type]
+                return linearize(network, parameters)
+
+        # an interrupt halfway through torch's modes of tracing would end the process: it waits
+        outputs, push = uninterrupted(trace)
 
     # the trace refers to the model's own parameters, which require gradients
     return outputs, torch.no_grad()(push)
@@ -245,6 +253,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
             reasons[name] = "disagreed with one sample at a time"
         # torch raises many types for operations that it cannot transform
         except Exception as error:
+            raise_interrupt(error)
             reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         return False
 
@@ -306,7 +315,8 @@ def allows_linearization(selection: ParameterSelection, parameters: dict[str, Te
         uses = (0, 1, 0)
         return all(_close(push(selection.unflatten(tangents[:, i])), expected[..., i]) for i in uses)
     # torch raises many types for operations that it cannot trace
-    except Exception:
+    except Exception as error:
+        raise_interrupt(error)
         return False
 
 

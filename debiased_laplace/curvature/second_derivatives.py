@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from debiased_laplace.curvature.as_found import raise_interrupt
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch
@@ -128,7 +129,8 @@ def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
     try:
         found = compute()
     # torch raises many types for operations that it cannot transform
-    except Exception:
+    except Exception as error:
+        raise_interrupt(error)
         return False
     rounding = 1e4 * torch.finfo(expected.dtype).eps * expected.abs().max()
     return bool(((found - expected).abs() <= rounding + 1e-3 * expected.abs()).all())

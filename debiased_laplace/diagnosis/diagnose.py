@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from debiased_laplace.checks import integer, one_of, one_positive
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.source import sample_source
@@ -26,6 +27,7 @@ MAX_PRODUCTS = 2e11
 """Multiplications for the Gram matrix of a batch's rows, up to which posteriors are compared by default."""
 
 
+@leaves_as_found()
 def diagnose(
     model: Any,
     likelihood: str,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import likelihood_named
@@ -153,6 +154,7 @@ class DebiasedNewton(Optimizer):
         super().add_param_group(param_group)
         self._network = None
 
+    @leaves_as_found(moves=True)
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """Compute a step, and take the largest factor of it that is accepted, if any.
 

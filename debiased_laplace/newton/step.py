@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
@@ -137,6 +138,7 @@ class NewtonStep:
         return torch.cat([getattr(steps, name) for steps in self.passes])
 
 
+@leaves_as_found()
 def newton_step(
     model: Any,
     likelihood: str,

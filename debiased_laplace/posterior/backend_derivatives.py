@@ -17,6 +17,7 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from debiased_laplace.curvature.as_found import raise_interrupt
 from debiased_laplace.curvature.derivatives import looped_rows
 from debiased_laplace.curvature.kfac import KfacApproximation, KfacSums
 from debiased_laplace.curvature.kronecker import KroneckerFactors
@@ -67,6 +68,7 @@ class BackendDerivatives:
             fine = agrees(network, some, kfac)
         # whatever a backend raises for a model that it does not know
         except Exception as error:
+            raise_interrupt(error)
             first_line = (str(error).splitlines() or [""])[0]
             return f"{type(error).__name__}: {first_line}"
         if not fine:

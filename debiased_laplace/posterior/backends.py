@@ -125,7 +125,7 @@ class BackendChoice:
                 warnings.warn(
                     f"{self.backend.__name__} cannot compute the {what} of this model ({reason}); torch.func computes "
                     f"the same instead.{quiet}",
-                    stacklevel=7,
+                    stacklevel=8,
                 )
         return replace(network, backend=derivatives)
 

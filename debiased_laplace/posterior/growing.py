@@ -138,7 +138,7 @@ class _Growth:
                 if stopping.enough:
                     break
         for warning in caught:
-            warnings.warn(warning.message, warning.category, stacklevel=4)
+            warnings.warn(warning.message, warning.category, stacklevel=5)
         return replace(fit, pool=self.pool.with_read(order[:n]), stopping=stopping)
 
     def _sizes(self) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.first_pass import evaluated, with_target_weights
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
@@ -32,6 +33,7 @@ from debiased_laplace.posterior.laplace_torch import laplace_torch_candidate, pl
 _SHARE_THAT_MATTERS = 0.1
 
 
+@leaves_as_found()
 def held_out_kl(
     posterior: Any,
     loader: Any,
@@ -122,7 +124,7 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
         warnings.warn(
             f"The fitted samples are {n_fitted / n_data:.0%} of the data, and their exact share is "
             "missing: pass fitted_loader for an unbiased estimate.",
-            stacklevel=3,
+            stacklevel=4,
         )
     # both loaders are checked before any row is computed
     given = None if fitted_loader is None else _identify(candidate, fitted_loader)

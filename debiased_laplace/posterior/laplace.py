@@ -14,6 +14,7 @@ from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
 from debiased_laplace.checks import boolean, finite, integer, name_of, one_of, one_positive, positive
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.derivatives import find_capabilities
 from debiased_laplace.curvature.likelihoods import Regression, likelihood_named, shown_class_weights
@@ -320,6 +321,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     # --- the fit ---
 
+    @leaves_as_found()
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -411,7 +413,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 f"rank=None left out directions below {SUPPORTED:g} of the largest curvature. In them the data are "
                 f"worth up to {dropped / prior:.3g} times as much as the prior: the posterior is too wide there. "
                 "Inputs of very different scales cause this: standardize them, raise the rank, or take a complement.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
@@ -432,7 +434,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 f"sigma_noise was not given and is 1, but the residuals of the fitted samples have a root mean square "
                 f"of {residual:.3g}. Expected the standard deviation of the observation noise: give it, or call "
                 "optimize_prior_precision, which tunes it with the prior.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
@@ -690,6 +692,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     # --- predictions ---
 
+    @leaves_as_found(waits=True)
     def __call__(
         self,
         x: Tensor | Mapping[str, Tensor],
@@ -742,6 +745,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 return predictive.moments(joint=joint, diagonal_output=diagonal_output)
             return predictive.probabilities(link, n_samples, generator, diagonal_output=diagonal_output)
 
+    @leaves_as_found(waits=True)
     def predict(
         self,
         x: Tensor | Mapping[str, Tensor],
@@ -783,6 +787,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         flat = self.likelihood == "regression" and self.fit_result.targets_are_flat
         return RegressionPrediction.of(*found, noise.detach(), draws, flat=flat)
 
+    @leaves_as_found(waits=True)
     def gaussian_logits(self, x: Tensor | Mapping[str, Tensor]) -> GaussianLogits:
         """Return the Gaussian over the logits of each input, as the mean-field link takes it.
 
@@ -803,6 +808,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         with self._predictive(self._check_request(x, "glm", 1, None)[0]) as predictive:
             return predictive.gaussian_logits()
 
+    @leaves_as_found(waits=True)
     def functional_samples(
         self,
         x: Tensor | Mapping[str, Tensor],
@@ -905,6 +911,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     # --- the distance to the full batch, the prior, the state ---
 
+    @leaves_as_found()
     def held_out_kl(
         self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None, *, progress_bar: bool = False
     ) -> HeldOutKL:
@@ -964,6 +971,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Result of the last grid search; None before it, after `fit` or "marglik", and in a loaded posterior."""
         return self._prior_search
 
+    @leaves_as_found()
     def optimize_prior_precision(
         self,
         pred_type: str = "glm",
@@ -1063,7 +1071,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             with_noise = f", sigma_noise {self._shown_noise}" if noise_is_open else ""
             print(f"Optimized prior precision is {self.prior_precision}{with_noise}.")
         for caution in [*prior_tuning.without_effect(method, structure, val_loader), *cautions]:
-            warnings.warn(caution, stacklevel=2)
+            warnings.warn(caution, stacklevel=3)
 
     def _maximize_marginal_likelihood(
         self, ascent: prior_tuning.Ascent, scoring: prior_tuning.Scoring, progress_bar: bool | None
@@ -1136,6 +1144,12 @@ class JacobianBackend:
 
     posterior: DebiasedParametricLaplace
 
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.posterior.model
+
+    @leaves_as_found(waits=True)
     def chunks(
         self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
     ) -> list[tuple[Float[Tensor, "_ C P"], Float[Tensor, "_ C"]]]:
@@ -1157,6 +1171,7 @@ class JacobianBackend:
         parts = self.chunks(x, enable_backprop)
         return torch.cat([J for J, _ in parts]), torch.cat([f for _, f in parts])
 
+    @leaves_as_found(waits=True)
     def outputs(self, x: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n C"]:
         """Return the outputs of the network at the mean."""
         inputs, _ = self.posterior._check_request(x, "glm", 1, None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.checks import one_of
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
@@ -85,6 +86,7 @@ def _standard_errors(values: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
     return values.std(0, correction=1) / n**0.5 if n > 1 else torch.full_like(values[0], float("inf"))
 
 
+@leaves_as_found()
 def directional_derivatives(
     model: Any,
     likelihood: str,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.quadratics.directional_derivatives import DirectionalProblem
@@ -79,6 +80,7 @@ class Quadratic:
         return -vectors[:, ~null] @ (coefficients[~null] / values[~null])
 
 
+@leaves_as_found()
 def quadratic_along(
     model: Any,
     likelihood: str,

@@ -71,6 +71,7 @@ def test_a_fit_starts_each_worker_once(tmp_path, persistent, magnitudes):
     expected = posterior(magnitudes=magnitudes)
     expected.fit(DataLoader(Noisy(), 4))
     torch.testing.assert_close(la.posterior_precision.to_dense(), expected.posterior_precision.to_dense())
+    assert not multiprocessing.active_children()
     la.held_out_kl(None, loader_of(Noisy(), recorder))
     assert recorder.started() == ["Noisy 0", "Noisy 1"]
 
@@ -124,6 +125,12 @@ def test_after_an_error_in_a_worker_loading_starts_again():
         list(source.batches(torch.arange(N), 0))
     assert torch.equal(torch.cat([batch.inputs for batch in source.batches(torch.arange(8), 0)]), X[:8])
     stop_workers()
+    assert not multiprocessing.active_children()
+
+
+def test_no_worker_outlives_a_fit_that_fails():
+    with pytest.raises(RuntimeError, match="no such file"):
+        posterior().fit(loader_of(Noisy(fails_at=9)))
     assert not multiprocessing.active_children()
 
 
