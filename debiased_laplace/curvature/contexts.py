@@ -1,7 +1,7 @@
 """Contexts in which the user's model is evaluated and differentiated without side effects."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,23 +11,62 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from debiased_laplace.curvature.as_found import put_back, put_back_contents
 from debiased_laplace.data.randomness import undisturbed_randomness
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode; restore every submodule's mode and attributes afterwards."""
+def evaluating(model: nn.Module) -> Iterator[set[str]]:
+    """Set evaluation mode; restore every submodule's mode, attributes and buffers afterwards.
+
+    Yields:
+        Names of the buffers that evaluation wrote to; empty until the end.
+    """
     # attributes too: a tensor that a forward pass stores on its module (attention weights, features) may belong to a
     # transformation, and can then be neither used nor copied
     attributes = {module: dict(module.__dict__) for module in model.modules()}
+    buffers = _Buffers(getattr(model, "_orig_mod", model))
+    written: set[str] = set()
     try:
         model.eval()
-        yield
+        yield written
     finally:
         for module, before in attributes.items():
             for name in module.__dict__.keys() - before.keys():
                 del module.__dict__[name]
             module.__dict__.update(before)
+        written.update(buffers.put_back())
+
+
+class _Buffers:
+    """Buffers of a model, to be restored where they were replaced or written to."""
+
+    def __init__(self, model: nn.Module):
+        # a forward pass may count its calls, or keep what it has computed
+        self._modules = [(name, m, dict(m._buffers)) for name, m in model.named_modules() if m._buffers]
+        buffers = {id(b): b for _, _, kept in self._modules for b in kept.values() if b is not None}
+        self._contents = {key: b.detach().clone() for key, b in buffers.items()}
+
+    def put_back(self) -> Iterator[str]:
+        """Restore them; yield the names of those that had other contents."""
+        for path, module, kept in self._modules:
+            replaced = {name for name, b in module._buffers.items() if b is not kept.get(name)}
+            put_back(module._buffers, kept)
+            for name, b in kept.items():
+                changed = b is not None and put_back_contents(b, self._contents[id(b)])
+                if changed or name in replaced:
+                    yield f"{path}.{name}" if path else name
+
+
+@contextmanager
+def keeping_buffers(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the buffers of models afterwards, such as running statistics."""
+    kept = [_Buffers(model) for model in models]
+    try:
+        yield
+    finally:
+        for buffers in kept:
+            list(buffers.put_back())
 
 
 class DifferentiableFunctions(TorchFunctionMode):
@@ -102,13 +141,17 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def at_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Make the model deterministic and differentiable, whatever the caller's modes; restore all of it afterwards."""
+def at_weights(model: nn.Module, seed: int = 0) -> Iterator[set[str]]:
+    """Make the model deterministic and differentiable, whatever the caller's modes; restore all of it afterwards.
+
+    Yields:
+        Names of the buffers that evaluation wrote to; empty until the end.
+    """
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        evaluating(model),
+        evaluating(model) as written,
         differentiable_kernels(model),
         undisturbed_randomness(seed),
     ):
-        yield
+        yield written

@@ -260,7 +260,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     generator = torch.Generator().manual_seed(0)
     like = selection.vector()
     with torch.no_grad():
-        n_outputs = selection.call(parameters, inputs).shape[-1]
+        n_outputs = selection.call_noting_buffers(parameters, inputs).shape[-1]
     # a few combinations test as much as all outputs, of which there may be thousands
     mixed = torch.randn(n_outputs, min(n_outputs, _MIXTURES), generator=generator).to(like)
 

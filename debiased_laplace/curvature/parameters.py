@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -31,6 +31,7 @@ class ParameterSelection:
         entries: flat positions of the selected entries in each parameter; None if all are selected.
         subset: description of the selection for messages.
         last_layer: name of the module, if one layer is selected.
+        written: names of buffers that a forward pass writes to, once that is known; it gets copies of them.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class ParameterSelection:
     entries: tuple[Int64[Tensor, " _"] | None, ...]
     subset: str
     last_layer: str | None = None
+    written: set[str] = field(default_factory=set)
 
     @classmethod
     def all_weights(cls, model: nn.Module) -> "ParameterSelection":
@@ -208,6 +210,14 @@ class ParameterSelection:
         """
         return logits_of(self._returned(parameters, inputs, model_kwargs))
 
+    def call_noting_buffers(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the same as `call`, and note the buffers that the model writes to."""
+        before = {name: (b, b._version) for name, b in self.model.named_buffers() if not b.is_inference()}
+        outputs = self.call(parameters, inputs)
+        after = dict(self.model.named_buffers())
+        self.written.update(name for name, (b, v) in before.items() if after.get(name) is not b or b._version != v)
+        return outputs
+
     def evaluated(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the same as `call`, with errors of the model as `ValueError`.
 
@@ -225,6 +235,8 @@ class ParameterSelection:
 
     def _returned(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None) -> object:
         placed = {place: self._placed(place, name, parameters) for place, name in self._places.items()}
+        # torch's transformations refuse to write to tensors that were made outside of them
+        placed |= {name: self.model.get_buffer(name).clone() for name in self.written}
 
         def call(*arguments: Inputs, **keywords: Any) -> object:
             return functional_call(
@@ -270,17 +282,22 @@ class ParameterSelection:
     def _by_name(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def fingerprint(self) -> str:
-        """Return a hash of all weights and buffers."""
+    def fingerprint(self, without: Iterable[str] = ()) -> str:
+        """Return a hash of all weights and buffers, followed by the names of buffers that do not count."""
+        without = sorted(without)
         digest = sha256()
         # a buffer that is not saved with the model still enters its outputs
         tensors = {**self.model.state_dict(), **dict(self.model.named_buffers())}
         for name, value in tensors.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name not in without:
                 flat = value.detach().cpu().contiguous().reshape(-1)
                 digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return "\n".join([digest.hexdigest(), *without])
+
+    def matches(self, fingerprint: str) -> bool:
+        """Return whether weights and buffers are those of a fingerprint, except for buffers that do not count."""
+        return self.fingerprint(fingerprint.split("\n")[1:]) == fingerprint
 
 
 def logits_of(returned: object) -> Tensor:

@@ -324,7 +324,7 @@ def _check_parameters(state: dict[str, Any], selection: ParameterSelection) -> N
             f"The state is of a model with dtype {mean.dtype}; this model has {center.dtype}. Expected the same: load "
             f"it beside model.to({mean.dtype}), with the weights of the fit."
         )
-    if state["weights_fingerprint"] != selection.fingerprint():
+    if not selection.matches(str(state["weights_fingerprint"])):
         raise ValueError(
             "The state was fitted at other weights than the model has now; load the weights that it was "
             "fitted to first."

@@ -146,7 +146,7 @@ class FitResult:
     Attributes:
         selection: parameters of the posterior.
         mean: their trained values.
-        fingerprint: hash of the weights and buffers at the fit.
+        fingerprint: hash of the weights and buffers at the fit, except for buffers that evaluation writes to.
         split: sub-batches.
         identities: of the samples used.
         estimate: of the curvature.
@@ -207,7 +207,7 @@ def fit_curvature(
     """
     seed, request = spec.split.seed, spec.request
     split = spec.split.draw(source.indices, request, n_data)
-    with at_weights(spec.model, seed):
+    with at_weights(spec.model, seed) as written:
         some = _first_samples(spec, source, split)
         selection = spec.subset.select_by(spec.model, some.inputs)
         weighting = weighting_of(selection, split.n_data)
@@ -241,7 +241,8 @@ def fit_curvature(
     result = FitResult(
         selection=selection,
         mean=selection.vector(),
-        fingerprint=selection.fingerprint(),
+        # what evaluation itself changes is no part of the trained network
+        fingerprint=selection.fingerprint(without=written),
         split=split,
         identities=identities,
         estimate=estimated,

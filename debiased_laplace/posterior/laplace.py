@@ -563,7 +563,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     def _check_weights(self) -> None:
         """Refuse other weights or buffers than those that were fitted."""
-        if self.selection.fingerprint() != self.fit_result.fingerprint:
+        if not self.selection.matches(self.fit_result.fingerprint):
             raise ValueError(
                 "The model's weights or buffers have changed since the fit; expected them as they were fitted. Restore "
                 "them, or fit again."

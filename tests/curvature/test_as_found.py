@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from benchmarks.interrupts import differences, model_state, process_state
 from debiased_laplace.curvature.as_found import leaves_as_found, models_of, modules_reached, uninterrupted
+from debiased_laplace.curvature.contexts import evaluating, keeping_buffers
 
 
 @contextmanager
@@ -421,3 +422,31 @@ def test_an_interrupt_waits_for_a_computation_in_another_thread() -> None:
     assert uninterrupted(lambda: 5) == 5
     with pytest.raises(KeyError):
         uninterrupted(lambda: {}[0])
+
+
+class Writer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3))
+        self.register_buffer("constant", torch.ones(2))
+        self.register_buffer("empty", None)
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x
+        self.constant.copy_(self.constant.clone())  # written, and the same
+        return x
+
+
+def test_evaluation_restores_buffers_and_names_those_it_wrote_to() -> None:
+    model = nn.Sequential(Writer())
+    before = model_state(model)
+    with evaluating(model) as written:
+        model(torch.ones(5))
+        assert float(model[0].calls) == 1
+    assert written == {"0.calls", "0.last"}
+    assert differences(before, model_state(model)) == []
+    with keeping_buffers([model]):
+        model(torch.ones(5))
+    assert differences(before, model_state(model)) == []
