@@ -1,5 +1,6 @@
 """`evaluate`: from posteriors and a loader to a report, in one pass."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from debiased_laplace.calibration.predict import (
     PredictionType,
     as_prediction,
     collect,
+    in_training_mode,
     read_methods,
 )
 from debiased_laplace.calibration.report import CalibrationReport
@@ -78,7 +80,7 @@ def evaluate(  # noqa: D417 - further options are those of the report
         posteriors: name to method. A Laplace posterior of this package or of laplace-torch; a network, which is the
             MAP estimate: its outputs are logits, or means; any callable that maps a batch of inputs to probabilities
             (n, C), to (mean, standard deviation) with the observation noise, or to samples (S, n, C), in regression of
-            the function alone. One posterior alone is called "laplace".
+            the function alone, with its networks in evaluation mode. One posterior alone is called "laplace".
         loader: the test set, an iterable of batches: (inputs, targets), or mappings of tensors.
         task: "binary", "multiclass" or "regression".
         baseline: name of the method that the others are compared with; default: the first.
@@ -108,6 +110,9 @@ def evaluate(  # noqa: D417 - further options are those of the report
         OverlapError: if a held-out sample was fitted.
         ValueError: for other wrong methods, batches or options, and for clusters with a loader that shuffles.
 
+    Warns:
+        UserWarning: if a callable evaluates a network in training mode.
+
     References:
         Daxberger et al. (2021), arXiv 2106.14806 (predictives); docs/calibration_reports.md.
     """
@@ -127,6 +132,9 @@ def evaluate(  # noqa: D417 - further options are those of the report
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
     found, targets = collect(methods, loader, options, "the test set")
+    cautions = in_training_mode(methods)
+    for caution in cautions:
+        warnings.warn(caution, stacklevel=3)
     validation, ood = None, {}
     if validation_loader is not None and first in methods:
         held, labels = collect({first: methods[first]}, validation_loader, options, "validation data")
@@ -165,12 +173,12 @@ def evaluate(  # noqa: D417 - further options are those of the report
     records = {name: _record(methods[name], p, options) for name, p in found.items()}
     drawn = [name for name in laplace if found[name].n_samples is not None]
     if not drawn or n_samples >= FEW_DRAWS:
-        return replace(report, predicted=records)
+        return replace(report, predicted=records, warnings=(*cautions, *report.warnings))
     warning = (
         f"Only {n_samples} draws behind the predictions of {', '.join(drawn)}: their negative log-likelihood and "
         f"calibration error are too large by what the draws add; take {FEW_DRAWS} or more."
     )
-    return replace(report, predicted=records, warnings=(warning, *report.warnings))
+    return replace(report, predicted=records, warnings=(*cautions, warning, *report.warnings))
 
 
 def _record(method: Method, predicted: BatchPrediction, options: PredictionOptions) -> PredictionRecord:

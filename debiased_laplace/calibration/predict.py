@@ -16,6 +16,8 @@ from debiased_laplace.calibration.distributions import Gaussian
 from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
 from debiased_laplace.checks import name_of
+from debiased_laplace.curvature.as_found import modules_reached
+from debiased_laplace.curvature.contexts import keeping_buffers
 from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.parameters import call_with, logits_of
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
@@ -125,6 +127,19 @@ def read_methods(methods: Any, baseline: str | None, include_map: bool | None) -
         why = f"{MAP!r} is there already" if MAP in methods else "none of the posteriors has a network"
         raise ValueError(f"include_map=True adds the network of the first Laplace posterior as {MAP!r}; {why}.")
     return dict(methods)
+
+
+def in_training_mode(methods: Mapping[str, Method]) -> list[str]:
+    """Return a warning for each callable that has predicted with a network in training mode."""
+    # Monte-Carlo dropout sets its dropout layers to training mode, not the network
+    return [
+        f"{name!r} evaluates a {type(module).__name__} in training mode: dropout is random, and batch normalization "
+        "takes the statistics of each batch. Expected evaluation mode: call .eval() before; for Monte-Carlo dropout, "
+        "set only the dropout layers to training mode."
+        for name, method in methods.items()
+        if not isinstance(method, BaseLaplace | nn.Module)
+        for module in [m for m in modules_reached(method, skip=BaseLaplace) if m.training][:1]
+    ]
 
 
 def network_of(method: Method) -> nn.Module | None:
@@ -302,7 +317,9 @@ def _check_logits(name: str, outputs: Tensor) -> None:
 
 def _predict_with_callable(name: str, function: Callable[[Any], Any], inputs: Inputs, task: Task) -> BatchPrediction:
     """Predict probabilities (n, C), samples (S, n, C), in regression (mean, standard deviation) or function samples."""
-    output, n, where = function(inputs), n_samples_of(inputs), f"Predictions of {name!r}"
+    with keeping_buffers(modules_reached(function)):
+        output = function(inputs)
+    n, where = n_samples_of(inputs), f"Predictions of {name!r}"
     if task == "regression" and isinstance(output, tuple | list) and len(output) == 2:
         mean, deviation = (as_tensor(part, where) for part in output)
         if len(mean) == len(deviation) == n:
