@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,15 @@ from debiased_laplace.calibration.contents import (
     read_scalar,
 )
 from debiased_laplace.calibration.findings import summarize, warn_of_useless
-from debiased_laplace.calibration.inputs import Settings, as_tensor, read_clusters, read_labels
+from debiased_laplace.calibration.inputs import (
+    Settings,
+    as_tensor,
+    check_whole_number,
+    name_labels,
+    name_validation,
+    read_clusters,
+    read_labels,
+)
 from debiased_laplace.calibration.intervals import Units
 from debiased_laplace.calibration.metrics import classification, constant, out_of_distribution, regression
 from debiased_laplace.calibration.metrics.definitions import CLASSIFICATION, DETECTION, REGRESSION
@@ -47,6 +55,7 @@ from debiased_laplace.calibration.scaling import (
     scale_regression,
 )
 from debiased_laplace.calibration.temperature import attach_logits
+from debiased_laplace.checks import one_of
 
 Member = TypeVar("Member")
 
@@ -112,7 +121,8 @@ def calibration_report(
             for a binary task (n,) = P(class 1); with positions (N, C, ...), (S, N, C, ...) or (N, ...). Regression: a
             pair (mean, standard deviation), each (n,) or (n, outputs), observation noise included; or, with
             `observation_noise`, a pair (mean, covariance) or samples; or `Gaussian` or `Samples`.
-        targets: labels (n,), one-hot rows (n, C), or labels of positions (N, ...); for regression as the mean.
+        targets: labels (n,) as numbers or as names out of `class_names`, one-hot rows (n, C), or labels of positions
+            (N, ...); for regression as the mean.
         task: "binary", "multiclass" or "regression".
         baseline: name of the method that the others are compared with; default: the first.
         n_bins: bins of equal width for the binned calibration errors, at least 2.
@@ -163,6 +173,9 @@ def calibration_report(
         if mapping is not None and not isinstance(mapping, Mapping):
             raise ValueError(f"{name} must be a mapping; got {type(mapping).__name__}.")
     settings = Settings(n_bins, confidence_level, n_resamples, seed)
+    max_samples = check_whole_number("max_samples", max_samples, 1)
+    if task != "regression":
+        targets, validation = name_labels(targets, names), name_validation(validation, names)
     first = _choose_baseline(predictions, baseline)
     request = ScalingRequest(first, temperature_scaling, validation)
     if task == "regression":
@@ -238,8 +251,7 @@ def calibration_report(
 
 
 def _check_options(task: Task, observation_noise: Any, target_unit: Any, logits: Any, **texts: Any) -> None:
-    if task not in get_args(Task):
-        raise ValueError(f"task must be one of {', '.join(map(repr, get_args(Task)))}; got {task!r}.")
+    one_of(task, Task, "task")
     if task != "regression" and not (observation_noise is None and target_unit is None):
         raise ValueError(f"observation_noise and target_unit belong to task='regression'; got task={task!r}.")
     if task == "regression" and logits:

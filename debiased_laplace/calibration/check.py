@@ -245,7 +245,8 @@ def _find_methods(contents: ReportContents, threshold: Threshold, reference: str
     having = [name for name, metrics in contents.metrics.items() if threshold.metric in metrics]
     if not having:
         known = dict.fromkeys(metric for metrics in contents.metrics.values() for metric in metrics)
-        raise ValueError(f"{where}: no metric {threshold.metric!r} in this report; it has {', '.join(known)}.")
+        found = f"no metric {threshold.metric!r} in this report; it has {', '.join(known)}"
+        raise ValueError(f"{where}: expected a metric of the report; {found}.")
     for name in (threshold.method, reference):
         if name is not None and name not in having:
             there = ", ".join(map(repr, having))

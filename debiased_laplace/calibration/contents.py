@@ -1,9 +1,11 @@
 """Contents of a report as plain data: stored, read back, tabulated and drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
+
+from debiased_laplace.checks import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,13 +123,17 @@ class ReportTable:
 
     def __post_init__(self) -> None:
         check_text(self.note, f"the note of table {check_text(self.title, 'the title of a table')!r}")
+        for name, value in (("columns", self.columns), ("rows", self.rows)):
+            if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+                raise ValueError(f"Expected a sequence of {name} in table {self.title!r}; got {shown(value)}.")
         columns = tuple(check_text(str(column), f"the columns of table {self.title!r}") for column in self.columns)
         rows = []
         for i, row in enumerate(self.rows):
-            if isinstance(row, (str, Mapping)):
+            if isinstance(row, (str, Mapping)) or not hasattr(row, "__len__"):
                 raise ValueError(f"Expected a sequence of cells in table {self.title!r}; row {i} is {row!r}.")
             if len(row) != len(columns):
-                raise ValueError(f"Table {self.title!r} has {len(columns)} columns, but row {i} has {len(row)} cells.")
+                got = f"{len(columns)} columns, but row {i} has {len(row)} cells"
+                raise ValueError(f"Expected a cell for every column of table {self.title!r}; got {got}.")
             where = f"row {i} of table {self.title!r}"
             rows.append(tuple(None if cell is None else read_scalar(cell, where) for cell in row))
         object.__setattr__(self, "columns", columns)

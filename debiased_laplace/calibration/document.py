@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json as parse_json
 
 from debiased_laplace.calibration.contents import SCHEMA_VERSION, ReportContents
+from debiased_laplace.checks import shown
 
 BOM = "\ufeff"  # some editors put it before the first character of a file
 
@@ -61,6 +62,8 @@ def _read_text(source: str | os.PathLike[str]) -> tuple[bytes, str]:
     """Return the text, and its name for messages."""
     if isinstance(source, str) and source.removeprefix(BOM).lstrip().startswith(("{", "[")):
         return source.removeprefix(BOM).encode("utf-8", "backslashreplace"), "The JSON text"
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"Expected the JSON of a report or its path; got {shown(source)}.")
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"Expected the JSON of a report or its path; there is no file {str(source)[:80]!r}.")

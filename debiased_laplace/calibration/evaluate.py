@@ -12,6 +12,7 @@ from torch.utils.data import RandomSampler
 from debiased_laplace.calibration.build import calibration_report
 from debiased_laplace.calibration.check import ThresholdSource
 from debiased_laplace.calibration.contents import PredictionRecord, ReportFigure, ReportTable, Task
+from debiased_laplace.calibration.inputs import Settings
 from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
 from debiased_laplace.calibration.predict import (
     BatchPrediction,
@@ -19,12 +20,15 @@ from debiased_laplace.calibration.predict import (
     PredictionOptions,
     PredictionType,
     as_prediction,
+    check_loader,
     collect,
     in_training_mode,
+    infer_task,
     read_methods,
 )
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
+from debiased_laplace.checks import boolean, shown, text
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
 from debiased_laplace.predictive.predictive import Link
@@ -37,7 +41,7 @@ def evaluate(  # noqa: D417 - further options are those of the report
     posteriors: Mapping[str, Method] | BaseLaplace,
     loader: Iterable[Any],
     *,
-    task: Task,
+    task: Task | None = None,
     baseline: str | None = None,
     include_map: bool | None = None,
     pred_type: PredictionType = "glm",
@@ -82,7 +86,8 @@ def evaluate(  # noqa: D417 - further options are those of the report
             (n, C), to (mean, standard deviation) with the observation noise, or to samples (S, n, C), in regression of
             the function alone, with its networks in evaluation mode. One posterior alone is called "laplace".
         loader: the test set, an iterable of batches: (inputs, targets), or mappings of tensors.
-        task: "binary", "multiclass" or "regression".
+        task: "binary", "multiclass" or "regression"; None: that of the first Laplace posterior, "multiclass" for every
+            kind of classification.
         baseline: name of the method that the others are compared with; default: the first.
         include_map: whether the network of the first Laplace posterior is added, first and under the name "map"; None:
             where no network and no "map" is given, and no other baseline.
@@ -116,17 +121,39 @@ def evaluate(  # noqa: D417 - further options are those of the report
     References:
         Daxberger et al. (2021), arXiv 2106.14806 (predictives); docs/calibration_reports.md.
     """
+    settings = Settings(n_bins, confidence_level, n_resamples, seed)
+    for name, source in (
+        ("loader", loader),
+        ("validation_loader", validation_loader),
+        ("held_out_loader", held_out_loader),
+    ):
+        if source is not None or name == "loader":
+            check_loader(source, name)
+    boolean(progress_bar, "progress_bar")
+    if include_map is not None:
+        boolean(include_map, "include_map")
+    for name, key in (("dict_key_x", dict_key_x), ("dict_key_y", dict_key_y)):
+        if key is not None:
+            text(key, name)
     if clusters is not None and isinstance(getattr(loader, "sampler", None), RandomSampler):
         raise ValueError("clusters are in the order of the loader, which shuffles; expected shuffle=False.")
     if ood_loaders is not None and not isinstance(ood_loaders, Mapping):
         raise ValueError(f"ood_loaders must map names of sets to loaders; got {type(ood_loaders).__name__}.")
     methods = read_methods(posteriors, baseline, include_map)
     first = next(iter(methods)) if baseline is None else baseline
+    if not isinstance(first, str):
+        raise ValueError(f"baseline must be one of {', '.join(map(repr, methods))}; got {shown(first)}.")
     laplace = {name: m for name, m in methods.items() if isinstance(m, BaseLaplace)}
+    for name, source in (ood_loaders or {}).items():
+        check_loader(source, f"ood_loaders[{name!r}]")
+    for name, source in fitted_loader.items() if isinstance(fitted_loader, Mapping) else [("", fitted_loader)]:
+        if source is not None:
+            check_loader(source, f"fitted_loader[{name!r}]" if name else "fitted_loader")
+    task = infer_task(laplace) if task is None else task
     known: Any = next(iter(laplace.values()), DEFAULT_KEYS)
     keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
     noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
-    options = PredictionOptions(task, pred_type, link_approx, n_samples, seed, keys, progress_bar)
+    options = PredictionOptions(task, pred_type, link_approx, n_samples, settings.seed, keys, progress_bar)
 
     def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
@@ -142,18 +169,16 @@ def evaluate(  # noqa: D417 - further options are those of the report
         validation = (read(held)[first] if logits is None else logits, labels)
     for name, source in (ood_loaders or {}).items():
         ood[name] = read(collect(methods, source, options, name, labelled=False)[0])
-    summaries = summarize_posteriors(laplace, confidence_level)
+    level = settings.confidence_level
+    summaries = summarize_posteriors(laplace, level)
     if held_out_loader is not None:
-        summaries = compare_held_out(laplace, summaries, held_out_loader, fitted_loader, confidence_level, progress_bar)
+        summaries = compare_held_out(laplace, summaries, held_out_loader, fitted_loader, level, progress_bar)
     report = calibration_report(
         read(found),
         targets,
         task=task,
         baseline=baseline,
-        n_bins=n_bins,
-        confidence_level=confidence_level,
-        n_resamples=n_resamples,
-        seed=seed,
+        **vars(settings),
         class_names=class_names,
         title=title,
         description=description,
@@ -172,7 +197,7 @@ def evaluate(  # noqa: D417 - further options are those of the report
     )
     records = {name: _record(methods[name], p, options) for name, p in found.items()}
     drawn = [name for name in laplace if found[name].n_samples is not None]
-    if not drawn or n_samples >= FEW_DRAWS:
+    if not drawn or options.n_samples >= FEW_DRAWS:
         return replace(report, predicted=records, warnings=(*cautions, *report.warnings))
     warning = (
         f"Only {n_samples} draws behind the predictions of {', '.join(drawn)}: their negative log-likelihood and "

@@ -1,5 +1,6 @@
 """Arrays, labels and clusters as the caller gives them, checked once."""
 
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from debiased_laplace.checks import number, shown
 
 MOST_BINS = 1000  # more say nothing at any size of test set, and take minutes
 
@@ -27,9 +30,8 @@ class Settings:
         for name, lowest, highest in (("n_bins", 2, MOST_BINS), ("n_resamples", 2, 2**63 - 1), ("seed", 0, 2**63 - 1)):
             object.__setattr__(self, name, check_whole_number(name, getattr(self, name), lowest, highest))
         level = self.confidence_level
-        if not isinstance(level, int | float | np.floating) or not 0 < level < 1:
-            raise ValueError(f"confidence_level must lie between 0 and 1; got {level!r}.")
-        object.__setattr__(self, "confidence_level", float(level))
+        level = number(level, "confidence_level", low=0, high=1, is_open=True)
+        object.__setattr__(self, "confidence_level", level)
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -43,14 +45,20 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 def check_whole_number(name: str, value: Any, lowest: int, highest: int = 2**63 - 1) -> int:
     """Return a whole number of a range as an int, and refuse anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not lowest <= value <= highest:
+    try:
+        found = lowest - 1 if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        found = lowest - 1
+    if not lowest <= found <= highest:
         most = f" and at most {highest}" if highest < 2**63 - 1 else ""
-        raise ValueError(f"{name} must be a whole number of at least {lowest}{most}; got {value!r}.")
-    return int(value)
+        raise ValueError(f"{name} must be a whole number of at least {lowest}{most}; got {shown(value)}.")
+    return found
 
 
 def as_tensor(values: Any, where: str) -> Tensor:
     """Return numpy, torch or nested lists of real numbers as a detached tensor on its own device."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(f"{where}: expected numbers without a mask; got {np.ma.count_masked(values)} masked ones.")
     try:
         x = values.detach() if isinstance(values, Tensor) else torch.as_tensor(_as_array(values))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -72,6 +80,32 @@ def _as_array(values: Any) -> np.ndarray:
             raise TypeError("not all of its entries are numbers")
         array = array.astype(np.float64)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def name_labels(targets: Any, names: Sequence[str]) -> Any:
+    """Return labels that are names of classes as numbers; numbers stay as they are.
+
+    Raises:
+        ValueError: for a name of no class, and for text without names of classes.
+    """
+    if isinstance(targets, Tensor | str) or not hasattr(targets, "__len__"):
+        return targets
+    array = np.asarray(targets, dtype=object)
+    if not array.size or not isinstance(array.flat[0], str):
+        return targets
+    number_of = {name: i for i, name in enumerate(names)}
+    unknown = sorted({str(x) for x in array.flat} - set(number_of))
+    if unknown:
+        known = f"names out of class_names {list(names)}" if names else "numbers, or names together with class_names"
+        raise ValueError(f"Targets must be {known}; got {unknown[0]!r}.")
+    return np.array([number_of[str(x)] for x in array.flat], dtype=np.int64).reshape(array.shape)
+
+
+def name_validation(validation: Any, names: Sequence[str]) -> Any:
+    """Return validation data whose targets are numbers."""
+    if isinstance(validation, tuple) and len(validation) == 2:
+        return validation[0], name_labels(validation[1], names)
+    return validation
 
 
 def first_bad(mask: Tensor, first_row: int = 0) -> str:

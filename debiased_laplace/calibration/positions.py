@@ -72,6 +72,8 @@ def as_rows(
     if y.ndim < 2 or any(isinstance(p, PosteriorPredictive) for p in predictions.values()):
         return dict(predictions), targets, None
     rows = {method: as_tensor(p, f"Predictions of {method!r}") for method, p in predictions.items()}
+    if task == "binary":  # (N, 1, ...) is P(class 1)
+        rows = {m: p[:, 0] if p.ndim == y.ndim + 1 and p.shape[1] == 1 else p for m, p in rows.items()}
     layouts = {method: _tell_layout(method, p, y, task) for method, p in rows.items()}
     if all(layout == "rows" for layout in layouts.values()):
         return rows, y, None

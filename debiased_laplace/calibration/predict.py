@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Shaped
 from laplace.baselaplace import BaseLaplace
@@ -15,7 +16,7 @@ from debiased_laplace.calibration.contents import Task
 from debiased_laplace.calibration.distributions import Gaussian
 from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
-from debiased_laplace.checks import name_of
+from debiased_laplace.checks import name_of, one_of, shown
 from debiased_laplace.curvature.as_found import modules_reached
 from debiased_laplace.curvature.contexts import keeping_buffers
 from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, are_probabilities
@@ -50,14 +51,14 @@ class PredictionOptions:
 
     def __post_init__(self) -> None:
         if self.link is None:
-            object.__setattr__(self, "link", "mc" if self.pred_type == "nn" else "mean_field")
+            nn_link = isinstance(self.pred_type, str) and self.pred_type == "nn"
+            object.__setattr__(self, "link", "mc" if nn_link else "mean_field")
         choices = {"task": (self.task, Task), "pred_type": (self.pred_type, PredictionType)}
         for name, (value, kind) in (choices | {"link_approx": (self.link, Link)}).items():
-            if value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}; got {value!r}.")
+            one_of(value, kind, name)
         if self.pred_type == "nn" and self.link != "mc":
             raise ValueError(f"pred_type='nn' averages drawn networks: expected link_approx='mc', got {self.link!r}.")
-        check_whole_number("n_samples", self.n_samples, 2)
+        object.__setattr__(self, "n_samples", check_whole_number("n_samples", self.n_samples, 2))
         check_whole_number("seed", self.seed, 0)
 
 
@@ -119,7 +120,8 @@ def read_methods(methods: Any, baseline: str | None, include_map: bool | None) -
             f"Expected Laplace posteriors, networks, or callables from inputs to predictions; got {wrong}."
         )
     given = any(isinstance(m, nn.Module) or str(name).lower() == MAP for name, m in methods.items())
-    wanted = not given and baseline in (None, MAP) if include_map is None else include_map
+    by_default = baseline is None or (isinstance(baseline, str) and baseline == MAP)
+    wanted = not given and by_default if include_map is None else include_map
     networks = [net for m in methods.values() if isinstance(m, BaseLaplace) and (net := network_of(m)) is not None]
     if wanted and networks and MAP not in methods:
         return {MAP: networks[0], **methods}
@@ -140,6 +142,27 @@ def in_training_mode(methods: Mapping[str, Method]) -> list[str]:
         if not isinstance(method, BaseLaplace | nn.Module)
         for module in [m for m in modules_reached(method, skip=BaseLaplace) if m.training][:1]
     ]
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Check that batches can be read.
+
+    Raises:
+        ValueError: if it is no iterable of batches.
+    """
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes | Mapping | Tensor | np.ndarray):
+        raise ValueError(f"{name} must be an iterable of batches, such as a DataLoader; got {shown(loader)}.")
+
+
+def infer_task(posteriors: Mapping[str, BaseLaplace]) -> Task:
+    """Return the task of the first Laplace posterior.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for posterior in posteriors.values():
+        return "regression" if name_of(posterior.likelihood) == "regression" else "multiclass"
+    raise ValueError(f"Expected task as one of {list(get_args(Task))}, since there is no Laplace posterior; got None.")
 
 
 def network_of(method: Method) -> nn.Module | None:

@@ -266,14 +266,17 @@ def read_probabilities(method: str, probabilities: Any, *, task: Literal["binary
     where = f"Predictions of {method!r}"
     p = as_tensor(probabilities, where)
     p = p if p.is_floating_point() else p.to(torch.float64)
+    if task == "binary" and p.ndim == 2 and p.shape[1] == 1:
+        p = p[:, 0]
     if task == "binary" and p.ndim == 1:
         _check_range(p[:, None], where, 0)
         p = torch.stack([1 - p.clamp(max=1), p.clamp(max=1)], dim=1)
     expected = "(n, C) with C >= 2" if task == "multiclass" else "(n,) or (n, 2)"
     if p.ndim not in (2, 3) or p.shape[-1] < 2 or (task == "binary" and p.shape[-1] != 2):
+        hint = " For P(class 1) alone say task='binary'." if task == "multiclass" and p.shape[-1:] == (1,) else ""
         raise ValueError(
             f"{where}: task {task!r} takes probabilities of shape {expected}, or samples (S, n, C) of them; "
-            f"got {tuple(p.shape)}."
+            f"got {tuple(p.shape)}.{hint}"
         )
     if p.numel() == 0:
         raise ValueError(f"{where}: at least one sample is needed; got shape {tuple(p.shape)}.")
@@ -296,9 +299,10 @@ def _check_rows(p: Tensor, where: str) -> None:
             _check_range(p[rows], where, rows.start)
         sums = p[rows].sum(dim=1, dtype=torch.float64)
         worst = int((sums - 1).abs().argmax())
-        if abs(sums[worst].item() - 1) > ROW_SUM_TOLERANCE:
+        tolerance = max(ROW_SUM_TOLERANCE, 4 * torch.finfo(p.dtype).eps)  # of bfloat16 a few units in the last place
+        if abs(sums[worst].item() - 1) > tolerance:
             raise ValueError(
-                f"{where}: every row must sum to 1 within {ROW_SUM_TOLERANCE}; row {rows.start + worst} sums to "
+                f"{where}: every row must sum to 1 within {tolerance:g}; row {rows.start + worst} sums to "
                 f"{sums[worst].item():.6g}. Logits need a softmax first."
             )
 

@@ -42,7 +42,7 @@ def noise_of(method: str, prediction: Any, observation_noise: Any) -> Any:
     if _is_deviation(form):
         raise ValueError(
             f"observation_noise={observation_noise!r} is given for all methods, but the pair (mean, standard "
-            f"deviation) of {method!r} includes its noise by definition. Name the methods that lack it: "
+            f"deviation) of {method!r} includes its noise; expected others. Name the methods that lack it: "
             f"observation_noise={{{method!r}: ...}} adds noise there, leaving a method out does not."
         )
     return observation_noise
@@ -120,8 +120,8 @@ def _state_noise(form: Gaussian | Samples, observation_noise: Any, where: str) -
         what = "an array of samples" if isinstance(form, Samples) else "a covariance"
         raise ValueError(
             f"{where}: {what} says nothing of the observation noise: the spread of a function over the posterior "
-            "leaves it out. Give observation_noise= (a standard deviation in the unit of the targets, as "
-            "la.sigma_noise), or say noise_included=True in Samples(...) or Gaussian(...)."
+            "leaves it out. Expected observation_noise= (a standard deviation in the unit of the targets, as "
+            "la.sigma_noise), or noise_included=True in Samples(...) or Gaussian(...)."
         )
     return form
 

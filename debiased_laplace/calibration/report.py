@@ -1,14 +1,15 @@
 """Finished reports: rendering, saving, reading back and checking."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from debiased_laplace.calibration.check import DEFAULT, CheckResult, ThresholdSource, check_report, read_thresholds
 from debiased_laplace.calibration.contents import ReportContents
 from debiased_laplace.calibration.document import from_json, to_json
-from debiased_laplace.calibration.tables import Table, to_frame, to_markdown, to_text
+from debiased_laplace.calibration.tables import Table, to_csv, to_frame, to_markdown, to_text
+from debiased_laplace.checks import shown
 from debiased_laplace.files import replacing
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class CalibrationReport(ReportContents):
         return to_frame(self, table)
 
     def to_csv(self, table: Table = "metrics") -> str:
-        """Return `to_frame(table)` as CSV text."""
-        return str(self.to_frame(table).to_csv(index=False, lineterminator="\n"))
+        """Return `to_frame(table)` as CSV text; text that a spreadsheet would read as a formula begins with a quote."""
+        return to_csv(self, table)
 
     def check(self, thresholds: ThresholdSource = DEFAULT) -> CheckResult:
         """Compare metrics with thresholds, by their confidence bounds unless a threshold says otherwise.
@@ -94,10 +95,12 @@ class CalibrationReport(ReportContents):
             formats: any of "html", "json", "md" and "csv": report.html, report.json, ...; "csv" also writes
                 report_comparisons.csv and, with sets out of distribution, report_ood.csv.
         """
-        chosen = () if isinstance(formats, str) else tuple(formats)
-        if not chosen or any(f not in get_args(Format) for f in chosen):
+        chosen = tuple(formats) if isinstance(formats, Iterable) and not isinstance(formats, str) else ()
+        if not chosen or any(not isinstance(f, str) or f not in get_args(Format) for f in chosen):
             known = ", ".join(map(repr, get_args(Format)))
-            raise ValueError(f"formats must be a sequence out of {known}; got {formats!r}.")
+            raise ValueError(f"formats must be a sequence out of {known}; got {shown(formats)}.")
+        if not isinstance(folder, str | os.PathLike):
+            raise ValueError(f"folder must be a path; got {shown(folder)}.")
         render = {"html": self.to_html, "json": self.to_json, "md": self.to_markdown, "csv": self.to_csv}
         texts = {f"report.{name}": render[name]() for name in chosen}  # all of them before a present file is replaced
         if "csv" in chosen:

@@ -50,7 +50,7 @@ class ScalingRequest:
     validation: tuple[Any, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(TemperatureScaling):
+        if not isinstance(self.mode, str) or self.mode not in get_args(TemperatureScaling):
             expected = ", ".join(map(repr, get_args(TemperatureScaling)))
             raise ValueError(f"temperature_scaling must be one of {expected}; got {self.mode!r}.")
         if self.validation is None:

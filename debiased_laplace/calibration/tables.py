@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jinja2
 import pandas as pd
@@ -37,6 +37,7 @@ from debiased_laplace.calibration.formatting import (
     shorten,
 )
 from debiased_laplace.calibration.metrics.detection import is_below_chance
+from debiased_laplace.checks import one_of
 
 Table = Literal["metrics", "comparisons", "ood"]
 ESTIMATE = tuple(f.name for f in fields(Estimate))
@@ -46,6 +47,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "ood": ("set", "method", "score", "metric", *ESTIMATE),
 }
 KEPT = (0.8, 0.9, 0.95, 1.0)  # coverages
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how one begins
 FAR = 0.02  # from a coverage without a point of its own
 RATES = 3  # decimals of rates, whose intervals are rarely narrower
 SIGNS: dict[Status, str] = {"passed": "\u2713", "failed": "\u2717", "inconclusive": "?"}
@@ -55,8 +57,7 @@ NAME_LENGTH = 34  # characters of a method's name in plain text
 
 def to_frame(contents: ReportContents, table: Table = "metrics") -> pd.DataFrame:
     """Return a long table: one number with its interval per row, missing numbers as NaN."""
-    if table not in COLUMNS:
-        raise ValueError(f"table must be one of {', '.join(map(repr, get_args(Table)))}; got {table!r}.")
+    one_of(table, Table, "table")
     rows: list[dict[str, Any]]
     if table == "metrics":
         rows = [
@@ -74,6 +75,14 @@ def to_frame(contents: ReportContents, table: Table = "metrics") -> pd.DataFrame
             for metric, e in d.metrics.items()
         ]
     return pd.DataFrame(rows, columns=list(COLUMNS[table]))
+
+
+def to_csv(contents: ReportContents, table: Table = "metrics") -> str:
+    """Return a table as CSV text, in which no text is a formula of a spreadsheet."""
+    frame = to_frame(contents, table)
+    for column in frame.columns:
+        frame[column] = [f"'{x}" if isinstance(x, str) and x.startswith(FORMULA) else x for x in frame[column]]
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def to_text(contents: ReportContents) -> str:

@@ -114,7 +114,7 @@ def attach_logits(
     """Return predictions with their logits, and check that their softmax is the probabilities."""
     unknown = [name for name in logits if name not in read]
     if unknown:
-        raise ValueError(f"logits are given for {unknown}, but the methods are {list(read)}.")
+        raise ValueError(f"logits must be those of the methods, {list(read)}; got them for {unknown}.")
     known = dict(read)
     for method, given in logits.items():
         source = read[method].source

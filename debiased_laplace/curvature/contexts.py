@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from debiased_laplace.checks import integer, network
 from debiased_laplace.curvature.as_found import put_back, put_back_contents
 from debiased_laplace.data.randomness import undisturbed_randomness
 
@@ -21,7 +22,16 @@ def evaluating(model: nn.Module) -> Iterator[set[str]]:
 
     Yields:
         Names of the buffers that evaluation wrote to; empty until the end.
+
+    Raises:
+        ValueError: if the samples of a batch depend on each other also in evaluation mode.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"{type(module).__name__} {name!r} has no running statistics and takes those of the batch, so that the "
+                "samples of a batch depend on each other; expected track_running_stats=True."
+            )
     # attributes too: a tensor that a forward pass stores on its module (attention weights, features) may belong to a
     # transformation, and can then be neither used nor copied
     attributes = {module: dict(module.__dict__) for module in model.modules()}
@@ -146,7 +156,12 @@ def at_weights(model: nn.Module, seed: int = 0) -> Iterator[set[str]]:
 
     Yields:
         Names of the buffers that evaluation wrote to; empty until the end.
+
+    Raises:
+        ValueError: if the model is no module, its samples depend on each other, or the seed is no integer.
     """
+    network(model)
+    seed = integer(seed, "seed")
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

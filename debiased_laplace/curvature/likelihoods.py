@@ -268,7 +268,7 @@ def likelihood_named(name: str, class_weights: Any = None) -> Likelihood:
     Raises:
         ValueError: if there is none, or class weights are not such numbers or not for it.
     """
-    if name not in _LIKELIHOODS:
+    if not isinstance(name, str) or name not in _LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {sorted(_LIKELIHOODS)}; got {name!r}.")
     if class_weights is None:
         return _LIKELIHOODS[name]

@@ -16,7 +16,7 @@ from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.inputs import Inputs, first, n_samples_of, split
+from debiased_laplace.data.inputs import Inputs, first, n_samples_of, shape_of, split
 
 _MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
 _MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
@@ -79,11 +79,17 @@ class Network:
         """Evaluate the first sample.
 
         Raises:
-            ValueError: if the model cannot be evaluated on it.
+            ValueError: if the model cannot be evaluated on it, or has other outputs than at the fitted inputs.
         """
         # outside a transformation, where the model's own errors are readable
         with torch.no_grad():
-            self.selection.evaluated(self.parameters, first(inputs, 1))
+            outputs = self.selection.evaluated(self.parameters, first(inputs, 1))
+        if outputs.ndim > 2 and outputs.numel() != self.n_outputs:
+            raise ValueError(
+                f"Expected inputs with {self.n_outputs} outputs each, as at the fit; got outputs of shape "
+                f"{tuple(outputs.shape[1:])} for inputs of shape {shape_of(inputs)}. Flatten further dimensions of "
+                "samples, such as (b, q, d) to (b q, d), into the first."
+            )
 
     def jacobians(self, inputs: Inputs, *, create_graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield Jacobians (n, C, P) and outputs (n, C), chunk by chunk, all outputs of a sample at once."""

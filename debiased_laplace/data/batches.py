@@ -44,7 +44,8 @@ class Batch:
         if len({len(t) for _, t in named}) > 1:
             lengths = ", ".join(f"{name} {len(t)}" for name, t in named)
             raise ValueError(
-                f"A batch has {n_samples_of(self.inputs)} inputs but {len(self.targets)} targets ({lengths})."
+                f"Expected as many targets as inputs; got {n_samples_of(self.inputs)} inputs but "
+                f"{len(self.targets)} targets ({lengths})."
             )
 
     def __len__(self) -> int:

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from scipy.stats import t as student
 from torch import Tensor
 
+from debiased_laplace.checks import number
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 _LEAST = 0.05
@@ -97,8 +98,7 @@ def confidence_intervals(
     Raises:
         ValueError: if the level is not between 0 and 1.
     """
-    if not isinstance(level, int | float) or not 0 < level < 1:
-        raise ValueError(f"Expected a level between 0 and 1, such as 0.95; got {level!r}.")
+    level = number(level, "level, such as 0.95,", low=0, high=1, is_open=True)
     if shape.sampled_share >= 1:
         return torch.stack([values, values], 1)
     if shape.n_samples < 2:

@@ -166,6 +166,7 @@ class Request:
         for name in opened:
             if structure != _STRUCTURE_OF.get(name, structure):
                 raise ValueError(f"{name} requires hessian_structure='lowrank'; got {name}='auto' with {structure!r}.")
+        one_of(values["metric"], Metric, "metric", also=("auto",))
         if values["metric"] in ("kron", "auto") and values["complement"] not in (None, "kron", "auto"):
             raise ValueError(
                 f"metric={values['metric']!r} requires complement='kron', whose basis gives its coordinates; got "

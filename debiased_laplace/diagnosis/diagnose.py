@@ -5,13 +5,13 @@ all data, $f H_a + (1 - f) H_c$ with $f = |a| / N$ and reference samples c that 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from debiased_laplace.checks import integer, one_of, one_positive
+from debiased_laplace.checks import boolean, integer, number, one_of, one_positive, shown
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
@@ -78,12 +78,15 @@ def diagnose(
     """
     start = time.perf_counter()
     _check(curvature, damping, prior_precision, n_draws, n_reference)
+    boolean(progress_bar, "progress_bar")
+    n_draws, n_reference, damping, seed = int(n_draws), int(n_reference), float(damping), integer(seed, "seed")
+    prior_precision = None if prior_precision is None else float(prior_precision)
     with at_weights(model, seed):
         source = sample_source(loader, seed)
         n = len(source.indices)
         sizes = _sizes(batch_sizes, n)
         if n_data is not None:
-            integer(n_data, "n_data", minimum=n)
+            n_data = integer(n_data, "n_data", minimum=n)
         first = next(source.batches(source.indices[: source.batch_size], seed))
         network, _ = prepare_network_and_batch(model, likelihood, first)
         N, n_reference = n_data or n, min(n_reference, n - sizes[-1])
@@ -101,8 +104,7 @@ def diagnose(
 def _check(curvature: str, damping: float, prior_precision: float | None, n_draws: int, n_reference: int) -> None:
     """Check that the arguments are in range."""
     one_of(curvature, RootCurvature, "curvature")
-    if not damping >= 0:
-        raise ValueError(f"damping must be at least 0; got {damping!r}.")
+    number(damping, "damping", low=0)
     if prior_precision is not None:
         one_positive(prior_precision, "prior_precision")
     integer(n_draws, "n_draws", minimum=1)
@@ -119,11 +121,13 @@ def _sizes(batch_sizes: Sequence[int] | None, n: int) -> tuple[int, ...]:
                 f"got {n}. Pass batch_sizes."
             )
         return sizes
-    sizes = tuple(sorted({int(size) for size in batch_sizes}))
+    if isinstance(batch_sizes, str | Mapping) or not isinstance(batch_sizes, Iterable):
+        raise ValueError(f"batch_sizes must be a sequence of integers; got {shown(batch_sizes)}.")
+    sizes = tuple(sorted({integer(size, "each of batch_sizes") for size in batch_sizes}))
     if not sizes or sizes[0] < 2 or sizes[-1] > n - 2:
         raise ValueError(
             f"Expected batch_sizes from 2 to {n - 2}, leaving some of the {n} samples for unbiased values; got "
-            f"{list(batch_sizes)}."
+            f"{list(sizes)}."
         )
     return sizes
 

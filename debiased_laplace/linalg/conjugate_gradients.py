@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.checks import integer
+from debiased_laplace.checks import boolean, function, integer, number, tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -204,6 +204,10 @@ def conjugate_gradients(
         Nocedal & Wright (2006), Algorithm 5.3.
     """
     _check(b, x0, max_iterations, tolerance)
+    function(matvec, "matvec")
+    if preconditioner is not None:
+        function(preconditioner, "preconditioner")
+    boolean(keep_directions, "keep_directions")
     process = ConjugateGradientIterations(
         matvec, b, preconditioner=preconditioner, max_iterations=max_iterations, tolerance=tolerance, x0=x0
     )
@@ -239,7 +243,10 @@ def _applied(function: LinearMap, x: Tensor, name: str) -> Tensor:
 
 
 def _check(b: Tensor, x0: Tensor | None, max_iterations: int, tolerance: float) -> None:
-    if b.ndim != 1 or not b.is_floating_point():
+    tensor(b, "b")
+    if x0 is not None:
+        tensor(x0, "x0")
+    if b.ndim != 1:
         raise ValueError(f"Expected b to be a floating-point vector; got {b.dtype} of shape {tuple(b.shape)}.")
     if x0 is not None and (x0.shape != b.shape or x0.dtype != b.dtype):
         raise ValueError(
@@ -248,5 +255,4 @@ def _check(b: Tensor, x0: Tensor | None, max_iterations: int, tolerance: float) 
     if not bool(b.isfinite().all()) or (x0 is not None and not bool(x0.isfinite().all())):
         raise ValueError("Expected finite b and x0; got NaN or infinity.")
     integer(max_iterations, "max_iterations", minimum=0)
-    if not (isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"Expected tolerance to be finite and at least 0; got {tolerance!r}.")
+    number(tolerance, "tolerance", low=0)

@@ -8,15 +8,15 @@ References:
     Tatzel et al. (2025), arXiv 2410.14325 (debiased steps).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from debiased_laplace.checks import function, integer, network, number, shown
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.first_pass import prepare_network
@@ -123,17 +123,22 @@ class DebiasedNewton(Optimizer):
         self._options = checked_options(
             damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, 1e-6, stopping)
         )
-        if not damping > 0:
-            raise ValueError(f"damping must be above 0; got {damping!r}.")
-        if not (isinstance(judging_share, float) and 0 < judging_share < 1):
-            raise ValueError(f"judging_share must be a float between 0 and 1; got {judging_share!r}.")
+        number(damping, "damping", low=0, is_open=True)
+        judging_share = number(judging_share, "judging_share", low=0, high=1, is_open=True)
+        network(model)
+        seed = integer(seed, "seed")
         self.model, self.likelihood = model, likelihood_named(likelihood)
         self.magnitudes, self.curvature, self.judging_share = magnitudes, curvature, judging_share
-        self.n_data, self.seed = n_data, seed
         check_n_data(n_data, 1)
+        self.n_data, self.seed = None if n_data is None else int(n_data), seed
         self.last_step: StepReport | None = None
         self._network: Network | None = None
-        super().__init__(params, {"weight_decay": weight_decay})
+        try:
+            super().__init__(params, {"weight_decay": weight_decay})
+        except TypeError as error:
+            raise ValueError(
+                f"Expected params as parameters or groups of them; got {shown(params)} ({error})."
+            ) from error
         self._weight_decays()
         self._memory.update(damping=float(damping), n_steps=0)
 
@@ -149,8 +154,7 @@ class DebiasedNewton(Optimizer):
             ValueError: if its weight decay is negative or not finite.
         """
         decay = param_group.get("weight_decay", self.defaults["weight_decay"])
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not (isfinite(decay) and decay >= 0):
-            raise ValueError(f"weight_decay must be a finite number of at least 0; got {decay!r}.")
+        number(decay, "weight_decay", low=0)
         super().add_param_group(param_group)
         self._network = None
 
@@ -172,7 +176,7 @@ class DebiasedNewton(Optimizer):
                 "Expected a closure that returns the batch, (inputs, targets): optimizer.step(lambda: (x, y)). A loss "
                 "is not enough, because a step needs the curvature of each sample; got None."
             )
-        checked_batch = as_batch(closure(), DEFAULT_KEYS).with_mean_weight_one()
+        checked_batch = as_batch(function(closure, "closure")(), DEFAULT_KEYS).with_mean_weight_one()
         with at_weights(self.model):
             network, batch, sets, held_out = self._split(checked_batch)
             damping, penalty = self.damping, self._penalty(network)
@@ -271,7 +275,9 @@ class DebiasedNewton(Optimizer):
         Raises:
             ValueError: if it is not the state of a `DebiasedNewton`.
         """
-        if not any({"damping", "n_steps"} <= state.keys() for state in state_dict["state"].values()):
+        states = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+        entries = states.values() if isinstance(states, Mapping) else ()
+        if not any(isinstance(state, Mapping) and {"damping", "n_steps"} <= state.keys() for state in entries):
             raise ValueError("Expected the state of a DebiasedNewton, with damping and n_steps; got one without them.")
         super().load_state_dict(state_dict)
 

@@ -1,10 +1,9 @@
 """Options of a Newton step and their checks."""
 
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from debiased_laplace.checks import boolean, integer, one_of
+from debiased_laplace.checks import boolean, function, integer, number, one_of
 from debiased_laplace.linalg.conjugate_gradients import LinearMap
 from debiased_laplace.quadratics.preparation import Curvature
 
@@ -53,9 +52,12 @@ def checked_options(
     one_of(curvature, Curvature, "curvature")
     one_of(magnitudes, StepMagnitudes, "magnitudes")
     one_of(options.stopping, Stopping, "stopping")
-    for name, value in (("damping", damping), ("tolerance", options.tolerance)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
-    integer(options.max_iterations, "max_iterations", minimum=1)
-    boolean(options.shrinkage, "shrinkage")
-    return options
+    number(damping, "damping", low=0)
+    if options.preconditioner is not None:
+        function(options.preconditioner, "preconditioner")
+    return replace(
+        options,
+        tolerance=number(options.tolerance, "tolerance", low=0),
+        max_iterations=integer(options.max_iterations, "max_iterations", minimum=1),
+        shrinkage=boolean(options.shrinkage, "shrinkage"),
+    )

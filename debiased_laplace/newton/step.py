@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.checks import integer
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
@@ -198,10 +199,11 @@ def newton_step(
     options = checked_options(
         damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, tolerance, stopping, preconditioner)
     )
+    damping, shrinkage, max_iterations = float(damping), options.shrinkage, options.max_iterations
     checked_batch = as_batch(batch, DEFAULT_KEYS).with_mean_weight_one()
     with at_weights(model):
         network, samples = prepare_network_and_batch(model, likelihood, checked_batch)
-        sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
+        sets = index_sets(samples, magnitudes, integer(seed, "seed"), shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
         check_n_data(n_data, len(samples))
         of_prior = regularizer.n_data if isinstance(regularizer, Regularizer) else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.checks import boolean, integer, number
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.first_pass import evaluated, with_target_weights
@@ -79,6 +80,9 @@ def held_out_kl(
     References:
         docs/conventions.md, "Held-out KL"; Daxberger et al. (2021), arXiv 2106.14806.
     """
+    boolean(progress_bar, "progress_bar")
+    n_data = None if n_data is None else integer(n_data, "n_data", minimum=1)
+    temperature = None if temperature is None else number(temperature, "temperature", low=0, is_open=True)
     with torch.inference_mode(False), full_precision():
         candidate = candidate_of(posterior, n_data, temperature)
         if candidate.identities is None and fitted_loader is None:

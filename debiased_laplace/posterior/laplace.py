@@ -1,10 +1,12 @@
 """The posterior that users hold: laplace-torch's interface to a fit, the prior, and the predictive of both."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,7 +15,20 @@ from laplace.baselaplace import ParametricLaplace
 from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
-from debiased_laplace.checks import boolean, finite, integer, name_of, one_of, one_positive, positive
+from debiased_laplace.checks import (
+    boolean,
+    finite,
+    integer,
+    name_of,
+    network,
+    number,
+    one_of,
+    one_positive,
+    positive,
+    shown,
+    tensor,
+    text,
+)
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.derivatives import find_capabilities
@@ -86,7 +101,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
         magnitude_samples: int | float | None = None,
         **estimator: Any,
     ):
+        network(model)
         likelihood = name_of(likelihood)
+        keys = MappingKeys(text(dict_key_x, "dict_key_x"), text(dict_key_y, "dict_key_y"))
         if feature_reduction is not None and name_of(feature_reduction) not in {r.value for r in FeatureReduction}:
             expected = [r.value for r in FeatureReduction]
             raise ValueError(f"feature_reduction must be None or one of {expected}; got {feature_reduction!r}.")
@@ -99,7 +116,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             likelihood_named(likelihood, class_weights),
             WeightSubset(self._key[0], last_layer_name, subnetwork_indices),
             BackendChoice.of(backend, backend_kwargs),
-            MappingKeys(dict_key_x, dict_key_y),
+            keys,
             split,
             request,
         )
@@ -117,7 +134,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             prior_precision,
             prior_mean,
             temperature,
-            enable_backprop,
+            boolean(enable_backprop, "enable_backprop"),
             dict_key_x,
             dict_key_y,
         )
@@ -351,7 +368,13 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 is new, the weights have changed, or, after loading a state, the loader does not yield the fitted
                 samples again. Model and posterior stay as they were.
         """
+        if hasattr(override, "shape"):
+            raise ValueError(
+                "Expected fit(loader), with a DataLoader of (inputs, targets) or a list of such batches, as in "
+                f"fit([(X, y)]); got a second array, {shown(override)}, as override."
+            )
         boolean(override, "override")
+        boolean(progress_bar, "progress_bar")
         n_data = None if n_data is None else integer(n_data, "n_data")
         if isinstance(tolerance, bool):
             raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
@@ -633,6 +656,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         Before `fit`, from the prior mean in the metric of the prior precision.
         """
         P = self.selection.n_parameters
+        value = tensor(value, "parameters")
         if value.ndim == 0 or value.shape[-1] != P:
             raise ValueError(f"Expected parameters of shape (…, {P}); got {tuple(value.shape)}.")
         if self._fit is None:
@@ -731,7 +755,10 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         link = name_of(link_approx)
         one_of(link, Link, "link_approx")
+        for name, flag in (("joint", joint), ("diagonal_output", diagonal_output), ("fitting", fitting)):
+            boolean(flag, name)
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
+        _check_model_arguments(self.model, pred_type, model_kwargs)
         regression = self.likelihood != "classification" and not (fitting and self.likelihood == "reward_modeling")
         if pred_type == "nn" and link != "mc":
             raise ValueError(f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link!r}.")
@@ -825,6 +852,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             NotFittedError: before `fit`.
             ValueError: if an option is not known.
         """
+        boolean(diagonal_output, "diagonal_output")
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
         with self._predictive(inputs) as predictive:
             if pred_type == "nn":
@@ -860,7 +888,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     def _check_jacobian_width(self, Js: Tensor) -> None:
         P = len(self.fit_result.mean)
-        if Js.ndim < 2 or Js.shape[-1] != P:
+        if tensor(Js, "Jacobians").ndim < 2 or Js.shape[-1] != P:
             raise ValueError(f"Expected Jacobians of shape (…, {P}); got {tuple(Js.shape)}.")
 
     @property
@@ -1041,17 +1069,25 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if method not in ("marglik", "gridsearch"):
             raise ValueError(f"method must be 'marglik' or 'gridsearch'; got {method!r}.")
         one_of(structure, prior_tuning.PriorStructure, "prior_structure")
+        boolean(verbose, "verbose")
+        if progress_bar is not None:
+            boolean(progress_bar, "progress_bar")
         scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
         noise_is_open, before = self._noise_is_open, dict(self.__dict__)
         try:
             with torch.inference_mode(False), full_precision():
                 if method == "marglik":
-                    ascent = prior_tuning.Ascent(n_steps, lr, init_prior_prec, structure)
+                    rate = number(lr, "the learning rate lr", low=0, is_open=True)
+                    n_steps = integer(n_steps, "n_steps", minimum=0)
+                    ascent = prior_tuning.Ascent(n_steps, rate, init_prior_prec, structure)
                     cautions = self._maximize_marginal_likelihood(ascent, scoring, progress_bar)
                 else:
-                    grid = prior_tuning.prior_grid(
-                        log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+                    lower, upper, base = (
+                        number(log_prior_prec_min, "log_prior_prec_min"),
+                        number(log_prior_prec_max, "log_prior_prec_max"),
+                        number(log_prior_prec_base, "log_prior_prec_base", low=1, is_open=True),
                     )
+                    grid = prior_tuning.prior_grid(lower, upper, grid_size, base)
                     self._prior_search = prior_tuning.search_grid(
                         self,
                         grid,
@@ -1196,6 +1232,25 @@ class JacobianBackend:
 
 def _geometric_mean(noise: Float[Tensor, " C"]) -> Float[Tensor, ""]:
     return noise.log().mean().exp()
+
+
+def _check_model_arguments(model: nn.Module, pred_type: str, given: Mapping[str, Any]) -> None:
+    """Check further arguments of a prediction: only drawn networks take them, and only those of their `forward`.
+
+    Raises:
+        ValueError: for all others, which are slips.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = [] if pred_type == "glm" else list(parameters)
+    own = [p for p in inspect.signature(DebiasedParametricLaplace.__call__).parameters if p != "model_kwargs"]
+    for name in given:
+        if name not in known and (pred_type == "glm" or not takes_all or get_close_matches(name, own[1:])):
+            meant = "".join(f"; did you mean {match!r}?" for match in get_close_matches(name, own[1:], 1)) or "."
+            raise ValueError(
+                f"Expected arguments of a prediction, {', '.join(own[2:])}, or with pred_type='nn' of the model's "
+                f"forward; got {name!r}{meant}"
+            )
 
 
 def _check_draws(n_samples: int, generator: torch.Generator | None, device: torch.device) -> None:

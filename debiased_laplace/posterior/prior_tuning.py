@@ -310,7 +310,7 @@ def prior_grid(lower: int | float, upper: int | float, n_points: int, base: int 
     if n_points < 1:
         raise ValueError(f"grid_size must be an integer of at least 1; got {n_points!r}.")
     if lower > upper:
-        raise ValueError(f"log_prior_prec_min must not be above log_prior_prec_max; got {lower} and {upper}.")
+        raise ValueError(f"log_prior_prec_min must not be above log_prior_prec_max; got {lower:g} and {upper:g}.")
     if not base > 1:
         raise ValueError(f"log_prior_prec_base must be above 1; got {base}.")
     grid = torch.logspace(lower, upper, n_points, base=base, dtype=torch.float64)

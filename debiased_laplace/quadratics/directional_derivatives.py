@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.checks import one_of
+from debiased_laplace.checks import boolean, integer, one_of, tensor
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.network import Network
@@ -213,7 +213,7 @@ class DirectionalProblem:
             ValueError: if one of them cannot be used.
         """
         one_of(curvature, Curvature, "curvature")
-        n_samples, batches = load_batches(data, seed)
+        n_samples, batches = load_batches(data, integer(seed, "seed"))
         network, first = prepare_network_and_batch(model, likelihood, next(batches))
         like = network.like
         if not isinstance(directions, Tensor) or directions.ndim != 2 or len(directions) != len(like):
@@ -222,6 +222,7 @@ class DirectionalProblem:
                 f"Expected directions as columns of a ({len(like)}, k) tensor, one row for each trainable parameter; "
                 f"got {given}."
             )
+        tensor(directions, "directions")
         U = directions.detach().to(like)
         if U.shape[1] == 0:
             raise ValueError("Expected at least one direction; got none.")
@@ -235,7 +236,8 @@ class DirectionalProblem:
 
     def quadratics(self, *, progress_bar: bool) -> Iterator[BatchQuadratic]:
         """Yield quadratic models of a few samples at a time."""
-        with tqdm(total=self.n_samples, disable=not progress_bar, desc="[Along directions]") as bar:
+        hidden = not boolean(progress_bar, "progress_bar")
+        with tqdm(total=self.n_samples, disable=hidden, desc="[Along directions]") as bar:
             for quadratic in quadratics_of(self.network, self.batches, self.curvature, derivatives=self.derivatives):
                 yield quadratic
                 bar.update(len(quadratic))

@@ -280,7 +280,7 @@ assert not [m for m in ("netcal", "pyro", "gpytorch", "matplotlib", "laplace") i
 import pytest
 P = [[0.4, 0.6], [0.7, 0.3]]
 for predictions, options, expected in (
-    ({{"a": P}}, {{"task": "ranking"}}, "task must be one of 'binary'"), ([P], {{}}, "got list"),
+    ({{"a": P}}, {{"task": "ranking"}}, "task must be one of .'binary'"), ([P], {{}}, "got list"),
     ({{1: P}}, {{}}, "printable text; got 1"), ({{"a": P}}, {{"title": 3}}, "Expected text in title; got int"),
     ({{"a": P}}, {{"ood": [1]}}, "ood must map names"), ({{"a": P}}, {{"validation": P * 2}}, "must be a pair"),
     ({{"a": P}}, {{"temperature_scaling": "yes"}}, "must be one of 'auto'"), ({{"a": P}}, {{}}, "formats must be a"),

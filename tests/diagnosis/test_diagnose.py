@@ -195,7 +195,7 @@ WRONG = {
     "all samples": ({"batch_sizes": [40]}, "leaving some of the 40"),
     "size 1": ({"batch_sizes": [1]}, "from 2 to 38"),
     "no draws": ({"n_draws": 0}, "n_draws must be an integer of at least 1"),
-    "negative damping": ({"damping": -0.5}, "damping must be at least 0"),
+    "negative damping": ({"damping": -0.5}, "damping must be a finite number of at least 0"),
     "no prior": ({"prior_precision": 0.0}, "prior_precision must be positive"),
     "n_data too small": ({"n_data": 39}, "n_data must be an integer of at least 40"),
     "too few for the default sizes": ({"batch_sizes": None}, "Pass batch_sizes"),

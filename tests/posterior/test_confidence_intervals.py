@@ -122,5 +122,5 @@ def test_what_has_no_intervals_says_why() -> None:
     with pytest.raises(ValueError, match="expected kron_magnitudes='exact'"):
         la.confidence_intervals()
     la, *_ = fitted("MLP", "classification", rank=3, n_data=N_DATA)
-    with pytest.raises(ValueError, match=r"between 0 and 1, such as 0\.95; got 95"):
+    with pytest.raises(ValueError, match=r"such as 0\.95, must be between 0 and 1; got 95"):
         la.confidence_intervals(level=95.0)

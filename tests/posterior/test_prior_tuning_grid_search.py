@@ -427,7 +427,7 @@ def test_arguments_of_the_other_method_are_pointed_out(case):
 
 WRONG = {
     "edges the wrong way round": ({"log_prior_prec_min": 3, "log_prior_prec_max": 1}, "must not be above .* 3 and 1"),
-    "no base": ({"log_prior_prec_base": 1}, "log_prior_prec_base must be above 1; got 1"),
+    "no base": ({"log_prior_prec_base": 1}, "log_prior_prec_base must be a finite number above 1; got 1"),
     "priors beyond double precision": ({"log_prior_prec_max": 400}, "every prior_precision of the grid"),
     "a loss of every sample": ({"loss": lambda p, y: p[:, 0]}, "loss must return one number; <lambda> returned"),
     "a batch without samples": ({"val_loader": [(torch.zeros(0, 4).double(), torch.zeros(0).long())]}, "no batches"),
