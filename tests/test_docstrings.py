@@ -12,8 +12,11 @@ import debiased_laplace
 
 PACKAGE = Path(debiased_laplace.__file__).parent
 Definition = ast.FunctionDef | ast.ClassDef
-# exceptions that no `raise` of the package shows: by the operating system
-RAISED_BY = {"OSError": {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "load"}}
+# exceptions that no `raise` of the package shows: passed on, or by the operating system
+RAISED_BY = {
+    "KeyboardInterrupt": {"interrupt_behind"},
+    "OSError": {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "load"},
+}
 
 
 def definitions(sources: dict[str, str]) -> list[tuple[str, Definition]]:

@@ -180,7 +180,7 @@ CASES = {
         "rank": without(COUNT, None), "magnitudes": CHOICE, "n_folds": COUNT, "complement": without(CHOICE, None),
         "metric": CHOICE, "inverse_correction": CHOICE, "solver": CHOICE, "seed": without(COUNT, -1),
         "direction_samples": SHARE, "magnitude_samples": without(SHARE, None), "kron_basis": CHOICE,
-        "kron_magnitudes": CHOICE, "kfac_approx": CHOICE, "sigma_noise": POSITIVE, "prior_precision": PRIOR,
+        "kron_magnitudes": CHOICE, "kfac_approx": CHOICE, "sigma_noise": without(POSITIVE, None), "prior_precision": PRIOR,
         "prior_mean": ["0.3", None, NAN, INF, TWO, OBJECT, 1j, {}], "temperature": POSITIVE, "enable_backprop": FLAG,
         "dict_key_x": [*NAME, None], "dict_key_y": [*NAME, None], "backend": [3, "GGN", OBJECT, object],
         "backend_kwargs": [3, "x", OBJECT, [1], {"a": 1}, {"stochastic": "yes"}],
@@ -210,10 +210,10 @@ CASES = {
     "confidence_intervals": keywords(LA.confidence_intervals, {"level": SHARE}),
     "attributes": {name: (lambda v, n=name: setattr(fitted("regression"), n, v), wrong) for name, wrong in {
         "prior_precision": PRIOR, "prior_mean": ["0.3", None, NAN, INF, TWO, OBJECT, 1j, {}],
-        "sigma_noise": POSITIVE, "temperature": POSITIVE}.items()},
+        "sigma_noise": without(POSITIVE, None), "temperature": POSITIVE}.items()},
     "optimize_prior_precision": keywords(tuned, {
         "method": CHOICE, "n_steps": COUNT, "lr": POSITIVE, "init_prior_prec": PRIOR, "prior_structure": CHOICE,
-        "verbose": FLAG, "progress_bar": FLAG,
+        "verbose": FLAG, "progress_bar": without(FLAG, None),
     }) | {f"{k}, grid": v for k, v in keywords(lambda **o: tuned(method="gridsearch", **o), {
         "pred_type": CHOICE, "val_loader": LOADER, "loss": [3, "nll", OBJECT, [1], lambda p, y: "x"],
         "log_prior_prec_min": [*SHARE[:2], NAN, INF, TWO, OBJECT, 1j], "log_prior_prec_base": without(POSITIVE, 1),
@@ -263,7 +263,7 @@ CASES = {
     },
     "newton_step": keywords(stepped, {
         "model": MODEL, "likelihood": LIKELIHOOD,
-        "batch": [None, 3, "x", OBJECT, (X,), (X, Y, Y), (X, Y[:5]), (X, R), (X, None), (None, Y), [], {}, ("a", "b"),
+        "batch": [None, 3, "x", OBJECT, (X,), (X, Y, Y, Y), (X, Y[:5]), (X, R), (X, None), (None, Y), [], {}, ("a", "b"),
                   (X[:1], Y[:1]), (X * NAN, Y), (X, Y + 9)],
         "damping": POSITIVE, "magnitudes": CHOICE, "shrinkage": FLAG, "max_iterations": COUNT,
         "regularizer": [OBJECT, "x", -0.3, NAN, TWO, [1], 1j, {}], "curvature": CHOICE,

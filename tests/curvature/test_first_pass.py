@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "samples merged": (lambda f: f.reshape(-1, 1), r"got \(24, 1\)"),
     "samples along the second dimension": (lambda f: f.T, r"got \(3, 8\)"),
     "a tuple": (lambda f: (f, f), "return a tensor.*; got tuple"),
-    "a dictionary": (lambda f: {"logits": f}, "return a tensor.*; got dict"),
+    "a dictionary": (lambda f: {"scores": f}, "return a tensor.*; got dict with keys"),
     "one output": (lambda f: f[:, :1], "at least 2 outputs"),
     "too few outputs for the labels": (lambda f: f[:, :2], "labels between 0 and 1"),
 }
