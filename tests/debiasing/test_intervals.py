@@ -185,7 +185,7 @@ def test_no_directions() -> None:
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0, -0.1, math.nan])
 def test_levels_are_shares(level: float) -> None:
-    with pytest.raises(ValueError, match=r"level between 0 and 1, such as 0\.95; got"):
+    with pytest.raises(ValueError, match=r"such as 0\.95, must be between 0 and 1; got"):
         confidence_intervals(tensor(1.0), tensor(0.1), shape_of(0.1), level=level)
 
 
