@@ -49,7 +49,7 @@ class SharedFit:
             la.fit(self.loader, n_data=self.task.n_data)
         pool = la.fit_result.pool
         self._fit, (batch, *_) = fit_curvature(
-            la._spec, la._weighting, pool.source, n_data=self.task.n_data, progress_bar=False
+            la._spec, la._weighting, pool.source, n_data=self.task.n_data, known_n_data=True, progress_bar=False
         )
         if not isinstance(batch, RowCurvature):
             raise TypeError("Expected a curvature with rows.")

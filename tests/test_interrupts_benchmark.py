@@ -30,6 +30,7 @@ def test_two_fits_at_once_leave_everything_as_found(shared: bool) -> None:
     assert all("Another thread uses this model" in error for error in errors)
 
 
+@pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")
 @pytest.mark.slow
 def test_random_interrupts_of_every_operation_leave_everything_as_found() -> None:
     for operation, kind, _, found in interrupts(40, seed=8):

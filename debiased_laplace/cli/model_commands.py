@@ -51,6 +51,8 @@ _LAPLACE_ARGUMENTS = (
     "kron_basis",
     "kron_magnitudes",
     "class_weights",
+    "sampling",
+    "n_rows",
     "kfac_approx",
     "prior_precision",
     "prior_mean",
@@ -171,6 +173,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--class-weights", type=float, nargs="+", metavar="W", help="(classification) one for each class"
     )
+    options.add_argument("--sampling", choices=("uniform", "curvature"))
+    options.add_argument("--n-rows", type=int)
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
     options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")

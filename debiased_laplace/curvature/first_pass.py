@@ -61,7 +61,7 @@ def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar:
                 loss += network.likelihood.loss(outputs, batch.targets)
             else:
                 loss += weighted.scaled(network.likelihood.per_sample_loss(outputs, batch.targets)).sum()
-                weights.append(weighted.weights.double().cpu())
+                weights.append(weighted.weights.cpu().double())
             hashes.append(sample_hashes(batch))
             size += batch.n_bytes
             kept = [*kept, batch] if keep or size <= KEEP_BYTES else []

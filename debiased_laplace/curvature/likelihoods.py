@@ -275,7 +275,8 @@ def likelihood_named(name: str, class_weights: Any = None) -> Likelihood:
     if name != "classification":
         raise ValueError(f"class_weights are for likelihood='classification'; got likelihood={name!r}.")
     try:
-        weights = torch.as_tensor(class_weights).detach()
+        weights = torch.as_tensor(class_weights, dtype=None if isinstance(class_weights, Tensor) else torch.float64)
+        weights = weights.detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Expected class_weights as numbers, one for each class; got {class_weights!r}.") from error
     valid = weights.ndim == 1 and bool((weights >= 0).all() and weights.isfinite().all() and weights.any())
@@ -283,7 +284,7 @@ def likelihood_named(name: str, class_weights: Any = None) -> Likelihood:
         raise ValueError(
             f"Expected class_weights as one number for each class, none negative and not all 0; got {class_weights!r}."
         )
-    return Classification(weights if weights.is_floating_point() else weights.float())
+    return Classification(weights if weights.is_floating_point() else weights.double())
 
 
 def shown_class_weights(likelihood: Likelihood) -> str:

@@ -20,6 +20,7 @@ from debiased_laplace.curvature.residual import ResidualDiagonal
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.sub_batch import (
     DirectionalMoments,
+    DrawErrors,
     ResidualRequest,
     RunningMoments,
     SubBatchCurvature,
@@ -39,7 +40,11 @@ UNUSED = "unused"
 
 
 class RowCurvature(SubBatchCurvature):
-    """Mean curvature of a set of samples, given a root of it."""
+    """Mean curvature of a set of samples, given a root of it.
+
+    Attributes:
+        draw: errors of the draw, where samples stand for drawn rows; None for samples.
+    """
 
     def __init__(
         self, network: Network, samples: SubBatch, root: OutputRoot, *, seed: int = 0, progress_bar: bool = False
@@ -49,8 +54,11 @@ class RowCurvature(SubBatchCurvature):
         self.root = root
         self.seed = seed
         self.progress_bar = progress_bar
+        self.draw: DrawErrors | None = None
         self._used: set[str] = set()
         self._stacked: GramFactor | None = None
+        # factors of the rows that are held; None: 1
+        self._scales: Tensor | None = None
         self._drawn: Tensor | None = None
 
     @property
@@ -99,12 +107,27 @@ class RowCurvature(SubBatchCurvature):
         if self._stacked is not None:
             rows = self._stacked.rows.unflatten(0, (-1, self.rows_per_sample))[positions.to(self._stacked.rows.device)]
             part._hold(rows.flatten(0, 1))
-        if self.is_random:
+            part._scales = None if self._scales is None else self._scales[positions]
+        if self.is_random or self._drawn is not None:
             # a later pass over the part, such as for Kronecker factors, must have the draws of its samples
             drawn = torch.cat([noise for _, noise in self.batches()])
             part._drawn = drawn[positions.to(self.network.like.device)]
+        part.draw = None if self.draw is None else self.draw.at(positions)
         part._used = self._used
         return part
+
+    def reweighted(self, factors: Float[Tensor, " n"]) -> "RowCurvature":
+        """Return the curvature of the same samples, each multiplied by a factor; rows held in memory are shared."""
+        weights = self.samples.weights
+        weights = factors if weights is None else weights * factors
+        other = RowCurvature(self.network, self.samples.weighted(weights), self.root, seed=self.seed)
+        other._drawn, other._used = self._drawn, self._used
+        other.draw = None if self.draw is None else self.draw.reweighted(factors)
+        if self._stacked is not None:
+            scales = factors.sqrt()
+            other._stacked = self._stacked
+            other._scales = scales if self._scales is None else self._scales * scales.to(self._scales)
+        return other
 
     def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches with the targets or noise that the root needs; every pass has the same draws."""
@@ -122,7 +145,11 @@ class RowCurvature(SubBatchCurvature):
         if self._stacked is not None:
             r = self.rows_per_sample
             stacked = self._stacked.rows.unflatten(0, (-1, r))
-            for rows in stacked.split(max(1, self.network.rows_per_chunk(r))):
+            size = max(1, self.network.rows_per_chunk(r))
+            for start in range(0, len(stacked), size):
+                rows = stacked[start : start + size]
+                if self._scales is not None:
+                    rows = rows * self._scales[start : start + size].to(rows)[:, None, None]
                 yield len(rows), iter([rows])
             return
         with self._progress(description) as bar:
@@ -139,6 +166,10 @@ class RowCurvature(SubBatchCurvature):
 
     def stacked_rows(self) -> GramFactor:
         """Return all rows as one matrix, held in memory; the rows of a sample are adjacent."""
+        if self._stacked is not None and self._scales is not None:
+            scales = self._scales.repeat_interleave(self.rows_per_sample).to(self._stacked.rows)
+            self._scales = None
+            return self._hold(self._stacked.rows * scales[:, None])
         if self._stacked is None:
             rows = self.network.like.new_empty(self.n_rows, self.network.n_parameters)
             start = 0
@@ -188,7 +219,7 @@ class RowCurvature(SubBatchCurvature):
                     trace += rows.to(trace.dtype).square().sum()
                 for k in residual.ranks:
                     residual.add(k, rows - projections[..., :k] @ U[:, :k].T)
-            sums.add(quadratics)
+            sums.add(quadratics, self._draw_of(sums.n, n))
         moments = sums.moments()
         return [
             moments.leading(r.rank, trace / sums.n if r.residual == "trace" else None, residual.mean(r, sums.n))
@@ -218,14 +249,15 @@ class RowCurvature(SubBatchCurvature):
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Measure the curvature along every vector of a basis, and its spread over samples."""
-        if self.linear_layer is not None:
+        # outer products are not held in memory
+        if self.linear_layer is not None and self.draw is None:
             return self._moments_of_outer_products(basis, self.linear_layer)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         for n, blocks in self.row_groups("[Curvature along the basis]"):
             quadratics = sums.first.new_zeros(n, self.network.n_parameters)
             for rows in blocks:
                 quadratics += basis.summed_squares(rows)
-            sums.add(quadratics)
+            sums.add(quadratics, self._draw_of(sums.n, n))
         return sums.moments()
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
@@ -267,9 +299,13 @@ class RowCurvature(SubBatchCurvature):
             for batch, targets_or_noise in self.batches():
                 for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
                     projections = self.network.root_columns(chunk, self.root, part, directions)
-                    sums.add(projections.to(sums.first.dtype).square().sum(1))
+                    squares = projections.to(sums.first.dtype).square().sum(1)
+                    sums.add(squares, self._draw_of(sums.n, len(squares)))
                     bar.update(len(chunk))
         return sums.moments()
+
+    def _draw_of(self, start: int, n: int) -> DrawErrors | None:
+        return None if self.draw is None else self.draw.at(slice(start, start + n))
 
     def _columns_are_cheaper(self, k: int) -> bool:
         capabilities, backend = self.network.capabilities, self.network.backend

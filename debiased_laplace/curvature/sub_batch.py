@@ -49,6 +49,8 @@ class DirectionalMoments:
         third_moments: central moments $E(u_i^\top H_n u_i - u_i^\top H u_i)^3$ of the per-sample values; None if not
             computed.
         n_folds: number of folds that were pooled.
+        n_drawn: of drawn rows, how many might not have been drawn; the deviations are then such that the standard error
+            of the mean, from the draw, is that of n samples. None for samples.
     """
 
     n_samples: int
@@ -58,6 +60,7 @@ class DirectionalMoments:
     residual_diagonal: Float[Tensor, " P"] | None = None
     third_moments: Float[Tensor, " k"] | None = None
     n_folds: int = 1
+    n_drawn: int | None = None
 
     @property
     def third_cumulants(self) -> Float[Tensor, " k"] | None:
@@ -68,6 +71,8 @@ class DirectionalMoments:
         if self.third_moments is None:
             return None
         n = self.n_samples
+        if self.n_drawn is not None:
+            return self.third_moments / n**2
         # sums of cubes of nearly equal values are mostly rounding; the extreme case is n - 1 equal values and another
         # one, and the spread has ddof 1
         most = max(n - 2, 0) * (n - 1) / n**1.5 * self.standard_deviations.pow(3)
@@ -163,8 +168,39 @@ class SubBatchCurvature(ABC):
         """Return the map from X (P, b) to H X, prepared for repeated use."""
 
 
+@dataclass(frozen=True, eq=False)
+class DrawErrors:
+    r"""What the errors of sums over drawn rows depend on.
+
+    Attributes:
+        left_out: $1 - \pi$, the probability that a row like this is not drawn.
+        factors: weight of each row by inverse probability, relative to the weight that its value has in the sum.
+    """
+
+    left_out: Float[Tensor, " n"]
+    factors: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, probabilities: Float[Tensor, " n"]) -> "DrawErrors":
+        """Return those of rows weighted by inverse probability."""
+        return cls(1 - probabilities, torch.ones_like(probabilities))
+
+    def at(self, chosen: Tensor | slice) -> "DrawErrors":
+        """Return those of some rows."""
+        return DrawErrors(self.left_out[chosen], self.factors[chosen])
+
+    def reweighted(self, factors: Float[Tensor, " n"]) -> "DrawErrors":
+        """Return those of rows whose values are multiplied by factors; a row without weight has no error."""
+        inverse = torch.where(factors > 0, 1 / factors.clamp_min(torch.finfo(factors.dtype).tiny), 0.0)
+        return DrawErrors(torch.where(factors > 0, self.left_out, 0.0), self.factors * inverse.to(self.factors))
+
+
 class RunningMoments:
-    """Sums of the first three powers of per-sample values, accumulated in double precision."""
+    r"""Sums of the first three powers of per-sample values, accumulated in double precision.
+
+    Of drawn rows, errors come from the draw: rows are drawn independently, so that a sum over rows weighted by inverse
+    probability has the variance $\sum (1 - \pi_r) y_r^2$. Hájek's centred form is for draws of a fixed size.
+    """
 
     def __init__(self, k: int, like: Tensor):
         exact = accumulation_dtype(like)
@@ -172,19 +208,40 @@ class RunningMoments:
         self.first = like.new_zeros(k, dtype=exact)
         self.second = like.new_zeros(k, dtype=exact)
         self.third = like.new_zeros(k, dtype=exact)
+        self.drawn: _DrawnSums | None = None
 
-    def add(self, values: Float[Tensor, "n k"]) -> None:
-        """Add the values of n more samples."""
+    def add(self, values: Float[Tensor, "n k"], draw: "DrawErrors | None" = None) -> None:
+        """Add the values of n more samples; of drawn rows, with what their errors depend on."""
         values = values.to(self.first.dtype)
         self.n += len(values)
         self.first += values.sum(0)
+        if draw is not None:
+            self.drawn = self.drawn or _DrawnSums(self.first)
+            left_out, expanded = draw.left_out.to(values), values * draw.factors.to(values)[:, None]
+            self.drawn.n += int((left_out > 0).sum())
+            self.drawn.squares += left_out @ expanded.square()
+            self.drawn.cubes += (left_out * (2 * left_out - 1)) @ expanded.pow(3)
+            return
         self.second += values.square().sum(0)
         self.third += values.pow(3).sum(0)
 
     def moments(self) -> DirectionalMoments:
         """Return the moments of the values added so far."""
         means = self.first / self.n
+        if self.drawn is not None:
+            drawn, n = self.drawn, self.n
+            return DirectionalMoments(
+                n, means, (drawn.squares / n).sqrt(), third_moments=drawn.cubes / n, n_drawn=drawn.n
+            )
         squares = (self.second - self.n * means.square()).clamp_min(0)
         cubes = self.third - 3 * means * squares - self.n * means.pow(3)
         deviations = (squares / max(self.n - 1, 1)).sqrt()
         return DirectionalMoments(self.n, means, deviations, third_moments=cubes / self.n)
+
+
+class _DrawnSums:
+    """Variance and third cumulant of sums over drawn rows, and the number of rows that they come from."""
+
+    def __init__(self, zeros: Tensor):
+        self.n = 0
+        self.squares, self.cubes = torch.zeros_like(zeros), torch.zeros_like(zeros)

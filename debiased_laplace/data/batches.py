@@ -86,7 +86,7 @@ class Batch:
     @property
     def total_weight(self) -> float:
         """Sum of the weights."""
-        return len(self) if self.weights is None else float(self.weights.double().sum())
+        return len(self) if self.weights is None else float(self.weights.cpu().double().sum())
 
     def with_mean_weight_one(self) -> "Batch":
         """Return the samples with their weights scaled to a mean of 1."""
@@ -94,7 +94,8 @@ class Batch:
             return self
         if self.total_weight == 0:
             raise ValueError(f"Expected positive {WEIGHTS} of at least one sample; got 0 for all of them.")
-        return self.weighted(self.weights.double() * (len(self) / self.total_weight))
+        weights = self.weights if self.weights.is_floating_point() else self.weights.to(torch.get_default_dtype())
+        return self.weighted(weights * (len(self) / self.total_weight))
 
     @property
     def n_bytes(self) -> int:

@@ -24,6 +24,7 @@ class SubBatches:
         folds: fold (0, 1, …) of every sample for cross-fitting; None without.
         copies: positions of further samples that equal one of these, which counts with the sum of their weights.
         weight: sum of the weights of all samples, copies included; None: their number.
+        of_rows: whether these are the samples of drawn rows, of which one may give directions and another magnitudes.
 
     Raises:
         OverlapError: if the sets overlap without being shared or differ although shared, or a sample occurs twice.
@@ -37,6 +38,7 @@ class SubBatches:
     folds: Int64[Tensor, " a"] | None = None
     copies: Int64[Tensor, " c"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     weight: float | None = None
+    of_rows: bool = False
 
     def __post_init__(self) -> None:
         for indices in (self.direction_indices, self.magnitude_indices):
@@ -45,11 +47,11 @@ class SubBatches:
         if self.shared and not torch.equal(self.direction_indices, self.magnitude_indices):
             raise OverlapError("Expected the same samples in shared sub-batches; got different ones.")
         n_common = int(torch.isin(self.direction_indices, self.magnitude_indices).sum())
-        if not self.shared and n_common:
+        if not self.shared and not self.of_rows and n_common:
             raise OverlapError(f"Expected disjoint direction and magnitude samples; got {n_common} in both sets.")
         if self.folds is not None and (not self.shared or self.folds.shape != self.direction_indices.shape):
             raise ValueError("Expected folds only for shared samples, one number for each.")
-        if self.n_data < self.total_weight * (1 - 1e-9):
+        if self.n_data < self.total_weight * (1 - 1e-6):
             total = f"{self.n_samples}" if self.weight is None else f"the sum of their weights, {self.weight:g}"
             raise ValueError(
                 f"n_data is the size of the data set, including the given samples: expected at least {total}, "
@@ -61,6 +63,8 @@ class SubBatches:
         """Positions of all samples of the estimate."""
         if self.shared:
             return self.direction_indices
+        if self.of_rows:
+            return torch.cat([self.direction_indices, self.magnitude_indices]).unique()
         return torch.cat([self.direction_indices, self.magnitude_indices])
 
     @property

@@ -68,6 +68,7 @@ def cross_fitted_moments(
     *,
     seed: int = 0,
     basis_of: Callable[[Fold], KroneckerBasis] | None = None,
+    rest: RowCurvature | None = None,
 ) -> list[DirectionalMoments]:
     r"""Measure each fold along the directions of the other folds, matched by index and averaged.
 
@@ -82,6 +83,7 @@ def cross_fitted_moments(
         requests: what to measure; several cost little more than one. The basis of a request is replaced by each fold's.
         seed: of Lanczos' start vectors.
         basis_of: map from a fold to the basis computed from the other folds; for requests with a basis.
+        rest: curvature of the same samples with the weights that folds are measured with; None: those of the batch.
 
     Returns:
         The moments of each request, as many as its rank.
@@ -91,10 +93,10 @@ def cross_fitted_moments(
 
     def evaluator_of(curvature: SubBatchCurvature) -> FoldEvaluator:
         if pairs.outcome.solver == "gram" and isinstance(curvature, RowCurvature):
-            return _through_gram(curvature, k, threshold)
+            return _through_gram(curvature, k, threshold, rest)
         if pairs.outcome.solver == "lanczos":
-            return _through_lanczos(curvature, k, threshold, seed)
-        return _through_dense(curvature, k, threshold)
+            return _through_lanczos(curvature, k, threshold, seed, rest)
+        return _through_dense(curvature, k, threshold, rest)
 
     evaluate: FoldEvaluator | None = None
     by_request: list[list[DirectionalMoments]] = [[] for _ in requests]
@@ -114,8 +116,12 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
     means = sum((fold.n_samples * fold.means for fold in folds), start=torch.zeros_like(folds[0].means)) / n
     within = torch.zeros_like(means)
     cubes: Tensor | None = torch.zeros_like(means)
+    n_drawn = [fold.n_drawn for fold in folds if fold.n_drawn is not None]
     for fold in folds:
         squares, shift = (fold.n_samples - 1) * fold.standard_deviations.square(), fold.means - means
+        if n_drawn:
+            # sums over rows drawn independently
+            squares, shift = fold.n_samples * fold.standard_deviations.square(), torch.zeros_like(means)
         within += squares + fold.n_samples * shift.square()
         if cubes is None or fold.third_moments is None:
             cubes = None
@@ -129,11 +135,12 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
     return DirectionalMoments(
         n,
         means,
-        (within / max(n - 1, 1)).sqrt(),
+        (within / (n if n_drawn else max(n - 1, 1))).sqrt(),
         mean_of([fold.trace for fold in folds]),
         mean_of([fold.residual_diagonal for fold in folds]),
         None if cubes is None else cubes / n,
         len(folds),
+        sum(n_drawn) if n_drawn else None,
     )
 
 
@@ -162,9 +169,10 @@ FoldEvaluator = Callable[[Fold, Sequence[ResidualRequest], KroneckerBasis | None
 """Map from a fold, requests and a basis to the fold's moments along the directions of the other folds."""
 
 
-def _through_gram(batch: RowCurvature, k: int, threshold: float) -> FoldEvaluator:
+def _through_gram(batch: RowCurvature, k: int, threshold: float, rest: RowCurvature | None) -> FoldEvaluator:
     """Evaluate folds from sub-blocks of the Gram matrix of all rows."""
     factor, r = batch.stacked_rows(), batch.rows_per_sample
+    factors = None if rest is None else _ratios(rest, batch)
 
     def evaluate(
         fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
@@ -173,11 +181,20 @@ def _through_gram(batch: RowCurvature, k: int, threshold: float) -> FoldEvaluato
         rows = HeldOutRows.of(factor, held, threshold, k)
         requests = _of_fold(requests, rows.values, basis)
         sums = RunningMoments(rows.projections.shape[1], factor.rows)
-        sums.add(rows.projections.square().unflatten(0, (-1, r)).sum(1))
-        trace = factor.gram.diagonal()[held].sum() * factor.n_samples / sums.n
+        values, diagonal = rows.projections.square().unflatten(0, (-1, r)).sum(1), factor.gram.diagonal()[held]
+        scales: Tensor | None = None
+        if factors is not None:
+            mine = factors[fold.held].to(values)
+            values, diagonal, scales = values * mine[:, None], diagonal * mine, mine.sqrt()[:, None]
+        draw = (rest or batch).draw
+        sums.add(values, None if draw is None else draw.at(fold.held))
+        trace = diagonal.sum() * factor.n_samples / sums.n
         residual = ResidualDiagonal(requests, sums.first.new_zeros(factor.rows.shape[1]))
         for rank in residual.ranks:
-            residual.add(rank, rows.residual(factor, rank).unflatten(0, (-1, r)))
+            outside = rows.residual(factor, rank)
+            if scales is not None:
+                outside = outside * scales.to(outside.dtype)
+            residual.add(rank, outside.unflatten(0, (-1, r)))
         moments = sums.moments()
         return [
             moments.leading(
@@ -189,18 +206,25 @@ def _through_gram(batch: RowCurvature, k: int, threshold: float) -> FoldEvaluato
     return evaluate
 
 
-def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> FoldEvaluator:
+def _ratios(rest: RowCurvature, batch: RowCurvature) -> Float[Tensor, " n"]:
+    """Return the weights of a curvature relative to those of another one of the same samples."""
+    assert rest.samples.weights is not None  # for the type checker
+    assert batch.samples.weights is not None
+    return rest.samples.weights / batch.samples.weights
+
+
+def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, rest: RowCurvature | None) -> FoldEvaluator:
     """Evaluate folds with the dense curvature of the other folds, the whole minus the fold's."""
     H, n = batch.dense(), batch.n_samples
 
     def evaluate(
         fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
     ) -> list[DirectionalMoments]:
-        held = batch.part(fold.held)
+        held, own = (rest or batch).part(fold.held), batch.part(fold.held)
         if isinstance(held, RowCurvature):
             held.keep_rows()
         h = held.n_samples
-        values, U = torch.linalg.eigh((n * H - h * held.dense()) / (n - h))
+        values, U = torch.linalg.eigh((n * H - h * (held if rest is None else own).dense()) / (n - h))
         values, U = values.flip(0), U.flip(1)
         m = min(numerical_rank(values, threshold), k)
         U = U[:, :m].to(batch.network.like.dtype)
@@ -209,14 +233,16 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float) -> FoldEv
     return evaluate
 
 
-def _through_lanczos(batch: SubBatchCurvature, k: int, threshold: float, seed: int) -> FoldEvaluator:
+def _through_lanczos(
+    batch: SubBatchCurvature, k: int, threshold: float, seed: int, rest: RowCurvature | None
+) -> FoldEvaluator:
     """Evaluate folds with one Lanczos run each."""
 
     def evaluate(
         fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
     ) -> list[DirectionalMoments]:
         pairs = lanczos_pairs(batch.part(fold.others), max(k, 1), threshold, seed)
-        return batch.part(fold.held).nested_moments(pairs.vectors, _of_fold(requests, pairs.values, basis))
+        return (rest or batch).part(fold.held).nested_moments(pairs.vectors, _of_fold(requests, pairs.values, basis))
 
     return evaluate
 

@@ -179,7 +179,7 @@ def estimate_held_out_kl(
 
 def is_all(n: float, n_data: float) -> bool:
     """Return whether samples are all the data, by the sums of their weights, which may be rounded."""
-    return math.isclose(n, n_data, rel_tol=1e-9)
+    return math.isclose(n, n_data, rel_tol=1e-6)
 
 
 def _error_of_mean(terms: Float[Tensor, " n"], unseen: float) -> float:

@@ -17,7 +17,7 @@ from debiased_laplace.curvature.row_curvature import UNUSED, RowCurvature
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, SubBatchCurvature
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.cross_fitting import Fold, each_fold, pooled
-from debiased_laplace.debiasing.magnitudes import Magnitudes, cross_fitted, floored, held_out, same_batch
+from debiased_laplace.debiasing.magnitudes import Magnitudes, cross_fitted, floored, held_out, of_drawn_rows, same_batch
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
@@ -119,20 +119,31 @@ def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptio
     own = a.coordinate_moments(basis)
     in_sample = own.means
     if b is None and split.effective_folds is None:
-        return same_batch(in_sample, own, n_data=n_data, drawn=a.is_random)
+        drawn = isinstance(a, RowCurvature) and a.draw is not None
+        return same_batch(in_sample, own, n_data=n_data, drawn=a.is_random or drawn)
+    if split.known is not None:
+        others = b.coordinate_moments(basis) if b is not None else _folds_along_others(split, options)
+        return of_drawn_rows(in_sample, split.known.coordinate_moments(basis), others, decreasing=False)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
     if b is not None:
         return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
-    assert split.effective_folds is not None  # for the type checker
-    folds = each_fold(split.effective_folds, progress_bar=a.progress_bar)
-    moments = pooled([_fold_along_others(a, fold, options) for fold in folds])
+    moments = _folds_along_others(split, options)
     return cross_fitted(in_sample, moments, n_data=n_data, redrawn=redrawn, decreasing=False)
 
 
-def _fold_along_others(batch: SubBatchCurvature, fold: Fold, options: EstimatorOptions) -> DirectionalMoments:
+def _folds_along_others(split: SplitCurvature, options: EstimatorOptions) -> DirectionalMoments:
+    assert split.effective_folds is not None  # for the type checker
+    batch = split.directions
+    folds = each_fold(split.effective_folds, progress_bar=batch.progress_bar)
+    return pooled([_fold_along_others(batch, split.rest or batch, fold, options) for fold in folds])
+
+
+def _fold_along_others(
+    batch: SubBatchCurvature, measured: SubBatchCurvature, fold: Fold, options: EstimatorOptions
+) -> DirectionalMoments:
     """Measure a fold along the basis of the other folds; in the null space of their factors, use the average."""
     factors, _ = factors_of(batch.part(fold.others), options)
-    moments = batch.part(fold.held).coordinate_moments(kronecker_basis(factors, batch.network.like.dtype))
+    moments = measured.part(fold.held).coordinate_moments(kronecker_basis(factors, batch.network.like.dtype))
 
     def averaged(values: Tensor) -> Tensor:
         blocks = values.split([len(f.left) * len(f.right) for f in factors])

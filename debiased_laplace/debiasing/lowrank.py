@@ -17,6 +17,7 @@ from debiased_laplace.debiasing.magnitudes import (
     cross_fitted,
     held_out,
     moments_from_projections,
+    of_drawn_rows,
     same_batch,
 )
 from debiased_laplace.debiasing.options import EstimatorOptions
@@ -61,7 +62,8 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
         leading = pairs if request.rank == len(pairs.values) else pairs.leading(request.rank)
         own, others = own_moments.get(request), None if same else other_moments.get(request)
         magnitudes = _magnitudes(split, leading, own, others)
-        weighted = [(split.share if others is not None else 1.0, own), (1 - split.share, others)]
+        of_own, of_others = split.weights
+        weighted = [(of_own if others is not None else 1.0, own), (of_others, others)]
         curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis)
         source = (a if split.magnitudes is None else split.magnitudes).source
         estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
@@ -85,7 +87,7 @@ def _own_moments(
     a = split.directions
     has_others = split.magnitudes is not None or split.effective_folds is not None
     # the directions depend on the draws that they were computed from
-    again = a.redrawn() if has_others else a
+    again = (a.redrawn() if split.known is None else split.known) if has_others else a
     requests = [request for request in requests if request.residual != "none" or again is not a]
     moments = again.nested_moments(pairs.vectors, requests) if requests else []
     return dict(zip(requests, moments, strict=True))
@@ -110,7 +112,7 @@ def _other_moments(
         assert split.effective_folds is not None  # for the type checker
         basis_of = None if factors is None else lambda fold: basis_without(a, factors, fold, options)
         folds = split.effective_folds
-        moments = cross_fitted_moments(a, folds, pairs, requests, seed=options.seed, basis_of=basis_of)
+        moments = cross_fitted_moments(a, folds, pairs, requests, seed=options.seed, basis_of=basis_of, rest=split.rest)
     return dict(zip(requests, moments, strict=True))
 
 
@@ -118,16 +120,19 @@ def _magnitudes(
     split: SplitCurvature, pairs: Eigenpairs, own: DirectionalMoments | None, others: DirectionalMoments | None
 ) -> Magnitudes:
     a = split.directions
+    if split.known is not None and own is not None and others is not None:
+        return of_drawn_rows(pairs.values, own, others, decreasing=split.magnitudes is None)
     redrawn = own if a.is_random else None
     if split.magnitudes is not None and others is not None:
         return held_out(pairs.values, others, n_a=a.n_samples, n_data=split.n_data, a_redrawn=redrawn)
     if others is not None:
         return cross_fitted(pairs.values, others, n_data=split.n_data, redrawn=redrawn, decreasing=True)
-    if own is None and pairs.projections is not None:
+    drawn = isinstance(a, RowCurvature) and a.draw is not None
+    if own is None and pairs.projections is not None and not drawn:
         own = moments_from_projections(pairs.projections, a.n_samples)
     elif own is None:
         own = a.moments(pairs.vectors)
-    return same_batch(pairs.values, own, n_data=split.n_data, drawn=a.is_random)
+    return same_batch(pairs.values, own, n_data=split.n_data, drawn=a.is_random or drawn)
 
 
 def _with_complement(

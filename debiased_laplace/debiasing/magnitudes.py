@@ -130,6 +130,35 @@ def cross_fitted(
     return floored((f * share + (1 - f) * c).to(in_sample.dtype), errors, in_sample, shape)
 
 
+def of_drawn_rows(
+    in_sample: Float[Tensor, " k"],
+    known: DirectionalMoments,
+    others: DirectionalMoments,
+    *,
+    decreasing: bool,
+) -> Magnitudes:
+    r"""Estimate $u_i^\top (\sum k_r v_r v_r^\top) u_i$ plus the curvature of the rows that nobody drew.
+
+    Args:
+        in_sample: $u_i^\top \hat H u_i$ of the rows that the directions come from.
+        known: moments of the rows with the weights $k_r = 1/N$, which they have in the full batch.
+        others: moments of rows that the directions do not depend on, weighted for those not drawn.
+        decreasing: whether the sum is made non-increasing by isotonic regression, as in `cross_fitted`.
+
+    Returns:
+        The magnitudes, with standard errors of the draw.
+    """
+    values = known.means + others.means
+    # the sum and not the others alone: known rows are large ones, so that the others need not decrease
+    values = _non_increasing(values) if decreasing else values
+    errors = _spread([(1.0, others)])
+    mismatch = torch.zeros_like(errors)
+    if others.n_folds > 1:
+        mismatch = mismatch_of_folds(others.means, (in_sample - known.means).to(errors), others.n_folds)
+    shape = _error_shape([(1.0, others)], mismatch, 0.0)
+    return floored(values.to(in_sample.dtype), errors, in_sample, shape)
+
+
 def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
     fitted = isotonic_regression(values.cpu().numpy(), increasing=False)
     return torch.from_numpy(fitted.x.copy()).to(values)
@@ -176,7 +205,12 @@ def _error_shape(
         return None
     spread = _spread(parts)
     skewness = torch.where(spread > 0, torch.stack(cumulants).sum(0) / spread.pow(3), 0.0)
-    return ErrorShape(skewness, mismatch, min(part.n_samples for _, part in parts), sampled_share)
+    return ErrorShape(
+        skewness,
+        mismatch,
+        min(part.n_samples if part.n_drawn is None else max(part.n_drawn, 2) for _, part in parts),
+        sampled_share,
+    )
 
 
 def floored(values: Tensor, errors: Tensor | None, in_sample: Tensor, shape: ErrorShape | None = None) -> Magnitudes:

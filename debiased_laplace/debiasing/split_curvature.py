@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Int64
 from torch import Tensor
 
+from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.magnitudes import Magnitudes
@@ -20,17 +21,35 @@ class SplitCurvature:
         magnitudes: curvature of the magnitude samples, disjoint from them; None if there are none.
         folds: fold of each direction sample; None without cross-fitting.
         n_data: size N of the data set, as a number of samples with their mean weight.
+        known: of drawn rows, what the full batch contains of the direction samples exactly; None for samples, of whose
+            curvature it is the share f.
+        rest: of drawn rows dealt to folds, what they stand for of the rows that were not drawn; None likewise.
     """
 
     directions: SubBatchCurvature
     magnitudes: SubBatchCurvature | None
     folds: Int64[Tensor, " a"] | None
     n_data: float
+    known: RowCurvature | None = None
+    rest: RowCurvature | None = None
 
     @property
     def effective_folds(self) -> Int64[Tensor, " a"] | None:
         """Fold of each sample; None if the samples are all the data, whose in-sample curvature is exact."""
+        if self.known is not None:
+            draw = self.known.draw
+            return self.folds if draw is None or bool((draw.left_out > 0).any()) else None
         return self.folds if self.share < 1 or self.directions.is_random else None
+
+    @property
+    def own(self) -> SubBatchCurvature:
+        """Curvature of the direction samples that enters the estimate."""
+        return self.directions if self.known is None else self.known
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights of the direction samples' own curvature and of the others' in the estimate."""
+        return (1.0, 1.0) if self.known is not None else (self.share, 1 - self.share)
 
     @property
     def share(self) -> float:

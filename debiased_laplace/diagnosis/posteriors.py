@@ -132,7 +132,12 @@ def _folds(batch: RowCurvature, n_folds: int, seed: int) -> Int64[Tensor, " n"]:
     """Deal the samples to folds, with equal samples in the same fold."""
     hashes = torch.cat([sample_hashes(part) for part in batch.samples])
     kinds, kind = torch.unique(hashes, return_inverse=True)
-    return deal(len(kinds), min(n_folds, len(kinds)), torch.Generator().manual_seed(seed))[kind]
+    first = torch.full((len(kinds),), len(kind)).scatter_reduce(0, kind, torch.arange(len(kind)), "amin")
+    # in the order of the samples, as a posterior deals its own
+    order = torch.empty_like(first).scatter(0, first.argsort(), torch.arange(len(kinds)))
+    generator = torch.Generator().manual_seed(seed)
+    torch.randperm(len(kinds), generator=generator)
+    return deal(len(kinds), min(n_folds, len(kinds)), generator)[order[kind]]
 
 
 def _mean_traces(

@@ -29,7 +29,7 @@ _OTHER = {
 }
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("loss", "magnitudes_sampled_share", "temperature", "split_weight"), float),
-    **dict.fromkeys(("split_shared", "samples_augmented", "solver_converged"), bool),
+    **dict.fromkeys(("split_shared", "split_of_rows", "samples_augmented", "solver_converged"), bool),
     **dict.fromkeys(("targets_are_flat", "enable_backprop"), bool),
     **dict.fromkeys(("curvature_source", "solver", "solver_reason", "open_options", "checksum"), str),
     **dict.fromkeys(("n_outputs", "n_data", "n_data_given", "magnitudes_n_floored", "magnitudes_n_samples"), int),
@@ -86,6 +86,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "split_folds": torch.zeros(0, dtype=torch.int64) if split.folds is None else split.folds,
         "split_copies": split.copies,
         "split_weight": -1.0 if split.weight is None else float(split.weight),
+        "split_of_rows": split.of_rows,
         "samples_hashes": identities.hashes,
         "samples_positions": identities.positions,
         "samples_n_root": identities.n_root,
@@ -187,6 +188,7 @@ def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
         _on_cpu(state["split_folds"]) if len(state["split_folds"]) else None,
         _on_cpu(state["split_copies"]),
         None if state["split_weight"] < 0 else state["split_weight"],
+        state["split_of_rows"],
     )
     identities = SampleIdentities(
         _on_cpu(state["samples_hashes"]),
@@ -304,10 +306,11 @@ def _check_head(state: dict[str, Any], expected: Mapping[str, str]) -> None:
 
 def _check_entries(state: dict[str, Any]) -> None:
     """Refuse entries of another type, and numbers that are not finite."""
-    # a sum of weights that are no integers
-    weighted = not float(state["split_weight"]).is_integer()
+    weighted = float(state["split_weight"]) >= 0
     for name, value in state.items():
-        kind = type(value) if weighted and name == "n_data" else _TYPES.get(name, type(value))
+        # with weights, N is their sum
+        of_weights = weighted and name == "n_data" and isinstance(value, float)
+        kind = float if of_weights else _TYPES.get(name, type(value))
         if type(value) is not kind:
             raise ValueError(f"Expected the state's {name!r} as {kind.__name__}; got {value!r}.")
         if name in _INTEGER_TENSORS and (not isinstance(value, Tensor) or value.dtype != torch.int64):

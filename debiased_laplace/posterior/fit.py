@@ -19,6 +19,7 @@ from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.curvature.subsets import WeightSubset
 from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.drawing import Rows
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.pool import Pool
@@ -159,6 +160,7 @@ class FitResult:
         choice: alternatives of "auto"; None where nothing was open; not in a state.
         pool: samples that loaders have yielded; not in a state.
         stopping: outcome of `tolerance`; None without one; not in a state.
+        rows: the rows that were drawn; None where all rows of the samples were used; not in a state.
         seconds: wall time of the fit; not in a state.
     """
 
@@ -177,6 +179,7 @@ class FitResult:
     choice: Choice | None = None
     pool: Pool | None = None
     stopping: Stopping | None = None
+    rows: Rows | None = None
     seconds: float | None = None
 
 
@@ -208,7 +211,7 @@ def fit_curvature(
     seed, request = spec.split.seed, spec.request
     split = spec.split.draw(source.indices, request, n_data)
     with at_weights(spec.model, seed) as written:
-        some = _first_samples(spec, source, split)
+        some = first_samples(spec, source, split.direction_indices)
         selection = spec.subset.select_by(spec.model, some.inputs)
         weighting = weighting_of(selection, split.n_data)
         request = request.resolved(prior_of_blocks=weighting.of_blocks)
@@ -219,7 +222,13 @@ def fit_curvature(
             for first, indices in _sets(split)
         ]
         split, passes, identities = _merged(
-            source, split, passes, augmented=augmented, known_n_data=known_n_data, seed=seed
+            source,
+            split,
+            passes,
+            augmented=augmented,
+            known_n_data=known_n_data,
+            seed=seed,
+            dtype=network.like.dtype,
         )
         weighting = weighting_of(selection, split.n_data)
         curvatures = _curvatures(spec, network, some, passes, progress_bar=progress_bar)
@@ -303,9 +312,10 @@ def _sets(split: SubBatches) -> list[tuple[bool, Tensor]]:
     return [(True, split.direction_indices), (False, split.magnitude_indices)]
 
 
-def _first_samples(spec: FitSpec, source: SampleSource, split: SubBatches) -> Batch:
+def first_samples(spec: FitSpec, source: SampleSource, indices: Tensor) -> Batch:
+    """Return a few samples to try the model on, on its device."""
     device = next(spec.model.parameters()).device
-    batch = next(iter(SubBatch(source, split.direction_indices[:8], device, spec.split.seed)))
+    batch = next(iter(SubBatch(source, indices[:8], device, spec.split.seed)))
     # backends, which are compared on them, know no weights
     return batch.weighted(None)
 
@@ -339,7 +349,14 @@ def seed_of_draws(seed: int, i: int) -> int:
 
 
 def _merged(
-    source: SampleSource, split: SubBatches, passes: list[FirstPass], *, augmented: bool, known_n_data: bool, seed: int
+    source: SampleSource,
+    split: SubBatches,
+    passes: list[FirstPass],
+    *,
+    augmented: bool,
+    known_n_data: bool,
+    seed: int,
+    dtype: torch.dtype,
 ) -> tuple[SubBatches, list[FirstPass], SampleIdentities]:
     """Merge equal samples, which count with the sum of their weights, and scale the weights to a mean of 1.
 
@@ -350,6 +367,7 @@ def _merged(
         augmented: whether loading is random.
         known_n_data: whether N is given; if not, it is scaled by the mean weight.
         seed: of the folds.
+        dtype: of the weights.
 
     Returns:
         Sub-batches, first passes and identities of the distinct samples.
@@ -374,12 +392,12 @@ def _merged(
     sizes = [len(found.hashes) for found in passes]
     merged = []
     for found, mask, weight in zip(passes, kept.split(sizes), relative.split(sizes), strict=True):
-        samples = found.samples.at(mask.nonzero().flatten()).weighted(weight[mask])
+        samples = found.samples.at(mask.nonzero().flatten()).weighted(weight[mask].to(dtype))
         merged.append(replace(found, samples=samples, hashes=found.hashes[mask]))
     split = split.merged(kept, n_data=n_data, weight=total, seed=seed)
     return split, merged, identities.at(kept)
 
 
 def whole(n: float) -> int | float:
-    """Return a sum of weights as an integer if it is one."""
-    return round(n) if abs(n - round(n)) < 1e-9 * n else n
+    """Return a sum of weights as an integer if it is one, up to the rounding of weights in single precision."""
+    return round(n) if abs(n - round(n)) < 1e-6 * n else n

@@ -26,6 +26,7 @@ from debiased_laplace.debiasing.stopping import (
     stage,
     stage_sizes,
 )
+from debiased_laplace.posterior.drawn_fit import SamplingOptions, fit_drawn_rows
 from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, fit_curvature, load, seed_of_draws
 
 Fitted = tuple[FitResult, list[SubBatchCurvature]]
@@ -37,6 +38,7 @@ def fit_samples(
     loader: object,
     earlier: FitResult | None,
     *,
+    sampling: SamplingOptions,
     n_data: int | None,
     tolerance: float | None,
     progress_bar: bool,
@@ -48,6 +50,7 @@ def fit_samples(
         weighting_of: prior and likelihood weight of the posterior.
         loader: of training samples.
         earlier: fit whose samples these join; None to start anew.
+        sampling: what of the samples enters the curvature.
         n_data: size of the data set that the likelihood stands for; None: as given earlier, or all samples yielded.
         tolerance: smallest gain, in nats, of the last doubling of samples; None: use all samples.
         progress_bar: show progress.
@@ -62,9 +65,15 @@ def fit_samples(
     ParameterSelection.all_weights(spec.model).check_finite()
     seed = spec.split.seed
     source = sample_source(loader, seed, spec.keys)
+    if earlier is not None and (sampling.sampling == "curvature" or earlier.split.of_rows):
+        raise ValueError("override=False is not built for drawn rows; expected sampling='uniform', or a new fit.")
     pool = Pool.of(source, n_data) if earlier is None else _joined(earlier, source, n_data, seed)
     growth = _Growth(spec, weighting_of, pool, progress_bar)
-    if tolerance is not None:
+    if sampling.sampling == "curvature":
+        if tolerance is not None:
+            raise ValueError("sampling='curvature' is not built for tolerance; expected sampling='uniform'.")
+        fit = fit_drawn_rows(spec, weighting_of, source, sampling.n_rows, n_data=pool.size, progress_bar=progress_bar)
+    elif tolerance is not None:
         fit = growth.until_enough(tolerance)
     else:
         fit = replace(growth.fit_at(pool.available)[0], pool=pool.with_read(pool.available))
@@ -213,7 +222,7 @@ class _Growth:
             relative = weights / (weights.mean() if mean is None else mean)
             # as loaded where all are 1
             plain = found.weights is None and bool((relative == 1).all())
-            samples = found.samples if plain else found.samples.weighted(relative)
+            samples = found.samples if plain else found.samples.weighted(relative.to(used[0].network.like.dtype))
             return [used[0].of_samples(samples, seed_of_draws(seed, i))], float(weights.sum())
 
         # Monte-Carlo curvatures are evaluated with fresh draws; the fitted ones, two a sample, would be optimistic

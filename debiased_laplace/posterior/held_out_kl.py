@@ -122,6 +122,8 @@ def candidate_of(posterior: Any, n_data: int | None = None, temperature: int | f
 
 def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progress_bar: bool) -> HeldOutKL:
     """Estimate the held-out KL of a candidate; see `held_out_kl`. Warnings point at the caller's caller."""
+    if candidate.of_rows:
+        raise ValueError("The held-out KL is not built for drawn rows; expected a posterior with sampling='uniform'.")
     n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
     _check_loaders(candidate, loader, fitted_loader)
     if fitted_loader is None and n_fitted > _SHARE_THAT_MATTERS * n_data:
@@ -198,7 +200,9 @@ def _identify(candidate: Candidate, loader: Any) -> _Identified:
     if weighs or not bool(kept.all()):
         if total == 0:
             raise ValueError("Expected a positive weight of at least one sample; got 0 for all of them.")
-        samples = samples.at(kept.nonzero().flatten()).weighted(together[kept] / together[kept].mean())
+        samples = samples.at(kept.nonzero().flatten()).weighted(
+            (together[kept] / together[kept].mean()).to(candidate.precision.directions.dtype)
+        )
     return _Identified(samples, identities.at(kept), total)
 
 
@@ -261,7 +265,7 @@ def _check_held_out(fitted: SampleIdentities, given: _Identified, n_left_out: fl
             f"{n} of the {len(given.identities)} samples of the loader were fitted. On fitted samples the "
             "held-out KL favours the biased posterior: pass training samples left out of the fit."
         )
-    if given.weight > n_left_out * (1 + 1e-9):
+    if given.weight > n_left_out * (1 + 1e-6):
         raise ValueError(f"n_data leaves {n_left_out:g} samples out of the fit; the loader yields {given.weight:g}.")
 
 

@@ -38,6 +38,7 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
 from debiased_laplace.data.batches import check_inputs
+from debiased_laplace.data.drawing import Rows
 from debiased_laplace.data.inputs import Inputs, MappingKeys, moved, on_each
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice, Weighting
@@ -51,6 +52,7 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, 
 from debiased_laplace.posterior import checkpoint, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
+from debiased_laplace.posterior.drawn_fit import SamplingOptions
 from debiased_laplace.posterior.fit import FitResult, FitSpec, SplitOptions
 from debiased_laplace.posterior.growing import fit_again, fit_samples
 from debiased_laplace.posterior.held_out_kl import estimate_for
@@ -97,6 +99,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         subnetwork_indices: Tensor | None = None,
         feature_reduction: str | None = None,
         class_weights: Any = None,
+        sampling: str = "uniform",
+        n_rows: int | None = None,
         direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,
         **estimator: Any,
@@ -111,6 +115,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         directions = 0.5 if "direction_samples" in request.open else direction_samples
         split = SplitOptions(directions, magnitude_samples, request.options.seed)  # type: ignore[arg-type]
         _warn_of_no_effect(split, request)
+        self._sampling = SamplingOptions(name_of(sampling), n_rows)  # type: ignore[arg-type]
         self._spec = FitSpec(
             model,
             likelihood_named(likelihood, class_weights),
@@ -176,6 +181,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         used = (
             f"{split.n_samples}" if split.shared else f"{len(split.direction_indices)} + {len(split.magnitude_indices)}"
         )
+        if split.of_rows:
+            used = f"drawn rows of {split.n_samples}"
         rank = "" if self.rank is None else f", rank={self.rank}"
         noise = "" if self.likelihood != "regression" else f", sigma_noise={self._shown_noise}"
         return f"{head}{rank}{noise}, fitted on {used} of {split.n_data:.12g} samples)"
@@ -221,6 +228,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
         request, pool = self._spec.request, self.fit_result.pool
         if self._structure == "kron" or not (request.options.complement is None or "complement" in request.open):
             raise mixed_by_basis(len(prior), self.selection)
+        if self.split.of_rows:
+            raise ValueError(
+                f"One prior_precision per parameter ({len(prior)}) needs another complement than the one fitted, "
+                "'kron', and fitting again is not built for drawn rows. Expected complement='diagonal' or 'none' at "
+                "the fit."
+            )
         if pool is None:
             raise ValueError(
                 f"One prior_precision per parameter ({len(prior)}) needs another complement than the one fitted, "
@@ -387,6 +400,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._weighting,
             train_loader,
             earlier,
+            sampling=self._sampling,
             n_data=n_data,
             tolerance=tolerance,
             progress_bar=progress_bar,
@@ -509,6 +523,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def stopping(self) -> Stopping | None:
         """Number of samples that `fit(tolerance=...)` used, and why; None without a tolerance."""
         return self.fit_result.stopping
+
+    @property
+    def rows(self) -> Rows | None:
+        """Rows that were drawn with `sampling="curvature"`; None otherwise, and in a loaded posterior."""
+        return self.fit_result.rows
 
     @property
     def split(self) -> SubBatches:
@@ -992,6 +1011,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             fit.options.seed,
             fit.split.total_weight,
             fit.identities,
+            fit.split.of_rows,
         )
 
     @property

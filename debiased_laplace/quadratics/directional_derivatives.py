@@ -150,7 +150,9 @@ def derivatives_along(quadratics: Iterable[BatchQuadratic], directions: Float[Te
         parts = [(U, quadratic.pushed(U)) for U in directions.split(_DIRECTIONS_AT_ONCE, dim=1)]
         slopes.append(torch.cat([quadratic.slopes(pushed) for _, pushed in parts], dim=1).detach())
         curvatures.append(torch.cat([quadratic.curvatures(U, pushed) for U, pushed in parts], dim=1).detach())
-    mean = torch.cat(weights).to(directions).mean() if weights else 1.0
+    mean = float(torch.cat(weights).to(directions).mean()) if weights else 1.0
+    if mean == 0:
+        raise ValueError("Expected positive sample_weights of at least one sample; got 0 for all of them.")
     return DirectionalDerivatives(torch.cat(slopes) / mean, torch.cat(curvatures) / mean)
 
 

@@ -130,6 +130,8 @@ def quadratic_along(
             loss += float(quadratic.losses.to(exact).sum())
             slopes += quadratic.slopes(pushed).to(exact).sum(0)
             matrix += quadratic.curvature_matrix(U, pushed)
+        if n == 0:
+            raise ValueError("Expected positive sample_weights of at least one sample; got 0 for all of them.")
         matrix = matrix / n + U.mT.to(exact) @ penalty.products(U).to(exact)
         return Quadratic(
             loss / n + penalty.value,

@@ -447,3 +447,42 @@ def test_a_state_of_other_class_weights_is_refused():
     other.fit(loader_of(X[:30], y[:30]), n_data=100)
     with pytest.raises(ValueError, match="class_weights"):
         la.held_out_kl(rest, first) - other.held_out_kl(rest, first)
+
+
+@pytest.mark.parametrize("weights", [TIMES, FLOATS])
+def test_a_state_of_a_part_of_weighted_data_is_loaded(weights):
+    model, X, y, _ = problem("MLP", "classification")
+    options = {"direction_samples": 0.3, "magnitude_samples": 0.4, "magnitudes": "held_out"}
+    la = posterior_of(model, "classification", **options)
+    la.fit(DataLoader(TensorDataset(X, y, weights), batch_size=16))
+    used = la.split.used_indices
+    assert la.n_data == pytest.approx(float(weights[used].double().mean()) * N_SAMPLES)
+    again = posterior_of(model, "classification", **options)
+    again.load_state_dict(la.state_dict())
+    assert again.n_data == la.n_data
+    close(again.posterior_precision.to_dense(), la.posterior_precision.to_dense())
+
+
+def test_weights_in_single_precision_are_a_whole_number_together():
+    model, X, y, _ = problem("MLP", "classification")
+    for loader, options in (
+        ([(X, y, torch.full((N_SAMPLES,), 1.2))], {}),
+        ([(X, y)], {"class_weights": [1.2] * 3}),
+    ):
+        la = posterior_of(model, "classification", **options)
+        la.fit(loader)
+        assert la.n_data == 48
+        la.fit(loader, n_data=48)
+
+
+def test_weights_that_are_all_zero_are_refused_everywhere():
+    model, X, y, _ = problem("MLP", "classification")
+    U = torch.randn(sum(p.numel() for p in model.parameters()), 2, dtype=torch.float64)
+    zero = (X, y, torch.zeros(N_SAMPLES))
+    for call in (
+        lambda: newton_step(model, "classification", zero),
+        lambda: directional_derivatives(model, "classification", zero, U),
+        lambda: quadratic_along(model, "classification", zero, U),
+    ):
+        with pytest.raises(ValueError, match="positive sample_weights of at least one sample"):
+            call()
