@@ -128,6 +128,13 @@ def _tune(s: Setting) -> None:
     s.fitted.optimize_prior_precision(method="gridsearch", val_loader=s.loader(), grid_size=3)
 
 
+def _set_prior(s: Setting) -> None:
+    la = DebiasedLaplace(s.model, "classification", prior_precision=3.0, rank=5)
+    la.fit(s.loader())
+    # fits again, with a complement that allows one precision per parameter
+    la.prior_precision = torch.linspace(1, 2, la.n_params)
+
+
 def _evaluate(s: Setting) -> None:
     methods = {"debiased": s.fitted, "diagonal": s.of_laplace_torch}
     evaluate(methods, s.loader(), task="multiclass", pred_type="nn", n_samples=6, n_resamples=10)
@@ -147,6 +154,7 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "fit, last layer": _fit_last_layer,
     "predict": _predict,
     "optimize_prior_precision": _tune,
+    "prior_precision": _set_prior,
     "evaluate": _evaluate,
     "newton_step": lambda s: newton_step(s.model, "classification", s.data.tensors, max_iterations=3) and None,
     "DebiasedNewton.step": lambda s: s.newton.step(lambda: s.data.tensors) and None,
@@ -340,13 +348,18 @@ def interrupt_once(operation: str, kind: str, cost: Cost, seed: int) -> tuple[bo
     Returns:
         Whether it was interrupted before it ended, and what is not as found.
     """
+    # outside, where no interrupt hits: it is the caller's mode that should be as found
+    with torch.set_grad_enabled(bool(seed % 3)):
+        return _interrupted(operation, kind, cost, seed)
+
+
+def _interrupted(operation: str, kind: str, cost: Cost, seed: int) -> tuple[bool, list[str]]:
     draw = random.Random(seed)
     setting = Setting.fresh(seed)
     before, process = setting.state(), process_state()
 
     def work() -> None:
-        with torch.set_grad_enabled(bool(seed % 3)):
-            OPERATIONS[operation](setting)
+        OPERATIONS[operation](setting)
 
     if kind in ("exchange", "context"):
         interrupted = False

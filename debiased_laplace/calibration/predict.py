@@ -135,9 +135,9 @@ def in_training_mode(methods: Mapping[str, Method]) -> list[str]:
     """Return a warning for each callable that has predicted with a network in training mode."""
     # Monte-Carlo dropout sets its dropout layers to training mode, not the network
     return [
-        f"{name!r} evaluates a {type(module).__name__} in training mode: dropout is random, and batch normalization "
-        "takes the statistics of each batch. Expected evaluation mode: call .eval() before; for Monte-Carlo dropout, "
-        "set only the dropout layers to training mode."
+        f"{name!r} evaluates a {type(module).__name__} in training mode, as it seems: dropout is random then, and "
+        "batch normalization takes the statistics of each batch. Expected evaluation mode: call .eval() before; for "
+        "Monte-Carlo dropout, set only the dropout layers to training mode."
         for name, method in methods.items()
         if not isinstance(method, BaseLaplace | nn.Module)
         for module in [m for m in modules_reached(method, skip=BaseLaplace) if m.training][:1]

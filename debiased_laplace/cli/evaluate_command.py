@@ -1,6 +1,7 @@
 """The command `evaluate`: from the states of posteriors and a loader to a report."""
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from debiased_laplace.cli.arguments import (
     trained_model,
 )
 from debiased_laplace.cli.report_commands import add_presentation, presentation, publish, read_given_thresholds
+from debiased_laplace.curvature.likelihoods import WITH_CLASS_WEIGHTS
 from debiased_laplace.posterior.factory import CLASSES, DebiasedLaplace
 from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
@@ -127,10 +129,11 @@ def _posterior(path: Path, model: nn.Module, parsed: argparse.Namespace) -> Debi
         if parsed.subnetwork_indices is None:
             raise ValueError(f"--state {path} is of a subnetwork: expected --subnetwork-indices, as of `fit`.")
         options["subnetwork_indices"] = load_tensors(parsed.subnetwork_indices, "--subnetwork-indices")
+    likelihood, _, weights = str(state.get("likelihood")).partition(WITH_CLASS_WEIGHTS)
     try:
-        la = DebiasedLaplace(
-            model, str(state.get("likelihood")), subset, structure, **options, **_BACKENDS[state["curvature"]]
-        )
+        if weights:
+            options["class_weights"] = json.loads(weights)
+        la = DebiasedLaplace(model, likelihood, subset, structure, **options, **_BACKENDS[state["curvature"]])
         la.load_state_dict(state)
     except ValueError as error:
         raise ValueError(f"--state {path}: {error}") from error

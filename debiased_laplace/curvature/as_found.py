@@ -125,7 +125,8 @@ def _refuse_in_two_threads(used: frozenset[int]) -> None:
     if any(used & others for others, _ in _IN_USE):
         raise ValueError(
             "Another thread uses this model: expected one thread at a time, because parameters are exchanged and modes "
-            "changed while a model is evaluated. Wait for it, or give each thread a copy, copy.deepcopy(model)."
+            "changed while a model is evaluated. Wait for it, or give each thread a copy, made before they start, "
+            "copy.deepcopy(model)."
         )
 
 
@@ -215,14 +216,24 @@ def modules_reached(function: Any, skip: type | None = None, depth: int = 3) -> 
         held = [*variables.nonlocals.values(), *variables.globals.values(), *(function.__defaults__ or ())]
     elif hasattr(function, "__dict__"):
         held = list(vars(function).values())
-    for value in held:
+    # ensembles are lists or dictionaries of networks
+    for value in (part for container in held for part in _members(container)):
         if isinstance(value, nn.Module | partial) or isfunction(value) or ismethod(value) or _has_module(value):
             yield from modules_reached(value, skip, depth - 1)
 
 
+def _members(value: Any) -> Iterable[Any]:
+    """Return the members of a container, or the value itself."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return value
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
 def _has_module(value: Any) -> bool:
     return not isinstance(value, ModuleType) and any(
-        isinstance(attribute, nn.Module) for attribute in getattr(value, "__dict__", {}).values()
+        isinstance(part, nn.Module)
+        for attribute in getattr(value, "__dict__", {}).values()
+        for part in _members(attribute)
     )
 
 

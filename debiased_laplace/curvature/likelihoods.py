@@ -287,10 +287,14 @@ def likelihood_named(name: str, class_weights: Any = None) -> Likelihood:
     return Classification(weights if weights.is_floating_point() else weights.double())
 
 
+WITH_CLASS_WEIGHTS = " with class_weights "
+"""Between a likelihood's name and its class weights, in states and contexts."""
+
+
 def shown_class_weights(likelihood: Likelihood) -> str:
     """Return the class weights of a likelihood as text; nothing without them."""
     weights = getattr(likelihood, "class_weights", None)
-    return "" if weights is None else f" with class_weights {[float(f'{w:.6g}') for w in weights.tolist()]}"
+    return "" if weights is None else f"{WITH_CLASS_WEIGHTS}{[float(f'{w:.6g}') for w in weights.tolist()]}"
 
 
 def in_columns(targets: Tensor, n_outputs: int) -> Tensor:

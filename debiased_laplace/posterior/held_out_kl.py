@@ -138,6 +138,8 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
     if given is not None:
         _check_fitted(candidate, given)
     fitted = candidate.identities if given is None or candidate.identities is not None else given.identities
+    if given is not None and held_out is not None and given.is_weighted != held_out.is_weighted:
+        raise ValueError("Expected sample_weights from both loaders or from none; got them from one.")
     if held_out is not None and fitted is not None:
         _check_held_out(fitted, held_out, n_data - n_fitted)
     terms = candidate.terms
@@ -168,11 +170,13 @@ class _Identified:
         samples: the samples, with the weights of their copies included and scaled to a mean of 1.
         identities: of the samples.
         weight: sum of the weights before.
+        is_weighted: whether the loader yields weights.
     """
 
     samples: SubBatch
     identities: SampleIdentities
     weight: float
+    is_weighted: bool
 
 
 def _identify(candidate: Candidate, loader: Any) -> _Identified:
@@ -203,7 +207,7 @@ def _identify(candidate: Candidate, loader: Any) -> _Identified:
         samples = samples.at(kept.nonzero().flatten()).weighted(
             (together[kept] / together[kept].mean()).to(candidate.precision.directions.dtype)
         )
-    return _Identified(samples, identities.at(kept), total)
+    return _Identified(samples, identities.at(kept), total, weighs)
 
 
 def _terms_of(candidate: Candidate, terms: KLTerms, given: _Identified, bar: Any) -> Tensor:
@@ -287,4 +291,9 @@ def _check_fitted(candidate: Candidate, given: _Identified) -> None:
             f"fitted_loader must yield the {len(expected)} samples that were fitted; it yields "
             f"{len(given.identities)}, of which {given.identities.shared_with(expected)} were. They are at "
             "`la.split.direction_indices` and `la.split.magnitude_indices` of the data set."
+        )
+    if not is_all(given.weight, candidate.n_fitted):
+        raise ValueError(
+            f"fitted_loader must yield the samples with the weights that they were fitted with: expected a sum of "
+            f"{candidate.n_fitted:g}, got {given.weight:g}."
         )

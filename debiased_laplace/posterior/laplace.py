@@ -219,6 +219,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._prior_precision = prior
         self._precision = None
 
+    @leaves_as_found()
     def _leave_basis(self, prior: Float[Tensor, " P"]) -> None:
         """Fit the same samples again, with a complement that allows a prior precision per parameter.
 

@@ -33,6 +33,26 @@ def test_a_callable_of_a_network_in_training_mode_is_warned_about_and_leaves_no_
     assert model.training
 
 
+@pytest.mark.parametrize("container", [list, tuple, lambda models: dict(enumerate(models))])
+def test_ensembles_in_containers_are_found(container) -> None:
+    models = [network().train() for _ in range(2)]
+    before = {name: b.clone() for name, b in models[1].named_buffers()}
+    held = container(models)
+    members = list(held.values()) if isinstance(held, dict) else held
+
+    class Ensemble:
+        def __init__(self, models):
+            self.models = models
+
+        def __call__(self, x):
+            return sum(model(x).softmax(-1) for model in members) / 2
+
+    for method in (lambda x: (held, sum(model(x).softmax(-1) for model in members) / 2)[1], Ensemble(held)):
+        with pytest.warns(UserWarning, match="'method' evaluates a Sequential in training mode"):
+            report_of(method)
+        assert all(torch.equal(b, before[name]) for name, b in models[1].named_buffers())
+
+
 def test_the_warning_points_at_the_call() -> None:
     model = network().train()
     with pytest.warns(UserWarning, match="training mode") as caught:

@@ -144,3 +144,14 @@ def test_bad_input_is_exit_code_2(case, posteriors, tmp_path, capsys):
     assert error.startswith("debiased-laplace: ")
     assert all(part in error for part in message.split(".*"))
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_state_of_class_weights_is_read(posteriors, tmp_path):
+    model = posteriors["all"].model
+    la = posterior(model, class_weights=[0.5, 1.25, 2.0])
+    torch.save(la.state_dict(), "weighted.pt")
+    assert main(["evaluate", *NAMES, "--state", "weighted.pt", *OPTIONS]) == 0
+    expected = evaluate({"weighted": la}, DataLoader(TensorDataset(*samples(1, 50)), 20), task="multiclass")
+    found = CalibrationReport.from_json(tmp_path / "out" / "report.json")
+    name = next(name for name in found.metrics if name != "map")
+    assert found.metrics[name]["nll"].value == pytest.approx(expected.metrics["weighted"]["nll"].value, rel=1e-6)

@@ -60,7 +60,7 @@ CALLS = {
         r"expected the temperature of that one as well.*n / N \(here 0\.52\)",
     ),
     "n_data of fewer than fitted": (lambda la: judge(la, n_data=15), "must count the 16 samples .* got 15"),
-    "temperature of zero": (lambda la: judge(la, temperature=0.0), "temperature must be positive"),
+    "temperature of zero": (lambda la: judge(la, temperature=0.0), "temperature must be a finite number above 0"),
     "nothing left to hold out": (
         lambda la: held_out_kl(la, *loaders("classification")),
         "All 16 samples were fitted.* pass its size as n_data, and the temperature",

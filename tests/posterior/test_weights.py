@@ -486,3 +486,15 @@ def test_weights_that_are_all_zero_are_refused_everywhere():
     ):
         with pytest.raises(ValueError, match="positive sample_weights of at least one sample"):
             call()
+
+
+def test_held_out_kl_asks_for_the_weights_of_the_fit():
+    model, X, y, _ = problem("MLP", "classification")
+    la = posterior_of(model, "classification", magnitudes="cross_fitted")
+    la.fit(DataLoader(TensorDataset(X[:30], y[:30], FLOATS[:30])), n_data=60)
+    first, rest = (DataLoader(TensorDataset(X[p], y[p], FLOATS[p])) for p in (slice(30), slice(30, None)))
+    assert la.held_out_kl(rest, first).value == la.held_out_kl(rest, first).value
+    with pytest.raises(ValueError, match="weights that they were fitted with: expected a sum of"):
+        la.held_out_kl(loader_of(X[30:], y[30:]), loader_of(X[:30], y[:30]))
+    with pytest.raises(ValueError, match="sample_weights from both loaders"):
+        la.held_out_kl(loader_of(X[30:], y[30:]), first)
