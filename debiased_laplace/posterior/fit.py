@@ -108,6 +108,18 @@ class SplitOptions:
         for trial in {(t.options.magnitudes, t.direction_share): t for t in trials}.values():
             self.draw(indices, Request(trial.options), n_data, trial.direction_share)
 
+    def warn_of_no_effect(self, request: Request, *, stacklevel: int) -> None:
+        """Warn if `direction_samples` was given and the estimator uses all samples for directions."""
+        kind = request.options.magnitudes
+        splits = kind == "held_out" or "magnitudes" in request.open
+        if not splits and self.magnitude_samples is None and self.direction_samples != 0.5:
+            warnings.warn(
+                f"direction_samples={self.direction_samples} has no effect with magnitudes={kind!r}, where every "
+                "sample gives directions: all samples are used. Expected magnitudes='held_out', or a loader of fewer "
+                "samples.",
+                stacklevel=stacklevel,
+            )
+
     def direction_share(self, n: int) -> float:
         """Return the share of the used samples that give directions."""
         first, second = (

@@ -1,12 +1,10 @@
 """The posterior that users hold: laplace-torch's interface to a fit, the prior, and the predictive of both."""
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +54,15 @@ from debiased_laplace.posterior.drawn_fit import SamplingOptions
 from debiased_laplace.posterior.fit import FitResult, FitSpec, SplitOptions
 from debiased_laplace.posterior.growing import fit_again, fit_samples
 from debiased_laplace.posterior.held_out_kl import estimate_for
+from debiased_laplace.posterior.jacobian_backend import JacobianBackend
+from debiased_laplace.posterior.noise import (
+    as_noise,
+    check_ratios,
+    ratios_of,
+    scale_of,
+    shown_noise,
+    warn_of_unit_noise,
+)
 from debiased_laplace.posterior.prior import (
     check_prior_mean,
     check_prior_precision,
@@ -66,10 +73,14 @@ from debiased_laplace.posterior.prior import (
 from debiased_laplace.predictive import links
 from debiased_laplace.predictive.mean_field import GaussianLogits
 from debiased_laplace.predictive.prediction import ClassificationPrediction, Draws, RegressionPrediction
-from debiased_laplace.predictive.predictive import Link, PredictionType, Predictive, standard_normal
-
-_NEAR_ONE = (0.8, 1.25)
-"""Root mean squares of residuals that agree with a noise of 1."""
+from debiased_laplace.predictive.predictive import (
+    Link,
+    PredictionType,
+    Predictive,
+    check_draws,
+    check_model_arguments,
+    standard_normal,
+)
 
 
 class DebiasedParametricLaplace(ParametricLaplace):
@@ -114,7 +125,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         request = Request.of(self._structure, direction_samples, estimator)
         directions = 0.5 if "direction_samples" in request.open else direction_samples
         split = SplitOptions(directions, magnitude_samples, request.options.seed)  # type: ignore[arg-type]
-        _warn_of_no_effect(split, request)
+        split.warn_of_no_effect(request, stacklevel=4)
         self._sampling = SamplingOptions(name_of(sampling), n_rows)  # type: ignore[arg-type]
         self._spec = FitSpec(
             model,
@@ -189,8 +200,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @property
     def _shown_noise(self) -> str:
-        values = [f"{value:.3g}" for value in torch.as_tensor(self.sigma_noise).detach().reshape(-1).tolist()]
-        shown = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+        shown = shown_noise(torch.as_tensor(self.sigma_noise))
         if not self._noise_is_open:
             return shown
         return f"{shown} ({'not given' if bool(self.noise_scale == 1) else 'tuned'})"
@@ -293,12 +303,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
     @sigma_noise.setter
     def sigma_noise(self, value: int | float | Tensor | None) -> None:
         noise = positive(self._unit_noise if value is None else value, "sigma_noise")
-        noise = torch.as_tensor(noise, dtype=self._dtype, device=self._device)
-        if noise.ndim > 1:
-            raise ValueError(f"sigma_noise must be one number or one per output; got shape {tuple(noise.shape)}.")
-        noise = noise.reshape(()) if noise.numel() == 1 else noise
-        if self.likelihood != "regression" and bool((noise != 1).any()):
-            raise ValueError(f"sigma_noise is of regression only; expected 1 in {self.likelihood}, got {value}.")
+        noise = as_noise(torch.as_tensor(noise, dtype=self._dtype, device=self._device), self.likelihood)
         if self.likelihood == "regression":
             self._take_relative_noise(noise)
         self._sigma_noise, self._precision = noise, None
@@ -316,25 +321,17 @@ class DebiasedParametricLaplace(ParametricLaplace):
         Raises:
             ValueError: if it was estimated with other weights.
         """
-        relative = None if noise.ndim == 0 else (noise / _geometric_mean(noise)).detach()
         known = getattr(self._spec.likelihood, "relative_noise", None)
         if self._fit is None:
-            ratios = None if relative is None else tuple(relative.tolist())
-            self._spec = replace(self._spec, likelihood=Regression(ratios))
-        elif (known is None) != (relative is None) or (
-            relative is not None and not torch.allclose(relative, relative.new_tensor(known), rtol=1e-4)
-        ):
-            was = "one noise for all outputs" if known is None else f"noise in the ratio {known}"
-            raise ValueError(
-                f"The curvature was fitted with {was}; expected sigma_noise in that ratio, got {noise.tolist()}. Build "
-                "a new posterior with it."
-            )
+            self._spec = replace(self._spec, likelihood=Regression(ratios_of(noise)))
+        else:
+            check_ratios(noise, known)
 
     @property
     def noise_scale(self) -> Tensor:
         """Noise in whose units curvature and loss are: sigma_noise, or the geometric mean over outputs."""
         noise = torch.as_tensor(self.sigma_noise)
-        return noise if noise.ndim == 0 else _geometric_mean(noise)
+        return scale_of(noise)
 
     @property
     def _H_factor(self) -> Tensor:
@@ -466,14 +463,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if not self._noise_is_open or self._noise_was_noted:
             return
         self._noise_was_noted = True
-        residual = float(self.residual_noise)
-        if not _NEAR_ONE[0] < residual < _NEAR_ONE[1]:
-            warnings.warn(
-                f"sigma_noise was not given and is 1, but the residuals of the fitted samples have a root mean square "
-                f"of {residual:.3g}. Expected the standard deviation of the observation noise: give it, or call "
-                "optimize_prior_precision, which tunes it with the prior.",
-                stacklevel=4,
-            )
+        warn_of_unit_noise(float(self.residual_noise), stacklevel=5)
 
     @property
     def _options(self) -> EstimatorOptions:
@@ -722,7 +712,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             NotFittedError: before `fit`.
         """
         mean = self.fit_result.mean
-        _check_draws(n_samples, generator, mean.device)
+        check_draws(n_samples, generator, mean.device)
         with full_precision():
             return self._embed(mean + self.posterior_precision.root(standard_normal(n_samples, mean, generator)))
 
@@ -778,7 +768,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         for name, flag in (("joint", joint), ("diagonal_output", diagonal_output), ("fitting", fitting)):
             boolean(flag, name)
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
-        _check_model_arguments(self.model, pred_type, model_kwargs)
+        check_model_arguments(self.model, pred_type, model_kwargs, DebiasedParametricLaplace.__call__)
         regression = self.likelihood != "classification" and not (fitting and self.likelihood == "reward_modeling")
         if pred_type == "nn" and link != "mc":
             raise ValueError(f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link!r}.")
@@ -912,7 +902,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             raise ValueError(f"Expected Jacobians of shape (…, {P}); got {tuple(Js.shape)}.")
 
     @property
-    def backend(self) -> "JacobianBackend":  # type: ignore[override]
+    def backend(self) -> JacobianBackend:  # type: ignore[override]
         """Jacobians with respect to the parameters of the posterior, by the names of laplace-torch's backends."""
         return JacobianBackend(self)
 
@@ -954,7 +944,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         pred_type = name_of(pred_type)
         one_of(pred_type, PredictionType, "pred_type")
         inputs = check_inputs(x, self._spec.keys)
-        _check_draws(n_samples, generator, self.fit_result.mean.device)
+        check_draws(n_samples, generator, self.fit_result.mean.device)
         return inputs, pred_type
 
     # --- the distance to the full batch, the prior, the state ---
@@ -1193,102 +1183,3 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._noise_is_open = "sigma_noise" in opened
         self._adopt(fit)
         self.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
-
-
-@dataclass(frozen=True, eq=False)
-class JacobianBackend:
-    """Jacobians of a fitted posterior's network, of the width P that `functional_variance` takes."""
-
-    posterior: DebiasedParametricLaplace
-
-    @property
-    def model(self) -> nn.Module:
-        """The network."""
-        return self.posterior.model
-
-    @leaves_as_found(waits=True)
-    def chunks(
-        self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
-    ) -> list[tuple[Float[Tensor, "_ C P"], Float[Tensor, "_ C"]]]:
-        """Return Jacobians and outputs of some inputs at a time, as many as fit into a chunk of memory."""
-        inputs, _ = self.posterior._check_request(x, "glm", 1, None)
-        # a list: a suspended generator would leave the model in evaluation mode
-        with self.posterior._predictive(inputs) as predictive:
-            return list(predictive.network.jacobians(predictive.inputs, create_graph=enable_backprop))
-
-    def jacobians(
-        self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
-    ) -> tuple[Float[Tensor, "n C P"], Float[Tensor, "n C"]]:
-        """Return Jacobians with respect to the parameters of the posterior, and outputs.
-
-        Args:
-            x: inputs, as of the posterior.
-            enable_backprop: keep the graph.
-        """
-        parts = self.chunks(x, enable_backprop)
-        return torch.cat([J for J, _ in parts]), torch.cat([f for _, f in parts])
-
-    @leaves_as_found(waits=True)
-    def outputs(self, x: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n C"]:
-        """Return the outputs of the network at the mean."""
-        inputs, _ = self.posterior._check_request(x, "glm", 1, None)
-        with self.posterior._predictive(inputs) as predictive:
-            return predictive.network.outputs(predictive.inputs)
-
-    def last_layer_jacobians(
-        self, x: Tensor | Mapping[str, Tensor], enable_backprop: bool = False
-    ) -> tuple[Float[Tensor, "n C P"], Float[Tensor, "n C"]]:
-        """Return Jacobians with respect to the last layer, and outputs.
-
-        Raises:
-            ValueError: if the posterior is over other parameters than a layer's.
-        """
-        if self.posterior.selection.last_layer is None:
-            raise ValueError(
-                f"Expected a posterior of the last layer; this one is over {self.posterior.selection.subset}. Take "
-                "`jacobians`."
-            )
-        return self.jacobians(x, enable_backprop)
-
-
-def _geometric_mean(noise: Float[Tensor, " C"]) -> Float[Tensor, ""]:
-    return noise.log().mean().exp()
-
-
-def _check_model_arguments(model: nn.Module, pred_type: str, given: Mapping[str, Any]) -> None:
-    """Check further arguments of a prediction: only drawn networks take them, and only those of their `forward`.
-
-    Raises:
-        ValueError: for all others, which are slips.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    known = [] if pred_type == "glm" else list(parameters)
-    own = [p for p in inspect.signature(DebiasedParametricLaplace.__call__).parameters if p != "model_kwargs"]
-    for name in given:
-        if name not in known and (pred_type == "glm" or not takes_all or get_close_matches(name, own[1:])):
-            meant = "".join(f"; did you mean {match!r}?" for match in get_close_matches(name, own[1:], 1)) or "."
-            raise ValueError(
-                f"Expected arguments of a prediction, {', '.join(own[2:])}, or with pred_type='nn' of the model's "
-                f"forward; got {name!r}{meant}"
-            )
-
-
-def _check_draws(n_samples: int, generator: torch.Generator | None, device: torch.device) -> None:
-    integer(n_samples, "n_samples", minimum=1)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"Expected a torch.Generator; got {type(generator).__name__}.")
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"Expected a generator on {device}; got one on {generator.device}.")
-
-
-def _warn_of_no_effect(split: SplitOptions, request: Request) -> None:
-    """Warn if `direction_samples` was given and the estimator uses all samples for directions."""
-    kind = request.options.magnitudes
-    splits = kind == "held_out" or "magnitudes" in request.open
-    if not splits and split.magnitude_samples is None and split.direction_samples != 0.5:
-        warnings.warn(
-            f"direction_samples={split.direction_samples} has no effect with magnitudes={kind!r}, where every sample "
-            "gives directions: all samples are used. Expected magnitudes='held_out', or a loader of fewer samples.",
-            stacklevel=4,
-        )

@@ -1,13 +1,16 @@
 """Predictive distribution of a Gaussian over the parameters, linearized or by sampled networks."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from debiased_laplace.checks import integer
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.inputs import Inputs
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -108,3 +111,41 @@ def class_probabilities(
         draw = links.independent_draws if independent else links.gaussian_draws
         return torch.softmax(draw(mean, spread, n_samples=n_samples, generator=generator), dim=-1).mean(0)
     return links.bridge(mean, spread, normalized=link == "bridge_norm")
+
+
+def check_draws(n_samples: int, generator: torch.Generator | None, device: torch.device) -> None:
+    """Check a number of draws and their generator.
+
+    Raises:
+        ValueError: if one of them cannot be used.
+    """
+    integer(n_samples, "n_samples", minimum=1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"Expected a torch.Generator; got {type(generator).__name__}.")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"Expected a generator on {device}; got one on {generator.device}.")
+
+
+def check_model_arguments(model: nn.Module, pred_type: str, given: Mapping[str, Any], call: Callable[..., Any]) -> None:
+    """Check further arguments of a prediction: only drawn networks take them, and only those of their `forward`.
+
+    Args:
+        model: the network.
+        pred_type: "glm" or "nn".
+        given: further arguments.
+        call: the function that predicts, with the arguments that it knows.
+
+    Raises:
+        ValueError: for all others, which are slips.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = [] if pred_type == "glm" else list(parameters)
+    own = [p for p in inspect.signature(call).parameters if p != "model_kwargs"]
+    for name in given:
+        if name not in known and (pred_type == "glm" or not takes_all or get_close_matches(name, own[1:])):
+            meant = "".join(f"; did you mean {match!r}?" for match in get_close_matches(name, own[1:], 1)) or "."
+            raise ValueError(
+                f"Expected arguments of a prediction, {', '.join(own[2:])}, or with pred_type='nn' of the model's "
+                f"forward; got {name!r}{meant}"
+            )
