@@ -6,6 +6,7 @@ ruff's DOC502 knows the function's own `raise` alone; most of ours stand in the 
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import debiased_laplace
@@ -49,19 +50,23 @@ def untrue_promises(sources: dict[str, str]) -> list[str]:
     for _, node in found:
         uses[node.name] |= names_in(node)
         raised[node.name] |= raised_in(node)
+
+    @cache
+    def possible(name: str) -> frozenset[str]:
+        reached, waiting = set(), {name}
+        while waiting:
+            at = waiting.pop()
+            reached.add(at)
+            waiting |= (uses[at] & uses.keys()) - reached
+        called = set().union(*(uses[at] for at in reached))
+        errors = set().union(*(raised[at] for at in reached))
+        return frozenset(errors | {error for error, callers in RAISED_BY.items() if callers & called})
+
     wrong = []
     for path, node in found:
         section = re.search(r"\n *Raises:\n(.*?)(?:\n *\n|\Z)", ast.get_docstring(node) or "", re.DOTALL)
         promised = re.findall(r"^ {4}(\w+):", section[1], re.MULTILINE) if section else []
-        reached, waiting = set(), {node.name}
-        while waiting:
-            name = waiting.pop()
-            reached.add(name)
-            waiting |= (uses[name] & uses.keys()) - reached
-        possible = set().union(*(raised[name] for name in reached))
-        called = set().union(*(uses[name] for name in reached))
-        possible |= {error for error, callers in RAISED_BY.items() if callers & called}
-        wrong += [f"{path}: {node.name} does not raise {error}" for error in promised if error not in possible]
+        wrong += [f"{path}: {node.name} does not raise {e}" for e in promised if e not in possible(node.name)]
     return wrong
 
 

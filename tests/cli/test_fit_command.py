@@ -390,6 +390,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder, capsys):
     assert not (folder / "posterior.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_pickle_that_would_run_code_is_not_run(folder):
     (folder / "evil.py").write_text(
         "import os\nclass Evil:\n    def __reduce__(self):\n        return os.mkdir, ('ran',)\n"

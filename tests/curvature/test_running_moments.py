@@ -21,7 +21,7 @@ def test_variances_of_sums_over_drawn_rows_are_right_on_average(values, n_folds)
         y = torch.randn(800, generator=generator, dtype=torch.float64).square() * 0.1
     truth = ((1 - p) / p * y.square()).sum()
     estimated, sums = [], []
-    for _ in range(1500):
+    for _ in range(400):
         drawn = (torch.rand(800, generator=generator, dtype=torch.float64) < p).nonzero().flatten()
         fold = torch.arange(len(drawn)) % n_folds
         parts = []
@@ -38,7 +38,7 @@ def test_variances_of_sums_over_drawn_rows_are_right_on_average(values, n_folds)
         assert found.n_drawn == len(drawn) - 3
     ratios = torch.stack(estimated).flatten() / truth
     of_mean = float(ratios.std()) / len(ratios) ** 0.5
-    assert of_mean < 0.15
+    assert of_mean < 0.3
     assert abs(float(ratios.mean()) - 1) < 4 * of_mean
     if values != "heavy-tailed":
-        assert float(torch.stack(sums).var() / truth) == pytest.approx(1, abs=0.15)
+        assert float(torch.stack(sums).var() / truth) == pytest.approx(1, abs=0.25)

@@ -186,6 +186,7 @@ for _case in ("of the last layer", "of a subnetwork"):
     CASES[_case][-1].update(SEVERAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_posterior_that_asks_for_what_was_chosen(case: str) -> None:
     name, likelihood, n, n_data, options = CASES[case]

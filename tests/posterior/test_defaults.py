@@ -220,6 +220,7 @@ def test_repr_says_which_complement_a_prior_will_have() -> None:
 # --- a Hessian that does not fit ---
 
 
+@pytest.mark.slow
 def test_a_hessian_that_does_not_fit_says_so_before_lanczos_and_names_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

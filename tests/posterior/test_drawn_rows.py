@@ -47,7 +47,7 @@ def all_rows(model, X, y, likelihood, kind="GGN"):
 @pytest.mark.parametrize("kind", ["GGN", "EF"])
 @pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
 @pytest.mark.parametrize("magnitudes", ["same_batch", "cross_fitted", "held_out"])
-@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling"])
+@pytest.mark.parametrize("name", ["MLP", pytest.param("convolutions and pooling", marks=pytest.mark.slow)])
 def test_all_rows_are_the_full_batch(name, magnitudes, structure, kind):
     backend = {"GGN": None, "EF": CurvlinopsEF}[kind]
     la, model, X, y, per_sample = drawn_posterior(

@@ -557,6 +557,7 @@ OF_DRAWS = {
 SEEDS = range(16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OF_DRAWS)
 def test_gains_of_drawn_curvatures_rest_on_draws_of_their_own(case: str) -> None:
     # all data are read, so that nothing but draws is left to chance

@@ -248,6 +248,7 @@ def test_draws_cost_no_jacobian():
     assert made.largest() <= 5 * BATCH * MANY
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The best prior precision")
 def test_memory_of_prior_tuning_and_of_the_held_out_kl():
     la = fit(torch.float32, rank=5, subset_of_weights="last_layer")

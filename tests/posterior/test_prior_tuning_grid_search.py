@@ -454,6 +454,7 @@ def test_priors_beyond_single_precision():
         la.optimize_prior_precision(**{**SEARCH, "log_prior_prec_max": 60}, val_loader=loader_of(X.float(), y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 @pytest.mark.parametrize("complement", ["none", "isotropic", "diagonal", "kron"])
 def test_one_decomposition_serves_the_whole_grid(likelihood, complement, monkeypatch):

@@ -49,9 +49,15 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("subset", ["all", "last_layer"])
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("magnitudes", ["same_batch", "cross_fitted"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("subset", ["all", pytest.param("last_layer", marks=SLOW)])
+@pytest.mark.parametrize(
+    "structure",
+    [pytest.param(name, marks=SLOW if "Lanczos" in name or "complement" in name else ()) for name in STRUCTURES],
+)
+@pytest.mark.parametrize("magnitudes", [pytest.param("same_batch", marks=SLOW), "cross_fitted"])
 def test_copies_give_the_posterior_of_weighted_samples(magnitudes, structure, subset):
     model, X, y, _ = problem("MLP", "classification")
     options = {**STRUCTURES[structure], "subset_of_weights": subset, "magnitudes": magnitudes}
@@ -65,7 +71,7 @@ def test_copies_give_the_posterior_of_weighted_samples(magnitudes, structure, su
     close(copies.log_marginal_likelihood(), weighted.log_marginal_likelihood())
 
 
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("kind", ["GGN", "EF", pytest.param("Hessian", marks=SLOW)])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_of_all_the_data_the_full_posterior_is_the_weighted_sum(kind, likelihood):
     model, X, y, _ = problem("MLP", likelihood)
@@ -320,7 +326,7 @@ def test_a_step_is_that_of_the_weighted_mean_loss():
         close(quadratic_along(model, "classification", data, U).curvature_matrix, U.T @ H @ U)
 
 
-@pytest.mark.parametrize("curvature", ["ef", "hessian"])
+@pytest.mark.parametrize("curvature", ["ef", pytest.param("hessian", marks=SLOW)])
 def test_weights_are_factors_of_every_curvature(curvature):
     model, X, y, _ = problem("MLP", "classification")
     kind = {"ef": "EF", "hessian": "Hessian"}[curvature]

@@ -59,6 +59,7 @@ def test_the_posterior_is_that_of_the_model_without_the_buffer(write, structure)
     assert float(model.calls) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES)
 def test_every_derivative_is_that_of_the_model_without_the_buffer(write) -> None:
     U = torch.ones(sum(p.numel() for p in Writing().parameters()), 1, dtype=torch.float64)

@@ -100,6 +100,7 @@ def outcomes():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG_TYPES)
 def test_wrong_types(case, outcomes):
     classes, message = outcomes[case]
