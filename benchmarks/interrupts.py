@@ -307,8 +307,9 @@ def _by_thread(work: Callable[[], None], after: float) -> bool:
                     )
 
     timer = threading.Thread(target=interrupt)
-    timer.start()
     try:
+        # the first interrupts come before it returns
+        timer.start()
         work()
         with lock:
             over.set()

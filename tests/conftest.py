@@ -11,7 +11,7 @@ if os.environ.get("TYPECHECK"):
     from jaxtyping import install_import_hook
 
     # before any test imports the package
-    with install_import_hook("debiased_laplace", "beartype.beartype"):
+    with install_import_hook("debiased_laplace", "type_checks.check"):
         import debiased_laplace  # noqa: F401
 
 if os.environ.get("PYTEST_XDIST_WORKER"):

@@ -323,8 +323,6 @@ def test_other_refusals():
     model, X, y, _ = problem("MLP", "classification")
     with pytest.raises(ValueError, match="n_rows requires sampling='curvature'"):
         posterior_of(model, "classification", n_rows=10)
-    with pytest.raises(ValueError, match="sampling"):
-        posterior_of(model, "classification", sampling="leverage")
     with pytest.raises(ValueError, match="n_rows"):
         posterior_of(model, "classification", sampling="curvature", n_rows=1)
     la = drawn_posterior("MLP", "classification", n_rows=30)[0]
