@@ -24,3 +24,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(word in item.path.stem for word in PAGES) and "calibration" not in item.path.parts:
             item.add_marker(pytest.mark.pages)
+        if os.environ.get("TYPECHECK") and "untyped" in item.keywords:
+            item.add_marker(pytest.mark.skip("not under run-time type checks"))

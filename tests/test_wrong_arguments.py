@@ -56,6 +56,7 @@ def fitted(likelihood="classification", **options):
     return la
 
 
+@pytest.mark.untyped
 def test_numbers_and_truth_values_of_numpy_are_those_of_python(tmp_path: Path) -> None:
     la, model = fitted(seed=np.int32(2), n_folds=np.int64(4), enable_backprop=np.False_), mlp()[0]
     assert torch.equal(la(X), fitted(seed=2, n_folds=4)(X))
@@ -123,6 +124,7 @@ def test_inputs_with_two_dimensions_of_samples_are_refused_with_the_way_out() ->
     assert la(X[:12].reshape(3, 4, 4).flatten(0, 1)).shape == (12, 3)
 
 
+@pytest.mark.untyped
 def test_a_fit_of_arrays_says_that_it_takes_a_loader() -> None:
     with pytest.raises(ValueError, match=r"Expected fit\(loader\).*fit\(\[\(X, y\)\]\); got a second array") as caught:
         DebiasedLaplace(mlp()[0], "classification").fit(X, Y)

@@ -53,6 +53,7 @@ def test_ensembles_in_containers_are_found(container) -> None:
         assert all(torch.equal(b, before[name]) for name, b in models[1].named_buffers())
 
 
+@pytest.mark.untyped
 def test_the_warning_points_at_the_call() -> None:
     model = network().train()
     with pytest.warns(UserWarning, match="training mode") as caught:

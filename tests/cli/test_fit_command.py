@@ -380,6 +380,7 @@ WRONG = {
 }
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_input_is_one_line_and_exit_code_2(case, folder, capsys):
     options, expected = WRONG[case]

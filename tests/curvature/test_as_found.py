@@ -135,6 +135,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_an_exception_leaves_is_repaired(damage, error) -> None:
@@ -167,6 +168,7 @@ def test_what_a_function_returns_normally_stays() -> None:
     assert work.__doc__ == "Move a weight."
 
 
+@pytest.mark.untyped
 def test_a_restoration_that_is_interrupted_starts_again(monkeypatch) -> None:
     from debiased_laplace.curvature import as_found
 
@@ -191,6 +193,7 @@ def test_a_restoration_that_is_interrupted_starts_again(monkeypatch) -> None:
     assert len(calls) > 5
 
 
+@pytest.mark.untyped
 def test_generators_that_an_interrupt_leaves_suspended_restore_nothing_later() -> None:
     """A context whose exit was interrupted would restore when its frame is released, after everything else."""
     model, _ = mlp()
