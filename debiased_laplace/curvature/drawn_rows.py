@@ -1,43 +1,42 @@
 r"""Curvature of drawn rows: one backward pass each, where the curvature is.
 
 A sample's curvature is $J_n^\top \Lambda_n J_n = \sum_j v_{nj} v_{nj}^\top$ with the rows $v_{nj} = J_n^\top c_{nj}$ of
-the cotangents $c_{nj} = \sqrt{\lambda_{nj}} q_{nj}$, from the eigenvectors of $\Lambda_n$. One forward pass gives all
-$\lambda_{nj}$, and with them the size of every row before any of them is computed.
+the cotangents $c_{nj}$, $\sum_j c_{nj} c_{nj}^\top = \Lambda_n$. One forward pass gives the size of every row before any
+of them is computed.
 
 References:
     Frieze, Kannan & Vempala (2004), J. ACM 51(6), doi 10.1145/1039488.1039494 (length-squared sampling); Xu, Yang,
     Roosta-Khorasani, Ré & Mahoney (2016), arXiv 1607.00559 (sub-sampled Newton methods with such samples).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from debiased_laplace.curvature.first_pass import checked_outputs
-from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.curvature.first_pass import checked_outputs, with_target_weights
+from debiased_laplace.curvature.hessian_curvature import HessianCurvature
+from debiased_laplace.curvature.linear_layer import features_of, output_layer
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.roots import EmpiricalFisher, OutputRoot
+from debiased_laplace.curvature.output_rows import cotangents, row_sizes
+from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.sub_batch import DrawErrors
-from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.drawing import RowDraw
-from debiased_laplace.data.inputs import Inputs
-from debiased_laplace.data.source import SampleSource
+from debiased_laplace.curvature.second_derivatives import SecondDerivatives
+from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
+from debiased_laplace.data.batches import Batch, concatenated, sample_hashes
+from debiased_laplace.data.drawing import RowDraw, RowDrawer
 from debiased_laplace.data.sub_batch import SubBatch
-from debiased_laplace.linalg.accumulation import accumulation_dtype
 
-_MOST_EIGENVECTORS = 128
-"""Largest number of outputs whose curvature is decomposed for every sample."""
-
-_ROUNDING = 1e-12
-"""Eigenvalues of a sample's output curvature below this fraction of its largest are rounding errors."""
+_MOST_TOGETHER = 256
+"""Largest number of rows in a batch."""
 
 
 @dataclass(frozen=True)
-class DrawnRows(OutputRoot):
+class DrawnCotangents(OutputRoot):
     """Root with one column for each drawn row: its cotangent, which stands in for targets or noise."""
 
     kind: str
@@ -65,143 +64,266 @@ class DrawnRows(OutputRoot):
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Scores of all rows, from one forward pass.
+    """All samples that were scored.
 
     Attributes:
-        scores: expected squared norm of every row, up to a factor, on the CPU.
-        sizes: squared norms of the cotangents.
-        loss: sum of the losses, in nats.
+        positions: in the data set, or numbers as they came.
+        hashes: of input and target.
+        weights: on the CPU; None if all are 1.
+        loss: sum of the weighted losses, in nats.
     """
 
-    scores: Float[Tensor, "n r"]
-    sizes: Float[Tensor, "n r"]
+    positions: Int64[Tensor, " n"]
+    hashes: Int64[Tensor, " n"]
+    weights: Float[Tensor, " n"] | None
     loss: float
 
+    def __len__(self) -> int:
+        return len(self.hashes)
 
-def cotangents_of(
-    network: Network, root: OutputRoot, outputs: Float[Tensor, "n C"], targets: Tensor
-) -> Float[Tensor, "n r C"]:
-    r"""Return cotangents with $\sum_j c_{nj} c_{nj}^\top = \Lambda_n$, by decreasing norm, in double precision.
+    @property
+    def weight(self) -> float:
+        """Sum of the weights."""
+        return len(self) if self.weights is None else float(self.weights.sum())
 
-    Cotangents of eigenvalues within rounding are 0. Of many outputs, whose eigenvectors would take too long, the
-    columns of the likelihood's root are taken: they are not orthogonal, and no row is null.
+
+class RowSampler:
+    r"""Rows drawn from samples in one pass, by the score $m \|c\|^2 (1 + \|\varphi\|^2)$.
+
+    The score is the squared norm of the row's part in the last linear layer with input $\varphi$, times the sample's
+    weight m. Regression has $\|c\|^2$ alone: its rows differ little, and features say nothing about their norms.
+
+    Only samples with drawn rows are held, as they were loaded. Without a root (a Hessian has none) samples are drawn as
+    a whole, by the sum of the scores of the GGN's rows: as many as have `n_rows` of them.
     """
-    outputs = outputs.to(accumulation_dtype(outputs))
-    if isinstance(root, EmpiricalFisher):
-        return network.likelihood.gradient(outputs, targets)[:, None]
-    S = network.likelihood.root(outputs, slice(None))
-    if outputs.shape[1] > _MOST_EIGENVECTORS:
-        return S.mT
-    values, Q = torch.linalg.eigh(S @ S.mT)
-    values = torch.where(values > _ROUNDING * values[:, -1:], values, 0.0)
-    return (Q * values.sqrt()[:, None]).mT.flip(1)
+
+    def __init__(self, network: Network, root: OutputRoot | None, first: Batch, *, n_rows: int, seeds: tuple[int, ...]):
+        self.network = network
+        self.root = GaussNewton(network.likelihood) if root is None else root
+        self.of_samples = root is None
+        if self.of_samples:
+            n_rows = max(2, n_rows // network.n_outputs)
+        regression = network.likelihood.name == "regression"
+        self._layer: nn.Linear | None = None if regression else output_layer(network, first.inputs)
+        self._generator = torch.Generator().manual_seed(seeds[0])
+        self.drawers = [RowDrawer(n_rows, seed) for seed in seeds]
+        self._held: list[tuple[Tensor, Batch]] = []
+        self._n_held = 0
+        self._scored: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._loss = 0.0
+
+    def read(
+        self, batches: Iterable[tuple[Int64[Tensor, " b"], Batch]], *, total: int | None, progress_bar: bool
+    ) -> None:
+        """Score samples, and draw from all that were read.
+
+        Args:
+            batches: positions and samples.
+            total: number of samples, for the progress bar; None: not known.
+            progress_bar: show progress.
+
+        Raises:
+            ValueError: if inputs, targets, weights or outputs are not finite, or targets do not fit.
+        """
+        with tqdm(total=total, disable=not progress_bar, desc="[Scoring rows]") as bar:
+            for positions, batch in batches:
+                self._add(positions, batch)
+                bar.update(len(batch))
+                bar.set_postfix_str(f"{len(self.drawers[0])} rows drawn")
+
+    def _add(self, positions: Int64[Tensor, " b"], loaded: Batch) -> None:
+        batch = loaded.to(self.network.like.device)
+        batch.check_finite()
+        likelihood = self.network.likelihood
+        if self._layer is None:
+            features, outputs = None, self.network.outputs(batch.inputs)
+        else:
+            features, outputs = features_of(self.network, self._layer, batch.inputs)
+        checked_outputs(outputs, batch)
+        likelihood.check(outputs, batch.targets)
+        weighted = with_target_weights(batch, likelihood)
+        losses = weighted.scaled(likelihood.per_sample_loss(outputs, batch.targets))
+        self._loss += float(losses.cpu().double().sum())
+        noise = self.root.targets_or_noise(batch.targets, outputs.shape[1], self._generator)
+        sizes = weighted.scaled(row_sizes(self.root, outputs, noise)).cpu().double()
+        sizes = sizes.sum(1, keepdim=True) if self.of_samples else sizes
+        scores = sizes if features is None else sizes * (1 + features.double().square().sum(1).cpu())[:, None]
+        hashes = sample_hashes(loaded)
+
+        def attach(samples: Int64[Tensor, " m"], rows: Int64[Tensor, " m"]) -> Tensor:
+            if self.of_samples:
+                return outputs.new_zeros(len(samples), 0)
+            samples, rows = samples.to(outputs.device), rows.to(outputs.device)
+            found = cotangents(self.root, outputs, noise, samples, rows)
+            if weighted.weights is not None:
+                found = found * weighted.weights[samples].to(found).sqrt()[:, None]
+            # direction and length apart: squares of small cotangents underflow in single precision
+            lengths = found.norm(dim=1, keepdim=True)
+            return torch.cat([found / lengths, lengths], dim=1).to(_at_least_single(self.network.like.dtype))
+
+        start = self.drawers[0].population.n_samples
+        self.drawers = [drawer.adding(scores, sizes, hashes, attach) for drawer in self.drawers]
+        weights = None if weighted.weights is None else weighted.weights.cpu().double()
+        self._scored.append((positions, hashes, weights))
+        numbers = torch.arange(start, start + len(batch))
+        new = torch.isin(numbers, self._needed())
+        if bool(new.any()):
+            self._held.append((numbers[new], loaded.at(new.nonzero().flatten()).weighted(None)))
+            self._n_held += int(new.sum())
+        if self._n_held > 2 * len(self._needed()) + _MOST_TOGETHER:
+            self._let_go()
+
+    def _needed(self) -> Int64[Tensor, " m"]:
+        """Return the numbers of the samples that some row was drawn of."""
+        return torch.cat([drawer.held.samples for drawer in self.drawers if drawer.held is not None]).unique()
+
+    def _let_go(self) -> None:
+        needed = self._needed()
+        held = [(numbers, torch.isin(numbers, needed), batch) for numbers, batch in self._held]
+        self._held = [(n[stay], batch.at(stay.nonzero().flatten())) for n, stay, batch in held if bool(stay.any())]
+        self._n_held = sum(len(numbers) for numbers, _ in self._held)
+
+    def continued(self) -> "RowSampler":
+        """Return a sampler that goes on from here and leaves this one as it is."""
+        other = object.__new__(RowSampler)
+        other.__dict__.update(self.__dict__)
+        other.drawers, other._held, other._scored = list(self.drawers), list(self._held), list(self._scored)
+        other._generator = self._generator.clone_state()
+        return other
+
+    @property
+    def scored(self) -> Scored:
+        """All samples read so far."""
+        positions = torch.cat([part[0] for part in self._scored])
+        hashes = torch.cat([part[1] for part in self._scored])
+        weights = None
+        if any(part[2] is not None for part in self._scored):
+            weights = torch.cat([torch.ones(len(p)).double() if w is None else w for p, _, w in self._scored])
+        return Scored(positions, hashes, weights, self._loss)
+
+    def drawn(self, n_rows: int | None = None, *, which: int = 0) -> "DrawnRows":
+        """Return the drawn rows, those of equal samples as one with the sum of their weights.
+
+        Args:
+            n_rows: expected number of rows, at most that of the sampler; None: its own.
+            which: number of the seed.
+        """
+        draw, probabilities = self.drawers[which].drawn(n_rows)
+        scored = self.scored
+        if not isinstance(self.root, MonteCarloGaussNewton) and not self.of_samples:
+            draw, probabilities = _merged(draw, probabilities, scored)
+        return DrawnRows(self, draw, probabilities, self.drawers[which].expected(n_rows), scored)
+
+    def samples(self, numbers: Int64[Tensor, " m"]) -> list[tuple[Int64[Tensor, " b"], Batch]]:
+        """Return held samples by their increasing numbers, in batches."""
+        found, start = [], 0
+        held = [(n, torch.isin(n, numbers), batch) for n, batch in self._held]
+        parts = [(n[stay], batch.at(stay.nonzero().flatten())) for n, stay, batch in held if bool(stay.any())]
+        for batch in concatenated(batch for _, batch in parts):
+            for chunk in batch.chunks(_MOST_TOGETHER):
+                found.append((numbers[start : start + len(chunk)], chunk))
+                start += len(chunk)
+        return found
 
 
-def score_rows(network: Network, source: SampleSource, root: OutputRoot, *, seed: int, progress_bar: bool) -> Scored:
-    r"""Score every row by $\|c\|^2 (1 + \|\varphi\|^2)$, the squared norm of its part in the last linear layer.
+@dataclass(frozen=True, eq=False)
+class DrawnRows:
+    """Rows drawn from the scored samples.
 
-    Args:
-        network: the network; without a last linear layer $\varphi$ is left out.
-        source: all samples.
-        root: of the GGN or the empirical Fisher.
-        seed: of the loading.
-        progress_bar: show progress.
-
-    Raises:
-        ValueError: if inputs, targets or outputs are not finite, or targets do not fit.
+    Attributes:
+        sampler: holds the samples.
+        draw: rows, with their cotangents attached.
+        probabilities: inclusion probability of each.
+        expected: expected number of rows.
+        scored: all samples.
     """
-    layer, sizes, features, loss = None, [], [], 0.0
-    device = network.like.device
-    with tqdm(total=len(source.indices), disable=not progress_bar, desc="[Scoring rows]") as bar:
-        for loaded in source.batches(source.indices, seed):
-            batch = loaded.to(device)
-            batch.check_finite()
-            if batch.weights is not None:
-                raise ValueError(
-                    "sampling='curvature' is not built for sample_weights; expected batches (inputs, targets), or "
-                    "sampling='uniform'."
-                )
-            layer = _last_linear_layer(network, batch.inputs) if layer is None else layer
-            outputs, squared = _outputs_and_features(network, layer, batch.inputs)
-            checked_outputs(outputs, batch)
-            network.likelihood.check(outputs, batch.targets)
-            loss += float(network.likelihood.per_sample_loss(outputs, batch.targets).cpu().double().sum())
-            parts = zip(outputs.split(_together(outputs)), batch.targets.split(_together(outputs)), strict=True)
-            sizes += [cotangents_of(network, root, f, y).square().sum(2).cpu().double() for f, y in parts]
-            features.append(squared.cpu().double())
-            bar.update(len(batch))
-    all_sizes = torch.cat(sizes)
-    if network.likelihood.name == "regression":
-        # rows differ little, and features say nothing about their norms
-        return Scored(all_sizes, all_sizes, loss)
-    return Scored(all_sizes * (1 + torch.cat(features))[:, None], all_sizes, loss)
+
+    sampler: RowSampler
+    draw: RowDraw
+    probabilities: Float[Tensor, " R"]
+    expected: int
+    scored: Scored
+
+    def __len__(self) -> int:
+        return len(self.draw)
+
+    def at(self, chosen: Bool[Tensor, " R"]) -> "DrawnRows":
+        """Return some of the rows."""
+        return replace(self, draw=self.draw.at(chosen), probabilities=self.probabilities[chosen])
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the rows are Monte-Carlo estimates of their sample's curvature."""
+        return isinstance(self.sampler.root, MonteCarloGaussNewton)
+
+    # Models often cannot be copied or pickled: copies share the rows, a pickle has None.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DrawnRows":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+    @property
+    def positions(self) -> Int64[Tensor, " R"]:
+        """Position of each row's sample in the data set."""
+        return self.scored.positions[self.draw.samples]
+
+    def curvature(self, *, progress_bar: bool = False) -> SubBatchCurvature:
+        r"""Return the curvature $\frac1R \sum_r R w_r v_r v_r^\top$ of the rows.
+
+        The weights $w_r = 1 / (N' \pi_r)$ make it an unbiased estimate of the mean curvature of the samples scored,
+        whose weights sum to N'.
+        """
+        network, draw = self.sampler.network, self.draw
+        batches = []
+        for numbers, batch in self.sampler.samples(draw.samples.unique()):
+            # the rows of these samples, each with a copy of its sample
+            mine = torch.isin(draw.samples, numbers)
+            for owners in torch.searchsorted(numbers, draw.samples[mine]).split(_MOST_TOGETHER):
+                batches.append(batch.at(owners).to(network.like.device))
+        weights = len(draw) / (self.scored.weight * self.probabilities)
+        if not self.sampler.of_samples:
+            weights = weights * draw.attached[:, -1].double().square().cpu()
+        samples = SubBatch(None, self.positions, network.like.device, 0, tuple(batches), weights.to(network.like.dtype))
+        errors = DrawErrors.of(self.probabilities)
+        if self.sampler.of_samples:
+            if self.scored.weights is not None:
+                weights = weights * self.scored.weights[draw.samples]
+            second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batches[0].first(8))
+            samples = samples.weighted(weights.to(network.like))
+            return HessianCurvature(network, samples, second, draw=errors, progress_bar=progress_bar)
+        return RowCurvature(
+            network,
+            samples,
+            DrawnCotangents(self.sampler.root.kind),
+            targets_or_noise=draw.attached[:, :-1].to(network.like),
+            draw=errors,
+            progress_bar=progress_bar,
+        )
 
 
-def load_drawn(
-    network: Network, source: SampleSource, draw: RowDraw, root: OutputRoot, *, seed: int
-) -> tuple[SubBatch, RowCurvature]:
-    r"""Load the drawn samples, and return them with the curvature $\frac1R \sum_r m_r v_r v_r^\top$, $m_r = R w_r$.
-
-    The weights $w_r = 1 / (N' \pi_r)$ make it an unbiased estimate of the mean curvature of the N' samples scored.
-    """
-    chosen, owner = draw.samples.unique(return_inverse=True)
-    samples = SubBatch(source, source.indices[chosen], network.like.device, seed)
-    samples = samples.keeping(list(samples))
-    batches: list[Batch] = []
-    cotangents: list[Tensor] = []
-    start = 0
-    for batch in samples:
-        mine = (owner >= start) & (owner < start + len(batch))
-        local = owner[mine] - start
-        start += len(batch)
-        outputs, rows_of = network.outputs(batch.inputs), draw.rows[mine]
-        for first in range(0, len(batch), _together(outputs)):
-            these = (local >= first) & (local < first + _together(outputs))
-            part = slice(first, first + _together(outputs))
-            of_all = cotangents_of(network, root, outputs[part], batch.targets[part])
-            cotangents.append(of_all[(local[these] - first).to(of_all.device), rows_of[these].to(of_all.device)])
-        batches.append(batch.at(local))
-    weights = len(draw) / (draw.n_scored * draw.probabilities)
-    rows = SubBatch(source, source.indices[draw.samples], network.like.device, seed)
-    rows = rows.keeping(batches).weighted(weights.to(network.like.dtype))
-    curvature = RowCurvature(network, rows, DrawnRows(f"{root.kind}"), seed=seed)
-    curvature._drawn = torch.cat(cotangents).to(network.like)
-    curvature.draw = DrawErrors.of(draw.probabilities)
-    return samples, curvature
+def _nothing() -> None:
+    return None
 
 
-def _together(outputs: Tensor) -> int:
-    """Return how many samples' output curvatures, (C, C) each, are computed at once."""
-    return max(1, CHUNK_BYTES // (4 * 8 * outputs.shape[1] ** 2))
+def _merged(draw: RowDraw, probabilities: Float[Tensor, " R"], scored: Scored) -> tuple[RowDraw, Float[Tensor, " R"]]:
+    """Merge the rows of equal samples, whose random numbers are the same, into one with the sum of their weights."""
+    keys = torch.stack([scored.hashes[draw.samples], draw.rows], dim=1)
+    kinds, kind = keys.unique(dim=0, return_inverse=True)
+    if len(kinds) == len(keys):
+        return draw, probabilities
+    order = torch.arange(len(keys))
+    first = order.new_full((len(kinds),), len(keys)).scatter_reduce(0, kind, order, "amin")
+    weights = torch.ones(len(scored)).double() if scored.weights is None else scored.weights
+    own = weights[draw.samples]
+    together = own.new_zeros(len(kinds)).index_add(0, kind, own)
+    stay = first[kind] == order
+    draw = draw.at(stay)
+    factors = (together[kind] / own)[stay].sqrt()
+    attached = draw.attached.clone()
+    attached[:, -1] *= factors.to(attached)
+    return replace(draw, attached=attached), probabilities[stay]
 
 
-def _last_linear_layer(network: Network, inputs: Inputs) -> nn.Linear | bool:
-    """Return the linear layer that computes the outputs; False if there is none."""
-    called: list[tuple[nn.Linear, Tensor]] = []
-    handles = [
-        module.register_forward_hook(lambda m, arguments, output: called.append((m, output)))  # noqa: ARG005
-        for module in network.selection.model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        outputs = network.outputs(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if called and called[-1][1].shape == outputs.shape and torch.equal(called[-1][1], outputs):
-        return called[-1][0]
-    return False
-
-
-def _outputs_and_features(network: Network, layer: nn.Linear | bool, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return the outputs (n, C), and the squared norm of each sample's input to the last linear layer."""
-    if isinstance(layer, bool):
-        outputs = network.outputs(inputs)
-        return outputs, torch.zeros_like(outputs[:, 0])
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda m, arguments, output: seen.append(arguments[0]))  # noqa: ARG005
-    try:
-        outputs = network.outputs(inputs)
-    finally:
-        handle.remove()
-    return outputs, seen[-1].detach().square().sum(-1)
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -14,7 +14,14 @@ from tqdm import tqdm
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
-from debiased_laplace.curvature.sub_batch import DirectionalMoments, ResidualRequest, RunningMoments, SubBatchCurvature
+from debiased_laplace.curvature.sub_batch import (
+    DirectionalMoments,
+    DrawErrors,
+    ResidualRequest,
+    RunningMoments,
+    SubBatchCurvature,
+    joined_directions,
+)
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -35,6 +42,7 @@ class HessianCurvature(SubBatchCurvature):
         derivatives: SecondDerivatives,
         *,
         progress_bar: bool = False,
+        draw: DrawErrors | None = None,
     ):
         self.network = network
         self.samples = samples
@@ -44,6 +52,7 @@ class HessianCurvature(SubBatchCurvature):
         offered = backend is not None and backend.offers_hessian() and samples.weights is None
         self.backend = backend if offered else None
         self.progress_bar = progress_bar
+        self.draw = draw
         self._dense: Tensor | None = None
 
     @property
@@ -97,7 +106,14 @@ class HessianCurvature(SubBatchCurvature):
 
     def part(self, positions: Int64[Tensor, " m"]) -> "HessianCurvature":
         """Return the mean Hessian of a subset."""
-        return HessianCurvature(self.network, self.samples.at(positions), self.derivatives)
+        draw = None if self.draw is None else self.draw.at(positions)
+        return HessianCurvature(self.network, self.samples.at(positions), self.derivatives, draw=draw)
+
+    def reweighted(self, factors: Float[Tensor, " n"]) -> "HessianCurvature":
+        """Return the mean Hessian of the same samples, each multiplied by a factor."""
+        weights = factors if self.samples.weights is None else self.samples.weights * factors
+        draw = None if self.draw is None else self.draw.reweighted(factors)
+        return HessianCurvature(self.network, self.samples.weighted(weights), self.derivatives, draw=draw)
 
     def nested_moments(
         self, directions: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
@@ -108,7 +124,8 @@ class HessianCurvature(SubBatchCurvature):
     def _moments(self, directions: Float[Tensor, "P k"], request: ResidualRequest) -> DirectionalMoments:
         sums = RunningMoments(directions.shape[1], directions)
         for chunk in self._chunks("[Curvature along directions]"):
-            sums.add(self.derivatives.quadratics(chunk, directions))
+            draw = None if self.draw is None else self.draw.at(slice(sums.n, sums.n + len(chunk)))
+            sums.add(self.derivatives.quadratics(chunk, directions), draw)
         moments = sums.moments()
         if self.backend is None and request.residual == "none":
             return moments
@@ -131,12 +148,7 @@ class HessianCurvature(SubBatchCurvature):
         P, like = self.network.n_parameters, self.network.like
         units = torch.eye(P, dtype=like.dtype, device=like.device).split(_PANEL)
         parts = [self.moments(basis.vectors(rows).T) for rows in units]
-        return DirectionalMoments(
-            self.n_samples,
-            torch.cat([part.means for part in parts]),
-            torch.cat([part.standard_deviations for part in parts]),
-            third_moments=torch.cat([part.third_moments for part in parts if part.third_moments is not None]),
-        )
+        return joined_directions(parts)
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
         r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""

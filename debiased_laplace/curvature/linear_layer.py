@@ -57,18 +57,7 @@ class LinearLayer:
         Raises:
             ValueError: if the layer is not called exactly once, with one vector for each sample.
         """
-        seen: list[Tensor] = []
-        handle = self.layer.register_forward_pre_hook(
-            lambda module, arguments, named: seen.append((arguments or (named["input"],))[0].detach()),  # noqa: ARG005
-            with_kwargs=True,
-        )
-        try:
-            outputs = self.network.outputs(inputs)
-        finally:
-            handle.remove()
-        if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(outputs):
-            raise ValueError("Expected a layer that is called once, with one vector for each sample.")
-        return seen[0], outputs
+        return features_of(self.network, self.layer, inputs)
 
     def root_columns(self, outputs: Tensor, root: OutputRoot, targets_or_noise: Tensor) -> Iterator[Tensor]:
         """Yield columns of the root (n, C, r), in blocks that bound the memory."""
@@ -96,3 +85,45 @@ class LinearLayer:
         """Return the layer's outputs for these features."""
         with torch.no_grad():
             return self.layer(features)
+
+
+def features_of(network: Network, layer: nn.Linear, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return the inputs (n, d) of a layer and the network's outputs (n, C).
+
+    Raises:
+        ValueError: if the layer is not called exactly once, with one vector for each sample.
+    """
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(
+        lambda module, arguments, named: seen.append((arguments or (named["input"],))[0].detach()),  # noqa: ARG005
+        with_kwargs=True,
+    )
+    try:
+        outputs = network.outputs(inputs)
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(outputs):
+        raise ValueError("Expected a layer that is called once, with one vector for each sample.")
+    return seen[0], outputs
+
+
+def output_layer(network: Network, inputs: Inputs) -> nn.Linear | None:
+    """Return the linear layer that computes the outputs, called once with one vector for each sample; None without."""
+    called: list[tuple[nn.Linear, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda m, arguments, output: called.append((m, output)))  # noqa: ARG005
+        for module in network.selection.model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        outputs = network.outputs(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called or called[-1][1].shape != outputs.shape or not torch.equal(called[-1][1], outputs):
+        return None
+    try:
+        features_of(network, called[-1][0], inputs)
+    except ValueError:
+        return None
+    return called[-1][0]

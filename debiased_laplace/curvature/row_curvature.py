@@ -47,19 +47,28 @@ class RowCurvature(SubBatchCurvature):
     """
 
     def __init__(
-        self, network: Network, samples: SubBatch, root: OutputRoot, *, seed: int = 0, progress_bar: bool = False
+        self,
+        network: Network,
+        samples: SubBatch,
+        root: OutputRoot,
+        *,
+        seed: int = 0,
+        progress_bar: bool = False,
+        targets_or_noise: Tensor | None = None,
+        draw: DrawErrors | None = None,
     ):
         self.network = network
         self.samples = samples
         self.root = root
         self.seed = seed
         self.progress_bar = progress_bar
-        self.draw: DrawErrors | None = None
+        self.draw = draw
         self._used: set[str] = set()
         self._stacked: GramFactor | None = None
         # factors of the rows that are held; None: 1
         self._scales: Tensor | None = None
-        self._drawn: Tensor | None = None
+        # of all samples, where it cannot be computed from targets or seed; None: it can
+        self._drawn = targets_or_noise
 
     @property
     def source(self) -> str:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -49,11 +49,14 @@ class DirectionalMoments:
         third_moments: central moments $E(u_i^\top H_n u_i - u_i^\top H u_i)^3$ of the per-sample values; None if not
             computed.
         n_folds: number of folds that were pooled.
-        n_drawn: of drawn rows, how many might not have been drawn; the deviations are then such that the standard error
-            of the mean, from the draw, is that of n samples. None for samples.
+        n_drawn: of rows drawn from all N samples, how many might not have been drawn; the deviations are then such that
+            the standard error of the mean, from the draw, is that of n samples. None otherwise.
+        draw_variances: of rows drawn from some samples: variance of the means given those samples; None otherwise.
+        sampled_share: share of those samples in the ones that they stand for.
+        centers: means of the values that the deviations are of, where these differ from `means`.
     """
 
-    n_samples: int
+    n_samples: float
     means: Float[Tensor, " k"]
     standard_deviations: Float[Tensor, " k"]
     trace: Float[Tensor, ""] | None = None
@@ -61,6 +64,9 @@ class DirectionalMoments:
     third_moments: Float[Tensor, " k"] | None = None
     n_folds: int = 1
     n_drawn: int | None = None
+    draw_variances: Float[Tensor, " k"] | None = None
+    sampled_share: float = 0.0
+    centers: Float[Tensor, " k"] | None = None
 
     @property
     def third_cumulants(self) -> Float[Tensor, " k"] | None:
@@ -80,22 +86,49 @@ class DirectionalMoments:
 
     def leading(self, k: int, trace: Tensor | None, diagonal: Tensor | None) -> "DirectionalMoments":
         """Return the moments along the first k directions, with the residual outside their span."""
-        third = None if self.third_moments is None else self.third_moments[:k]
+        return replace(self.mapped(lambda values: values[:k]), trace=trace, residual_diagonal=diagonal)
+
+    def mapped(
+        self, of_values: Callable[[Tensor], Tensor], of_deviations: Callable[[Tensor], Tensor] | None = None
+    ) -> "DirectionalMoments":
+        """Return the moments with a function applied to what there is for each direction."""
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else of_values(values)
+
         return replace(
             self,
-            means=self.means[:k],
-            standard_deviations=self.standard_deviations[:k],
-            trace=trace,
-            residual_diagonal=diagonal,
-            third_moments=third,
+            means=of_values(self.means),
+            standard_deviations=(of_deviations or of_values)(self.standard_deviations),
+            third_moments=of(self.third_moments),
+            draw_variances=of(self.draw_variances),
+            centers=of(self.centers),
         )
 
 
+def joined_directions(parts: Sequence[DirectionalMoments]) -> DirectionalMoments:
+    """Return the moments of the same samples along the directions of all parts."""
+
+    def of(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    names = ("means", "standard_deviations", "third_moments", "draw_variances", "centers")
+    return replace(parts[0], **{name: of(name) for name in names})
+
+
 class SubBatchCurvature(ABC):
-    """The mean curvature H of a set of samples, never formed unless `dense` is called."""
+    """The mean curvature H of a set of samples, never formed unless `dense` is called.
+
+    Attributes:
+        network: the network.
+        progress_bar: show progress.
+        draw: errors of the draw, where samples stand for drawn rows; None for samples.
+    """
 
     network: Network
     progress_bar: bool
+    draw: "DrawErrors | None" = None
 
     @property
     @abstractmethod
@@ -132,6 +165,10 @@ class SubBatchCurvature(ABC):
     @abstractmethod
     def part(self, positions: Int64[Tensor, " m"]) -> "SubBatchCurvature":
         """Return the mean curvature of a subset, given by increasing positions among the samples."""
+
+    def reweighted(self, factors: Float[Tensor, " n"]) -> "SubBatchCurvature":
+        """Return the curvature of the same samples, each multiplied by a factor."""
+        raise NotImplementedError
 
     def moments(
         self, directions: Float[Tensor, "P k"], residual: Residual = "none", basis: KroneckerBasis | None = None
@@ -175,24 +212,44 @@ class DrawErrors:
     Attributes:
         left_out: $1 - \pi$, the probability that a row like this is not drawn.
         factors: weight of each row by inverse probability, relative to the weight that its value has in the sum.
+        samples: number of each row's sample, where the samples are themselves a draw; None where they are all N. The
+            rows of a sample are adjacent.
+        n_samples: how many samples were drawn.
+        sampled_share: their share in the samples that they stand for.
     """
 
     left_out: Float[Tensor, " n"]
     factors: Float[Tensor, " n"]
+    samples: Int64[Tensor, " n"] | None = None
+    n_samples: float = 0.0
+    sampled_share: float = 1.0
 
     @classmethod
     def of(cls, probabilities: Float[Tensor, " n"]) -> "DrawErrors":
         """Return those of rows weighted by inverse probability."""
         return cls(1 - probabilities, torch.ones_like(probabilities))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing was left out."""
+        return self.sampled_share >= 1 and not bool((self.left_out > 0).any())
+
     def at(self, chosen: Tensor | slice) -> "DrawErrors":
-        """Return those of some rows."""
-        return DrawErrors(self.left_out[chosen], self.factors[chosen])
+        """Return those of some rows, and of as large a share of the samples."""
+        left_out = self.left_out[chosen]
+        return replace(
+            self,
+            left_out=left_out,
+            factors=self.factors[chosen],
+            samples=None if self.samples is None else self.samples[chosen],
+            n_samples=self.n_samples * len(left_out) / max(len(self.left_out), 1),
+        )
 
     def reweighted(self, factors: Float[Tensor, " n"]) -> "DrawErrors":
         """Return those of rows whose values are multiplied by factors; a row without weight has no error."""
         inverse = torch.where(factors > 0, 1 / factors.clamp_min(torch.finfo(factors.dtype).tiny), 0.0)
-        return DrawErrors(torch.where(factors > 0, self.left_out, 0.0), self.factors * inverse.to(self.factors))
+        left_out = torch.where(factors > 0, self.left_out, 0.0)
+        return replace(self, left_out=left_out, factors=self.factors * inverse.to(self.factors))
 
 
 class RunningMoments:
@@ -217,10 +274,7 @@ class RunningMoments:
         self.first += values.sum(0)
         if draw is not None:
             self.drawn = self.drawn or _DrawnSums(self.first)
-            left_out, expanded = draw.left_out.to(values), values * draw.factors.to(values)[:, None]
-            self.drawn.n += int((left_out > 0).sum())
-            self.drawn.squares += left_out @ expanded.square()
-            self.drawn.cubes += (left_out * (2 * left_out - 1)) @ expanded.pow(3)
+            self.drawn.add(values, draw)
             return
         self.second += values.square().sum(0)
         self.third += values.pow(3).sum(0)
@@ -229,19 +283,77 @@ class RunningMoments:
         """Return the moments of the values added so far."""
         means = self.first / self.n
         if self.drawn is not None:
-            drawn, n = self.drawn, self.n
-            return DirectionalMoments(
-                n, means, (drawn.squares / n).sqrt(), third_moments=drawn.cubes / n, n_drawn=drawn.n
-            )
-        squares = (self.second - self.n * means.square()).clamp_min(0)
-        cubes = self.third - 3 * means * squares - self.n * means.pow(3)
-        deviations = (squares / max(self.n - 1, 1)).sqrt()
-        return DirectionalMoments(self.n, means, deviations, third_moments=cubes / self.n)
+            return self.drawn.moments(means, self.n)
+        deviations, third = _central(self.n, self.first, self.second, self.third)
+        return DirectionalMoments(self.n, means, deviations, third_moments=third)
+
+
+def _central(n: float, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
+    """Return standard deviation (ddof 1) and third central moment of n values, from sums of their powers."""
+    mean = first / n
+    squares = (second - n * mean.square()).clamp_min(0)
+    cubes = third - 3 * mean * squares - n * mean.pow(3)
+    return (squares / max(n - 1, 1)).sqrt(), cubes / n
 
 
 class _DrawnSums:
-    """Variance and third cumulant of sums over drawn rows, and the number of rows that they come from."""
+    r"""Sums over drawn rows that their errors are computed from.
+
+    With samples that are themselves a draw, the sample totals $T_n = \sum_r y_r / \pi_r$ are independent, and their
+    spread includes the draw of rows: of $f = n / N$, the variance of the mean is $(1 - f) s_T^2 / n + f V$ with the
+    variance V given the samples (Särndal et al. 1992, §4.3).
+    """
 
     def __init__(self, zeros: Tensor):
-        self.n = 0
+        self.n_uncertain, self.n_samples, self.sampled_share = 0, 0.0, 1.0
         self.squares, self.cubes = torch.zeros_like(zeros), torch.zeros_like(zeros)
+        self.totals = [torch.zeros_like(zeros) for _ in range(3)]
+        self.open: tuple[int, Tensor] | None = None
+
+    def add(self, values: Float[Tensor, "n k"], draw: DrawErrors) -> None:
+        """Add the values of n more rows."""
+        left_out, expanded = draw.left_out.to(values), values * draw.factors.to(values)[:, None]
+        self.n_uncertain += int((left_out > 0).sum())
+        self.squares += left_out @ expanded.square()
+        self.cubes += (left_out * (2 * left_out - 1)) @ expanded.pow(3)
+        if draw.samples is None or len(values) == 0:
+            return
+        self.n_samples, self.sampled_share = self.n_samples + draw.n_samples, draw.sampled_share
+        samples, which = torch.unique_consecutive(draw.samples, return_inverse=True)
+        totals = expanded.new_zeros(len(samples), expanded.shape[1]).index_add_(0, which.to(expanded.device), expanded)
+        if self.open is not None and self.open[0] == int(samples[0]):
+            # the rows of a sample may come in two parts
+            totals[0] += self.open[1]
+        else:
+            self._close()
+        self._add_totals(totals[:-1])
+        self.open = int(samples[-1]), totals[-1]
+
+    def _close(self) -> None:
+        if self.open is not None:
+            self._add_totals(self.open[1][None])
+            self.open = None
+
+    def _add_totals(self, totals: Tensor) -> None:
+        for power, total in enumerate(self.totals, 1):
+            total += totals.pow(power).sum(0)
+
+    def moments(self, means: Float[Tensor, " k"], n: int) -> DirectionalMoments:
+        """Return the moments of n rows with these means."""
+        if not self.n_samples:
+            deviations = (self.squares / n).sqrt()
+            return DirectionalMoments(n, means, deviations, third_moments=self.cubes / n, n_drawn=self.n_uncertain)
+        self._close()
+        # as values whose mean over samples is the mean over rows
+        scale = self.n_samples / n
+        first, second, third = (total * scale**power for power, total in enumerate(self.totals, 1))
+        deviations, third = _central(self.n_samples, first, second, third)
+        return DirectionalMoments(
+            self.n_samples,
+            means,
+            deviations,
+            third_moments=third,
+            draw_variances=self.squares / n**2,
+            sampled_share=self.sampled_share,
+            centers=first / self.n_samples,
+        )

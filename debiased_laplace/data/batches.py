@@ -1,15 +1,25 @@
 """Batches of inputs and targets, and hashes of their samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from debiased_laplace.data.inputs import WEIGHTS, Inputs, MappingKeys, n_samples_of, on_each, shape_of, tensors_of
+from debiased_laplace.data.inputs import (
+    WEIGHTS,
+    Inputs,
+    MappingKeys,
+    dtype_of,
+    n_samples_of,
+    on_each,
+    shape_of,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +130,30 @@ class Batch:
                 raise ValueError(
                     f"Expected finite {name}; {n} of {len(values)} samples of a batch have NaN or infinite entries."
                 )
+
+
+def concatenated(batches: Iterable[Batch]) -> list[Batch]:
+    """Join consecutive batches whose samples have the same shape; all of them have weights, or none has."""
+    joined: list[Batch] = []
+    for _, group in groupby(batches, key=_kind):
+        parts = list(group)
+        inputs: Inputs
+        if isinstance(parts[0].inputs, Tensor):
+            inputs = torch.cat([part.inputs for part in parts if isinstance(part.inputs, Tensor)])
+        else:
+            of_all = [part.inputs for part in parts if not isinstance(part.inputs, Tensor)]
+            inputs = {key: torch.cat([part[key] for part in of_all]) for key in of_all[0]}
+        weights = [part.weights for part in parts if part.weights is not None]
+        joined.append(
+            Batch(inputs, torch.cat([part.targets for part in parts]), torch.cat(weights) if weights else None)
+        )
+    return joined
+
+
+def _kind(batch: Batch) -> str:
+    """Return what has to be the same for batches to be joined."""
+    of_one = on_each(batch.inputs, lambda t: t[:0])
+    return str((shape_of(of_one), dtype_of(of_one), tuple(batch.targets.shape[1:]), batch.weights is None))
 
 
 def as_batch(loaded: Any, keys: MappingKeys) -> Batch:

@@ -1,8 +1,9 @@
-r"""Draw rows with probabilities proportional to scores, so that weights by inverse probability leave sums unbiased.
+r"""Draw rows with probabilities in proportion to scores, so that weights by inverse probability leave sums unbiased.
 
 A row is one of the r rows of one of n samples. It is drawn if its permanent random number is below its inclusion
 probability (Poisson sampling): draws of different rows are independent, draws of more rows contain those of fewer, and
-neither the order of the samples nor the number of processes matters.
+neither the order of the samples nor the number of processes matters. A row that is not drawn from the samples read so
+far is not drawn from more of them either, so one pass suffices, and only drawn rows are held.
 
 References:
     Särndal, Swensson & Wretman (1992), Model Assisted Survey Sampling, §3.5 (Poisson sampling); Ohlsson (1995),
@@ -10,39 +11,116 @@ References:
     generator whose mixing function is used).
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-SHARE_OF_SCORES = 0.9
-"""Share of the probabilities that is proportional to the scores; the rest is the same for all samples."""
+SHARE_OF_FLOOR = 0.1
+"""Share of the expected number of rows that is the same for all samples; the rest is in proportion to the scores."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowDraw:
-    """Drawn rows, ordered by sample and row.
+    """Rows held by a draw, ordered by sample and row, with what their probabilities depend on.
 
     Attributes:
         samples: index of each row's sample among those scored.
         rows: number of the row within its sample.
-        probabilities: inclusion probability of each row.
-        n_scored: number of samples scored.
-        n_positive: number of rows with a positive score, which are those that can be drawn.
-        expected: expected number of rows.
+        scores: in proportion to which rows are drawn.
+        floors: share of the row in its sample.
+        numbers: permanent random numbers.
+        attached: whatever was computed for each row.
     """
 
     samples: Int64[Tensor, " R"]
     rows: Int64[Tensor, " R"]
-    probabilities: Float[Tensor, " R"]
-    n_scored: int
-    n_positive: int
-    expected: float
+    scores: Float[Tensor, " R"]
+    floors: Float[Tensor, " R"]
+    numbers: Float[Tensor, " R"]
+    attached: Tensor
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def at(self, chosen: Tensor) -> "RowDraw":
+        """Return some of the rows."""
+        return RowDraw(
+            self.samples[chosen], self.rows[chosen], self.scores[chosen], self.floors[chosen], self.numbers[chosen],
+            self.attached[chosen.to(self.attached.device)],
+        )  # fmt: skip
+
+    def bare(self) -> "RowDraw":
+        """Return the rows with nothing attached."""
+        return replace(self, attached=self.scores.new_zeros(len(self), 0))
+
+    @classmethod
+    def joined(cls, parts: list["RowDraw"]) -> "RowDraw":
+        """Return the rows of several parts."""
+        names = ("samples", "rows", "scores", "floors", "numbers", "attached")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Sums over all rows that were scored, which say how probable a row is.
+
+    Attributes:
+        n_samples: number of samples.
+        n_with_rows: number of samples with a positive score.
+        n_positive: number of rows with a positive score, which are those that can be drawn.
+        scores_left: sum of the scores of rows that are not held.
+        floors_left: likewise of their floors.
+    """
+
+    n_samples: int = 0
+    n_with_rows: int = 0
+    n_positive: int = 0
+    scores_left: float = 0.0
+    floors_left: float = 0.0
+
+    def adding(self, positive: Tensor, left: Float[Tensor, "n r"], floors_left: Float[Tensor, "n r"]) -> "Population":
+        """Return the sums with these samples added, given which rows have a positive score, and what is not held."""
+        return Population(
+            self.n_samples + len(positive),
+            self.n_with_rows + int(positive.any(1).sum()),
+            self.n_positive + int(positive.sum()),
+            self.scores_left + float(left.sum()),
+            self.floors_left + float(floors_left.sum()),
+        )
+
+    def leaving(self, rows: "RowDraw") -> "Population":
+        """Return the sums where these rows are held no longer."""
+        return replace(
+            self,
+            scores_left=self.scores_left + float(rows.scores.sum()),
+            floors_left=self.floors_left + float(rows.floors.sum()),
+        )
+
+    def factors(self, held: RowDraw, n_rows: int) -> tuple[float, float]:
+        r"""Return a and b of the inclusion probabilities $\min(1, a s + b f)$ of scores s and floors f.
+
+        Their sum is `n_rows`, or all are 1 where no more rows have a positive score.
+        """
+        if self.n_positive <= n_rows:
+            return math.inf, 1.0
+        b = min(SHARE_OF_FLOOR * n_rows / self.n_with_rows, 1.0)
+        # by increasing a at which a row becomes certain, the first k are certain; rows that are not held are not
+        certain_from, order = ((1 - b * held.floors) / held.scores).sort()
+        scores, floors = held.scores[order], held.floors[order]
+
+        def of_the_others(values: Tensor, left: float) -> Tensor:
+            return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]) + left
+
+        k = torch.arange(len(order) + 1)
+        rest = n_rows - k - b * of_the_others(floors, self.floors_left)
+        a = rest / of_the_others(scores, self.scores_left).clamp_min(torch.finfo(scores.dtype).tiny)
+        certain = int((a[:-1] > certain_from).cumprod(0).sum())
+        return float(a[certain]), b
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,62 +156,98 @@ class Rows:
         )
 
 
-def draw_rows(
-    scores: Float[Tensor, "n r"], sizes: Float[Tensor, "n r"], positions: Int64[Tensor, " n"], *, n_rows: int, seed: int
-) -> RowDraw:
-    """Draw about `n_rows` rows.
+@dataclass(frozen=True, eq=False)
+class RowDrawer:
+    """A draw of about `n_rows` rows from samples that are added batch by batch.
 
-    Args:
-        scores: of every row, proportional to its expected squared norm; rows with score 0 are never drawn.
-        sizes: factor of the scores that says how a sample's floor is shared out among its rows.
-        positions: of the samples in the data set, which identify them.
-        n_rows: expected number of rows drawn; with as many positive scores or fewer, all of them are drawn.
-        seed: of the draw.
+    Attributes:
+        n_rows: expected number of rows; with as many positive scores or fewer, all of them are drawn.
+        seed: of the permanent random numbers.
+        population: sums over all rows added.
+        held: the rows drawn so far; None before any sample was added.
+        factors: a and b of the probabilities so far.
     """
-    mixed = mixed_scores(scores.double(), sizes.double())
-    probabilities = inclusion_probabilities(mixed.flatten(), n_rows).view_as(mixed)
-    numbers = permanent_numbers(positions, scores.shape[1], seed)
-    samples, rows = (numbers < probabilities).nonzero().unbind(1)
-    return RowDraw(
-        samples, rows, probabilities[samples, rows], len(scores), int((mixed > 0).sum()), float(probabilities.sum())
-    )
+
+    n_rows: int
+    seed: int
+    population: Population = Population()
+    held: RowDraw | None = None
+    factors: tuple[float, float] = (math.inf, 1.0)
+
+    def __len__(self) -> int:
+        return 0 if self.held is None else len(self.held)
+
+    def adding(
+        self,
+        scores: Float[Tensor, "n r"],
+        sizes: Float[Tensor, "n r"],
+        keys: Int64[Tensor, " n"],
+        attach: Callable[[Int64[Tensor, " m"], Int64[Tensor, " m"]], Tensor],
+    ) -> "RowDrawer":
+        """Return the draw from these samples too.
+
+        Args:
+            scores: of every row, proportional to its expected squared norm; rows with score 0 are never drawn.
+            sizes: factor of the scores by which a sample's floor is shared out among its rows.
+            keys: identities of the samples: equal keys have equal random numbers.
+            attach: function from samples (of these) and rows to what is kept with each row; for those drawn only.
+        """
+        positive = scores > 0
+        floors = torch.where(positive, sizes / sizes.sum(1, keepdim=True), 0.0)
+        numbers = permanent_numbers(keys, scores.shape[1], self.seed)
+        a, b = self.factors
+        stay = positive & (numbers < torch.where(positive, a * scores, 0.0) + b * floors)
+        samples, rows = stay.nonzero().unbind(1)
+        n_before = self.population.n_samples
+        new = RowDraw(
+            samples + n_before, rows, scores[stay], floors[stay], numbers[stay], attached=scores.new_zeros(len(rows), 0)
+        )
+        population = self.population.adding(positive, scores * ~stay, floors * ~stay)
+        held = new if self.held is None else RowDraw.joined([self.held.bare(), new])
+        factors = population.factors(held, self.n_rows)
+        drawn = held.numbers < _probabilities(held, factors)
+        population = population.leaving(held.at(~drawn))
+        of_new = drawn[-len(new) :] if len(new) else drawn[:0]
+        attached = attach(samples[of_new], rows[of_new])
+        if self.held is not None:
+            before = self.held.attached
+            kept = drawn[: len(before)]
+            before = before if bool(kept.all()) else before[kept.to(before.device)]
+            attached = torch.cat([before, attached]) if len(attached) else before
+        return replace(self, population=population, held=replace(held.at(drawn), attached=attached), factors=factors)
+
+    def drawn(self, n_rows: int | None = None) -> tuple[RowDraw, Float[Tensor, " R"]]:
+        """Return the drawn rows and their inclusion probabilities.
+
+        Args:
+            n_rows: expected number of rows, at most that of the drawer; None: its own.
+        """
+        assert self.held is not None  # for the type checker
+        probabilities = _probabilities(self.held, self.population.factors(self.held, n_rows or self.n_rows))
+        stay = self.held.numbers < probabilities
+        return self.held.at(stay), probabilities[stay]
+
+    def expected(self, n_rows: int | None = None) -> int:
+        """Return the expected number of rows drawn."""
+        return min(n_rows or self.n_rows, self.population.n_positive)
 
 
-def mixed_scores(scores: Float[Tensor, "n r"], sizes: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
-    """Mix scores with a floor that is the same for all samples and proportional to `sizes` within each."""
-    mean = scores.mean()
-    totals = sizes.sum(1, keepdim=True)
-    floor = torch.where(totals > 0, sizes / torch.where(totals > 0, totals, 1.0), 0.0) * sizes.shape[1]
-    relative = scores / mean if mean > 0 else torch.zeros_like(scores)
-    mixed = SHARE_OF_SCORES * relative + (1 - SHARE_OF_SCORES) * floor
-    return torch.where(scores > 0, mixed, 0.0)
+def _probabilities(rows: RowDraw, factors: tuple[float, float]) -> Float[Tensor, " R"]:
+    a, b = factors
+    return (a * rows.scores + b * rows.floors).clamp_max(1.0)
 
 
-def inclusion_probabilities(scores: Float[Tensor, " m"], n_rows: float) -> Float[Tensor, " m"]:
-    r"""Return $\min(1, c s)$ with the c that makes their sum `n_rows`; 1 where too few scores are positive."""
-    positive = scores > 0
-    if int(positive.sum()) <= n_rows:
-        return positive.to(scores.dtype)
-    ordered = scores.sort(descending=True).values
-    # c if the first k are certain: what is left of n_rows over what is left of the scores
-    rest = ordered.flip(0).cumsum(0).flip(0)
-    k = torch.arange(len(ordered), device=scores.device)
-    factors = (n_rows - k) / rest.clamp_min(torch.finfo(scores.dtype).tiny)
-    certain = int((factors * ordered >= 1).cumprod(0).sum())
-    return (factors[certain] * scores).clamp_max(1.0)
-
-
-def chances_of_the_rest(probabilities: Float[Tensor, " R"], share: float) -> Float[Tensor, " R"]:
+def chances_of_the_rest(probabilities: Float[Tensor, " R"], share_a: float, share_b: float) -> Float[Tensor, " R"]:
     r"""Return the probability of a row to be in part b, given that it is not in part a.
 
-    Drawn rows are dealt to b with the probability q, to a otherwise. Weighted by the inverse, the rows of b are an
-    unbiased estimate of all rows outside a.
+    Weighted by the inverse, the rows of b are an unbiased estimate of all rows outside a.
 
     Args:
-        probabilities: inclusion probabilities $\pi$.
-        share: q.
+        probabilities: $\pi$, of a row to be drawn.
+        share_a: probability of a drawn row to be dealt to a.
+        share_b: likewise to b.
     """
-    return share * probabilities / (1 - (1 - share) * probabilities)
+    return share_b * probabilities / (1 - share_a * probabilities)
 
 
 def permanent_numbers(positions: Int64[Tensor, " n"], n_rows: int, seed: int) -> Float[Tensor, "n r"]:

@@ -75,10 +75,7 @@ class Pool:
         keys, known = found.keys(fitted)
         n_missing = int((~torch.isin(known, keys)).sum())
         if n_missing:
-            raise ValueError(
-                "override=False after loading a state or a pickle, which do not hold the samples, expects a loader "
-                f"that yields the fitted samples again, with new ones; {n_missing} of {len(known)} are missing."
-            )
+            raise ValueError(missing_fitted(n_missing, len(known)))
         read = torch.isin(keys, known)
         _check_fresh(~read)
         return cls(source, source.indices[read], source.indices[~read], n_data)
@@ -159,10 +156,23 @@ _INCOMPARABLE = (
 
 def _check_fresh(fresh: Tensor) -> None:
     if not bool(fresh.any()):
-        raise ValueError(
-            f"The loader yields {len(fresh)} samples, all of them fitted before; expected new samples with "
-            "override=False."
-        )
+        raise ValueError(nothing_new(len(fresh)))
+
+
+def nothing_new(n: int | None) -> str:
+    """Return the message for a loader of n samples (None: not known) that were all fitted."""
+    return (
+        f"The loader yields {'samples' if n is None else f'{n} samples'}, all of them fitted before; expected new "
+        "samples with override=False."
+    )
+
+
+def missing_fitted(n_missing: int, n: int) -> str:
+    """Return the message for a loader that lacks fitted samples."""
+    return (
+        "override=False after loading a state or a pickle, which do not hold the samples, expects a loader "
+        f"that yields the fitted samples again, with new ones; {n_missing} of {n} are missing."
+    )
 
 
 def _nothing() -> None:

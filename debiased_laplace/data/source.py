@@ -1,7 +1,7 @@
 """Sources of samples: loaders converted to positions in their data sets before anything is loaded."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
@@ -84,6 +84,13 @@ class SampleSource:
         subset: Subset[Any] = Subset(self.dataset, positions)
         return iter(DataLoader(subset, batch_size=self.batch_size, generator=generator, **self.options))
 
+    def numbered(self, seed: int) -> Iterator[tuple[Int64[Tensor, " b"], Batch]]:
+        """Load all samples once, batch by batch, with their positions."""
+        start = 0
+        for batch in self.batches(self.indices, seed):
+            yield self.indices[start : start + len(batch)], batch
+            start += len(batch)
+
     def root(self) -> tuple[Any, Int64[Tensor, " n"]]:
         """Return the data set below all `Subset`s, and the position in it of each item of this data set."""
         dataset: Any = self.dataset
@@ -107,6 +114,40 @@ class SampleSource:
                 for source, each in ((self, seed), (replace(self, batch_size=1), seed + 1))
             )
         return not torch.equal(first, second)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleStream:
+    """Samples of an iterable of batches, which have no positions: they are numbered as they come, in one pass.
+
+    Attributes:
+        loader: any iterable of batches.
+        keys: keys of the inputs and targets in a mapping.
+    """
+
+    loader: Iterable[Any]
+    keys: MappingKeys = DEFAULT_KEYS
+
+    def numbered(self, seed: int) -> Iterator[tuple[Int64[Tensor, " b"], Batch]]:  # noqa: ARG002
+        """Read all samples once, batch by batch, with their numbers."""
+        start = 0
+        for loaded in self.loader:
+            batch = as_batch(loaded, self.keys)
+            yield torch.arange(start, start + len(batch)), batch
+            start += len(batch)
+
+
+def training_samples(loader: Any, seed: int, keys: MappingKeys) -> SampleSource | SampleStream:
+    """Convert a loader to samples that are read once: by position where there are positions, or else as they come.
+
+    Raises:
+        ValueError: as `sample_source`, for anything that is not iterable.
+    """
+    has_positions = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    known = isinstance(loader, Sequence | Tensor | str | Mapping) or not isinstance(loader, Iterable)
+    if has_positions or known:
+        return sample_source(loader, seed, keys)
+    return SampleStream(loader, keys)
 
 
 def root_length(root: Any, positions: Int64[Tensor, " n"]) -> int:

@@ -1,6 +1,6 @@
 """A sub-batch: batches of a fixed set of samples, for any number of passes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ class SubBatch:
     """Iterable over the batches of a fixed set of samples, held in memory or loaded again at each pass.
 
     Attributes:
-        source: source of the samples.
+        source: source of the samples; None where they are held in memory and cannot be loaded again.
         indices: positions in the data set of the source.
         device: device of the batches.
         seed: seed of the loading (augmentations, workers).
@@ -24,7 +24,7 @@ class SubBatch:
         weights: weight of each sample; None: as loaded.
     """
 
-    source: SampleSource
+    source: SampleSource | None
     indices: Int64[Tensor, " n"]
     device: torch.device
     seed: int
@@ -35,7 +35,9 @@ class SubBatch:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        loaded = self.source.batches(self.indices, self.seed) if self.kept is None else self.kept
+        loaded: Iterable[Batch] = self.kept or ()
+        if self.kept is None and self.source is not None:
+            loaded = self.source.batches(self.indices, self.seed)
         start = 0
         for batch in loaded:
             if self.weights is not None:

@@ -7,8 +7,9 @@ aside; it is exact if the samples are all the data. The best trial is fitted to 
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -69,12 +70,14 @@ class Choice:
     Attributes:
         chosen: the best trial. Its lead is optimistic, because it was selected among many.
         runners_up: the others, best first.
-        n_samples: number of samples that were set aside in turn.
+        n_samples: number of samples that were set aside in turn, or of rows that were drawn for the comparison.
+        unit: "samples" or "rows".
     """
 
     chosen: Trial
     runners_up: tuple[RunnerUp, ...]
     n_samples: int
+    unit: str = "samples"
 
     def found(self, rank: int) -> "Choice":
         """Return the choice with the rank that the samples turned out to support."""
@@ -86,7 +89,7 @@ class Choice:
     def __str__(self) -> str:
         if not self.runners_up:
             return f"the only candidate: {self.chosen}"
-        lines = [f"chosen by held-out KL on {self.n_samples} samples (optimistic): {self.chosen}"]
+        lines = [f"chosen by held-out KL on {self.n_samples} {self.unit} (optimistic): {self.chosen}"]
         lines += [f"  + {r.excess:.2f} ± {r.standard_error:.2f} nats: {r.trial}" for r in self.runners_up]
         return "\n".join(lines)
 
@@ -149,10 +152,57 @@ def trial_terms(
             rest, held = batch.part(part.others), batch.part(part.held)
             evaluation = _evaluation_curvature(rest)
             n_rest = max(rest.n_samples, round(n_data * rest.n_samples / n))
-            for i, curvature in _fitted(rest, trials, n_rest, seed):
+            for i, curvature in _fitted(trials, partial(split_for, rest, n_data=n_rest, seed=seed)):
                 for by_trial, weighting in zip(terms, weightings, strict=True):
                     by_trial[i].append(_terms(curvature, evaluation, held, weighting, share=n / n_data))
     return torch.stack([torch.stack([torch.cat(of_trial) for of_trial in by_trial]) for by_trial in terms])
+
+
+def choose_by_rows(
+    batch: SubBatchCurvature,
+    trials: Sequence[Trial],
+    weighting: Weighting,
+    split_of: Callable[[Trial], SplitCurvature],
+    judges: SubBatchCurvature,
+) -> Choice:
+    """Choose the trial of drawn rows whose posterior comes closest to that of the full batch.
+
+    Args:
+        batch: curvature of the drawn rows.
+        trials: candidates.
+        weighting: prior and likelihood weight of the posteriors.
+        split_of: function from a trial to its parts of the rows.
+        judges: curvature of rows drawn independently, from all N samples.
+
+    Returns:
+        The choice.
+    """
+    trials = _offered(batch, trials, weighting)
+    if len(trials) == 1:
+        return Choice(trials[0], (), 0, "rows")
+    quick = [replace(t, options=replace(t.options, n_folds=min(t.options.n_folds, _FOLDS))) for t in trials]
+    prior = weighting.prior.expand(batch.network.n_parameters)
+    assert judges.draw is not None  # for the type checker
+    own, terms = torch.zeros(len(trials), dtype=torch.float64), [torch.zeros(0)] * len(trials)
+    with warnings.catch_warnings():
+        # trials may lack rows for their rank, which the user did not ask for
+        warnings.simplefilter("ignore", UserWarning)
+        for i, curvature in _fitted(quick, split_of):
+            precision = curvature.precision(weighting.likelihood_weight, weighting.prior)
+            own[i] = 0.5 * (prior_trace(precision, prior) + float(precision.log_det))
+            terms[i] = 0.5 * weighting.likelihood_weight * judges.traces(precision).double().cpu() / judges.n_samples
+    values = own + torch.stack([t.sum() for t in terms])
+    order = values.argsort(stable=True).tolist()
+    best = order[0]
+    runners_up = tuple(
+        RunnerUp(
+            trials[i],
+            float(values[i] - values[best]),
+            float(judges.draw.left_out @ (terms[i] - terms[best]).square()) ** 0.5,
+        )
+        for i in order[1:]
+    )
+    return Choice(trials[best], runners_up, judges.n_samples, "rows")
 
 
 def ranked(trials: Sequence[Trial], values: Float[Tensor, "t n"]) -> Choice:
@@ -223,9 +273,7 @@ def _terms(
     return (own + 0.5 * weighting.likelihood_weight * (share * seen + (1 - share) * unseen)).cpu()
 
 
-def _fitted(
-    rest: SubBatchCurvature, trials: Sequence[Trial], n_data: float, seed: int
-) -> list[tuple[int, LowRankCurvature]]:
+def _fitted(trials: Sequence[Trial], split_of: Callable[[Trial], SplitCurvature]) -> list[tuple[int, LowRankCurvature]]:
     """Fit every trial; those that differ only in rank and complement share their directions."""
     groups: dict[tuple[str, str, float], list[int]] = {}
     for i, trial in enumerate(trials):
@@ -234,7 +282,7 @@ def _fitted(
     fitted = []
     for members in groups.values():
         variants = [trials[i].options for i in members]
-        split = split_for(rest, trials[members[0]], n_data, seed)
+        split = split_of(trials[members[0]])
         if variants[0].structure == "lowrank":
             estimates = estimate_variants(split, variants)
         else:

@@ -68,7 +68,7 @@ def cross_fitted_moments(
     *,
     seed: int = 0,
     basis_of: Callable[[Fold], KroneckerBasis] | None = None,
-    rest: RowCurvature | None = None,
+    rest: SubBatchCurvature | None = None,
 ) -> list[DirectionalMoments]:
     r"""Measure each fold along the directions of the other folds, matched by index and averaged.
 
@@ -93,6 +93,7 @@ def cross_fitted_moments(
 
     def evaluator_of(curvature: SubBatchCurvature) -> FoldEvaluator:
         if pairs.outcome.solver == "gram" and isinstance(curvature, RowCurvature):
+            assert rest is None or isinstance(rest, RowCurvature)  # for the type checker
             return _through_gram(curvature, k, threshold, rest)
         if pairs.outcome.solver == "lanczos":
             return _through_lanczos(curvature, k, threshold, seed, rest)
@@ -113,12 +114,19 @@ def cross_fitted_moments(
 def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
     """Combine the moments of the folds; spread and skewness include the differences between folds."""
     n = sum(fold.n_samples for fold in folds)
+
+    def mean_of(parts: list[Tensor | None]) -> Tensor | None:
+        weighted = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
+        return torch.stack(weighted).sum(0) / n if weighted else None
+
     means = sum((fold.n_samples * fold.means for fold in folds), start=torch.zeros_like(folds[0].means)) / n
+    centers = mean_of([fold.centers for fold in folds])
     within = torch.zeros_like(means)
     cubes: Tensor | None = torch.zeros_like(means)
     n_drawn = [fold.n_drawn for fold in folds if fold.n_drawn is not None]
     for fold in folds:
-        squares, shift = (fold.n_samples - 1) * fold.standard_deviations.square(), fold.means - means
+        center = fold.means - means if fold.centers is None or centers is None else fold.centers - centers
+        squares, shift = (fold.n_samples - 1) * fold.standard_deviations.square(), center
         if n_drawn:
             # sums over rows drawn independently
             squares, shift = fold.n_samples * fold.standard_deviations.square(), torch.zeros_like(means)
@@ -127,10 +135,6 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
             cubes = None
         else:
             cubes += fold.n_samples * (fold.third_moments + shift.pow(3)) + 3 * shift * squares
-
-    def mean_of(parts: list[Tensor | None]) -> Tensor | None:
-        weighted = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
-        return torch.stack(weighted).sum(0) / n if weighted else None
 
     return DirectionalMoments(
         n,
@@ -141,7 +145,15 @@ def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
         None if cubes is None else cubes / n,
         len(folds),
         sum(n_drawn) if n_drawn else None,
+        # a sum of variances of independent parts, each with the square of its weight
+        _sum([(fold.n_samples / n) ** 2 * v for fold in folds if (v := fold.draw_variances) is not None]),
+        folds[0].sampled_share,
+        centers,
     )
+
+
+def _sum(parts: list[Tensor]) -> Tensor | None:
+    return torch.stack(parts).sum(0) if parts else None
 
 
 def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
@@ -157,12 +169,7 @@ def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:
     def filled(values: Tensor) -> Tensor:
         return torch.cat([values, values[-tail:].mean().expand(k - present)]) if present else values.new_zeros(k)
 
-    return replace(
-        fold,
-        means=filled(fold.means),
-        standard_deviations=filled(fold.standard_deviations),
-        third_moments=None if fold.third_moments is None else filled(fold.third_moments),
-    )
+    return fold.mapped(filled)
 
 
 FoldEvaluator = Callable[[Fold, Sequence[ResidualRequest], KroneckerBasis | None], list[DirectionalMoments]]
@@ -213,7 +220,7 @@ def _ratios(rest: RowCurvature, batch: RowCurvature) -> Float[Tensor, " n"]:
     return rest.samples.weights / batch.samples.weights
 
 
-def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, rest: RowCurvature | None) -> FoldEvaluator:
+def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, rest: SubBatchCurvature | None) -> FoldEvaluator:
     """Evaluate folds with the dense curvature of the other folds, the whole minus the fold's."""
     H, n = batch.dense(), batch.n_samples
 
@@ -234,7 +241,7 @@ def _through_dense(batch: SubBatchCurvature, k: int, threshold: float, rest: Row
 
 
 def _through_lanczos(
-    batch: SubBatchCurvature, k: int, threshold: float, seed: int, rest: RowCurvature | None
+    batch: SubBatchCurvature, k: int, threshold: float, seed: int, rest: SubBatchCurvature | None
 ) -> FoldEvaluator:
     """Evaluate folds with one Lanczos run each."""
 

@@ -27,13 +27,14 @@ class HeldOutKL:
 
     Attributes:
         value: in nats.
-        standard_error: from the spread over the held-out samples; 0 if the value is exact.
-        n: number of held-out samples.
-        terms: term of each held-out sample; their mean enters the value.
-        sample_keys: identities of the samples.
+        standard_error: from the spread over the held-out samples, or from the draw of rows; 0 if the value is exact.
+        n: number of held-out samples, or of drawn rows.
+        terms: term of each held-out sample, whose mean enters the value, or of each drawn row, whose sum does.
+        sample_keys: identities of the samples or rows.
         context: model, mean, prior, temperature and N as one string; only values with the same context compare.
         exact: whether the posterior was fitted to all data, so that nothing is estimated.
         unseen: share of the held-out samples' population that is not among them.
+        left_out: probability of each drawn row not to be drawn; None for samples.
     """
 
     value: float
@@ -44,11 +45,11 @@ class HeldOutKL:
     context: str
     exact: bool
     unseen: float = 1.0
+    left_out: Float[Tensor, " n"] | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"HeldOutKL({self.value:.2f} ± {self.standard_error:.2f} nats up to a constant, {self.n} held-out samples)"
-        )
+        unit = "held-out samples" if self.left_out is None else "drawn rows"
+        return f"HeldOutKL({self.value:.2f} ± {self.standard_error:.2f} nats up to a constant, {self.n} {unit})"
 
     def __sub__(self, other: "HeldOutKL") -> "KLDifference":
         """Return the difference of two posteriors' KL to the full batch, paired by sample.
@@ -66,6 +67,10 @@ class HeldOutKL:
             )
         terms = _paired(self, other)
         n = len(terms)
+        left_out = other.left_out if self.exact else self.left_out
+        if left_out is not None:
+            order = torch.arange(n) if self.exact or other.exact else self.sample_keys.argsort()
+            return KLDifference(self.value - other.value, _error_of_sum(terms, left_out[order]), n)
         # populations differ if the fitted samples do; the larger one is conservative
         unseen = max([kl.unseen for kl in (self, other) if not kl.exact], default=0.0)
         return KLDifference(self.value - other.value, _error_of_mean(terms, unseen), n)
@@ -90,11 +95,16 @@ def _paired(left: HeldOutKL, right: HeldOutKL) -> Tensor:
     """Return differences of the terms of the same samples; an exact value has no sampling error to pair."""
     if left.exact or right.exact:
         return right.terms if left.exact else left.terms
+    if (left.left_out is None) != (right.left_out is None):
+        raise ValueError(
+            "One held-out KL is from held-out samples, the other from rows drawn of all of them: expected the same "
+            "loader for both."
+        )
     order_left, order_right = left.sample_keys.argsort(), right.sample_keys.argsort()
     if not torch.equal(left.sample_keys[order_left], right.sample_keys[order_right]):
         raise ValueError(
-            "The difference of two held-out KLs is paired by sample; expected the same held-out samples, "
-            f"got two different sets of {left.n} and {right.n}."
+            "The difference of two held-out KLs is paired; expected the same held-out samples (of drawn rows: the same "
+            f"loader, n_rows and seed), got two different sets of {left.n} and {right.n}."
         )
     return left.terms[order_left] - right.terms[order_right]
 
@@ -175,6 +185,37 @@ def estimate_held_out_kl(
     exact = fitted is not None and is_all(n_fitted, n_data)
     error = _error_of_mean(terms, unseen)
     return HeldOutKL(own + seen + terms_mean, error, n, terms, sample_keys, context, exact, unseen)
+
+
+def estimate_from_rows(
+    posterior: KLTerms,
+    traces: Float[Tensor, " R"],
+    left_out: Float[Tensor, " R"],
+    *,
+    row_keys: Int64[Tensor, " R"],
+    context: str,
+) -> HeldOutKL:
+    r"""Estimate J from rows that were drawn from all N samples, independently of the posterior.
+
+    Args:
+        posterior: terms of the posterior.
+        traces: $w_r v_r^\top \hat P^{-1} v_r$ of each row, whose sum is the estimate of $\mathrm{tr}(\hat P^{-1} H_D)$.
+        left_out: probability of each row not to be drawn.
+        row_keys: identities of the rows.
+        context: as in `estimate_held_out_kl`.
+
+    Returns:
+        The estimate; its standard error is that of the draw.
+    """
+    terms = 0.5 * posterior.likelihood_weight * traces.double().cpu()
+    value = 0.5 * posterior.prior_trace + 0.5 * posterior.log_det + float(terms.sum())
+    error = _error_of_sum(terms, left_out)
+    return HeldOutKL(value, error, len(terms), terms, row_keys, context, False, left_out=left_out)
+
+
+def _error_of_sum(terms: Float[Tensor, " R"], left_out: Float[Tensor, " R"]) -> float:
+    """Return the standard error of a sum over rows drawn independently, each weighted by its inverse probability."""
+    return math.sqrt(float(left_out @ terms.square()))
 
 
 def is_all(n: float, n_data: float) -> bool:

@@ -1,7 +1,5 @@
 """Curvature of the Kronecker posterior: an eigenbasis from some samples, the curvature along it from others."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -119,7 +117,7 @@ def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptio
     own = a.coordinate_moments(basis)
     in_sample = own.means
     if b is None and split.effective_folds is None:
-        drawn = isinstance(a, RowCurvature) and a.draw is not None
+        drawn = a.draw is not None
         return same_batch(in_sample, own, n_data=n_data, drawn=a.is_random or drawn)
     if split.known is not None:
         others = b.coordinate_moments(basis) if b is not None else _folds_along_others(split, options)
@@ -149,12 +147,7 @@ def _fold_along_others(
         blocks = values.split([len(f.left) * len(f.right) for f in factors])
         return torch.cat([f.averaged_over_null(block) for f, block in zip(factors, blocks, strict=True)])
 
-    return replace(
-        moments,
-        means=averaged(moments.means),
-        standard_deviations=averaged(moments.standard_deviations.square()).sqrt(),
-        third_moments=None if moments.third_moments is None else averaged(moments.third_moments),
-    )
+    return moments.mapped(averaged, lambda deviations: averaged(deviations.square()).sqrt())
 
 
 def _from_factors(

@@ -127,7 +127,7 @@ def _magnitudes(
         return held_out(pairs.values, others, n_a=a.n_samples, n_data=split.n_data, a_redrawn=redrawn)
     if others is not None:
         return cross_fitted(pairs.values, others, n_data=split.n_data, redrawn=redrawn, decreasing=True)
-    drawn = isinstance(a, RowCurvature) and a.draw is not None
+    drawn = a.draw is not None
     if own is None and pairs.projections is not None and not drawn:
         own = moments_from_projections(pairs.projections, a.n_samples)
     elif own is None:

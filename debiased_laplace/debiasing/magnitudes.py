@@ -148,15 +148,28 @@ def of_drawn_rows(
     Returns:
         The magnitudes, with standard errors of the draw.
     """
-    values = known.means + others.means
-    # the sum and not the others alone: known rows are large ones, so that the others need not decrease
-    values = _non_increasing(values) if decreasing else values
-    errors = _spread([(1.0, others)])
+    rest = others.means
+    if decreasing and others.draw_variances is not None:
+        rest = _non_increasing(rest)
+    values = known.means + rest
+    if decreasing and others.draw_variances is None:
+        # the sum and not the others alone: known rows are large ones, so that the others need not decrease
+        values = _non_increasing(values)
+    errors = _error_of_draw(others)
     mismatch = torch.zeros_like(errors)
     if others.n_folds > 1:
-        mismatch = mismatch_of_folds(others.means, (in_sample - known.means).to(errors), others.n_folds)
-    shape = _error_shape([(1.0, others)], mismatch, 0.0)
+        mismatch = mismatch_of_folds(rest, (in_sample - known.means).to(errors), others.n_folds)
+    shape = _error_shape([(1.0, others)], mismatch, others.sampled_share)
     return floored(values.to(in_sample.dtype), errors, in_sample, shape)
+
+
+def _error_of_draw(rows: DirectionalMoments) -> Float[Tensor, " k"]:
+    """Return the standard error of a mean over drawn rows, of all samples or of some."""
+    errors, f = _spread([(1.0, rows)]), rows.sampled_share
+    if rows.draw_variances is None:
+        return errors
+    # the share of these samples in all is known but for the draw of their rows
+    return ((1 - f) * errors.square() + f * rows.draw_variances).sqrt()
 
 
 def _non_increasing(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -173,13 +186,13 @@ def same_batch(
         values: $u_i^\top H_B u_i$.
         own: moments over the samples of B of the curvature along each direction.
         n_data: size N of the data set, as a number of samples with their mean weight.
-        drawn: whether the curvature is a Monte-Carlo estimate, which is inexact even on all the data.
+        drawn: whether the curvature is a Monte-Carlo estimate, or one from drawn rows: inexact even on all the data.
 
     Returns:
         The magnitudes. Standard errors, and intervals from them, do not include the bias.
     """
-    sampled = 0.0 if drawn else own.n_samples / n_data
-    errors = (1 - sampled) ** 0.5 * _spread([(1.0, own)])
+    sampled = own.sampled_share if drawn else own.n_samples / n_data
+    errors = _error_of_draw(own) if drawn else (1 - sampled) ** 0.5 * _spread([(1.0, own)])
     return floored(values, errors, values, _error_shape([(1.0, own)], torch.zeros_like(errors), sampled))
 
 
@@ -208,7 +221,7 @@ def _error_shape(
     return ErrorShape(
         skewness,
         mismatch,
-        min(part.n_samples if part.n_drawn is None else max(part.n_drawn, 2) for _, part in parts),
+        round(min(part.n_samples if part.n_drawn is None else max(part.n_drawn, 2) for _, part in parts)),
         sampled_share,
     )
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from jaxtyping import Int64
 from torch import Tensor
 
-from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.debiasing.complement import LowRankCurvature
 from debiased_laplace.debiasing.magnitudes import Magnitudes
@@ -30,15 +29,15 @@ class SplitCurvature:
     magnitudes: SubBatchCurvature | None
     folds: Int64[Tensor, " a"] | None
     n_data: float
-    known: RowCurvature | None = None
-    rest: RowCurvature | None = None
+    known: SubBatchCurvature | None = None
+    rest: SubBatchCurvature | None = None
 
     @property
     def effective_folds(self) -> Int64[Tensor, " a"] | None:
         """Fold of each sample; None if the samples are all the data, whose in-sample curvature is exact."""
         if self.known is not None:
             draw = self.known.draw
-            return self.folds if draw is None or bool((draw.left_out > 0).any()) else None
+            return None if draw is not None and draw.is_exact else self.folds
         return self.folds if self.share < 1 or self.directions.is_random else None
 
     @property

@@ -32,7 +32,7 @@ class Stage:
     """An estimate from part of the samples.
 
     Attributes:
-        n_samples: number of samples that it read.
+        n_samples: number of samples that it read, or of rows that it drew.
         gain: decrease of the KL to the full batch from the estimate before it, in nats; None for the first estimate,
             and if too few unseen samples were left.
         standard_error: standard error of the gain, in nats; 0 if all data were used and the gain is exact.
@@ -63,11 +63,13 @@ class Stopping:
         stages: estimates from more and more samples; the last one was kept.
         tolerance: in nats.
         n_available: number of available samples.
+        unit: what is counted, "samples" or "rows".
     """
 
     stages: tuple[Stage, ...]
     tolerance: float
     n_available: int
+    unit: str = "samples"
 
     @property
     def enough(self) -> bool:
@@ -79,22 +81,24 @@ class Stopping:
         """Reason as a sentence."""
         last = self.stages[-1]
         if len(self.stages) == 1:
-            return f"all {last.n_samples} samples were used: too few to double them."
+            return f"all {last.n_samples} {self.unit} were used: too few to double them."
         before = self.stages[-2].n_samples
         verb = "doubling" if last.n_samples == 2 * before else "going"
-        step = f"{verb} from {before} to {last.n_samples} samples"
+        step = f"{verb} from {before} to {last.n_samples} {self.unit}"
         gained = f"{step} gained {last.shown_gain}"
         if last.gain is None:
             gained = f"the gain of {step} is unknown, because too few unseen samples were left"
         if last.n_samples == self.n_available:
-            return f"all {last.n_samples} samples were used: {gained} (tolerance {self.tolerance:g})."
+            return f"all {last.n_samples} {self.unit} were used: {gained} (tolerance {self.tolerance:g})."
         if last.at_most < 0:
-            lost = "more samples brought this estimator no closer to the full batch; another one may gain from them"
+            lost = (
+                f"more {self.unit} brought this estimator no closer to the full batch; another one may gain from them"
+            )
             return f"stopped: {gained}, below zero by over two standard errors: {lost}."
         return f"stopped: {gained}, less than the tolerance of {self.tolerance:g} by over two standard errors."
 
     def __str__(self) -> str:
-        lines = [f"  {stage.n_samples} samples: gained {stage.shown_gain}" for stage in self.stages[1:]]
+        lines = [f"  {stage.n_samples} {self.unit}: gained {stage.shown_gain}" for stage in self.stages[1:]]
         return "\n".join([self.reason, *lines])
 
 
@@ -148,3 +152,19 @@ def stage(
 
 def _variance_of_mean(terms: Float[Tensor, " n"]) -> float:
     return float(terms.var(correction=1)) / len(terms) if len(terms) > 1 else math.inf
+
+
+def stage_of_rows(
+    n: int, smaller: KLTerms, larger: KLTerms, difference: Float[Tensor, " R"], left_out: Float[Tensor, " R"]
+) -> Stage:
+    """Estimate the gain of the larger of two posteriors of drawn rows.
+
+    Args:
+        n: number of rows of the larger one.
+        smaller: terms of the posterior of fewer rows.
+        larger: terms of the other posterior.
+        difference: terms of independently drawn rows, whose sum enters J, of the smaller minus those of the larger.
+        left_out: probability of each of these rows not to be drawn.
+    """
+    own = (smaller.prior_trace + smaller.log_det - larger.prior_trace - larger.log_det) / 2
+    return Stage(n, own + float(difference.sum()), math.sqrt(float(left_out @ difference.square())))

@@ -97,7 +97,7 @@ class Candidate:
         seed: of loading.
         n_fitted: number of fitted samples, or the sum of their weights.
         identities: of the fitted samples; None for posteriors of laplace-torch, which do not store them.
-        of_rows: whether rows were drawn, so that no sample is fitted as a whole.
+        are_some: whether these are only some of the fitted samples: those of drawn rows, after loading a state.
     """
 
     precision: LowRankPlusDiagonal
@@ -108,7 +108,7 @@ class Candidate:
     seed: int
     n_fitted: float
     identities: SampleIdentities | None
-    of_rows: bool = False
+    are_some: bool = False
 
     @property
     def terms(self) -> KLTerms:

@@ -1,36 +1,48 @@
 """Fit of a posterior to rows that are drawn where the curvature is."""
 
+import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.contexts import at_weights
-from debiased_laplace.curvature.drawn_rows import load_drawn, score_rows
+from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
-from debiased_laplace.curvature.sub_batch import DrawErrors
-from debiased_laplace.data.batches import sample_hashes
-from debiased_laplace.data.drawing import RowDraw, Rows, chances_of_the_rest, draw_rows
+from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
+from debiased_laplace.data.batches import Batch, sample_hashes
+from debiased_laplace.data.drawing import Rows, chances_of_the_rest
 from debiased_laplace.data.identities import SampleIdentities
-from debiased_laplace.data.source import SampleSource, root_length
+from debiased_laplace.data.pool import missing_fitted, nothing_new
+from debiased_laplace.data.source import SampleSource, SampleStream, root_length, training_samples
 from debiased_laplace.data.splitting import SubBatches, deal
-from debiased_laplace.data.sub_batch import SubBatch
+from debiased_laplace.debiasing.choice import Choice, Weighting, choose_by_rows
 from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.options import EstimatorOptions
+from debiased_laplace.debiasing.held_out_kl import KLTerms, is_all, prior_trace
+from debiased_laplace.debiasing.options import EstimatorOptions, Trial
 from debiased_laplace.debiasing.split_curvature import SplitCurvature
-from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, first_samples
+from debiased_laplace.debiasing.stopping import Stage, Stopping, stage_of_rows, stage_sizes
+from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, whole
 
 Sampling = Literal["uniform", "curvature"]
 
 DEFAULT_ROWS = 2048
 """Largest number of rows drawn by default: their Gram matrix and its eigenvectors take a minute or less."""
+
+_FIRST_ROWS = 128
+"""Rows of the first fit of `tolerance`."""
+
+JUDGES = 2**61
+"""Distance between the seeds of a fit's rows and of those that judge it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,8 @@ class SamplingOptions:
 
     Attributes:
         sampling: "uniform": all rows of the samples; "curvature": rows drawn in proportion to their curvature.
-        n_rows: about how many rows are drawn; None: as many as there are, or a number that bounds time and memory.
+        n_rows: "curvature": about how many rows are drawn; None: as many as there are, or a number that bounds time and
+            memory. "uniform": rows of as many random samples as have that many; None: of all samples.
 
     Raises:
         ValueError: if an option is out of range.
@@ -52,27 +65,29 @@ class SamplingOptions:
         one_of(self.sampling, Sampling, "sampling")
         if self.n_rows is not None:
             object.__setattr__(self, "n_rows", integer(self.n_rows, "n_rows", minimum=2))
-            if self.sampling == "uniform":
-                raise ValueError("n_rows requires sampling='curvature'; got it with 'uniform'.")
 
 
 def fit_drawn_rows(
     spec: FitSpec,
     weighting_of: WeightingOf,
-    source: SampleSource,
-    n_rows: int | None,
+    loader: Any,
+    earlier: FitResult | None,
     *,
-    n_data: int,
+    n_rows: int | None,
+    n_data: int | None,
+    tolerance: float | None,
     progress_bar: bool,
 ) -> FitResult:
     """Score all rows by one forward pass, draw some, and estimate directions and magnitudes from them.
 
     Args:
         spec: request.
-        weighting_of: prior and likelihood weight, for the default complement.
-        source: the samples, all of which are scored.
+        weighting_of: prior and likelihood weight, for open options, the default complement and the tolerance.
+        loader: of training samples, all of which are scored, each once.
+        earlier: fit whose samples these join; None to start anew.
         n_rows: expected number of rows; None: see `SamplingOptions`.
-        n_data: size of the data set that the likelihood stands for.
+        n_data: size of the data set that the likelihood stands for; None: as given earlier, or all samples yielded.
+        tolerance: smallest gain, in nats, of the last doubling of rows; None: draw `n_rows` at once.
         progress_bar: show progress.
 
     Returns:
@@ -81,155 +96,367 @@ def fit_drawn_rows(
     Raises:
         ValueError: if weights, loader or samples cannot be used, or an option is not built for drawn rows.
     """
+    started = time.perf_counter()
+    _check_built(spec)
     seed = spec.split.seed
-    root = _check_built(spec, source, n_data)
+    n_data = earlier.n_data_given if n_data is None and earlier is not None else n_data
+    samples = training_samples(loader, seed, spec.keys)
     with at_weights(spec.model, seed) as written:
-        some = first_samples(spec, source, source.indices)
-        selection = spec.subset.select_by(spec.model, some.inputs)
-        weighting = weighting_of(selection, n_data)
-        options = spec.request.resolved(prior_of_blocks=weighting.of_blocks).options
-        network = prepare_network(selection, spec.likelihood, some)
-        if source.augments(seed):
-            raise ValueError(_not_built("a loader that yields other samples at every pass (augmentation, padding)"))
-        scored = score_rows(network, source, root, seed=seed, progress_bar=progress_bar)
-        if n_rows is None:
-            n_rows = _default_rows(network)
-        draw = draw_rows(scored.scores, scored.sizes, source.indices, n_rows=n_rows, seed=seed)
-        if len(draw) < 2:
+        sampler, network, first = _scored(spec, samples, earlier, n_rows, progress_bar=progress_bar)
+        scored = sampler.scored
+        if earlier is not None and earlier.drawn is None:
+            _check_yields(scored, earlier.identities)
+        N = whole(scored.weight) if n_data is None else n_data
+        if scored.weight > N * (1 + 1e-6):
             raise ValueError(
-                f"{len(draw)} rows were drawn of {draw.n_positive} that have a curvature; expected at least 2: raise "
-                "n_rows."
+                "n_data is the size of the data set, including the given samples: expected at least "
+                f"{scored.weight:g}, got {n_data}."
             )
-        samples, curvature = load_drawn(network, source, draw, root, seed=seed)
-        curvature.progress_bar = progress_bar
-        split, part = deal_rows(curvature, draw, options, spec.split.direction_share(len(draw)), n_data)
-        estimated = estimate(split, options)
-    by_sample, identities = _identify(source, samples, draw, part, options, n_data)
-    return FitResult(
-        selection=selection,
-        mean=selection.vector(),
-        fingerprint=selection.fingerprint(without=written),
-        split=by_sample,
-        identities=identities,
-        estimate=estimated,
-        loss=scored.loss,
-        n_outputs=network.n_outputs,
-        options=options,
-        targets_are_flat=some.targets.ndim == 1,
-        network=replace(network, backend=None),
-        rows=_described(source, curvature, draw, part),
+        fits = _Fits(spec, weighting_of, sampler, network, N, progress_bar)
+        if (tolerance is not None or spec.request.open) and not fits.are_all:
+            raise ValueError(
+                f"{'tolerance' if tolerance is not None else 'An option that is chosen (auto)'} is judged by rows of "
+                f"all {N:g} samples; the loader yields {scored.weight:g}. Expected a loader of all of them, or "
+                "sampling='uniform'."
+            )
+        fit = fits.of_rows() if tolerance is None else fits.until_enough(tolerance)
+        assert fit.drawn is not None  # for the type checker
+        identities = _identities(samples, scored, earlier, seed)
+        has_rows = torch.isin(torch.arange(len(scored)), fit.drawn.draw.samples)
+        fingerprint = network.selection.fingerprint(without=written)
+    return replace(
+        fit,
+        fingerprint=fingerprint,
+        identities=identities.at(has_rows),
+        scored=identities.at(identities.distinct(torch.ones(len(scored), dtype=torch.float64))[0]),
+        targets_are_flat=first.targets.ndim == 1,
+        n_data_given=n_data,
+        seconds=time.perf_counter() - started,
     )
 
 
+def fit_rows_again(spec: FitSpec, weighting_of: WeightingOf, earlier: FitResult) -> FitResult:
+    """Estimate from the rows of an earlier fit again, for another prior; `spec` is otherwise that of the fit."""
+    assert earlier.drawn is not None  # for the type checker
+    sampler = earlier.drawn.sampler
+    with at_weights(spec.model, spec.split.seed):
+        fits = _Fits(spec, weighting_of, sampler, sampler.network, earlier.split.n_data, progress_bar=False)
+        fit = fits.of_rows(earlier.drawn)
+    kept = {
+        name: getattr(earlier, name)
+        for name in ("fingerprint", "identities", "scored", "targets_are_flat", "n_data_given")
+    }
+    return replace(fit, **kept)
+
+
+def _scored(
+    spec: FitSpec,
+    samples: SampleSource | SampleStream,
+    earlier: FitResult | None,
+    n_rows: int | None,
+    *,
+    progress_bar: bool,
+) -> tuple[RowSampler, Network, Batch]:
+    """Score all samples and draw from them, those of an earlier fit included; return a first batch too."""
+    seed = spec.split.seed
+    numbered = samples.numbered(seed)
+    first = next(numbered, None)
+    if first is None:
+        raise ValueError("The loader yields no samples; expected at least 2.")
+    numbered = chain([first], numbered)
+    some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
+    before = None if earlier is None else earlier.drawn
+    if before is None:
+        network = prepare_network(spec.subset.select_by(spec.model, some.inputs), spec.likelihood, some)
+        seeds = (seed, seed + JUDGES)
+        n_rows = default_rows(network) if n_rows is None else n_rows
+        sampler = RowSampler(network, spec.backend.root(spec.likelihood), some, n_rows=n_rows, seeds=seeds)
+    else:
+        sampler, network = before.sampler.continued(), before.sampler.network
+        if isinstance(samples, SampleSource) and samples.augments(seed):
+            raise ValueError(
+                "override=False finds new samples by their values, and this loader yields others at every pass "
+                "(augmentation, padding by batch): expected a new fit of all samples."
+            )
+        numbered = _unknown(numbered, before.scored)
+    total = len(samples.indices) if isinstance(samples, SampleSource) else None
+    n_before = len(sampler.scored) if before is not None else 0
+    sampler.read(numbered, total=total, progress_bar=progress_bar)
+    if before is not None and len(sampler.scored) == n_before:
+        raise ValueError(nothing_new(total))
+    return sampler, network, some
+
+
+def _unknown(
+    numbered: Iterator[tuple[Int64[Tensor, " b"], Batch]], scored: Scored
+) -> Iterator[tuple[Int64[Tensor, " b"], Batch]]:
+    """Yield the samples that were not scored before, with positions that follow those of the others."""
+    offset = int(scored.positions.max()) + 1
+    for positions, batch in numbered:
+        new = (~torch.isin(sample_hashes(batch), scored.hashes)).nonzero().flatten()
+        if len(new):
+            yield positions[new] + offset, batch.at(new)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """Fits to rows that were drawn from the same samples."""
+
+    spec: FitSpec
+    weighting_of: WeightingOf
+    sampler: RowSampler
+    network: Network
+    n_data: int | float
+    progress_bar: bool
+
+    @property
+    def are_all(self) -> bool:
+        """Whether the samples scored are all N."""
+        return is_all(self.sampler.scored.weight, self.n_data)
+
+    @property
+    def weighting(self) -> Weighting:
+        """Prior and likelihood weight."""
+        return self.weighting_of(self.network.selection, self.n_data)
+
+    def of_rows(self, drawn: DrawnRows | None = None) -> FitResult:
+        """Fit the drawn rows; None: those that the sampler draws."""
+        drawn = self.sampler.drawn() if drawn is None else drawn
+        if len(drawn) < 2:
+            raise ValueError(
+                f"{len(drawn)} rows were drawn of {self.sampler.drawers[0].population.n_positive} that have a "
+                "curvature; expected at least 2: raise n_rows."
+            )
+        curvature = drawn.curvature(progress_bar=self.progress_bar)
+        if isinstance(curvature, RowCurvature):
+            curvature.keep_rows()
+        request = self.spec.request.resolved(prior_of_blocks=self.weighting.of_blocks)
+        options, choice = request.options, None
+        direction_share = self.spec.split.direction_share(len(drawn))
+        if request.open:
+            choice = self._chosen(drawn, curvature, request.trials(direction_share, curvature.n_rows))
+            options, direction_share = choice.chosen.options, choice.chosen.direction_share
+        dealt = self._dealt(drawn, curvature, options, direction_share)
+        with warnings.catch_warnings():
+            if "rank" in request.open:
+                # nobody asked for this rank
+                warnings.filterwarnings("ignore", r"rank=\d+ was asked for|All directions of", UserWarning)
+            estimated = estimate(dealt.curvature, options)
+        if choice is not None and "rank" in request.open:
+            choice = choice.found(estimated.curvature.directions.shape[1])
+            options = choice.chosen.options
+        selection = self.network.selection
+        return FitResult(
+            selection=selection,
+            mean=selection.vector(),
+            fingerprint="",
+            split=_split(drawn, dealt.part, options, self.n_data),
+            identities=_UNKNOWN,
+            estimate=estimated,
+            loss=drawn.scored.loss * self.n_data / drawn.scored.weight,
+            n_outputs=self.network.n_outputs,
+            options=options,
+            targets_are_flat=False,
+            network=self.network,
+            choice=choice,
+            drawn=drawn,
+            rows=_described(drawn, curvature, dealt.part, self.n_data),
+        )
+
+    def _dealt(
+        self, drawn: DrawnRows, curvature: SubBatchCurvature, options: EstimatorOptions, direction_share: float
+    ) -> "Dealt":
+        return deal_rows(drawn, curvature, options, direction_share, self.n_data)
+
+    def _judges(self) -> SubBatchCurvature:
+        """Return the curvature of rows that no fit has seen."""
+        judges = self.sampler.drawn(which=1).curvature(progress_bar=self.progress_bar)
+        if isinstance(judges, RowCurvature):
+            judges.keep_rows()
+        return judges
+
+    def _chosen(self, drawn: DrawnRows, curvature: SubBatchCurvature, trials: list[Trial]) -> Choice:
+        def split_of(trial: Trial) -> SplitCurvature:
+            return self._dealt(drawn, curvature, trial.options, trial.direction_share).curvature
+
+        return choose_by_rows(curvature, trials, self.weighting, split_of, self._judges())
+
+    def until_enough(self, tolerance: float) -> FitResult:
+        """Double the rows until that gains less than the tolerance, or there are no more."""
+        most = self.sampler.drawers[0].expected()
+        judges, weighting = self._judges(), self.weighting
+        stages: list[Stage] = []
+        before: tuple[KLTerms, Float[Tensor, " R"]] | None = None
+        for n in stage_sizes(min(_FIRST_ROWS, most), most):
+            with warnings.catch_warnings(record=True) as caught:
+                # only warnings of the fit that is kept are shown
+                warnings.simplefilter("always", UserWarning)
+                fit = self.of_rows(self.sampler.drawn(n))
+            precision = fit.estimate.curvature.precision(weighting.likelihood_weight, weighting.prior)
+            trace = prior_trace(precision, weighting.prior.expand(self.network.n_parameters))
+            terms = KLTerms(trace, float(precision.log_det), weighting.likelihood_weight)
+            found = judges.traces(precision).double().cpu() * (0.5 * weighting.likelihood_weight / judges.n_samples)
+            assert judges.draw is not None  # for the type checker
+            stages.append(
+                Stage(n)
+                if before is None
+                else stage_of_rows(n, before[0], terms, before[1] - found, judges.draw.left_out)
+            )
+            before = terms, found
+            stopping = Stopping(tuple(stages), tolerance, most, unit="rows")
+            if stopping.enough:
+                break
+        for warning in caught:
+            warnings.warn(warning.message, warning.category, stacklevel=6)
+        return replace(fit, stopping=stopping)
+
+
+@dataclass(frozen=True, eq=False)
+class Dealt:
+    """Rows dealt to directions and magnitudes, or to folds.
+
+    Attributes:
+        curvature: of the parts.
+        part: of each row, as in `Rows`.
+    """
+
+    curvature: SplitCurvature
+    part: Int64[Tensor, " R"]
+
+
 def deal_rows(
-    curvature: RowCurvature, draw: RowDraw, options: EstimatorOptions, direction_share: float, n_data: int
-) -> tuple[SplitCurvature, Int64[Tensor, " R"]]:
+    drawn: DrawnRows,
+    curvature: SubBatchCurvature,
+    options: EstimatorOptions,
+    direction_share: float,
+    n_data: int | float,
+) -> Dealt:
     r"""Deal drawn rows to directions and magnitudes, or to folds.
 
-    Valid only if all N samples were scored: the population is fixed then, and chance is in the draw alone. A row is
-    known with the weight $1/N$ that it has in the full batch; the rest of its weight stands for rows not drawn.
+    A row is known with the weight $1/N$ that it has in the full batch; the rest of its weight stands for rows that were
+    not drawn. Where all N samples were scored, rows are dealt: the population is fixed, and chance is in the draw alone.
+    Where the N' scored ones are themselves a draw, samples are dealt, and a row is among those drawn with the
+    probability $\tilde\pi = \pi N' / N$; rows of the direction samples that were not drawn are then represented by rows
+    of other samples. Monte-Carlo rows are never known, because they only estimate the curvature of their sample.
 
     Args:
-        curvature: of all drawn rows, weighted by inverse probability.
-        draw: the rows.
+        drawn: the rows.
+        curvature: of all of them, weighted by inverse probability.
         options: of the estimate.
-        direction_share: share of the rows for the directions ("held_out").
+        direction_share: share of the rows, or of the samples, for the directions ("held_out").
         n_data: N.
-
-    Returns:
-        The curvature of the parts, and the part of each row.
     """
-    R, like = len(draw), curvature.network.like
-    curvature.keep_rows()
+    R, dtype, scored = len(drawn), curvature.network.like.dtype, drawn.scored
+    share = min(scored.weight / n_data, 1.0)
+    by_sample = drawn.is_random or not is_all(scored.weight, n_data)
+    p, left_out = drawn.probabilities * share, 1 - drawn.probabilities
+    known_share = torch.zeros_like(p) if drawn.is_random else p
     generator = torch.Generator().manual_seed(options.seed)
-    none = torch.zeros(R, dtype=torch.int64)
+    unit, n_units = torch.arange(R), R
+    errors = DrawErrors(left_out, torch.ones_like(p))
+    if by_sample:
+        # equal samples are one
+        units, of_samples = scored.hashes.unique(return_inverse=True)
+        unit, n_units = of_samples[drawn.draw.samples], len(units)
+        errors = DrawErrors(left_out, torch.ones_like(p), unit, n_units, 0.0 if drawn.is_random else share)
+    curvature.draw = errors
     if options.magnitudes == "same_batch":
-        return SplitCurvature(curvature, None, None, n_data), none
-    p = draw.probabilities
+        return Dealt(SplitCurvature(curvature, None, None, n_data), torch.zeros(R, dtype=torch.int64))
     if options.magnitudes == "cross_fitted":
-        folds = deal(R, min(options.n_folds, R), generator)
-        known, rest = curvature.reweighted(p.to(like.dtype)), curvature.reweighted((1 - p).to(like.dtype))
-        return SplitCurvature(curvature, None, folds, n_data, known=known, rest=rest), folds
-    q = 1 - direction_share
-    in_b = torch.rand(R, generator=generator, dtype=torch.float64) < q
-    a, b = (~in_b).nonzero().flatten(), in_b.nonzero().flatten()
+        folds = deal(n_units, min(options.n_folds, n_units), generator)[unit]
+        # not every fold of the samples has drawn rows
+        folds = folds.unique(return_inverse=True)[1]
+        known, rest = (curvature.reweighted(factors.to(dtype)) for factors in (known_share, 1 - known_share))
+        return Dealt(SplitCurvature(curvature, None, folds, n_data, known=known, rest=rest), folds)
+    if by_sample:
+        n_a = min(max(1, round(direction_share * n_units)), n_units - 1)
+        in_b = torch.ones(n_units, dtype=torch.bool)
+        in_b[torch.randperm(n_units, generator=generator)[:n_a]] = False
+        q = 1 - n_a / n_units
+    else:
+        q = 1 - direction_share
+        in_b = torch.rand(n_units, generator=generator, dtype=torch.float64) < q
+    a, b = (~in_b[unit]).nonzero().flatten(), in_b[unit].nonzero().flatten()
     if len(a) == 0 or len(b) < 2:
         raise ValueError(f"{R} drawn rows give {len(a)} for directions and {len(b)} for magnitudes; raise n_rows.")
     directions, magnitudes = curvature.part(a), curvature.part(b)
-    # in units of the parts' means, whose weights are R / (N pi)
-    known = directions.reweighted((p[a] * len(a) / R).to(like.dtype))
-    chance = chances_of_the_rest(p[b], q)
-    others = magnitudes.reweighted((p[b] / chance * len(b) / R).to(like.dtype))
+    # in units of the parts' means, whose weights are R / (N p)
+    chance = chances_of_the_rest(p[b], 0.0 if drawn.is_random else 1 - q, q)
+    known = directions.reweighted((known_share[a] * len(a) / R).to(dtype))
+    others = magnitudes.reweighted((p[b] / chance * len(b) / R).to(dtype))
     others.draw = DrawErrors.of(chance)
-    return SplitCurvature(directions, others, None, n_data, known=known), in_b.long()
+    if by_sample:
+        sampled = 0.0 if drawn.is_random else q * share / (1 - (1 - q) * share)
+        others.draw = DrawErrors(left_out[b], torch.ones_like(chance), unit[b], q * n_units, sampled)
+    return Dealt(SplitCurvature(directions, others, None, n_data, known=known), in_b[unit].long())
 
 
-def _check_built(spec: FitSpec, source: SampleSource, n_data: int) -> OutputRoot:
-    """Return the root of the curvature, if rows can be drawn for the request."""
-    root = spec.backend.root(spec.likelihood)
+def _check_built(spec: FitSpec) -> None:
+    """Check that rows can be drawn for the request."""
     options = spec.request.options
-    if root is None or isinstance(root, MonteCarloGaussNewton):
-        raise ValueError(_not_built(f"the {spec.backend.kind}", "the GGN or the empirical Fisher"))
-    if getattr(spec.likelihood, "class_weights", None) is not None:
-        raise ValueError(_not_built("class_weights"))
-    if spec.request.open:
-        raise ValueError(_not_built(f"{sorted(spec.request.open)[0]}='auto'", "a value"))
-    if options.metric == "kron":
+    if options.metric == "kron" or "metric" in spec.request.open:
         raise ValueError(_not_built("metric='kron'", "'euclidean'"))
     if options.structure == "kron" and options.kron_magnitudes == "kronecker":
         raise ValueError(_not_built("kron_magnitudes='kronecker'", "'exact'"))
-    if n_data != len(source.indices):
-        raise ValueError(_not_built(f"n_data={n_data} beyond the {len(source.indices)} samples of the loader"))
     if isinstance(spec.split.direction_samples, int) or spec.split.magnitude_samples is not None:
         raise ValueError(_not_built("numbers of samples", "direction_samples as a share of the rows"))
-    return root
 
 
 def _not_built(what: str, instead: str = "sampling='uniform'") -> str:
     return f"sampling='curvature' is not built for {what}; expected {instead}."
 
 
-def _default_rows(network: Network) -> int:
+def default_rows(network: Network) -> int:
     """Return a number of rows that takes at most a quarter of the free memory, and about a minute."""
     of_a_row = network.n_parameters * network.like.element_size()
     return max(2, min(DEFAULT_ROWS, free_memory(network.like.device) // 4 // of_a_row))
 
 
-def _identify(
-    source: SampleSource,
-    samples: SubBatch,
-    draw: RowDraw,
-    part: Tensor,
-    options: EstimatorOptions,
-    n_data: int,
-) -> tuple[SubBatches, SampleIdentities]:
-    """Return the samples of each part, which may share some, and their identities."""
-    positions = source.indices[draw.samples]
-    hashes = torch.cat([sample_hashes(batch) for batch in samples])
-    root, places = source.root()
-    identities = SampleIdentities(hashes, places[samples.indices], root_length(root, places), False, root)
+_UNKNOWN = SampleIdentities(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0, False)
+
+
+def _identities(
+    samples: SampleSource | SampleStream, scored: Scored, earlier: FitResult | None, seed: int
+) -> SampleIdentities:
+    """Return the identities of all samples that were scored."""
+    if isinstance(samples, SampleStream) or (earlier is not None and earlier.drawn is not None):
+        return SampleIdentities(scored.hashes, scored.positions, int(scored.positions.max()) + 1, False)
+    root, places = samples.root()
+    augmented = samples.augments(seed)
+    return SampleIdentities(scored.hashes, places[scored.positions], root_length(root, places), augmented, root)
+
+
+def _check_yields(scored: Scored, fitted: SampleIdentities) -> None:
+    """Check that samples contain those fitted before a state was loaded."""
+    n_missing = int((~torch.isin(fitted.hashes, scored.hashes)).sum())
+    if n_missing:
+        raise ValueError(missing_fitted(n_missing, len(fitted)))
+
+
+def _split(drawn: DrawnRows, part: Tensor, options: EstimatorOptions, n_data: int | float) -> SubBatches:
+    """Return the samples of each part, which may share some."""
+    positions, weight = drawn.positions, drawn.scored.weight
     if options.magnitudes == "held_out":
         sets = [positions[part == i].unique() for i in (0, 1)]
-        return SubBatches(sets[0], sets[1], n_data, shared=False, of_rows=True), identities
-    return SubBatches(samples.indices, samples.indices, n_data, shared=True, of_rows=True), identities
+        return SubBatches(sets[0], sets[1], n_data, shared=False, of_rows=True, weight=weight)
+    every = positions.unique()
+    return SubBatches(every, every, n_data, shared=True, of_rows=True, weight=weight)
 
 
-def _described(source: SampleSource, curvature: RowCurvature, draw: RowDraw, part: Tensor) -> Rows:
-    p = draw.probabilities
-    weighted = torch.cat([rows.double().square().sum((1, 2)).cpu() for rows in curvature.rows()])
-    # squared norms of the rows, by their weights in the mean over N
+def _described(drawn: DrawnRows, curvature: SubBatchCurvature, part: Tensor, n_data: int | float) -> Rows:
+    p = drawn.probabilities
+    if isinstance(curvature, RowCurvature):
+        # squared norms of the rows, by their weights in the mean
+        weighted = torch.cat([rows.double().square().sum((1, 2)).cpu() for rows in curvature.rows()])
+    else:
+        weighted = drawn.draw.scores / p
     norms = weighted * p
     # as many rows of those that have curvature
-    uniform = min(1.0, float(draw.expected / draw.n_positive))
+    uniform = min(1.0, drawn.expected / drawn.sampler.drawers[0].population.n_positive)
     own, of_uniform = (
         ((1 - p) / p.square() * norms.square()).sum(),
         ((1 - uniform) / uniform / p * norms.square()).sum(),
     )
     effect = float(own / of_uniform) if of_uniform > 0 else 0.0
-    return Rows(
-        torch.stack([source.indices[draw.samples], draw.rows], dim=1),
-        part,
-        p,
-        effect,
-        float(norms.sum() / weighted.sum()),
-    )
+    known = 0.0 if drawn.is_random else float(norms.sum() / weighted.sum()) * min(drawn.scored.weight / n_data, 1.0)
+    return Rows(torch.stack([drawn.positions, drawn.draw.rows], dim=1), part, p, effect, known)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.drawn_rows import DrawnRows
 from debiased_laplace.curvature.first_pass import FirstPass, first_pass, prepare_network
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.likelihoods import Likelihood
@@ -172,7 +173,9 @@ class FitResult:
         choice: alternatives of "auto"; None where nothing was open; not in a state.
         pool: samples that loaders have yielded; not in a state.
         stopping: outcome of `tolerance`; None without one; not in a state.
-        rows: the rows that were drawn; None where all rows of the samples were used; not in a state.
+        rows: what was drawn; None where all rows of the samples were used; not in a state.
+        drawn: the drawn rows with their samples; None likewise; not in a state.
+        scored: identities of the samples that they were drawn from; None likewise; not in a state.
         seconds: wall time of the fit; not in a state.
     """
 
@@ -192,6 +195,8 @@ class FitResult:
     pool: Pool | None = None
     stopping: Stopping | None = None
     rows: Rows | None = None
+    drawn: DrawnRows | None = None
+    scored: SampleIdentities | None = None
     seconds: float | None = None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
@@ -26,8 +27,16 @@ from debiased_laplace.debiasing.stopping import (
     stage,
     stage_sizes,
 )
-from debiased_laplace.posterior.drawn_fit import SamplingOptions, fit_drawn_rows
-from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, fit_curvature, load, seed_of_draws
+from debiased_laplace.posterior.drawn_fit import SamplingOptions, fit_drawn_rows, fit_rows_again
+from debiased_laplace.posterior.fit import (
+    FitResult,
+    FitSpec,
+    WeightingOf,
+    first_samples,
+    fit_curvature,
+    load,
+    seed_of_draws,
+)
 
 Fitted = tuple[FitResult, list[SubBatchCurvature]]
 
@@ -64,19 +73,33 @@ def fit_samples(
     started = time.perf_counter()
     ParameterSelection.all_weights(spec.model).check_finite()
     seed = spec.split.seed
+    by_rows = sampling.sampling == "curvature"
+    if earlier is not None and earlier.split.of_rows != by_rows:
+        was, now = ("curvature", "uniform") if earlier.split.of_rows else ("uniform", "curvature")
+        raise ValueError(f"override=False goes on with the sampling of the earlier fit, {was!r}; got {now!r}.")
+    if by_rows:
+        return fit_drawn_rows(
+            spec,
+            weighting_of,
+            loader,
+            earlier,
+            n_rows=sampling.n_rows,
+            n_data=n_data,
+            tolerance=tolerance,
+            progress_bar=progress_bar,
+        )
     source = sample_source(loader, seed, spec.keys)
-    if earlier is not None and (sampling.sampling == "curvature" or earlier.split.of_rows):
-        raise ValueError("override=False is not built for drawn rows; expected sampling='uniform', or a new fit.")
     pool = Pool.of(source, n_data) if earlier is None else _joined(earlier, source, n_data, seed)
     growth = _Growth(spec, weighting_of, pool, progress_bar)
-    if sampling.sampling == "curvature":
-        if tolerance is not None:
-            raise ValueError("sampling='curvature' is not built for tolerance; expected sampling='uniform'.")
-        fit = fit_drawn_rows(spec, weighting_of, source, sampling.n_rows, n_data=pool.size, progress_bar=progress_bar)
-    elif tolerance is not None:
-        fit = growth.until_enough(tolerance)
+    positions = pool.available
+    if sampling.n_rows is not None:
+        if earlier is not None:
+            raise ValueError("n_rows with sampling='uniform' is of a new fit; got it with override=False.")
+        positions = pool.reading_order(seed)[: growth.n_samples_of(sampling.n_rows)]
+    if tolerance is not None:
+        fit = growth.until_enough(tolerance, len(positions))
     else:
-        fit = replace(growth.fit_at(pool.available)[0], pool=pool.with_read(pool.available))
+        fit = replace(growth.fit_at(positions)[0], pool=pool.with_read(positions))
     return replace(fit, n_data_given=pool.n_data, seconds=time.perf_counter() - started)
 
 
@@ -100,11 +123,16 @@ def _joined(earlier: FitResult, source: SampleSource, n_data: int | None, seed: 
     return pool
 
 
-def fit_again(spec: FitSpec, weighting_of: WeightingOf, pool: Pool, earlier: FitResult) -> FitResult:
+def fit_again(spec: FitSpec, weighting_of: WeightingOf, earlier: FitResult) -> FitResult:
     """Fit the samples of an earlier fit again, for another prior; `spec` is otherwise that of the fit."""
     started = time.perf_counter()
-    fit = _Growth(spec, weighting_of, pool, progress_bar=False).fit_at(pool.read)[0]
-    return replace(fit, pool=pool, stopping=earlier.stopping, seconds=time.perf_counter() - started)
+    if earlier.drawn is not None:
+        fit = fit_rows_again(spec, weighting_of, earlier)
+    else:
+        pool = earlier.pool
+        assert pool is not None  # the caller has checked
+        fit = replace(_Growth(spec, weighting_of, pool, progress_bar=False).fit_at(pool.read)[0], pool=pool)
+    return replace(fit, stopping=earlier.stopping, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +156,20 @@ class _Growth:
             progress_bar=self.progress_bar,
         )
 
-    def until_enough(self, tolerance: float) -> FitResult:
-        """Double the samples until that gains less than the tolerance, or there are no more."""
-        sizes, order = self._sizes(), self.pool.reading_order(self.spec.split.seed)
+    def n_samples_of(self, n_rows: int) -> int:
+        """Return how many samples have as many rows, at least 2."""
+        with at_weights(self.spec.model, self.spec.split.seed):
+            some = first_samples(self.spec, self.pool.source, self.pool.available)
+            network = prepare_network(ParameterSelection.all_weights(self.spec.model), self.spec.likelihood, some)
+        root = self.spec.backend.root(self.spec.likelihood)
+        return max(2, n_rows // (network.n_outputs if root is None else root.n_columns(network.n_outputs)))
+
+    def until_enough(self, tolerance: float, most: int) -> FitResult:
+        """Double the samples until that gains less than the tolerance, or as many as allowed are used."""
+        sizes, order = self._sizes(most), self.pool.reading_order(self.spec.split.seed)
         stages: list[Stage] = []
         before: FitResult | None = None
-        with tqdm(total=len(order), disable=not self.progress_bar, desc="[Doubling the samples]") as bar:
+        with tqdm(total=most, disable=not self.progress_bar, desc="[Doubling the samples]") as bar:
             for n in sizes:
                 with warnings.catch_warnings(record=True) as caught:
                     # only warnings of the fit that is kept are shown
@@ -141,7 +177,7 @@ class _Growth:
                     fit, last = self._stage(before, order, n)
                 before = fit
                 stages.append(last)
-                stopping = Stopping(tuple(stages), tolerance, len(order))
+                stopping = Stopping(tuple(stages), tolerance, most)
                 bar.update(n - bar.n)
                 bar.set_postfix_str(f"gained {stages[-1].shown_gain}, tolerance {tolerance:g}" if stages[1:] else "")
                 if stopping.enough:
@@ -150,7 +186,7 @@ class _Growth:
             warnings.warn(warning.message, warning.category, stacklevel=5)
         return replace(fit, pool=self.pool.with_read(order[:n]), stopping=stopping)
 
-    def _sizes(self) -> list[int]:
+    def _sizes(self, most: int) -> list[int]:
         """Numbers of samples of the stages that the estimator can take.
 
         Raises:
@@ -170,7 +206,7 @@ class _Growth:
                 f"got {options.direction_samples} and {options.magnitude_samples} samples."
             )
         options.draw(at_hand, self.spec.request, self.pool.size)
-        sizes = stage_sizes(len(self.pool.read) or FIRST_STAGE, len(at_hand))
+        sizes = stage_sizes(len(self.pool.read) or FIRST_STAGE, most)
         return [n for n in sizes if self._can_take(at_hand[:n])]
 
     def _can_take(self, positions: Int64[Tensor, " n"]) -> bool:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,26 +13,32 @@ from tqdm import tqdm
 from debiased_laplace.checks import boolean, integer, number
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
+from debiased_laplace.curvature.drawn_rows import RowSampler, Scored
 from debiased_laplace.curvature.first_pass import evaluated, with_target_weights
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
-from debiased_laplace.data.source import root_length, sample_source
+from debiased_laplace.data.source import SampleSource, SampleStream, root_length, sample_source, training_samples
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.held_out_kl import (
     HeldOutKL,
     KLTerms,
+    estimate_from_rows,
     estimate_held_out_kl,
     is_all,
     sample_terms,
 )
 from debiased_laplace.errors import OverlapError
 from debiased_laplace.posterior.candidates import Candidate
+from debiased_laplace.posterior.drawn_fit import JUDGES, default_rows
 from debiased_laplace.posterior.laplace_torch import laplace_torch_candidate, plain_model
 
 _SHARE_THAT_MATTERS = 0.1
+
+_SPREAD = -0x61C8864680B583EB
+"""Odd factor that spreads the numbers of rows over all bits."""
 
 
 @leaves_as_found()
@@ -42,6 +49,8 @@ def held_out_kl(
     *,
     n_data: int | None = None,
     temperature: int | float | None = None,
+    n_rows: int | None = None,
+    seed: int | None = None,
     progress_bar: bool = False,
 ) -> HeldOutKL:
     r"""Estimate the distance of a posterior to the full-batch posterior in nats, up to a constant.
@@ -49,20 +58,25 @@ def held_out_kl(
     The full-batch posterior has the precision $N \tau H + P_0$, $\tau = 1 / (\sigma^2 T)$, with the prior precision and
     the noise of the given posterior. Posteriors that share weights, parameters, kind of curvature, $P_0$,
     $\sigma$, T and N share the constant, whichever library they come from: the difference of their values is paired by
-    sample, and is the difference of their KL divergences to the full batch.
+    sample or row, and is the difference of their KL divergences to the full batch.
 
-    Cost: rows of every sample of both loaders once, a batch of them in memory at a time.
+    Given all N training samples, rows are drawn of them where the curvature is, independently of every fit: that judges
+    any posterior, whatever it was fitted to. Cost: a forward pass over the samples, and a backward pass for each row.
+    Given samples left out of the fit: rows of every sample of both loaders, a batch of them in memory at a time.
 
     Args:
         posterior: one of this package, or a parametric one of laplace-torch 0.3 (diag, kron, full or lowrank; all
             weights, last layer or subnetwork).
-        loader: training samples left out of the fit; None only where all N samples were fitted.
+        loader: all N training samples, or some of them that were left out of the fit; None only where all N samples
+            were fitted.
         fitted_loader: the fitted samples, for the overlap check and for their exact share; required for posteriors of
-            laplace-torch, which do not store theirs.
+            laplace-torch, which do not store theirs, unless the loader yields all N samples.
         n_data: N, for a posterior of laplace-torch; None: the number of samples that it was fitted to.
         temperature: T of the full batch, for a posterior of laplace-torch; None: its own. It is required if n_data is
             not the number of fitted samples, because laplace-torch's users set the temperature to n / N to scale the
             curvature of n samples up to N.
+        n_rows: expected number of rows drawn of all N samples; None: as many as a default fit draws.
+        seed: of that draw; None: the same one for all posteriors.
         progress_bar: show progress.
 
     Returns:
@@ -85,13 +99,8 @@ def held_out_kl(
     temperature = None if temperature is None else number(temperature, "temperature", low=0, is_open=True)
     with torch.inference_mode(False), full_precision():
         candidate = candidate_of(posterior, n_data, temperature)
-        if candidate.identities is None and fitted_loader is None:
-            raise ValueError(
-                "Posteriors of laplace-torch do not store their samples: expected the fitted ones as fitted_loader, to "
-                "tell them from the held-out ones and for their exact share."
-            )
         with plain_model(candidate.model):
-            return estimate_for(candidate, loader, fitted_loader, progress_bar=progress_bar)
+            return estimate_for(candidate, loader, fitted_loader, n_rows=n_rows, seed=seed, progress_bar=progress_bar)
 
 
 def candidate_of(posterior: Any, n_data: int | None = None, temperature: int | float | None = None) -> Candidate:
@@ -120,11 +129,29 @@ def candidate_of(posterior: Any, n_data: int | None = None, temperature: int | f
     return candidate
 
 
-def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progress_bar: bool) -> HeldOutKL:
+def estimate_for(
+    candidate: Candidate,
+    loader: Any,
+    fitted_loader: Any,
+    *,
+    n_rows: int | None = None,
+    seed: int | None = None,
+    progress_bar: bool,
+) -> HeldOutKL:
     """Estimate the held-out KL of a candidate; see `held_out_kl`. Warnings point at the caller's caller."""
-    if candidate.of_rows:
-        raise ValueError("The held-out KL is not built for drawn rows; expected a posterior with sampling='uniform'.")
+    n_rows = None if n_rows is None else integer(n_rows, "n_rows", minimum=2)
+    seed = None if seed is None else integer(seed, "seed", minimum=0)
     n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
+    asked = n_rows is not None or seed is not None
+    if loader is not None and fitted_loader is None and (asked or _yields_all(candidate, loader)):
+        return _from_rows(candidate, loader, n_rows, seed or 0, progress_bar=progress_bar)
+    if asked:
+        raise ValueError("n_rows and seed are of rows drawn of all N samples: expected a loader of them, alone.")
+    if candidate.identities is None and fitted_loader is None:
+        raise ValueError(
+            "Posteriors of laplace-torch do not store their samples: expected the fitted ones as fitted_loader, to "
+            "tell them from the held-out ones and for their exact share, or a loader of all the training samples."
+        )
     _check_loaders(candidate, loader, fitted_loader)
     if fitted_loader is None and n_fitted > _SHARE_THAT_MATTERS * n_data:
         warnings.warn(
@@ -160,6 +187,70 @@ def estimate_for(candidate: Candidate, loader: Any, fitted_loader: Any, *, progr
         sample_keys=keys,
         context=candidate.target.context,
     )
+
+
+def _yields_all(candidate: Candidate, loader: Any) -> bool:
+    """Return whether a loader yields all N samples, by their number or the sum of their weights."""
+    samples = training_samples(loader, candidate.seed, candidate.keys)
+    if isinstance(samples, SampleStream):
+        return True
+    likelihood, n_data = candidate.target.likelihood, candidate.target.n_data
+    weights = (with_target_weights(batch, likelihood).weights for _, batch in samples.numbered(candidate.seed))
+    with undisturbed_randomness(candidate.seed):
+        first = next(weights, None)
+        if first is None:
+            return is_all(len(samples.indices), n_data)
+        return is_all(
+            float(first.double().sum()) + sum(float(w.double().sum()) for w in weights if w is not None), n_data
+        )
+
+
+def _from_rows(candidate: Candidate, loader: Any, n_rows: int | None, seed: int, *, progress_bar: bool) -> HeldOutKL:
+    """Estimate from rows drawn of all N samples."""
+    target = candidate.target
+    samples = training_samples(loader, candidate.seed, candidate.keys)
+    with (
+        evaluating(candidate.model),
+        differentiable_kernels(candidate.model),
+        undisturbed_randomness(candidate.seed),
+    ):
+        numbered = samples.numbered(candidate.seed)
+        first = next(numbered, None)
+        if first is None:
+            raise ValueError("The loader yields no samples; expected at least 2.")
+        some = first[1].first(8).to(candidate.precision.directions.device).weighted(None)
+        network = candidate.network(some)
+        most = default_rows(network) if n_rows is None else n_rows
+        sampler = RowSampler(network, target.root, some, n_rows=most, seeds=(seed + JUDGES,))
+        total = len(samples.indices) if isinstance(samples, SampleSource) else None
+        sampler.read(chain([first], numbered), total=total, progress_bar=progress_bar)
+        drawn = sampler.drawn()
+        _check_all(candidate, drawn.scored)
+        if not len(drawn):
+            raise ValueError("No row of these samples has a curvature; expected samples that the model is not sure of.")
+        curvature = drawn.curvature(progress_bar=progress_bar)
+        with torch.enable_grad():
+            traces = curvature.traces(candidate.precision).double().cpu() / len(drawn)
+    keys = drawn.scored.hashes[drawn.draw.samples] ^ (drawn.draw.rows + 1) * _SPREAD
+    return estimate_from_rows(candidate.terms, traces, 1 - drawn.probabilities, row_keys=keys, context=target.context)
+
+
+def _check_all(candidate: Candidate, scored: Scored) -> None:
+    """Check that samples are all N, and that the fitted ones are among them."""
+    n_data = candidate.target.n_data
+    if not is_all(scored.weight, n_data):
+        raise ValueError(
+            f"Rows are drawn of all N samples: expected a loader of n_data={n_data:g} samples (or of that sum of "
+            f"weights); it yields {scored.weight:g}."
+        )
+    fitted = candidate.identities
+    if fitted is not None and not fitted.augmented:
+        n_missing = int((~torch.isin(fitted.hashes, scored.hashes)).sum())
+        if n_missing:
+            raise ValueError(
+                f"Expected a loader of all the training samples; {n_missing} of the {len(fitted)} fitted ones are not "
+                "among those that it yields."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,8 +348,8 @@ def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> Non
                 "of that."
             )
         raise ValueError(
-            f"All {n_data} samples were fitted: no sample is left out. Pass loader=None and "
-            f"fitted_loader, which gives the exact value.{hint}"
+            f"All {n_data} samples were fitted: no sample is left out. Pass a loader of all of them alone, of which "
+            f"rows are drawn; or loader=None and fitted_loader, which gives the exact value.{hint}"
         )
 
 
@@ -276,7 +367,7 @@ def _check_held_out(fitted: SampleIdentities, given: _Identified, n_left_out: fl
 def _check_fitted(candidate: Candidate, given: _Identified) -> None:
     """Check that a loader yields exactly the fitted samples; where they are unknown, as many."""
     expected = candidate.identities
-    if expected is None:
+    if expected is None or candidate.are_some:
         if given.weight != candidate.n_fitted:
             raise ValueError(
                 f"fitted_loader must yield the {candidate.n_fitted:g} samples that were fitted; it yields "
@@ -284,7 +375,8 @@ def _check_fitted(candidate: Candidate, given: _Identified) -> None:
                 "laplace-torch counts the whole data set of the loader that it was fitted to, also what a sampler or "
                 "drop_last leaves out: fit to a Subset instead."
             )
-        return
+        if expected is None or given.identities.shared_with(expected) == len(expected):
+            return
     ours, theirs = expected.keys(given.identities)
     if not torch.equal(ours.sort().values, theirs.sort().values):
         raise ValueError(

@@ -236,16 +236,10 @@ class DebiasedParametricLaplace(ParametricLaplace):
         Raises:
             ValueError: if structure or complement were asked for by name, or the samples are not known any more.
         """
-        request, pool = self._spec.request, self.fit_result.pool
+        request, fit = self._spec.request, self.fit_result
         if self._structure == "kron" or not (request.options.complement is None or "complement" in request.open):
             raise mixed_by_basis(len(prior), self.selection)
-        if self.split.of_rows:
-            raise ValueError(
-                f"One prior_precision per parameter ({len(prior)}) needs another complement than the one fitted, "
-                "'kron', and fitting again is not built for drawn rows. Expected complement='diagonal' or 'none' at "
-                "the fit."
-            )
-        if pool is None:
+        if fit.pool is None and fit.drawn is None:
             raise ValueError(
                 f"One prior_precision per parameter ({len(prior)}) needs another complement than the one fitted, "
                 "'kron', and the fitted samples are not in a state or a pickle. Expected complement='diagonal' or "
@@ -255,7 +249,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         before = dict(self.__dict__)
         try:
             self._fit, self._prior_precision = None, prior.detach()
-            self._adopt(fit_again(self._spec, self._weighting, pool, before["_fit"]))
+            self._adopt(fit_again(self._spec, self._weighting, fit))
             self._prior_precision = prior
         except BaseException:
             self.__dict__.clear()
@@ -951,19 +945,28 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @leaves_as_found()
     def held_out_kl(
-        self, loader: Iterable[Any] | None, fitted_loader: Iterable[Any] | None = None, *, progress_bar: bool = False
+        self,
+        loader: Iterable[Any] | None,
+        fitted_loader: Iterable[Any] | None = None,
+        *,
+        n_rows: int | None = None,
+        seed: int | None = None,
+        progress_bar: bool = False,
     ) -> HeldOutKL:
         """Estimate the distance to the full-batch posterior in nats, up to a constant shared by posteriors of a model.
 
         `debiased_laplace.held_out_kl` is the same for these and for laplace-torch's own posteriors.
 
         Args:
-            loader: training samples left out of the fit; None only where all `n_data` samples were fitted.
+            loader: training samples left out of the fit, or all `n_data` training samples, of which rows are then
+                drawn independently of any fit; None only where all samples were fitted.
             fitted_loader: the fitted samples, whose share is then exact.
+            n_rows: number of rows drawn of all samples; None: as many as a default fit draws.
+            seed: of that draw; None: the same one for all posteriors.
             progress_bar: show progress.
 
         Returns:
-            The estimate, with its standard error; differences of two are paired by sample.
+            The estimate, with its standard error; differences of two are paired by sample or row.
 
         Raises:
             OverlapError: if a sample of the loader was fitted.
@@ -973,7 +976,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
             UserWarning: if the fitted samples' share is above a tenth and missing.
         """
         with torch.inference_mode(False), full_precision():
-            return estimate_for(self._candidate(), loader, fitted_loader, progress_bar=progress_bar)
+            return estimate_for(
+                self._candidate(), loader, fitted_loader, n_rows=n_rows, seed=seed, progress_bar=progress_bar
+            )
 
     def _candidate(self) -> Candidate:
         """What the held-out KL needs of this posterior.
@@ -1001,8 +1006,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._spec.keys,
             fit.options.seed,
             fit.split.total_weight,
-            fit.identities,
-            fit.split.of_rows,
+            fit.identities if fit.scored is None else fit.scored,
+            fit.split.of_rows and fit.scored is None,
         )
 
     @property

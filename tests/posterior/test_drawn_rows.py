@@ -81,19 +81,25 @@ def posterior_loss(model, X, y):
     return torch.nn.functional.cross_entropy(model(X), y, reduction="sum").detach()
 
 
+@pytest.mark.parametrize("n_data", [N, 64])
 @pytest.mark.parametrize("n_rows", [25, 60])
 @pytest.mark.parametrize("complement", ["none", "isotropic", "diagonal"])
 @pytest.mark.parametrize("magnitudes", ["same_batch", "cross_fitted", "held_out"])
-def test_estimates_are_those_of_the_dense_rows(magnitudes, complement, n_rows):
-    la, model, X, y, _ = drawn_posterior(
-        "MLP", "classification", magnitudes=magnitudes, complement=complement, n_rows=n_rows, n_folds=4, rank=5,
+def test_estimates_are_those_of_the_dense_rows(magnitudes, complement, n_rows, n_data):
+    """Of all samples rows are dealt, of 40 samples that stand for 64 it is the samples."""
+    model, X, y, _ = problem("MLP", "classification")
+    la = posterior_of(
+        model, "classification", magnitudes=magnitudes, complement=complement, n_rows=n_rows, n_folds=4, rank=5,
         **({"direction_samples": 0.4} if magnitudes == "held_out" else {}),
+        **hyper_parameters("classification"), **DRAWN,
     )  # fmt: skip
+    la.fit(loader_of(X, y), n_data=n_data)
     V = all_rows(model, X, y, "classification")
     sample, j = la.rows.positions.unbind(1)
-    v, p, part = V[sample, j], la.rows.inclusion_probabilities, la.rows.part
-    k, w = 1 / N, 1 / (N * p)
-    P = v.shape[1]
+    v, pi, part = V[sample, j], la.rows.inclusion_probabilities, la.rows.part
+    f = N / n_data
+    k, w, p = 1 / n_data, 1 / (N * pi), pi * f
+    dimension = v.shape[1]
 
     def curvature(rows, weights):
         return (rows.T * weights) @ rows
@@ -103,51 +109,65 @@ def test_estimates_are_those_of_the_dense_rows(magnitudes, complement, n_rows):
         return values.flip(0)[:rank], U.flip(1)[:, :rank]
 
     def outside(U, H):
-        I = torch.eye(P, dtype=H.dtype)  # noqa: E741
+        I = torch.eye(dimension, dtype=H.dtype)  # noqa: E741
         return (I - U @ U.T) @ H @ (I - U @ U.T)
 
+    def errors_of(z, rows, n, sampled=f):
+        """Squared standard error of the sum of z over rows; with samples that are a draw, from n of them."""
+        given = ((1 - pi[rows])[:, None] * z.square()).sum(0)
+        if n_data == N:
+            return given
+        totals = torch.zeros(N, z.shape[1], dtype=z.dtype).index_add(0, sample[rows], z)
+        squares = totals.square().sum(0) - totals.sum(0).square() / n
+        return (1 - sampled) * n / (n - 1) * squares + sampled * given
+
+    every = torch.ones(len(v), dtype=torch.bool)
     if magnitudes == "same_batch":
         values, U = leading(curvature(v, w))
         m, trace, residual = values, w @ v.square().sum(1), torch.diagonal(outside(U, curvature(v, w)))
-        errors = of_draw((v @ U).square() * w[:, None], 1 - p)
+        errors = errors_of((v @ U).square() * w[:, None], every, N).sqrt()
     elif magnitudes == "cross_fitted":
         _, U = leading(curvature(v, w))
         known = curvature(v, torch.full_like(p, k))
         rest, residual = torch.zeros(5, dtype=v.dtype), torch.diagonal(outside(U, known))
-        of_folds = torch.zeros(5, dtype=v.dtype)
+        z = torch.zeros(len(v), 5, dtype=v.dtype)
         for fold in range(4):
             _, u = leading(curvature(v[part != fold], w[part != fold]))
             held = curvature(v[part == fold], (w - k)[part == fold])
-            of_folds += of_draw((v @ u).square()[part == fold] * w[part == fold][:, None], (1 - p)[part == fold]) ** 2
+            z[part == fold] = ((v @ u).square() * w[:, None])[part == fold]
             rest += (u * (held @ u)).sum(0)
             residual = residual + torch.diagonal(outside(u, held))
-        m = non_increasing((U * (known @ U)).sum(0) + rest)
-        trace, errors = w @ v.square().sum(1), of_folds.sqrt()
+        own = (U * (known @ U)).sum(0)
+        # of all samples the sum is made non-increasing, of some the others' part
+        m = non_increasing(own + rest) if n_data == N else own + non_increasing(rest)
+        trace, errors = w @ v.square().sum(1), errors_of(z, every, N).sqrt()
+        if n_data > N:
+            assert all(len(part[sample == i].unique()) < 2 for i in range(N))
     else:
         q = 0.6
         a, b = part == 0, part == 1
         assert 0 < int(a.sum()) < len(a)
         _, U = leading(curvature(v[a], w[a]))
         of_b = 1 / (q * p[b]) - (1 - q) / q
-        H = curvature(v[a], torch.full_like(p[a], k)) + curvature(v[b], of_b / N)
+        H = curvature(v[a], torch.full_like(p[a], k)) + curvature(v[b], of_b / n_data)
         m, trace, residual = (U * (H @ U)).sum(0), torch.trace(H), torch.diagonal(outside(U, H))
-        errors = of_draw((v[b] @ U).square() * of_b[:, None] / N, 1 - 1 / of_b)
-    close(la.directional_curvatures, m, 1e-5)
+        z = (v[b] @ U).square() * of_b[:, None] / n_data
+        if n_data == N:
+            errors = ((1 - 1 / of_b)[:, None] * z.square()).sum(0).sqrt()
+        else:
+            assert set(sample[a].tolist()).isdisjoint(sample[b].tolist())
+            errors = errors_of(z, b, q * N, sampled=q * N / (n_data - (1 - q) * N)).sqrt()
+    close(la.directional_curvatures, m.clamp_min(0), 1e-5)
     close(la.standard_errors, errors, 1e-5)
     C = {
-        "none": torch.zeros(P, P, dtype=v.dtype),
-        "isotropic": (trace - m.sum()) / (P - 5) * outside(U, torch.eye(P, dtype=v.dtype)),
+        "none": torch.zeros(dimension, dimension, dtype=v.dtype),
+        "isotropic": (trace - m.sum()) / (dimension - 5) * outside(U, torch.eye(dimension, dtype=v.dtype)),
         "diagonal": torch.diag(residual),
     }[complement]
     expected = dense_posterior_precision(
-        U @ torch.diag(m) @ U.T + C, n_data=N, prior_precision=PRIOR, temperature=TEMPERATURE
+        U @ torch.diag(m) @ U.T + C, n_data=n_data, prior_precision=PRIOR, temperature=TEMPERATURE
     )
     close(la.posterior_precision.to_dense(), expected, 1e-5)
-
-
-def of_draw(z, left_out):
-    """Standard error of the sum of z over rows drawn independently."""
-    return (left_out[:, None] * z.square()).sum(0).sqrt()
 
 
 def trained(seed=0):

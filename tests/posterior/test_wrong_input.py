@@ -459,7 +459,7 @@ def test_differences_over_other_samples():
     first = la.held_out_kl(DataLoader(Subset(dataset, range(20, 30))), inside)
     for indices in (range(21, 31), range(20, 31)):
         second = other.held_out_kl(DataLoader(Subset(dataset, indices)), inside)
-        with pytest.raises(ValueError, match="paired by sample"):
+        with pytest.raises(ValueError, match="is paired; expected the same held-out samples"):
             _ = first - second
     with pytest.raises(TypeError):
         _ = first - 1.0
