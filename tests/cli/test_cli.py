@@ -8,6 +8,7 @@ import pytest
 
 from debiased_laplace.cli import main
 
+
 def run(*arguments, cwd=None):
     command = [sys.executable, "-m", "debiased_laplace.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
