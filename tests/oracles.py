@@ -173,8 +173,10 @@ def eigenpairs_above(H: Tensor, threshold: float, rank: int | None = None) -> tu
 def non_increasing(c: Tensor) -> Tensor:
     """The closest non-increasing sequence: the smallest, over where a block starts, of the largest mean of a block."""
     k = len(c)
-    fitted = [min(max(c[j : m + 1].mean() for m in range(i, k)) for j in range(i + 1)) for i in range(k)]
-    return torch.stack(fitted) if k else c
+    means = torch.zeros(k, k, dtype=c.dtype)  # of the entries from j to m
+    for j in range(k):
+        means[j, j:] = c[j:].cumsum(0) / torch.arange(1, k - j + 1)
+    return torch.stack([means[: i + 1, i:].max(1).values.min() for i in range(k)]) if k else c
 
 
 def fold_sets(samples: Tensor, folds: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -379,23 +381,20 @@ def dense_empirical_fisher(model: nn.Module, X: Tensor, y: Tensor, likelihood: s
 
 
 def dense_hessian(model: nn.Module, X: Tensor, y: Tensor, likelihood: str) -> tuple[list[Tensor], Tensor]:
-    """Hessian (P, P) of each sample's loss, one row at a time by differentiating its gradient, and their mean."""
-    per_sample = []
+    """Hessian (P, P) of each sample's loss, one row for each entry of its gradient, and their mean."""
+    parameters, per_sample = trainable(model), []
+    P = sum(p.numel() for p in parameters)
     for x, target in zip(X, y, strict=True):
         loss = sample_loss(model(x[None])[0], target, likelihood)
-        gradients = torch.autograd.grad(
-            loss, trainable(model), create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        rows = []
-        for entry in torch.cat([g.reshape(-1) for g in gradients]):
-            if entry.requires_grad:
-                row = torch.autograd.grad(
-                    entry, trainable(model), retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-            else:
-                row = [torch.zeros_like(p) for p in trainable(model)]
-            rows.append(torch.cat([r.reshape(-1) for r in row]))
-        per_sample.append(torch.stack(rows))
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([g.reshape(-1) for g in gradients])
+        if not gradient.requires_grad:
+            per_sample.append(gradient.new_zeros(P, P))
+            continue
+        entries = torch.eye(P, dtype=gradient.dtype)
+        rows = torch.autograd.grad(gradient, parameters, entries, is_grads_batched=True, allow_unused=True)
+        blocks = [torch.zeros(P, *p.shape).to(p) if r is None else r for r, p in zip(rows, parameters, strict=True)]
+        per_sample.append(torch.cat([block.reshape(P, -1) for block in blocks], dim=1))
     return per_sample, sum(per_sample) / len(per_sample)
 
 

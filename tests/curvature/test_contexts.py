@@ -216,7 +216,10 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p == "Lanczos")) for p in PATHS])
+SLOW = ("Lanczos", "K-FAC basis", "newton_step, Hessian")
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PATHS])
 def test_autocast_in_the_model_and_around_calls_changes_no_digit(path: str) -> None:
     expected = PATHS[path](_network())
     assert bool((expected != 0).any())

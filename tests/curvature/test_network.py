@@ -125,9 +125,13 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
 
 
-@every_twin
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("root", ["GGN", "EF"])
+QUANTITIES = [("MLP", kind, root) for kind in KINDS for root in ("GGN", "EF")]
+QUANTITIES += [("GRU", "classification", "GGN"), ("GRU", "regression", "EF")]
+QUANTITIES += [("a mapping by name", "classification", "GGN"), ("a mapping by name", "regression", "EF")]
+QUANTITIES += [("one mapping", "regression", "GGN"), ("one mapping", "classification", "EF")]
+
+
+@pytest.mark.parametrize(("twin", "kind", "root"), QUANTITIES)
 def test_every_quantity_of_a_curvature_is_that_of_the_oracle(twin: str, kind: str, root: str) -> None:
     each = torch.stack(per_sample(twin, kind, root))
     H, P = each.mean(0), each.shape[-1]

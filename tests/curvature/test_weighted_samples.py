@@ -29,7 +29,7 @@ def close(found, expected):
 
 
 def samples_of(X, y, weights=None):
-    source = sample_source([(X[i : i + 5], y[i : i + 5]) for i in range(0, len(X), 5)], 0)
+    source = sample_source([(X[i : i + 8], y[i : i + 8]) for i in range(0, len(X), 8)], 0)
     samples = SubBatch(source, source.indices, torch.device("cpu"), 0)
     samples = samples.keeping(list(samples))
     return samples if weights is None else samples.weighted(weights)

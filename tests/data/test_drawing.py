@@ -147,6 +147,7 @@ def test_permanent_numbers_are_uniform_and_independent():
     assert 0 < float(u.min()) < float(u.max()) < 1
 
 
+@pytest.mark.slow
 def test_frequencies_of_draws_are_the_probabilities():
     s = scores(20, 3)
     n = 4000

@@ -463,6 +463,7 @@ def test_evaluation_uses_draws_of_its_own() -> None:
     assert module._evaluation_curvature(exact) is exact
 
 
+@pytest.mark.slow
 def test_evaluation_with_fresh_draws_is_unbiased() -> None:
     """On average over draws, the samples' own share equals that of their exact GGN."""
     network, X, y = small_network("MLP")

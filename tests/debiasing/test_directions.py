@@ -22,7 +22,7 @@ def curvature_of(name, likelihood, n=12):
     model, X = MODELS[name]()
     y = targets(likelihood)
     network = prepare_network(ParameterSelection.all_weights(model), likelihood_named(likelihood), Batch(X[:8], y[:8]))
-    source = sample_source(DataLoader(TensorDataset(X[:n], y[:n]), batch_size=5), 0)
+    source = sample_source(DataLoader(TensorDataset(X[:n], y[:n]), batch_size=6), 0)
     samples = SubBatch(source, source.indices, torch.device("cpu"), 0)
     return RowCurvature(network, samples, GaussNewton(network.likelihood)), model, X[:n]
 

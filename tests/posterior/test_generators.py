@@ -79,7 +79,7 @@ def test_fit_and_held_out_kl_leave_the_global_state_alone():
 
 @pytest.mark.parametrize("solver", ["gram", "lanczos"])
 def test_the_seed_fixes_the_fit_whatever_the_global_state(solver):
-    options = {"rank": 6, "solver": solver}
+    options = {"rank": 6, "solver": solver, "direction_samples": 10, "magnitude_samples": 10}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         first, *_ = fitted("MLP", "classification", seed=5, **options)

@@ -105,7 +105,10 @@ UNION_CASES.remove(("lowrank by Lanczos", "last layer"))  # nothing new, and slo
 UNION_CASES += [("lowrank, cross-fitted", "a subnetwork"), ("kron, held out", "a subnetwork")]
 
 
-@pytest.mark.parametrize(("case", "where"), UNION_CASES)
+@pytest.mark.parametrize(
+    ("case", "where"),
+    [pytest.param(*union, marks=[pytest.mark.slow] * ("Lanczos" in union[0])) for union in UNION_CASES],
+)
 def test_more_data_give_the_fit_of_the_union(case: str, where: str) -> None:
     subset, *problem = WHERE[where]
     dataset, options = data(*problem), {"subset_of_weights": subset, **ESTIMATORS[case]}

@@ -108,6 +108,7 @@ def test_wrong_types(case, outcomes):
     assert re.search(WRONG_TYPES[case], message), message
 
 
+@pytest.mark.slow
 def test_every_type_that_is_tried_is_expected(outcomes):
     assert set(outcomes) == set(WRONG_TYPES)
 

@@ -10,7 +10,7 @@ from debiased_laplace.curvature import network as network_module
 from debiased_laplace.predictive import last_layer, linearized
 from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits
 
-C, N_DATA = LEADING + 13, 200
+C, N_DATA = LEADING + 13, 60
 FIELDS = ("order", "means", "covariance", "variances", "total_variance")
 
 POSTERIORS = {
