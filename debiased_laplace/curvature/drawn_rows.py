@@ -1,8 +1,8 @@
 r"""Curvature of drawn rows: one backward pass each, where the curvature is.
 
 A sample's curvature is $J_n^\top \Lambda_n J_n = \sum_j v_{nj} v_{nj}^\top$ with the rows $v_{nj} = J_n^\top c_{nj}$ of
-the cotangents $c_{nj}$, $\sum_j c_{nj} c_{nj}^\top = \Lambda_n$. One forward pass gives the size of every row before any
-of them is computed.
+the cotangents $c_{nj}$, $\sum_j c_{nj} c_{nj}^\top = \Lambda_n$. One forward pass gives the size of every row before
+any of them is computed.
 
 References:
     Frieze, Kannan & Vempala (2004), J. ACM 51(6), doi 10.1145/1039488.1039494 (length-squared sampling); Xu, Yang,
@@ -23,7 +23,7 @@ from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.linear_layer import features_of, output_layer
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.output_rows import cotangents, row_sizes
-from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
+from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
@@ -105,7 +105,6 @@ class RowSampler:
             n_rows = max(2, n_rows // network.n_outputs)
         regression = network.likelihood.name == "regression"
         self._layer: nn.Linear | None = None if regression else output_layer(network, first.inputs)
-        self._generator = torch.Generator().manual_seed(seeds[0])
         self.drawers = [RowDrawer(n_rows, seed) for seed in seeds]
         self._held: list[tuple[Tensor, Batch]] = []
         self._n_held = 0
@@ -144,8 +143,7 @@ class RowSampler:
         weighted = with_target_weights(batch, likelihood)
         losses = weighted.scaled(likelihood.per_sample_loss(outputs, batch.targets))
         self._loss += float(losses.cpu().double().sum())
-        noise = self.root.targets_or_noise(batch.targets, outputs.shape[1], self._generator)
-        sizes = weighted.scaled(row_sizes(self.root, outputs, noise)).cpu().double()
+        sizes = weighted.scaled(row_sizes(self.root, outputs, batch.targets)).cpu().double()
         sizes = sizes.sum(1, keepdim=True) if self.of_samples else sizes
         scores = sizes if features is None else sizes * (1 + features.double().square().sum(1).cpu())[:, None]
         hashes = sample_hashes(loaded)
@@ -154,7 +152,7 @@ class RowSampler:
             if self.of_samples:
                 return outputs.new_zeros(len(samples), 0)
             samples, rows = samples.to(outputs.device), rows.to(outputs.device)
-            found = cotangents(self.root, outputs, noise, samples, rows)
+            found = cotangents(self.root, outputs, batch.targets, samples, rows)
             if weighted.weights is not None:
                 found = found * weighted.weights[samples].to(found).sqrt()[:, None]
             # direction and length apart: squares of small cotangents underflow in single precision
@@ -188,7 +186,6 @@ class RowSampler:
         other = object.__new__(RowSampler)
         other.__dict__.update(self.__dict__)
         other.drawers, other._held, other._scored = list(self.drawers), list(self._held), list(self._scored)
-        other._generator = self._generator.clone_state()
         return other
 
     @property
@@ -210,7 +207,7 @@ class RowSampler:
         """
         draw, probabilities = self.drawers[which].drawn(n_rows)
         scored = self.scored
-        if not isinstance(self.root, MonteCarloGaussNewton) and not self.of_samples:
+        if not self.of_samples:
             draw, probabilities = _merged(draw, probabilities, scored)
         return DrawnRows(self, draw, probabilities, self.drawers[which].expected(n_rows), scored)
 
@@ -250,11 +247,6 @@ class DrawnRows:
     def at(self, chosen: Bool[Tensor, " R"]) -> "DrawnRows":
         """Return some of the rows."""
         return replace(self, draw=self.draw.at(chosen), probabilities=self.probabilities[chosen])
-
-    @property
-    def is_random(self) -> bool:
-        """Whether the rows are Monte-Carlo estimates of their sample's curvature."""
-        return isinstance(self.sampler.root, MonteCarloGaussNewton)
 
     # Models often cannot be copied or pickled: copies share the rows, a pickle has None.
     def __deepcopy__(self, memo: dict[int, Any]) -> "DrawnRows":

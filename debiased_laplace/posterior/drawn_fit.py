@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from debiased_laplace.checks import integer, one_of
@@ -17,6 +17,7 @@ from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
 from debiased_laplace.data.batches import Batch, sample_hashes
@@ -170,7 +171,11 @@ def _scored(
         network = prepare_network(spec.subset.select_by(spec.model, some.inputs), spec.likelihood, some)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network) if n_rows is None else n_rows
-        sampler = RowSampler(network, spec.backend.root(spec.likelihood), some, n_rows=n_rows, seeds=seeds)
+        root = spec.backend.root(spec.likelihood)
+        if isinstance(root, MonteCarloGaussNewton):
+            # rows of the GGN itself take no more backward passes
+            root = GaussNewton(spec.likelihood)
+        sampler = RowSampler(network, root, some, n_rows=n_rows, seeds=seeds)
     else:
         sampler, network = before.sampler.continued(), before.sampler.network
         if isinstance(samples, SampleSource) and samples.augments(seed):
@@ -236,12 +241,12 @@ class _Fits:
         if request.open:
             choice = self._chosen(drawn, curvature, request.trials(direction_share, curvature.n_rows))
             options, direction_share = choice.chosen.options, choice.chosen.direction_share
-        dealt = self._dealt(drawn, curvature, options, direction_share)
+        split, part = deal_rows(drawn, curvature, options, direction_share, self.n_data)
         with warnings.catch_warnings():
             if "rank" in request.open:
                 # nobody asked for this rank
                 warnings.filterwarnings("ignore", r"rank=\d+ was asked for|All directions of", UserWarning)
-            estimated = estimate(dealt.curvature, options)
+            estimated = estimate(split, options)
         if choice is not None and "rank" in request.open:
             choice = choice.found(estimated.curvature.directions.shape[1])
             options = choice.chosen.options
@@ -250,7 +255,7 @@ class _Fits:
             selection=selection,
             mean=selection.vector(),
             fingerprint="",
-            split=_split(drawn, dealt.part, options, self.n_data),
+            split=_split(drawn, part, options, self.n_data),
             identities=_UNKNOWN,
             estimate=estimated,
             loss=drawn.scored.loss * self.n_data / drawn.scored.weight,
@@ -260,13 +265,8 @@ class _Fits:
             network=self.network,
             choice=choice,
             drawn=drawn,
-            rows=_described(drawn, curvature, dealt.part, self.n_data),
+            rows=_described(drawn, curvature, part, self.n_data),
         )
-
-    def _dealt(
-        self, drawn: DrawnRows, curvature: SubBatchCurvature, options: EstimatorOptions, direction_share: float
-    ) -> "Dealt":
-        return deal_rows(drawn, curvature, options, direction_share, self.n_data)
 
     def _judges(self) -> SubBatchCurvature:
         """Return the curvature of rows that no fit has seen."""
@@ -277,7 +277,7 @@ class _Fits:
 
     def _chosen(self, drawn: DrawnRows, curvature: SubBatchCurvature, trials: list[Trial]) -> Choice:
         def split_of(trial: Trial) -> SplitCurvature:
-            return self._dealt(drawn, curvature, trial.options, trial.direction_share).curvature
+            return deal_rows(drawn, curvature, trial.options, trial.direction_share, self.n_data)[0]
 
         return choose_by_rows(curvature, trials, self.weighting, split_of, self._judges())
 
@@ -311,33 +311,20 @@ class _Fits:
         return replace(fit, stopping=stopping)
 
 
-@dataclass(frozen=True, eq=False)
-class Dealt:
-    """Rows dealt to directions and magnitudes, or to folds.
-
-    Attributes:
-        curvature: of the parts.
-        part: of each row, as in `Rows`.
-    """
-
-    curvature: SplitCurvature
-    part: Int64[Tensor, " R"]
-
-
 def deal_rows(
     drawn: DrawnRows,
     curvature: SubBatchCurvature,
     options: EstimatorOptions,
     direction_share: float,
     n_data: int | float,
-) -> Dealt:
+) -> tuple[SplitCurvature, Int64[Tensor, " R"]]:
     r"""Deal drawn rows to directions and magnitudes, or to folds.
 
     A row is known with the weight $1/N$ that it has in the full batch; the rest of its weight stands for rows that were
-    not drawn. Where all N samples were scored, rows are dealt: the population is fixed, and chance is in the draw alone.
-    Where the N' scored ones are themselves a draw, samples are dealt, and a row is among those drawn with the
-    probability $\tilde\pi = \pi N' / N$; rows of the direction samples that were not drawn are then represented by rows
-    of other samples. Monte-Carlo rows are never known, because they only estimate the curvature of their sample.
+    not drawn. Where all N samples were scored, rows are dealt: the population is fixed, and chance is in the draw
+    alone. Where the N' scored ones are themselves a draw, samples are dealt, and a row is among those drawn with the
+    probability $\tilde\pi = \pi N' / N$; rows of the direction samples that were not drawn are then represented by
+    rows of other samples.
 
     Args:
         drawn: the rows.
@@ -345,50 +332,59 @@ def deal_rows(
         options: of the estimate.
         direction_share: share of the rows, or of the samples, for the directions ("held_out").
         n_data: N.
+
+    Returns:
+        The curvature of the parts, and the part of each row, as in `Rows`.
     """
     R, dtype, scored = len(drawn), curvature.network.like.dtype, drawn.scored
     share = min(scored.weight / n_data, 1.0)
-    by_sample = drawn.is_random or not is_all(scored.weight, n_data)
     p, left_out = drawn.probabilities * share, 1 - drawn.probabilities
-    known_share = torch.zeros_like(p) if drawn.is_random else p
     generator = torch.Generator().manual_seed(options.seed)
-    unit, n_units = torch.arange(R), R
-    errors = DrawErrors(left_out, torch.ones_like(p))
+    by_sample = not is_all(scored.weight, n_data)
     if by_sample:
         # equal samples are one
         units, of_samples = scored.hashes.unique(return_inverse=True)
         unit, n_units = of_samples[drawn.draw.samples], len(units)
-        errors = DrawErrors(left_out, torch.ones_like(p), unit, n_units, 0.0 if drawn.is_random else share)
-    curvature.draw = errors
+        curvature.draw = DrawErrors(left_out, torch.ones_like(p), unit, n_units, share)
+    else:
+        unit, n_units = torch.arange(R), R
+        curvature.draw = DrawErrors.of(p)
     if options.magnitudes == "same_batch":
-        return Dealt(SplitCurvature(curvature, None, None, n_data), torch.zeros(R, dtype=torch.int64))
+        return SplitCurvature(curvature, None, None, n_data), torch.zeros(R, dtype=torch.int64)
     if options.magnitudes == "cross_fitted":
         folds = deal(n_units, min(options.n_folds, n_units), generator)[unit]
         # not every fold of the samples has drawn rows
         folds = folds.unique(return_inverse=True)[1]
-        known, rest = (curvature.reweighted(factors.to(dtype)) for factors in (known_share, 1 - known_share))
-        return Dealt(SplitCurvature(curvature, None, folds, n_data, known=known, rest=rest), folds)
-    if by_sample:
-        n_a = min(max(1, round(direction_share * n_units)), n_units - 1)
-        in_b = torch.ones(n_units, dtype=torch.bool)
-        in_b[torch.randperm(n_units, generator=generator)[:n_a]] = False
-        q = 1 - n_a / n_units
-    else:
-        q = 1 - direction_share
-        in_b = torch.rand(n_units, generator=generator, dtype=torch.float64) < q
-    a, b = (~in_b[unit]).nonzero().flatten(), in_b[unit].nonzero().flatten()
+        known, rest = (curvature.reweighted(factors.to(dtype)) for factors in (p, 1 - p))
+        return SplitCurvature(curvature, None, folds, n_data, known=known, rest=rest), folds
+    in_b, q = _in_second_part(n_units, direction_share, generator, exactly=by_sample)
+    in_b = in_b[unit]
+    a, b = (~in_b).nonzero().flatten(), in_b.nonzero().flatten()
     if len(a) == 0 or len(b) < 2:
         raise ValueError(f"{R} drawn rows give {len(a)} for directions and {len(b)} for magnitudes; raise n_rows.")
     directions, magnitudes = curvature.part(a), curvature.part(b)
     # in units of the parts' means, whose weights are R / (N p)
-    chance = chances_of_the_rest(p[b], 0.0 if drawn.is_random else 1 - q, q)
-    known = directions.reweighted((known_share[a] * len(a) / R).to(dtype))
+    chance = chances_of_the_rest(p[b], 1 - q, q)
+    known = directions.reweighted((p[a] * len(a) / R).to(dtype))
     others = magnitudes.reweighted((p[b] / chance * len(b) / R).to(dtype))
     others.draw = DrawErrors.of(chance)
     if by_sample:
-        sampled = 0.0 if drawn.is_random else q * share / (1 - (1 - q) * share)
+        sampled = q * share / (1 - (1 - q) * share)
         others.draw = DrawErrors(left_out[b], torch.ones_like(chance), unit[b], q * n_units, sampled)
-    return Dealt(SplitCurvature(directions, others, None, n_data, known=known), in_b[unit].long())
+    return SplitCurvature(directions, others, None, n_data, known=known), in_b.long()
+
+
+def _in_second_part(
+    n: int, direction_share: float, generator: torch.Generator, *, exactly: bool
+) -> tuple[Bool[Tensor, " n"], float]:
+    """Return which of n units give magnitudes, and the probability of that: in a fixed number, or each by itself."""
+    if not exactly:
+        q = 1 - direction_share
+        return torch.rand(n, generator=generator, dtype=torch.float64) < q, q
+    n_a = min(max(1, round(direction_share * n)), n - 1)
+    in_b = torch.ones(n, dtype=torch.bool)
+    in_b[torch.randperm(n, generator=generator)[:n_a]] = False
+    return in_b, 1 - n_a / n
 
 
 def _check_built(spec: FitSpec) -> None:
@@ -458,5 +454,5 @@ def _described(drawn: DrawnRows, curvature: SubBatchCurvature, part: Tensor, n_d
         ((1 - uniform) / uniform / p * norms.square()).sum(),
     )
     effect = float(own / of_uniform) if of_uniform > 0 else 0.0
-    known = 0.0 if drawn.is_random else float(norms.sum() / weighted.sum()) * min(drawn.scored.weight / n_data, 1.0)
+    known = float(norms.sum() / weighted.sum()) * min(drawn.scored.weight / n_data, 1.0)
     return Rows(torch.stack([drawn.positions, drawn.draw.rows], dim=1), part, p, effect, known)

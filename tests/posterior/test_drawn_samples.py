@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from laplace.curvature import CurvlinopsGGN, CurvlinopsHessian
+from laplace.curvature import CurvlinopsEF, CurvlinopsGGN, CurvlinopsHessian
 from models import MODELS
-from oracles import dense_empirical_fisher, dense_ggn, dense_hessian, dense_posterior_precision
-from posterior_cases import PRIOR, TEMPERATURE, close, hyper_parameters, loader_of, posterior_of, problem
-from test_drawn_rows import trained
+from oracles import dense_empirical_fisher, dense_ggn, dense_hessian, dense_jacobian, dense_posterior_precision
+from posterior_cases import PRIOR, TEMPERATURE, close, hyper_parameters, loader_of, posterior_of
+from test_drawn_rows import all_rows, trained
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 ALL = 10**6
@@ -31,6 +31,11 @@ def of_rows(model, loader, *, n_data=None, **options):
 
 def dense_of(H, n_data):
     return dense_posterior_precision(H, n_data=n_data, prior_precision=PRIOR, temperature=TEMPERATURE)
+
+
+def same_up_to_the_threshold(found, expected):
+    """Equal, but for directions below a millionth of the largest eigenvalue, which are left out."""
+    assert float((found - expected).abs().max()) < 5e-6 * float(expected.abs().max())
 
 
 def batches_of(X, y, size=50, weights=None):
@@ -87,7 +92,7 @@ def test_augmented_samples_are_used_as_they_were_scored(sure):
     last = dict(data.seen[:60])  # the pass comes first, the check for random loading later
     assert len(last) == 60
     H = sum(h.detach() for h in dense_ggn(model, torch.stack([last[i] for i in range(60)]), "classification")[0]) / 60
-    close(la.posterior_precision.to_dense(), dense_of(H, 60), 1e-4)
+    same_up_to_the_threshold(la.posterior_precision.to_dense(), dense_of(H, 60))
 
 
 @pytest.mark.parametrize("kind", ["sample_weights", "class_weights", "both"])
@@ -104,13 +109,13 @@ def test_weights_multiply_the_curvature(sure, kind):
     per_sample = dense_ggn(model, X, "classification")[0]
     H = sum(w * h.detach() for w, h in zip(weights, per_sample, strict=True)) / weights.sum()
     assert la.n_data == pytest.approx(float(weights.sum()))
-    close(la.posterior_precision.to_dense(), dense_of(H, float(weights.sum())), 1e-4)
-    drawn = of_rows(model, loader, n_rows=40, magnitudes="same_batch", rank=67, complement="none", **options)
+    same_up_to_the_threshold(la.posterior_precision.to_dense(), dense_of(H, float(weights.sum())))
+    drawn = of_rows(model, loader, n_rows=40, magnitudes="same_batch", complement="none", **options)
     # trace by inverse probability, with the weights in the rows and in their probabilities
     positions, rows = drawn.rows.positions.unbind(1)
     assert bool((weights[positions] > 0).all())
-    V = torch.stack([torch.linalg.eigvalsh(h.detach()).flip(0)[:3] for h in per_sample])
-    trace = (weights[positions] * V[positions, rows] / drawn.rows.inclusion_probabilities).sum() / weights.sum()
+    norms = all_rows(model, X, y, "classification").square().sum(2)
+    trace = (weights[positions] * norms[positions, rows] / drawn.rows.inclusion_probabilities).sum() / weights.sum()
     close(drawn.directional_curvatures.sum(), trace, 1e-4)
 
 
@@ -195,24 +200,13 @@ def test_hessians_draw_samples(sure, magnitudes):
         close(some.directional_curvatures, values.flip(0)[:4].clamp_min(0), 1e-4)
 
 
-@pytest.mark.slow
-def test_monte_carlo_rows_estimate_the_ggn_without_bias(sure):
-    """Along directions of other rows; what rows say of their own directions is biased even if all are drawn."""
-    model, X, y, H = sure
-    excess, biases = [], []
-    for seed in range(60):
-        la = of_rows(
-            model, loader_of(X, y), n_rows=300, seed=seed, rank=4, complement="none", magnitudes="held_out",
-            backend=CurvlinopsGGN, backend_kwargs={"stochastic": True},
-        )  # fmt: skip
-        U = la.directions
-        truth = (U * (H @ U)).sum(0).sum()
-        excess.append((la.directional_curvatures.sum() - truth) / truth)
-        biases.append((la.in_sample_curvatures.sum() - truth) / truth)
-    excess, biases = torch.stack(excess), torch.stack(biases)
-    assert la.rows.known_share == 0
-    assert abs(float(excess.mean())) < 3.5 * float(excess.std()) / len(excess) ** 0.5
-    assert float(biases.mean()) > 5 * float(biases.std()) / len(biases) ** 0.5
+def test_instead_of_monte_carlo_rows_those_of_the_ggn_are_drawn(sure):
+    model, X, y, _ = sure
+    found = [
+        of_rows(model, loader_of(X, y), n_rows=80, backend=backend, backend_kwargs=kwargs)
+        for backend, kwargs in ((CurvlinopsGGN, {"stochastic": True}), (None, None))
+    ]
+    close(*(la.posterior_precision.to_dense() for la in found))
 
 
 def test_a_further_loader_goes_on_with_the_draw(sure):
@@ -262,7 +256,7 @@ def test_a_prior_per_parameter_is_fitted_to_the_same_rows(sure):
 
 
 def test_rows_are_doubled_until_that_gains_little(sure):
-    model, X, y, H = sure
+    model, X, y, _ = sure
     la = posterior_of(model, "classification", **OPTIONS, n_rows=800, complement="kron")
     la.fit(loader_of(X, y), tolerance=1.0)
     stopping = la.stopping
@@ -311,10 +305,6 @@ def test_a_uniform_sample_can_be_of_as_many_rows(sure):
     assert not torch.equal(la.split.direction_indices, other.split.direction_indices)
     with pytest.raises(ValueError, match="n_rows with sampling='uniform' is of a new fit"):
         la.fit([(X + 1, y)], override=False)
-    with (
-        pytest.warns(UserWarning, match="rank=None left out|.*") if False else pytest.raises(ValueError, match="n_rows")
-    ):
-        posterior_of(model, "classification", n_rows=True)
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-20])
@@ -330,7 +320,14 @@ def test_tiny_curvatures_do_not_underflow_in_single_precision(scale):
     la = posterior_of(model, "classification", **{**OPTIONS, "prior_precision": 1e-18}, rank=3, n_rows=40)
     la.fit(loader_of(X, y))
     exact = copy.deepcopy(model).double()
-    H = sum(h.detach() for h in dense_ggn(exact, X.double(), "classification")[0]) / len(X)
+    H = torch.zeros(la.n_params, la.n_params, dtype=torch.float64)
+    for x in X.double():
+        p = torch.softmax(exact(x[None])[0].detach(), 0)
+        # e_c - p without cancellation: 1 - p of the first class is the sum of the others
+        E = torch.eye(3, dtype=torch.float64) - p
+        E[0, 0] = p[1:].sum()
+        J = dense_jacobian(exact, x)
+        H += (J.T @ E.T) @ (p[:, None] * (E @ J)) / len(X)
     U = la.directions.double()
     truth = (U * (H @ U)).sum(0)
     assert 0 < float(truth[0]) < 100 * scale
@@ -338,12 +335,10 @@ def test_tiny_curvatures_do_not_underflow_in_single_precision(scale):
 
 
 def test_an_empirical_fisher_of_some_samples_is_exact_where_all_rows_are_drawn(sure):
-    from laplace.curvature import CurvlinopsEF
-
     model, X, y, _ = sure
     la = of_rows(model, TensorLoader(X[:60], y[:60]), n_rows=ALL, backend=CurvlinopsEF)
     H = dense_empirical_fisher(model, X[:60], y[:60], "classification")[1]
-    close(la.posterior_precision.to_dense(), dense_of(H, 60), 1e-4)
+    same_up_to_the_threshold(la.posterior_precision.to_dense(), dense_of(H, 60))
 
 
 class TensorLoader:
