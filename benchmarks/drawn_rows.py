@@ -87,7 +87,8 @@ class Measured:
         for n_samples in GOALS:
             yield from ((n_samples * C, method) for method in (UNIFORM, DRAWN))
         yield from ((64 * C, method) for method in METHODS if "same_batch" in method)
-        yield round(6.4 * C), DRAWN
+        if C > 1:  # fewer than ten rows are now and then none
+            yield round(6.4 * C), DRAWN
         if self.task.name in TENTH:
             yield self.passes(1), KFAC
             yield self.passes(10), DRAWN
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     text += "\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     (results / "drawn_rows.md").write_text(text)
     print(text)
-    curves = {name: tasks[name].passes(1) for name in CURVES if name in tasks}
+    curves = {name: [tasks[name].passes(share) for share in SHARES] for name in CURVES if name in tasks}
     drawn_rows_figure.draw(summary, curves, (options.figures or results) / "drawn_rows.png", prior=10.0)
 
 

@@ -6,27 +6,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.fidelity_results import Summary
+from benchmarks.fidelity_results import Cell, Summary
 from benchmarks.fidelity_tasks import RECIPES
 
 LINES = {
     "uniform": ("uniform samples, all rows of each", "#0072B2", "o"),
     "drawn": ("rows drawn in proportion to their curvature", "#D55E00", "D"),
 }
+CRITERION = "parameter_kl"
 LOWEST = 0.1
 """Where the axes end: a posterior of all data is the full batch but for single precision, and has no logarithm."""
-_BELOW = 0.01 * LOWEST
+_BELOW = 0.03 * LOWEST
+"""Where lines that leave the axes go."""
 
 
-def draw(summary: Summary, tasks: dict[str, int], path: Path, prior: float) -> None:
-    """Write the figure as PNG, of tasks with their N·C; means over draws, bands of ± 1.96 standard errors."""
-    figure = Figure(figsize=(max(3.4 * len(tasks), 6.0), 3.6), layout="constrained")
+def draw(summary: Summary, tasks: dict[str, list[int]], path: Path, prior: float) -> None:
+    """Write the figure as PNG, of tasks with numbers of backward passes; bands of ± 1.96 standard errors."""
+    figure = Figure(figsize=(max(3.3 * len(tasks), 6.0), 3.7), layout="constrained")
     panels = figure.subplots(1, max(len(tasks), 1), squeeze=False, sharey=True)[0]
-    n_draws = {_panel(axes, summary, task, n, prior) for axes, (task, n) in zip(panels, tasks.items(), strict=False)}
+    counts = set()
+    for axes, (task, sizes) in zip(panels, tasks.items(), strict=False):
+        counts |= _panel(axes, summary, [Cell(task, B, prior) for B in sorted(sizes)])
     panels[0].set_ylabel("KL to the full batch,\nparameters [nats]")
-    over = "–".join(str(n) for n in sorted({min(n_draws), max(n_draws)})) if n_draws else "0"
+    panels[0].set_ylim(LOWEST, 2 * panels[0].get_ylim()[1])
+    draws = "–".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "0"
     figure.supxlabel(
-        f"backward passes (prior precision {prior:g}; means over {over} draws, bands ± 1.96 standard errors)",
+        f"backward passes (prior precision {prior:g}; means over {draws} draws, bands ± 1.96 standard errors; "
+        "lines that leave the axes reach the full batch)",
         fontsize=9,
     )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
@@ -34,42 +40,31 @@ def draw(summary: Summary, tasks: dict[str, int], path: Path, prior: float) -> N
     figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
-def _panel(axes: Axes, summary: Summary, task: str, n_passes: int, prior: float) -> int:
-    """Draw a task; return the number of draws."""
-    n_draws = 0
+def _panel(axes: Axes, summary: Summary, cells: list[Cell]) -> set[int]:
+    """Draw a task, the largest number of passes being N·C; return the numbers of draws."""
+    task, everything, prior = cells[-1].task, cells[-1].B, cells[-1].prior
+    counts = set()
     for method, (label, colour, marker) in LINES.items():
-        points = [
-            (cell.B, found["parameter_kl"])
-            for cell, methods in summary.cells.items()
-            if cell.task == task and cell.prior == prior and (found := methods.get(method, {}))
-        ]
-        B = [b for b, _ in points]
-        half = [1.96 * m.standard_error if m.n > 1 else 0.0 for _, m in points]
+        known = {c.B: m[method][CRITERION] for c in cells if method in (m := summary.cells.get(c, {}))}
+        counts |= {mean.n for B, mean in known.items() if everything > B}
+        half = [1.96 * m.standard_error if m.n > 1 else 0.0 for m in known.values()]
         low, middle, high = (
-            [max(m.mean + sign * h, _BELOW) for (_, m), h in zip(points, half, strict=True)] for sign in (-1, 0, 1)
+            [max(m.mean + sign * h, _BELOW) for m, h in zip(known.values(), half, strict=True)] for sign in (-1, 0, 1)
         )
-        n_draws = max([n_draws, *(m.n for _, m in points)])
-        axes.fill_between(B, low, high, color=colour, alpha=0.25, lw=0)
-        axes.plot(B, middle, color=colour, marker=marker, ms=4, lw=1.6, label=label)
-    alone = next(
-        (
-            m["prior only"]["parameter_kl"].mean
-            for c, m in summary.cells.items()
-            if (c.task, c.B, c.prior) == (task, 0, prior)
-        ),
-        None,
-    )
+        axes.fill_between(list(known), low, high, color=colour, alpha=0.25, lw=0)
+        axes.plot(list(known), middle, color=colour, marker=marker, ms=4, lw=1.6, label=label)
+    alone = summary.mean(Cell(task, 0, prior), "prior only", CRITERION)
     if alone is not None:
         axes.axhline(alone, color="#8A8A8A", lw=1, ls="--")
         axes.annotate("prior alone", (0.02, alone), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    axes.axvline(n_passes, color="#8A8A8A", lw=1, ls=":")
+    axes.axvline(everything, color="#8A8A8A", lw=1, ls=":")
     axes.set(xscale="log", yscale="log")
-    axes.set_ylim(bottom=LOWEST)
-    axes.set_title(f"{RECIPES[task].title}\nN·C = {n_passes:,}", fontsize=10)
+    axes.set_title(f"{RECIPES[task].title}\nN·C = {everything:,}", fontsize=10)
     axes.yaxis.set_major_locator(LogLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", lw=0.4, color="#DDDDDD")
-    return n_draws
+    return counts
