@@ -44,7 +44,7 @@ from benchmarks.fidelity_posteriors import (
 from benchmarks.fidelity_ranking import ranking
 from benchmarks.fidelity_results import VERSION, Record, Store, key_of, summarize
 from benchmarks.fidelity_shared import Kinds, SharedFit
-from benchmarks.fidelity_tasks import RECIPES, Task, load_task
+from benchmarks.fidelity_tasks import RECIPES, SHIPPED, Task, load_task
 from benchmarks.fidelity_verdicts import verdicts
 from debiased_laplace import held_out_kl
 
@@ -241,7 +241,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="draws of the samples and of the estimator's split (5)")
-    parser.add_argument("--tasks", nargs="+", choices=list(RECIPES), help="all of them by default")
+    parser.add_argument("--tasks", nargs="+", choices=list(RECIPES), help=f"default: {' '.join(SHIPPED)}")
     parser.add_argument("--sizes", nargs="+", help=f"numbers of curvature samples; N is all ({SIZES})")
     parser.add_argument("--configurations", nargs="+", help="names or patterns of them (all)")
     parser.add_argument("--redo", nargs="+", default=[], help="patterns of configurations to measure again")
@@ -253,7 +253,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of fidelity.csv, .json and .md; default: --cache")
     parser.add_argument("--figures", type=Path, help="folder of the figure; default: --results")
     options = parser.parse_args(arguments)
-    defaults = {"tasks": list(RECIPES), "sizes": SIZES, "draws": 5, "configurations": ["*"]}
+    defaults = {"tasks": SHIPPED, "sizes": SIZES, "draws": 5, "configurations": ["*"]}
     for name, value in ({**defaults, **QUICK} if options.quick else defaults).items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -112,17 +112,17 @@ class Summary:
         found = self.cells.get(cell, {}).get(configuration, {}).get(criterion)
         return None if found is None else found.mean
 
-    def save(self, folder: Path, **findings: Any) -> None:
-        """Write `fidelity.csv`, a row for each cell and configuration, and everything else to `fidelity.json`."""
+    def save(self, folder: Path, name: str = "fidelity", **findings: Any) -> None:
+        """Write a CSV file with a row for each cell and configuration, and everything else as JSON."""
         folder.mkdir(parents=True, exist_ok=True)
         kinds = ("", "_standard_error", "_draws")
-        columns = ["task", "B", "prior", "configuration", *(f"{name}{kind}" for name in CRITERIA for kind in kinds)]
-        with (folder / "fidelity.csv").open("w", newline="") as file:
+        columns = ["task", "B", "prior", "configuration", *(f"{c}{kind}" for c in CRITERIA for kind in kinds)]
+        with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             for cell, configurations in self.cells.items():
-                for name, criteria in configurations.items():
-                    row: Record = {**vars(cell), "configuration": name}
+                for configuration, criteria in configurations.items():
+                    row: Record = {**vars(cell), "configuration": configuration}
                     for criterion, value in criteria.items():
                         row |= {f"{criterion}{k}": v for k, v in zip(kinds, _plain(value).values(), strict=True)}
                     writer.writerow(row)
@@ -134,22 +134,20 @@ class Summary:
             "coverage": self.coverage,
             "errors": self.errors,
         }
-        (folder / "fidelity.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> "Summary":
+    def read(cls, folder: Path, name: str = "fidelity") -> "Summary":
         """What `save` wrote, to five digits."""
-        document = json.loads((folder / "fidelity.json").read_text())
+        document = json.loads((folder / f"{name}.json").read_text())
         cells: dict[Cell, dict[str, dict[str, Mean]]] = {}
-        with (folder / "fidelity.csv").open(newline="") as file:
+        with (folder / f"{name}.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 cell = Cell(row["task"], int(row["B"]), float(row["prior"]))
                 cells.setdefault(cell, {})[row["configuration"]] = {
-                    name: Mean(
-                        float(row[name]), float(row[f"{name}_standard_error"] or "nan"), int(row[f"{name}_draws"])
-                    )
-                    for name in CRITERIA
-                    if row[name]
+                    c: Mean(float(row[c]), float(row[f"{c}_standard_error"] or "nan"), int(row[f"{c}_draws"]))
+                    for c in CRITERIA
+                    if row[c]
                 }
         kendall = {
             Cell(t["task"], t["B"], t["prior"]): Mean(

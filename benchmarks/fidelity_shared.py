@@ -59,7 +59,8 @@ class SharedFit:
 
     def _unfitted(self, options: dict[str, Any]) -> Any:
         task = self.task
-        return DebiasedLaplace(task.model, task.likelihood, sigma_noise=task.sigma_noise, seed=self.seed, **options)
+        shared = {"sampling": "uniform", "sigma_noise": task.sigma_noise, "seed": self.seed}
+        return DebiasedLaplace(task.model, task.likelihood, **shared, **options)
 
     def posteriors(self, kinds: Kinds) -> Iterator[tuple[str, Any, float]]:
         """Fitted posteriors by name, and how long each took, what they share divided among them."""

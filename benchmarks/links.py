@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.fidelity_posteriors import Examination, loader_of, set_prior
-from benchmarks.fidelity_tasks import RECIPES, Task, load_task
+from benchmarks.fidelity_tasks import RECIPES, SHIPPED, Task, load_task
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.predictive import links
 from debiased_laplace.predictive.mean_field import GaussianLogits
 
 PRIORS = (1.0, 10.0, 100.0)
-TASKS = [name for name, recipe in RECIPES.items() if recipe.likelihood == "classification"]
+TASKS = [name for name in SHIPPED if RECIPES[name].likelihood == "classification"]
 N_POINTS = 2**17
 OURS = {
     "lowrank": ("all", {}),
