@@ -37,7 +37,10 @@ from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, whol
 Sampling = Literal["uniform", "curvature"]
 
 DEFAULT_ROWS = 2048
-"""Largest number of rows drawn by default: their Gram matrix and its eigenvectors take a minute or less."""
+"""Largest number of rows drawn by default: eigenvectors of their Gram matrices take a minute or less."""
+
+_PRODUCTS = 3e11
+"""Largest number of rows squared times parameters by default: products of the rows take about a minute on two cores."""
 
 _FIRST_ROWS = 128
 """Rows of the first fit of `tolerance`."""
@@ -404,8 +407,9 @@ def _not_built(what: str, instead: str = "sampling='uniform'") -> str:
 
 def default_rows(network: Network) -> int:
     """Return a number of rows that takes at most a quarter of the free memory, and about a minute."""
-    of_a_row = network.n_parameters * network.like.element_size()
-    return max(2, min(DEFAULT_ROWS, free_memory(network.like.device) // 4 // of_a_row))
+    P = network.n_parameters
+    fitting = free_memory(network.like.device) // 4 // (P * network.like.element_size())
+    return max(2, min(DEFAULT_ROWS, fitting, int((_PRODUCTS / P) ** 0.5)))
 
 
 _UNKNOWN = SampleIdentities(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0, False)
