@@ -145,7 +145,7 @@ class RowSampler:
         self._loss += float(losses.cpu().double().sum())
         sizes = weighted.scaled(row_sizes(self.root, outputs, batch.targets)).cpu().double()
         sizes = sizes.sum(1, keepdim=True) if self.of_samples else sizes
-        scores = sizes if features is None else sizes * (1 + features.double().square().sum(1).cpu())[:, None]
+        scores = sizes if features is None else sizes * (1 + features.cpu().double().square().sum(1))[:, None]
         hashes = sample_hashes(loaded)
 
         def attach(samples: Int64[Tensor, " m"], rows: Int64[Tensor, " m"]) -> Tensor:
@@ -282,7 +282,7 @@ class DrawnRows:
             if self.scored.weights is not None:
                 weights = weights * self.scored.weights[draw.samples]
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batches[0].first(8))
-            samples = samples.weighted(weights.to(network.like))
+            samples = samples.weighted(weights.to(network.like.dtype))
             return HessianCurvature(network, samples, second, draw=errors, progress_bar=progress_bar)
         return RowCurvature(
             network,

@@ -42,3 +42,57 @@ def test_variances_of_sums_over_drawn_rows_are_right_on_average(values, n_folds)
     assert abs(float(ratios.mean()) - 1) < 4 * of_mean
     if values != "heavy-tailed":
         assert float(torch.stack(sums).var() / truth) == pytest.approx(1, abs=0.25)
+
+
+def test_samples_that_are_a_draw_have_the_spread_of_their_totals():
+    """Samples of up to four rows, 30 of 80, whose rows are drawn; added in parts that cut through samples."""
+    generator = torch.Generator().manual_seed(2)
+    p = torch.rand(30, 4, generator=generator, dtype=torch.float64).clamp_min(0.2)
+    values = torch.rand(30, 4, 3, generator=generator, dtype=torch.float64).pow(3) / p[:, :, None]
+    drawn = torch.rand(30, 4, generator=generator, dtype=torch.float64) < p
+    sample, _ = drawn.nonzero().unbind(1)
+    y, left_out, R = values[drawn], (1 - p)[drawn], int(drawn.sum())
+    factors = 0.3 + 0.5 * torch.rand(R, generator=generator, dtype=torch.float64)
+    draw = DrawErrors(left_out, torch.ones(R).double(), sample, 30.0, 30 / 80).reweighted(factors)
+    moments = RunningMoments(3, y)
+    for chosen in torch.arange(R).split(7):
+        moments.add(y[chosen] * factors[chosen][:, None], draw.at(slice(int(chosen[0]), int(chosen[-1]) + 1)))
+    found = moments.moments()
+    # as values whose mean over samples is the mean over rows
+    totals = torch.zeros(30, 3).double().index_add(0, sample, y) * 30 / R
+    torch.testing.assert_close(found.means, (y * factors[:, None]).mean(0))
+    torch.testing.assert_close(found.centers, totals.mean(0))
+    torch.testing.assert_close(found.standard_deviations, totals.std(0))
+    torch.testing.assert_close(found.third_moments, (totals - totals.mean(0)).pow(3).mean(0))
+    torch.testing.assert_close(found.draw_variances, (left_out[:, None] * y.square()).sum(0) / R**2)
+    assert found.n_samples == pytest.approx(30)
+    assert found.sampled_share == 30 / 80
+    assert found.n_drawn is None
+
+
+def test_standard_errors_of_two_phases_are_right_on_average():
+    """30 of 80 samples are drawn, then their rows: the variance of the mean, by simulation."""
+    generator = torch.Generator().manual_seed(5)
+    y = torch.rand(80, 3, generator=generator, dtype=torch.float64).pow(4)
+    p = (y / y.max() * 2 + 0.05).clamp_max(1.0)
+    f = 30 / 80
+    found, means = [], []
+    for _ in range(1500):
+        chosen = torch.randperm(80, generator=generator)[:30].sort().values
+        drawn = torch.rand(30, 3, generator=generator, dtype=torch.float64) < p[chosen]
+        rows, left_out = (y / p)[chosen][drawn], (1 - p)[chosen][drawn]
+        R = len(rows)
+        moments = RunningMoments(1, y)
+        moments.add(
+            rows[:, None] * R / 30, DrawErrors(left_out, torch.ones(R).double(), drawn.nonzero()[:, 0], 30.0, f)
+        )
+        m = moments.moments()
+        found.append(float((1 - f) * m.standard_deviations**2 / 30 + f * m.draw_variances))
+        means.append(float(m.means))
+    found, means = torch.tensor(found), torch.tensor(means)
+    assert abs(float(means.mean() - y.sum(1).mean())) < 4 * float(means.std()) / 1500**0.5
+    ratio = float(found.mean() / means.var())
+    assert abs(ratio - 1) < 0.12, ratio
+    # without the draw of rows it would be detectably too small
+    totals = y.sum(1)
+    assert float((1 - f) * totals.var() / 30 / means.var()) < 0.8

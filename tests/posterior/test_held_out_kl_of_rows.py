@@ -141,6 +141,23 @@ def test_other_curvatures_have_their_own_rows(sure, backend):
     assert kl.value == pytest.approx(expected, rel=1e-5)
 
 
+def test_rows_of_a_fit_do_not_judge_it(sure):
+    """With the fit's own rows its J would be far too small, whatever the seed."""
+    _, X, y, H = sure
+    model = sure[0]
+    la = posterior_of(
+        model, "classification", sampling="curvature", n_rows=40, seed=3, magnitudes="same_batch",
+        **{**hyper_parameters("classification"), "prior_precision": 0.05},
+    )  # fmt: skip
+    la.fit(loader_of(X, y))
+    truth = criterion(la.posterior_precision.to_dense(), H, prior_precision=0.05)
+    kl = la.held_out_kl(loader_of(X, y), n_rows=40)
+    assert abs(kl.value - truth) < 4 * kl.standard_error
+    own = la.fit_result.drawn.curvature()
+    of_fit = 0.5 * 400 / TEMPERATURE * float(own.traces(la.posterior_precision).mean())
+    assert of_fit < float(kl.terms.sum()) - 3 * kl.standard_error
+
+
 def test_weighted_samples_count_with_their_weights(sure):
     model, X, y, _ = sure
     weights = torch.rand(400, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
