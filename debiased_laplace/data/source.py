@@ -1,11 +1,13 @@
 """Sources of samples: loaders converted to positions in their data sets before anything is loaded."""
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -59,7 +61,7 @@ class SampleSource:
             ValueError: if a batch has another number of samples, or the data set ends early.
         """
         start = 0
-        for loaded in self._loaded(indices.tolist(), seed):
+        for loaded in self._loaded(array("q", indices.numpy().tobytes()), seed):
             batch = as_batch(loaded, self.keys)
             expected = min(self.batch_size, len(indices) - start)
             if len(batch) != expected:
@@ -75,10 +77,10 @@ class SampleSource:
                 "in __getitem__ ends a loader without an error)."
             )
 
-    def _loaded(self, positions: list[int], seed: int) -> Iterator[Any]:
+    def _loaded(self, positions: "array[int]", seed: int) -> Iterator[Any]:
         """Yield what the collate function makes of the samples at these positions."""
         if self.options.get("num_workers"):
-            batches = [positions[i : i + self.batch_size] for i in range(0, len(positions), self.batch_size)]
+            batches = [list(positions[i : i + self.batch_size]) for i in range(0, len(positions), self.batch_size)]
             return self.workers.load(self.dataset, batches, seed, self.options)
         generator = torch.Generator().manual_seed(seed)
         subset: Subset[Any] = Subset(self.dataset, positions)
@@ -190,7 +192,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
         epoch = _one_epoch(loader)
     if not epoch:
         raise ValueError("The loader yields no samples; expected at least 2.")
-    indices = torch.tensor([i for batch in epoch for i in batch], dtype=torch.int64)
+    indices = torch.from_numpy(np.concatenate([np.asarray(batch, dtype=np.int64) for batch in epoch]))
     unique = indices.unique()
     if len(unique) < len(indices):
         raise ValueError(
@@ -210,7 +212,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
     return SampleSource(loader.dataset, unique, size, options, keys)
 
 
-def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
+def _one_epoch(loader: DataLoader[Any]) -> list["array[int]"]:
     """Return the batches of positions of one epoch, without loading any sample."""
     inner = getattr(loader.batch_sampler, "sampler", None)
     generators = {
@@ -220,23 +222,23 @@ def _one_epoch(loader: DataLoader[Any]) -> list[list[int]]:
     }
     states = {key: g.get_state() for key, g in generators.items()}
     try:
-        epoch = _until_repeated(loader)
+        return _until_repeated(loader)
     finally:
         for key, g in generators.items():
             g.set_state(states[key])
-    try:
-        return [[index(i) for i in batch] for batch in epoch]
-    except TypeError as error:
-        raise ValueError("Expected a sampler that yields integer positions in the data set.") from error
 
 
-def _until_repeated(loader: DataLoader[Any]) -> list[list[Any]]:
+def _until_repeated(loader: DataLoader[Any]) -> list["array[int]"]:
     """Return one epoch of the batch sampler; of an infinite one, enough batches to contain repeats."""
     epoch, n = [], 0
     dataset: Any = loader.dataset
     limit = 2 * len(dataset) if hasattr(dataset, "__len__") else math.inf
     for batch in () if loader.batch_sampler is None else loader.batch_sampler:
-        epoch.append(list(batch))
+        try:
+            # eight bytes a position, where a list would take five times as much
+            epoch.append(array("q", map(index, batch)))
+        except TypeError as error:
+            raise ValueError("Expected a sampler that yields integer positions in the data set.") from error
         n += len(epoch[-1])
         if n > limit:
             break
