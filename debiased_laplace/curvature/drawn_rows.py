@@ -155,9 +155,7 @@ class RowSampler:
             found = cotangents(self.root, outputs, batch.targets, samples, rows)
             if weighted.weights is not None:
                 found = found * weighted.weights[samples].to(found).sqrt()[:, None]
-            # direction and length apart: squares of small cotangents underflow in single precision
-            lengths = found.norm(dim=1, keepdim=True)
-            return torch.cat([found / lengths, lengths], dim=1).to(_at_least_single(self.network.like.dtype))
+            return found.to(self.network.like)
 
         start = self.drawers[0].population.n_samples
         self.drawers = [drawer.adding(scores, sizes, hashes, attach) for drawer in self.drawers]
@@ -274,8 +272,6 @@ class DrawnRows:
             for owners in torch.searchsorted(numbers, draw.samples[mine]).split(_MOST_TOGETHER):
                 batches.append(batch.at(owners).to(network.like.device))
         weights = len(draw) / (self.scored.weight * self.probabilities)
-        if not self.sampler.of_samples:
-            weights = weights * draw.attached[:, -1].double().square().cpu()
         samples = SubBatch(None, self.positions, network.like.device, 0, tuple(batches), weights.to(network.like.dtype))
         errors = DrawErrors.of(self.probabilities)
         if self.sampler.of_samples:
@@ -288,7 +284,7 @@ class DrawnRows:
             network,
             samples,
             DrawnCotangents(self.sampler.root.kind),
-            targets_or_noise=draw.attached[:, :-1].to(network.like),
+            targets_or_noise=draw.attached.to(network.like),
             draw=errors,
             progress_bar=progress_bar,
         )
@@ -312,10 +308,4 @@ def _merged(draw: RowDraw, probabilities: Float[Tensor, " R"], scored: Scored) -
     stay = first[kind] == order
     draw = draw.at(stay)
     factors = (together[kind] / own)[stay].sqrt()
-    attached = draw.attached.clone()
-    attached[:, -1] *= factors.to(attached)
-    return replace(draw, attached=attached), probabilities[stay]
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return replace(draw, attached=draw.attached * factors.to(draw.attached)[:, None]), probabilities[stay]
