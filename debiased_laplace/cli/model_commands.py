@@ -276,7 +276,8 @@ def _add_diagnose(commands: Commands) -> None:
         help="measure the bias of a mini-batch's curvature and slope",
         description=(
             "Measure, for a range of batch sizes, by how much the leading curvatures of a batch are too large, which "
-            f"share of its slope is real, and what debiasing would change. {_MODEL_ARGUMENTS}"
+            "share of its slope is real, and what debiasing would change; and, by one forward pass over all samples, "
+            f"how few rows carry the curvature. {_MODEL_ARGUMENTS}"
         ),
     )
     add_model(parser)

@@ -87,11 +87,58 @@ class Scored:
         return len(self) if self.weights is None else float(self.weights.sum())
 
 
-class RowSampler:
-    r"""Rows drawn from samples in one pass, by the score $m \|c\|^2 (1 + \|\varphi\|^2)$.
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    r"""Samples with the scores of their rows.
 
-    The score is the squared norm of the row's part in the last linear layer with input $\varphi$, times the sample's
-    weight m. Regression has $\|c\|^2$ alone: its rows differ little, and features say nothing about their norms.
+    Attributes:
+        batch: on the network's device, with weights that include those of the targets.
+        outputs: of the network.
+        sizes: $m \|c\|^2$ of every row, in double precision on the CPU; 0 for slots without a row.
+        scores: likewise.
+    """
+
+    batch: Batch
+    outputs: Float[Tensor, "n C"]
+    sizes: Float[Tensor, "n r"]
+    scores: Float[Tensor, "n r"]
+
+
+class RowScorer:
+    r"""Score of every row by one forward pass, $m \|c\|^2 (1 + \|\varphi\|^2)$.
+
+    It is the squared norm of the row's part in the last linear layer with input $\varphi$, times the sample's weight m.
+    Regression has $m \|c\|^2$ alone, as have networks without such a layer: rows of a regression differ little, and
+    features say nothing about their norms.
+    """
+
+    def __init__(self, network: Network, root: OutputRoot, first: Batch):
+        self.network, self.root = network, root
+        regression = network.likelihood.name == "regression"
+        self._layer: nn.Linear | None = None if regression else output_layer(network, first.inputs)
+
+    def scored(self, loaded: Batch) -> ScoredRows:
+        """Score the rows of samples.
+
+        Raises:
+            ValueError: if inputs, targets, weights or outputs are not finite, or targets do not fit.
+        """
+        batch = loaded.to(self.network.like.device)
+        batch.check_finite()
+        if self._layer is None:
+            features, outputs = None, self.network.outputs(batch.inputs)
+        else:
+            features, outputs = features_of(self.network, self._layer, batch.inputs)
+        checked_outputs(outputs, batch)
+        self.network.likelihood.check(outputs, batch.targets)
+        weighted = with_target_weights(batch, self.network.likelihood)
+        sizes = weighted.scaled(row_sizes(self.root, outputs, batch.targets)).cpu().double()
+        scores = sizes if features is None else sizes * (1 + features.cpu().double().square().sum(1))[:, None]
+        return ScoredRows(weighted, outputs, sizes, scores)
+
+
+class RowSampler:
+    """Rows drawn from samples in one pass, by the scores of `RowScorer`.
 
     Only samples with drawn rows are held, as they were loaded. Without a root (a Hessian has none) samples are drawn as
     a whole, by the sum of the scores of the GGN's rows: as many as have `n_rows` of them.
@@ -103,8 +150,7 @@ class RowSampler:
         self.of_samples = root is None
         if self.of_samples:
             n_rows = max(2, n_rows // network.n_outputs)
-        regression = network.likelihood.name == "regression"
-        self._layer: nn.Linear | None = None if regression else output_layer(network, first.inputs)
+        self._scorer = RowScorer(network, self.root, first)
         self.drawers = [RowDrawer(n_rows, seed) for seed in seeds]
         self._held: list[tuple[Tensor, Batch]] = []
         self._n_held = 0
@@ -131,21 +177,12 @@ class RowSampler:
                 bar.set_postfix_str(f"{len(self.drawers[0])} rows drawn")
 
     def _add(self, positions: Int64[Tensor, " b"], loaded: Batch) -> None:
-        batch = loaded.to(self.network.like.device)
-        batch.check_finite()
-        likelihood = self.network.likelihood
-        if self._layer is None:
-            features, outputs = None, self.network.outputs(batch.inputs)
-        else:
-            features, outputs = features_of(self.network, self._layer, batch.inputs)
-        checked_outputs(outputs, batch)
-        likelihood.check(outputs, batch.targets)
-        weighted = with_target_weights(batch, likelihood)
-        losses = weighted.scaled(likelihood.per_sample_loss(outputs, batch.targets))
+        scored = self._scorer.scored(loaded)
+        batch, outputs, sizes, scores = scored.batch, scored.outputs, scored.sizes, scored.scores
+        losses = batch.scaled(self.network.likelihood.per_sample_loss(outputs, batch.targets))
         self._loss += float(losses.cpu().double().sum())
-        sizes = weighted.scaled(row_sizes(self.root, outputs, batch.targets)).cpu().double()
-        sizes = sizes.sum(1, keepdim=True) if self.of_samples else sizes
-        scores = sizes if features is None else sizes * (1 + features.cpu().double().square().sum(1))[:, None]
+        if self.of_samples:
+            sizes, scores = sizes.sum(1, keepdim=True), scores.sum(1, keepdim=True)
         hashes = sample_hashes(loaded)
 
         def attach(samples: Int64[Tensor, " m"], rows: Int64[Tensor, " m"]) -> Tensor:
@@ -153,13 +190,13 @@ class RowSampler:
                 return outputs.new_zeros(len(samples), 0)
             samples, rows = samples.to(outputs.device), rows.to(outputs.device)
             found = cotangents(self.root, outputs, batch.targets, samples, rows)
-            if weighted.weights is not None:
-                found = found * weighted.weights[samples].to(found).sqrt()[:, None]
+            if batch.weights is not None:
+                found = found * batch.weights[samples].to(found).sqrt()[:, None]
             return found.to(self.network.like)
 
         start = self.drawers[0].population.n_samples
         self.drawers = [drawer.adding(scores, sizes, hashes, attach) for drawer in self.drawers]
-        weights = None if weighted.weights is None else weighted.weights.cpu().double()
+        weights = None if batch.weights is None else batch.weights.cpu().double()
         self._scored.append((positions, hashes, weights))
         numbers = torch.arange(start, start + len(batch))
         new = torch.isin(numbers, self._needed())

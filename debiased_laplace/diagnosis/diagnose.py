@@ -14,11 +14,13 @@ from tqdm import tqdm
 from debiased_laplace.checks import boolean, integer, number, one_of, one_positive, shown
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.drawn_rows import RowScorer
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.diagnosis.diagnosis import Diagnosis
 from debiased_laplace.diagnosis.draws import STEPS, DrawFindings, Plan, RootCurvature, diagnose_draw
 from debiased_laplace.diagnosis.findings import BatchFindings, Pairs
+from debiased_laplace.diagnosis.row_shares import row_shares
 from debiased_laplace.quadratics.preparation import prepare_network_and_batch
 
 SIZES = (32, 64, 128, 256)
@@ -46,9 +48,10 @@ def diagnose(
     r"""Measure how biased the quadratic of a mini-batch is for a range of batch sizes, and what debiasing changes.
 
     A batch gives directions; its own curvatures and slopes along them are compared with unbiased values for all data,
-    estimated on disjoint samples. No full-batch quantity is computed. Cost: per draw, the Gram matrix of the largest
-    batch's rows (C per sample) and its eigenvectors, and per size two posteriors that share their rows; memory for the
-    rows, up to a quarter of what is free.
+    estimated on disjoint samples. Scores of all rows say how few of them carry the curvature. No full-batch derivative
+    is computed. Cost: one forward pass over all samples; per draw, the Gram matrix of the largest batch's rows (C per
+    sample) and its eigenvectors, and per size two posteriors that share their rows; memory for the rows, up to a
+    quarter of what is free.
 
     Args:
         model: trained or not; evaluated in evaluation mode, and left as it was.
@@ -88,17 +91,19 @@ def diagnose(
         if n_data is not None:
             n_data = integer(n_data, "n_data", minimum=n)
         first = next(source.batches(source.indices[: source.batch_size], seed))
-        network, _ = prepare_network_and_batch(model, likelihood, first)
+        network, first = prepare_network_and_batch(model, likelihood, first)
         N, n_reference = n_data or n, min(n_reference, n - sizes[-1])
         compares = prior_precision is not None and curvature == "ggn"
         compared = tuple(s for s in sizes if compares and (batch_sizes is not None or _is_fast(network, s)))
         plan = Plan(source, network, sizes, n_reference, N, curvature, damping, compared, prior_precision or 0.0, seed)
+        with tqdm(total=n, disable=not progress_bar, desc="[Scoring rows]", unit=" samples") as bar:
+            rows = row_shares(RowScorer(network, plan.root, first), source.batches(source.indices, seed), bar)
         total = n_draws * plan.samples_per_draw
         with tqdm(total=total, disable=not progress_bar, desc="[Diagnosing]", unit=" samples") as bar:
             draws = [diagnose_draw(plan, draw, bar) for draw in range(n_draws)]
     findings = tuple(_collect(size, draws) for size in sizes)
     prior, P, seconds = prior_precision if compares else None, network.n_parameters, time.perf_counter() - start
-    return Diagnosis(findings, STEPS, n_draws, n_reference, N, P, curvature, damping, prior, seconds)
+    return Diagnosis(findings, STEPS, n_draws, n_reference, N, P, curvature, damping, prior, seconds, rows)
 
 
 def _check(curvature: str, damping: float, prior_precision: float | None, n_draws: int, n_reference: int) -> None:

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import isfinite, log10
 from os import PathLike
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.calibration import ReportFigure, ReportTable
-from debiased_laplace.diagnosis.findings import MISSING, BatchFindings, Ratio, Z
+from debiased_laplace.diagnosis.findings import MISSING, BatchFindings, Ratio, Z, grouped
+from debiased_laplace.diagnosis.row_shares import RowShares
 from debiased_laplace.files import replacing
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Diagnosis:
         damping: damping of conjugate gradients.
         prior_precision: of the posteriors; None if they were not compared.
         seconds: wall time.
+        rows: share of the curvature in its leading rows; None if it is 0.
     """
 
     batches: tuple[BatchFindings, ...]
@@ -51,6 +54,7 @@ class Diagnosis:
     damping: float
     prior_precision: float | None
     seconds: float
+    rows: RowShares | None = None
 
     @cached_property
     def enough(self) -> int | None:
@@ -70,10 +74,9 @@ class Diagnosis:
         """Summarize the findings in sentences."""
         smallest, largest = self.batches[0], self.batches[-1]
         several = largest is not smallest
-        total = f"{self.n_data:,}".replace(",", "\u202f")
         sentences = [
             f"The first curvature of a batch of {smallest.batch_size} is {smallest.leading.ratio(FIRST)} times its "
-            f"value on all {total} samples"
+            f"value on all {grouped(self.n_data)} samples"
             + (f", that of a batch of {largest.batch_size} {largest.leading.ratio(FIRST)} times." if several else "."),
             f"Of the slope along the gradient of a batch of {smallest.batch_size}, a share of "
             f"{smallest.gradient.inverse_ratio()} is real"
@@ -104,6 +107,10 @@ class Diagnosis:
             sentences.append(
                 f"{self.steps[-1]} steps of conjugate gradients on batches of {sizes} raise the quadratic of all data."
             )
+        if self.rows is not None:
+            sentences.append(str(self.rows))
+            if 2 * self.rows.n_for_99 <= self.rows.n_rows:
+                sentences.append('A posterior with sampling="curvature" spends its backward passes on such rows.')
         return " ".join(sentences)
 
     def table(self) -> ReportTable:
@@ -149,12 +156,10 @@ class Diagnosis:
 
     def figure(self) -> ReportFigure:
         """Return the findings as a figure, for `calibration_report(figures=...)`."""
-        return ReportFigure.from_matplotlib(
-            "How biased is a batch?",
-            _plot(self),
-            alt=self.summary(),
-            note="Bars: 95 % intervals over draws. Without bias, ratios are at the black line and decreases coincide.",
-        )
+        note = "Bars: 95 % intervals over draws. Without bias, ratios are at the black line and decreases coincide."
+        if self.rows is not None:
+            note += " Scores of rows are estimates of their shares of the curvature."
+        return ReportFigure.from_matplotlib("How biased is a batch?", _plot(self), alt=self.summary(), note=note)
 
     def save_figure(self, path: str | PathLike[str]) -> None:
         """Write the figure to a file, in the format of its suffix."""
@@ -185,11 +190,12 @@ def _mean_and_error(t: Float[Tensor, " d"]) -> str:
 
 
 def _plot(diagnosis: Diagnosis) -> "Figure":
-    """Plot curvatures, slopes and the decrease over the batch size."""
+    """Plot curvatures, slopes and the decrease over the batch size, and the share of the leading rows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 3.1), layout="constrained")
-    curvature, slope, decrease = figure.subplots(1, 3)
+    height, width = (1, 3) if diagnosis.rows is None else (2, 2)
+    figure = Figure(figsize=(3.2 * width, 3.1 * height), layout="constrained")
+    curvature, slope, decrease, *of_rows = figure.subplots(height, width).flat
     batches = diagnosis.batches
     sizes = [b.batch_size for b in batches]
     _plot_ratios(curvature, sizes, [b.leading.ratio(FIRST) for b in batches], OWN_COLOUR, "o", "first")
@@ -215,6 +221,9 @@ def _plot(diagnosis: Diagnosis) -> "Figure":
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(s) for s in sizes])
         axes.set_xlabel("samples in the batch")
+    if diagnosis.rows is not None:
+        _plot_rows(of_rows[0], diagnosis.rows)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     return figure
@@ -237,3 +246,19 @@ def _plot_decrease(axes: "Axes", diagnosis: Diagnosis) -> None:
     axes.axhline(0.0, color="black", lw=1)
     axes.set_ylabel("decrease of the quadratic, nats")
     axes.set_title(f"{diagnosis.steps[-1]} steps of conjugate gradients", fontsize=9)
+
+
+def _plot_rows(axes: "Axes", rows: RowShares) -> None:
+    axes.plot(rows.numbers, 100 * rows.leading, color=UNBIASED_COLOUR, marker="o", ms=3, lw=1.2, label="leading rows")
+    # on a logarithmic axis a straight line needs many points
+    every = torch.logspace(0, log10(rows.n_rows), 200)
+    axes.plot(every, 100 * every / rows.n_rows, color=OWN_COLOUR, lw=1.2, label="rows of random samples")
+    n = rows.n_for_99
+    axes.vlines(n, 100 * n / rows.n_rows, 99, color="black", lw=1, ls=":", label=f"{grouped(n)} rows: 99 %")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: grouped(round(x)))
+    axes.set_ylim(top=140)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlabel(f"rows, of {grouped(rows.n_rows)}")
+    axes.set_ylabel("share of the curvature, %")
+    axes.set_title("curvature in leading rows, by score", fontsize=9)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
+from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.source import SampleSource
 from debiased_laplace.data.sub_batch import SubBatch
@@ -68,6 +68,11 @@ class Plan:
     seed: int
 
     @property
+    def root(self) -> OutputRoot:
+        """Root of the curvature."""
+        return (GaussNewton if self.kind == "ggn" else EmpiricalFisher)(self.network.likelihood)
+
+    @property
     def samples_per_draw(self) -> int:
         """Number of samples processed per draw, for the progress bar; those of compared batches count twice."""
         return sum(self.sizes) + sum(self.compared) + self.n_reference
@@ -89,9 +94,8 @@ class Plan:
     def curvature(self, positions: Int64[Tensor, " m"]) -> RowCurvature:
         """Return the curvature of the samples at these positions."""
         samples = SubBatch(self.source, positions, self.network.like.device, self.seed)
-        root = (GaussNewton if self.kind == "ggn" else EmpiricalFisher)(self.network.likelihood)
         # kept in memory: an augmenting loader would yield different samples the second time
-        return RowCurvature(self.network, samples.keeping(list(samples)), root, seed=self.seed)
+        return RowCurvature(self.network, samples.keeping(list(samples)), self.root, seed=self.seed)
 
 
 @dataclass(frozen=True, eq=False)

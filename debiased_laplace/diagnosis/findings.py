@@ -11,6 +11,11 @@ Z = 1.96  # of 95 % intervals
 MISSING = "\u2013"
 
 
+def grouped(number: int) -> str:
+    """Format an integer with its digits in groups of three."""
+    return f"{number:,}".replace(",", "\u202f")
+
+
 @dataclass(frozen=True)
 class Ratio:
     """Ratio of means over draws.

@@ -44,6 +44,7 @@ def test_findings_and_figure(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The first curvature of a batch of 12 is ")
     assert "nats gained by debiasing" in done.stdout
+    assert "of 180 rows; as many rows of random samples carry" in done.stdout
     # two draws: directions and posteriors of both batches, and the samples that the larger batch leaves
     assert f"[Diagnosing]: 100%|██████████| {2 * (2 * 32 + 40)}/{2 * (2 * 32 + 40)} [" in done.stderr
     assert (tmp_path / "found.svg").read_text().count("<svg") == 1

@@ -79,13 +79,15 @@ def test_rows_of_a_sample_are_computed_once(samples_with_rows):
 
 
 @pytest.mark.slow
-def test_one_bar_counts_all_the_work(capsys):
+def test_one_bar_counts_the_scored_samples_and_one_all_other_work(capsys):
     found(n_reference=20, progress_bar=True)
     shown = capsys.readouterr().err
     # two draws of directions and posteriors of 10 + 16 samples, and of 20 reference samples
     assert f"| {2 * (2 * 26 + 20)}/{2 * (2 * 26 + 20)} [" in shown
     assert "batch of 16, draw 2: posteriors" in shown
-    assert {line.split("]")[0] for line in shown.replace("\n", "\r").split("\r") if line.strip()} == {"[Diagnosing"}
+    assert "[Scoring rows]: 100%|██████████| 40/40 [" in shown
+    bars = {line.split("]")[0] for line in shown.replace("\n", "\r").split("\r") if line.strip()}
+    assert bars == {"[Scoring rows", "[Diagnosing"}
 
 
 def test_a_draw_shows_no_progress_by_default(capsys):
