@@ -71,7 +71,7 @@ def fit(task: Task, name: str, options: dict[str, Any], samples: list[int], seed
     if name.startswith(BASELINE):
         return fit_baseline(task, options["kind"], samples, loader, seed)
     structure = options.get("hessian_structure", "lowrank")
-    others = {key: value for key, value in options.items() if key != "hessian_structure"}
+    others = {key: value for key, value in options.items() if key != "hessian_structure"} | {"sampling": "uniform"}
     la = DebiasedLaplace(
         task.model, task.likelihood, "all", structure, sigma_noise=task.sigma_noise, seed=seed, **others
     )

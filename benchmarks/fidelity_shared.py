@@ -58,8 +58,8 @@ class SharedFit:
         self._positions = self._fit.split.direction_indices
 
     def _unfitted(self, options: dict[str, Any]) -> Any:
-        task = self.task
-        return DebiasedLaplace(task.model, task.likelihood, sigma_noise=task.sigma_noise, seed=self.seed, **options)
+        task, samples = self.task, {"sampling": "uniform", "seed": self.seed}
+        return DebiasedLaplace(task.model, task.likelihood, sigma_noise=task.sigma_noise, **samples, **options)
 
     def posteriors(self, kinds: Kinds) -> Iterator[tuple[str, Any, float]]:
         """Fitted posteriors by name, and how long each took, what they share divided among them."""
