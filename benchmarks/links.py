@@ -103,7 +103,7 @@ def gaussians_of(task: Task, n_samples: int) -> Iterator[tuple[str, float, Tenso
     """Covariances of the logits at the test inputs: every structure, ours from some samples, theirs from all."""
     order = task.order(0)[:n_samples]
     for name, (subset, options) in OURS.items():
-        la: Any = DebiasedLaplace(task.model, "classification", subset, seed=0, **options)
+        la: Any = DebiasedLaplace(task.model, "classification", subset, seed=0, sampling="uniform", **options)
         la.fit(loader_of(task, order), n_data=task.n_data)
         J = task.jacobians[..., -la.selection.n_parameters :].to(la.mean_subnet.dtype)
         for prior in PRIORS:
@@ -166,7 +166,7 @@ def many_classes(options: argparse.Namespace) -> None:  # noqa: ARG001
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(X[batch]), y[batch]).backward()
                 optimizer.step()
-        further = {"rank": 100} if structure == "lowrank" else {}
+        further = {"sampling": "uniform", **({"rank": 100} if structure == "lowrank" else {})}
         la: Any = DebiasedLaplace(model, "classification", subset, structure, seed=0, **further)
         la.fit(DataLoader(TensorDataset(X[:64], y[:64]), batch_size=64), n_data=n)
         for prior in (1.0, 10.0, 100.0, 1000.0):
@@ -227,7 +227,9 @@ def cost(options: argparse.Namespace) -> None:
     inputs = task.train.tensors[0][:64]
     cases: list[tuple[str, Any, Tensor]] = []
     for name, (subset, further) in OURS.items():
-        la: Any = DebiasedLaplace(task.model, "classification", subset, prior_precision=10.0, seed=0, **further)
+        la: Any = DebiasedLaplace(
+            task.model, "classification", subset, prior_precision=10.0, seed=0, sampling="uniform", **further
+        )
         la.fit(loader_of(task, task.order(0)[:128]), n_data=task.n_data)
         cases.append((f"10 classes, {name}", la, inputs))
     cases.extend(of_a_thousand_classes())
@@ -249,7 +251,8 @@ def of_a_thousand_classes() -> Iterator[tuple[str, Any, Tensor]]:
             "MLP of 64 × 512": (nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 1000)), X[:, 0, 0]),
         }
     for name, (model, inputs) in models.items():
-        la = DebiasedLaplace(model.eval(), "classification", "last_layer", "kron", prior_precision=10.0)
+        kind = {"prior_precision": 10.0, "sampling": "uniform"}
+        la = DebiasedLaplace(model.eval(), "classification", "last_layer", "kron", **kind)
         la.fit(DataLoader(TensorDataset(inputs[:16], y[:16]), batch_size=16))
         yield f"1,000 classes, last layer kron, {name}", la, inputs
 

@@ -91,7 +91,7 @@ def fit(device: str, repeats: int) -> None:
     samples = TensorDataset(*(t[:256] for t in data.tensors))
 
     def fitting(magnitudes: str, rank: int | None) -> Callable[[], None]:
-        kind = {"magnitudes": magnitudes, "complement": "none", "rank": rank}
+        kind = {"magnitudes": magnitudes, "complement": "none", "rank": rank, "sampling": "uniform"}
         la = DebiasedLaplace(model, "classification", prior_precision=3.0, **kind)
         return lambda: la.fit(DataLoader(samples, batch_size=64))
 
@@ -169,7 +169,7 @@ def predictive(device: str, repeats: int) -> None:
     model, data = problem(device)
     X = data.tensors[0][-64:]
     for rank, samples in ((20, 128), (40, 128), (None, 128)):
-        kind = {"magnitudes": "same_batch", "complement": "none", "rank": rank}
+        kind = {"magnitudes": "same_batch", "complement": "none", "rank": rank, "sampling": "uniform"}
         la = DebiasedLaplace(model, "classification", prior_precision=3.0, **kind)
         la.fit(DataLoader(TensorDataset(*(t[:samples] for t in data.tensors)), batch_size=64))
         error = difference(la, X) if repeats > 0 else 0.0
@@ -189,7 +189,8 @@ def kron(device: str, repeats: int) -> None:
     for subset in ("all", "last_layer"):
 
         def ours(subset: str = subset) -> None:
-            la = DebiasedLaplace(model, "classification", subset, "kron", magnitudes="held_out", prior_precision=3.0)
+            kind = {"magnitudes": "held_out", "sampling": "uniform"}
+            la = DebiasedLaplace(model, "classification", subset, "kron", prior_precision=3.0, **kind)
             la.fit(loader)
 
         def theirs(subset: str = subset) -> None:
@@ -220,7 +221,7 @@ def _small_fit(model: nn.Module, samples: TensorDataset) -> Any:
     """A small fit, for the network that it met."""
     if id(model) in _fitted:
         return _fitted[id(model)]
-    la = DebiasedLaplace(model, "classification", rank=1, complement="none", prior_precision=3.0)
+    la = DebiasedLaplace(model, "classification", rank=1, complement="none", prior_precision=3.0, sampling="uniform")
     la.fit(DataLoader(TensorDataset(*(t[:8] for t in samples.tensors)), batch_size=8))
     return la
 

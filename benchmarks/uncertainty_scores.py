@@ -62,7 +62,7 @@ class Problem:
     def posterior(self, kind: str) -> Any:
         """A fitted posterior."""
         subset, structure, n = POSTERIORS[kind]
-        la = DebiasedLaplace(self.model, "classification", subset, structure, seed=self.seed)
+        la = DebiasedLaplace(self.model, "classification", subset, structure, seed=self.seed, sampling="uniform")
         samples = self.train if n is None else Subset(self.train, range(n))
         la.fit(DataLoader(samples, batch_size=256), n_data=len(self.train))
         return la

@@ -36,14 +36,15 @@ KINDS = {
 # %% A trained network, and the full-batch posterior as the reference
 data = load(seed=0)
 model = train(data, seed=0, device=torch.device("cpu"), epochs=options.epochs)
-full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none")
+full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none", sampling="uniform")
 full.fit(DataLoader(data.train, batch_size=64))
 
 
 # %% Each draw: the same samples for every posterior
 def fitted(magnitudes, complement, samples, seed):
     """A posterior of all the training data, estimated from some samples."""
-    la = DebiasedLaplace(model, "classification", magnitudes=magnitudes, complement=complement, seed=seed)
+    kind = {"magnitudes": magnitudes, "complement": complement, "sampling": "uniform"}
+    la = DebiasedLaplace(model, "classification", seed=seed, **kind)
     la.fit(DataLoader(Subset(data.train, samples), batch_size=64), n_data=len(data.train))
     return la
 

@@ -41,7 +41,7 @@ KINDS = {
 # %% A trained network, and the full-batch posterior as the reference
 data = load(seed=0)
 model = train(data, seed=0, device=torch.device("cpu"), epochs=options.epochs)
-full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none")
+full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none", sampling="uniform")
 full.fit(DataLoader(data.train, batch_size=64))
 with torch.no_grad():
     jacobians = torch.cat([J for J, _ in full.fit_result.network.jacobians(data.test_inputs[:200])])
@@ -68,7 +68,7 @@ for draw in range(options.draws):
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(100 + draw))
     samples = Subset(data.train, order[: options.batch].tolist())
     for kind, choice in KINDS.items():
-        la = DebiasedLaplace(model, "classification", "all", "kron", seed=draw, **choice)
+        la = DebiasedLaplace(model, "classification", "all", "kron", seed=draw, sampling="uniform", **choice)
         la.fit(DataLoader(samples, batch_size=64), n_data=len(data.train))
         for prior in PRIORS:
             la.prior_precision = prior

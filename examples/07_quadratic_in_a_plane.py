@@ -40,7 +40,8 @@ def drawn(seed):
         DataLoader(Subset(data.train, part), batch_size=200)
         for part in (order[: options.batch], order[options.batch : 2 * options.batch])
     )
-    la = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none", rank=2)
+    kind = {"magnitudes": "same_batch", "complement": "none", "rank": 2, "sampling": "uniform"}
+    la = DebiasedLaplace(model, "classification", **kind)
     la.fit(a, n_data=N)
     own, other, full = (quadratic_along(model, "classification", s, la.directions) for s in (a, b, everything))
     return own, other, full

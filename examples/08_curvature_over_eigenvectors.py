@@ -43,9 +43,8 @@ def drawn(seed):
     batch = DataLoader(Subset(data.train, order[: options.batch]), batch_size=200)
     found = {}
     for kind in KINDS:
-        la = DebiasedLaplace(
-            model, "classification", magnitudes=kind, complement="none", prior_precision=40.0, seed=seed
-        )
+        how = {"magnitudes": kind, "complement": "none", "sampling": "uniform"}
+        la = DebiasedLaplace(model, "classification", prior_precision=40.0, seed=seed, **how)
         la.fit(batch, n_data=N)
         at = places[places <= la.rank] - 1
         full = directional_derivatives(model, "classification", everything, la.directions[:, at]).curvatures

@@ -31,7 +31,7 @@ KINDS, PRIORS = ("same_batch", "held_out", "cross_fitted"), (4.0, 40.0, 400.0)
 data = load(seed=0)
 model = train(data, seed=0, device=torch.device("cpu"), epochs=options.epochs)
 N, X = len(data.train), data.test_inputs[:300]
-full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none")
+full = DebiasedLaplace(model, "classification", magnitudes="same_batch", complement="none", sampling="uniform")
 full.fit(DataLoader(data.train, batch_size=64))
 
 # by how much the first class leads the second: unlike a single output's, its variance is what predictions depend on
@@ -59,7 +59,7 @@ for draw in range(options.draws):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(100 + draw)).tolist()
     batch = DataLoader(Subset(data.train, order[: options.batch]), batch_size=64)
     for kind in KINDS:
-        la = DebiasedLaplace(model, "classification", magnitudes=kind, seed=draw)
+        la = DebiasedLaplace(model, "classification", magnitudes=kind, seed=draw, sampling="uniform")
         la.fit(batch, n_data=N)
         for prior in PRIORS:
             la.prior_precision = prior

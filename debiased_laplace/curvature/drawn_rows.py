@@ -34,6 +34,9 @@ from debiased_laplace.data.sub_batch import SubBatch
 _MOST_TOGETHER = 256
 """Largest number of rows in a batch."""
 
+_AT_RANDOM = 256
+"""Number of samples that are held whether or not a row was drawn of them."""
+
 
 @dataclass(frozen=True)
 class DrawnCotangents(OutputRoot):
@@ -140,8 +143,8 @@ class RowScorer:
 class RowSampler:
     """Rows drawn from samples in one pass, by the scores of `RowScorer`.
 
-    Only samples with drawn rows are held, as they were loaded. Without a root (a Hessian has none) samples are drawn as
-    a whole, by the sum of the scores of the GGN's rows: as many as have `n_rows` of them.
+    Only samples with drawn rows, and a few random ones, are held, as they were loaded. Without a root (a Hessian has
+    none) samples are drawn as a whole, by the sum of the scores of the GGN's rows: as many as have `n_rows` of them.
     """
 
     def __init__(self, network: Network, root: OutputRoot | None, first: Batch, *, n_rows: int, seeds: tuple[int, ...]):
@@ -155,6 +158,8 @@ class RowSampler:
         self._held: list[tuple[Tensor, Batch]] = []
         self._n_held = 0
         self._scored: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        # number and hash of the samples with the smallest hashes, which are as good as random numbers
+        self._at_random = torch.zeros(2, 0, dtype=torch.int64)
         self._loss = 0.0
 
     def read(
@@ -199,6 +204,8 @@ class RowSampler:
         weights = None if batch.weights is None else batch.weights.cpu().double()
         self._scored.append((positions, hashes, weights))
         numbers = torch.arange(start, start + len(batch))
+        candidates = torch.cat([self._at_random, torch.stack([numbers, hashes])], dim=1)
+        self._at_random = candidates[:, candidates[1].argsort()[:_AT_RANDOM]]
         new = torch.isin(numbers, self._needed())
         if bool(new.any()):
             self._held.append((numbers[new], loaded.at(new.nonzero().flatten()).weighted(None)))
@@ -207,8 +214,9 @@ class RowSampler:
             self._let_go()
 
     def _needed(self) -> Int64[Tensor, " m"]:
-        """Return the numbers of the samples that some row was drawn of."""
-        return torch.cat([drawer.held.samples for drawer in self.drawers if drawer.held is not None]).unique()
+        """Return the numbers of the samples that some row was drawn of, and of those held at random."""
+        drawn = [drawer.held.samples for drawer in self.drawers if drawer.held is not None]
+        return torch.cat([*drawn, self._at_random[0]]).unique()
 
     def _let_go(self) -> None:
         needed = self._needed()
@@ -245,6 +253,10 @@ class RowSampler:
         if not self.of_samples:
             draw, probabilities = _merged(draw, probabilities, scored)
         return DrawnRows(self, draw, probabilities, self.drawers[which].expected(n_rows), scored)
+
+    def random_samples(self, n: int) -> list[Batch]:
+        """Return up to n samples, at most 256, chosen independently of their curvature."""
+        return [batch for _, batch in self.samples(self._at_random[0, :n].sort().values)]
 
     def samples(self, numbers: Int64[Tensor, " m"]) -> list[tuple[Int64[Tensor, " b"], Batch]]:
         """Return held samples by their increasing numbers, in batches."""

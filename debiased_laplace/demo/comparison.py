@@ -31,6 +31,7 @@ def fit_posteriors(model: nn.Module, data: Digits, seed: int) -> dict[str, Debia
             "classification",
             magnitudes=magnitudes,
             complement=complement,
+            sampling="uniform",
             prior_precision=PRIOR_PRECISION,
             seed=seed,
         )

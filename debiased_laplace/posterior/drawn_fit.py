@@ -163,13 +163,19 @@ def _scored(
 ) -> tuple[RowSampler, Network, Batch]:
     """Score all samples and draw from them, those of an earlier fit included; return a first batch too."""
     seed = spec.split.seed
+    before = None if earlier is None else earlier.drawn
+    # before the pass over the samples begins: one within it would start workers of its own
+    if before is not None and isinstance(samples, SampleSource) and len(samples.indices) and samples.augments(seed):
+        raise ValueError(
+            "override=False finds new samples by their values, and this loader yields others at every pass "
+            "(augmentation, padding by batch): expected a new fit of all samples."
+        )
     numbered = samples.numbered(seed)
     first = next(numbered, None)
     if first is None:
         raise ValueError("The loader yields no samples; expected at least 2.")
     numbered = chain([first], numbered)
     some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
-    before = None if earlier is None else earlier.drawn
     if before is None:
         network = prepare_network(spec.subset.select_by(spec.model, some.inputs), spec.likelihood, some)
         seeds = (seed, seed + JUDGES)
@@ -181,11 +187,6 @@ def _scored(
         sampler = RowSampler(network, root, some, n_rows=n_rows, seeds=seeds)
     else:
         sampler, network = before.sampler.continued(), before.sampler.network
-        if isinstance(samples, SampleSource) and samples.augments(seed):
-            raise ValueError(
-                "override=False finds new samples by their values, and this loader yields others at every pass "
-                "(augmentation, padding by batch): expected a new fit of all samples."
-            )
         numbered = _unknown(numbered, before.scored)
     total = len(samples.indices) if isinstance(samples, SampleSource) else None
     n_before = len(sampler.scored) if before is not None else 0
@@ -393,16 +394,19 @@ def _in_second_part(
 def _check_built(spec: FitSpec) -> None:
     """Check that rows can be drawn for the request."""
     options = spec.request.options
-    if options.metric == "kron" or "metric" in spec.request.open:
-        raise ValueError(_not_built("metric='kron'", "'euclidean'"))
+    metric = "auto" if "metric" in spec.request.open else options.metric
+    if metric != "euclidean":
+        raise ValueError(_not_built(f"metric={metric!r}", "metric='euclidean'"))
     if options.structure == "kron" and options.kron_magnitudes == "kronecker":
-        raise ValueError(_not_built("kron_magnitudes='kronecker'", "'exact'"))
-    if isinstance(spec.split.direction_samples, int) or spec.split.magnitude_samples is not None:
-        raise ValueError(_not_built("numbers of samples", "direction_samples as a share of the rows"))
+        raise ValueError(_not_built("kron_magnitudes='kronecker'", "kron_magnitudes='exact'"))
+    splits = options.magnitudes == "held_out" or "magnitudes" in spec.request.open
+    if spec.split.magnitude_samples is not None or (splits and isinstance(spec.split.direction_samples, int)):
+        instead = "direction_samples as a share of the rows without magnitude_samples"
+        raise ValueError(_not_built("numbers of samples", instead))
 
 
-def _not_built(what: str, instead: str = "sampling='uniform'") -> str:
-    return f"sampling='curvature' is not built for {what}; expected {instead}."
+def _not_built(what: str, instead: str) -> str:
+    return f"sampling='curvature', the default, is not built for {what}; expected {instead}, or sampling='uniform'."
 
 
 def default_rows(network: Network) -> int:

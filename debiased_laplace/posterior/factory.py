@@ -106,7 +106,7 @@ def DebiasedLaplace(
     subnetwork_indices: Tensor | None = None,
     feature_reduction: str | None = None,
     class_weights: Any = None,
-    sampling: Literal["uniform", "curvature"] = "uniform",
+    sampling: Literal["uniform", "curvature"] = "curvature",
     n_rows: int | None = None,
 ) -> DebiasedParametricLaplace:
     """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.

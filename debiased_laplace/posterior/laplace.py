@@ -110,7 +110,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         subnetwork_indices: Tensor | None = None,
         feature_reduction: str | None = None,
         class_weights: Any = None,
-        sampling: str = "uniform",
+        sampling: str = "curvature",
         n_rows: int | None = None,
         direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,

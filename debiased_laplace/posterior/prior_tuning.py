@@ -12,6 +12,7 @@ from torch import Tensor
 
 from debiased_laplace.checks import integer, positive
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.posterior.validation import (
     Posterior,
@@ -436,21 +437,26 @@ def _score_with_best_noise(la: Posterior, prior: float, data: Sequence[Validatio
 def harm_without_validation(la: Posterior, scoring: Scoring) -> Iterator[str]:
     """Yield a warning if the posterior predicts its own training data clearly worse than the plain network.
 
-    It is asked of some of the fitted samples, as far as they are known: not in a loaded posterior. In regression it
-    says nothing: the excess on training data is at most half the mean ratio of function variance to noise variance
-    there, which is what the fit has taken from the noise.
+    It is asked of some of the fitted samples, or of those that rows were drawn from, as far as they are known: not in a
+    loaded posterior. In regression it says nothing: the excess on training data is at most half the mean ratio of
+    function variance to noise variance there, which is what the fit has taken from the noise.
 
     Args:
         la: a posterior whose prior was tuned without validation data.
         scoring: predictive.
     """
-    pool, fit = la.fit_result.pool, la.fit_result
-    if pool is None or la.likelihood == "regression":
+    fit = la.fit_result
+    pool, drawn = fit.pool, fit.drawn
+    if (pool is None and drawn is None) or la.likelihood == "regression":
         return
     n = max(_FEWEST, min(_MOST, _MOST_ROWS // fit.n_outputs))
-    order = torch.randperm(len(pool.read), generator=torch.Generator().manual_seed(fit.options.seed))
-    some = pool.read[order[:n].sort().values]
-    samples = SubBatch(pool.source, some, fit.mean.device, fit.options.seed)
+    samples: Iterable[Batch]
+    if drawn is not None:
+        samples = [batch.to(fit.mean.device) for batch in drawn.sampler.random_samples(n)]
+    elif pool is not None:
+        order = torch.randperm(len(pool.read), generator=torch.Generator().manual_seed(fit.options.seed))
+        some = pool.read[order[:n].sort().values]
+        samples = SubBatch(pool.source, some, fit.mean.device, fit.options.seed)
     data = read_validation(la, ((batch.inputs, batch.targets) for batch in samples), scoring)
     own, plain = (
         negative_log_likelihoods(la, pairs) for pairs in (predictions(la, data, scoring), plain_predictions(la, data))

@@ -275,8 +275,8 @@ def test_the_prior_is_tuned_on_validation_data(folder, capsys):
 
 
 def test_no_more_samples_are_read_than_the_tolerance_requires(folder, capsys):
-    assert main(arguments(tolerance=1e9, prior_precision=0.4)) == 0
-    la = DebiasedLaplace(make_model(), "classification", prior_precision=0.4)
+    assert main(arguments(tolerance=1e9, prior_precision=0.4, sampling="uniform")) == 0
+    la = DebiasedLaplace(make_model(), "classification", prior_precision=0.4, sampling="uniform")
     la.fit(make_loader("classification"), tolerance=1e9)
     printed = capsys.readouterr().out
     assert repr(la) in printed

@@ -453,20 +453,23 @@ MAPPED = {
 }
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "curvature"])
 @pytest.mark.parametrize("case", MAPPED)
-def test_mappings_find_their_way_into_every_entry_point(case: str) -> None:
+def test_mappings_find_their_way_into_every_entry_point(case: str, sampling: str) -> None:
     """The mask is 1, for the nets that do not see it; the posterior is that of tensors."""
     g = torch.Generator().manual_seed(0)
     X, y = torch.randn(40, 2, generator=g, dtype=torch.float64), torch.randint(2, (40,), generator=g)
     batch = {"mask": torch.ones(40, dtype=torch.float64), "index": torch.arange(40), "x": X, "label": y}
-    plain = DebiasedLaplace(model_with(lambda self, x: self.layer(x)), "classification", prior_precision=0.4)
-    plain.fit([(X, y)], n_data=90)
+    # which fold a sample is in depends on its tensors, if rows are drawn of some of the data
+    options, n_data = {"prior_precision": 0.4, "sampling": sampling}, 90 if sampling == "uniform" else 40
+    plain = DebiasedLaplace(model_with(lambda self, x: self.layer(x)), "classification", **options)
+    plain.fit([(X, y)], n_data=n_data)
     model, keys = MAPPED[case](), {"dict_key_x": "x", "dict_key_y": "label"}
     nn.utils.vector_to_parameters(plain.mean, model.parameters())
-    la = DebiasedLaplace(model, "classification", prior_precision=0.4, **keys)
+    la = DebiasedLaplace(model, "classification", **options, **keys)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        la.fit([batch], n_data=90)
+        la.fit([batch], n_data=n_data)
         report = evaluate({"la": la}, [batch], task="multiclass", **keys)
         found = la(batch)
     dropped = [str(w.message) for w in caught if "dropped" in str(w.message)]

@@ -278,14 +278,16 @@ def test_a_hessian_that_double_backward_gets_wrong_is_refused() -> None:
     batch = small_batch()
     data = (batch.inputs, batch.targets)
     U = torch.randn(111, 2, dtype=torch.float64)
-    la = DebiasedLaplace(model, "classification", rank=2, complement="none", backend=CurvlinopsHessian)
+    kind = {"rank": 2, "complement": "none", "backend": CurvlinopsHessian}
+    la, of_samples = (DebiasedLaplace(model, "classification", sampling=s, **kind) for s in ("curvature", "uniform"))
     refused = r"not symmetric: .* Expected curvature='ggn'"
     for call in (
         lambda: newton_step(model, "classification", data, 0.3, curvature="hessian"),
         lambda: directional_derivatives(model, "classification", data, U, curvature="hessian"),
         lambda: quadratic_along(model, "classification", data, U, curvature="hessian"),
+        lambda: la.fit([data]),
     ):
         with pytest.raises(ValueError, match=refused):
             call()
     with pytest.warns(UserWarning, match="CurvlinopsHessian cannot"), pytest.raises(ValueError, match=refused):
-        la.fit([data])
+        of_samples.fit([data])

@@ -90,6 +90,7 @@ def test_population_is_the_package_s(population: Population) -> None:
         magnitudes="cross_fitted",
         n_folds=N_FOLDS,
         complement="none",
+        sampling="uniform",
         prior_precision=PRIOR,
         temperature=TEMPERATURE,
     )

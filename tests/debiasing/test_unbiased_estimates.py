@@ -84,6 +84,7 @@ def test_population_is_the_package_s(population):
         "classification",
         magnitudes="held_out",
         complement="none",
+        sampling="uniform",
         rank=K,
         direction_samples=A,
         prior_precision=0.4,
@@ -195,7 +196,7 @@ class Judged:
                 "classification",
                 prior_precision=PRIOR,
                 temperature=TEMPERATURE,
-                **{"magnitudes": "held_out", "complement": "none", **options},
+                **{"magnitudes": "held_out", "complement": "none", "sampling": "uniform", **options},
             )
             la.fit(DataLoader(Subset(population.data, range(FITTED)), batch_size=32), n_data=N)
             operator = la.posterior_precision

@@ -44,7 +44,7 @@ def hyper_parameters(likelihood):
     return {"sigma_noise": SIGMA[likelihood], "prior_precision": PRIOR, "temperature": TEMPERATURE}
 
 
-PLAIN = {"magnitudes": "held_out", "complement": "none"}
+PLAIN = {"magnitudes": "held_out", "complement": "none", "sampling": "uniform"}
 """What tests take where they say nothing else, whatever the package's defaults are."""
 
 

@@ -22,6 +22,7 @@ from debiased_laplace.errors import NotFittedError
 OPEN = ("magnitudes", "complement", "rank", "metric", "direction_samples")
 EVERYTHING = dict.fromkeys(OPEN, "auto")
 SEVERAL = {"magnitudes": "auto", "complement": "auto", "direction_samples": "auto", "rank": 6}
+SAMPLES = {"magnitudes": "held_out", "sampling": "uniform"}
 FEW = {"magnitudes": "cross_fitted", "complement": "auto", "rank": 5}
 MONTE_CARLO = {"backend": CurvlinopsGGN, "backend_kwargs": {"stochastic": True, "num_samples": 2}}
 
@@ -30,7 +31,7 @@ def unfitted(name: str = "MLP", likelihood: str = "classification", **options: A
     model = problem(name, likelihood)[0]
     if options.get("hessian_structure", "lowrank") == "lowrank":
         options = {"complement": "none", **options}
-    return DebiasedLaplace(model, likelihood, **{**hyper_parameters(likelihood), "magnitudes": "held_out", **options})
+    return DebiasedLaplace(model, likelihood, **{**hyper_parameters(likelihood), **SAMPLES, **options})
 
 
 def data(name: str = "MLP", likelihood: str = "classification") -> TensorDataset:
@@ -439,7 +440,9 @@ def test_it_says_what_was_left_open_and_then_what_was_chosen() -> None:
 
 def test_through_laplace_torch() -> None:
     model = problem("MLP", "classification")[0]
-    la = Laplace(model, "classification", "all", "debiased_lowrank", **hyper_parameters("classification"), **FEW)
+    la = Laplace(
+        model, "classification", "all", "debiased_lowrank", **hyper_parameters("classification"), **{**SAMPLES, **FEW}
+    )
     la.fit(loader_of(*data().tensors), n_data=70)
     assert_equal(la, fitted(**FEW))
 

@@ -260,7 +260,8 @@ def test_training_by_marginal_likelihood(likelihood, structure, backend):
         prior_prec_init=PRIOR,
         sigma_noise_init=SIGMA,
     )
-    assert la.curvature_source == backend.__name__
+    # drawn rows are computed by torch.func, whatever the backend
+    assert la.curvature_source == "torch.func rows"
     assert len(margliks) == 10
     assert margliks[4] < margliks[0]  # negative log marginal likelihoods, within one fit
     assert margliks[9] < margliks[5]

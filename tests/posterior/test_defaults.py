@@ -57,7 +57,8 @@ def test_the_defaults_are_these_wherever_they_stand() -> None:
 @pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 def test_every_front_door_leads_to_them(subset: str, structure: str) -> None:
-    said = {"magnitudes": "cross_fitted", "n_folds": 8, **({"complement": "kron"} if structure == "lowrank" else {})}
+    said = {"magnitudes": "cross_fitted", "n_folds": 8, "sampling": "curvature"}
+    said |= {"complement": "kron"} if structure == "lowrank" else {}
     expected = fitted(DebiasedLaplace, subset, structure, **said)
     for la in (
         fitted(DebiasedLaplace, subset, structure),
@@ -67,7 +68,11 @@ def test_every_front_door_leads_to_them(subset: str, structure: str) -> None:
         assert repr(la) == repr(expected)
         assert torch.equal(la.posterior_precision.to_dense(), expected.posterior_precision.to_dense())
     assert expected.split.shared
-    assert expected.split.folds.bincount().tolist() == [5] * 8
+    # 40 samples stand for 70: they are dealt, and all of their rows drawn
+    assert float(expected.rows.inclusion_probabilities.min()) == 1
+    samples_and_folds = torch.stack([expected.rows.positions[:, 0], expected.rows.part], dim=1).unique(dim=0)
+    assert samples_and_folds[:, 0].tolist() == list(range(40))
+    assert samples_and_folds[:, 1].bincount().tolist() == [5] * 8
 
 
 def test_low_rank_is_what_a_call_without_names_gives() -> None:
@@ -123,20 +128,24 @@ def test_a_prior_for_every_parameter_is_told_the_way_out() -> None:
         assert other.prior_precision.shape == (93,)
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "curvature"])
 @pytest.mark.parametrize("how", ["named nothing", "chosen", "held out", "by tolerance"])
-def test_a_prior_for_every_parameter_may_come_after_the_fit(how: str) -> None:
+def test_a_prior_for_every_parameter_may_come_after_the_fit(how: str, sampling: str) -> None:
     options = {
         "named nothing": {},
         "chosen": {"complement": "auto", "magnitudes": "cross_fitted"},
         "held out": {"magnitudes": "held_out"},
         "by tolerance": {},
     }[how]
+    options["sampling"] = sampling
+    # what is judged by rows needs all samples
+    n_data = 40 if sampling == "curvature" and how in {"chosen", "by tolerance"} else 70
     prior = torch.linspace(0.2, 3.0, 93, dtype=torch.float64)
     fit = {"tolerance": 1e-9} if how == "by tolerance" else {}
     model, X, y, _ = problem("MLP", "classification")
     la, fresh = (DebiasedLaplace(model, "classification", prior_precision=p, **options) for p in (PRIOR, prior))
     for each in (la, fresh):
-        each.fit(loader_of(X, y), n_data=70, **fit)
+        each.fit(loader_of(X, y), n_data=n_data, **fit)
     stopping = la.stopping
     la.prior_precision = prior
     assert torch.equal(la.prior_precision, prior)
@@ -146,7 +155,7 @@ def test_a_prior_for_every_parameter_may_come_after_the_fit(how: str) -> None:
     assert la.stopping is stopping
     assert "a prior precision per parameter" in repr(la)
     assert f"complement={fresh.fit_result.options.complement!r}" in repr(la)
-    la.fit(loader_of(X, y), n_data=70)
+    la.fit(loader_of(X, y), n_data=n_data)
     close(la.posterior_precision.to_matrix(), fresh.posterior_precision.to_matrix())
 
 
@@ -255,7 +264,7 @@ def test_fewer_samples_than_folds_are_enough(n: int, structure: str) -> None:
     data = TensorDataset(X, targets("classification"))
     la = DebiasedLaplace(model, "classification", "all", structure, **HYPER)
     la.fit(DataLoader(Subset(data, range(n)), batch_size=2), n_data=40)
-    assert la.split.folds.sort().values.tolist() == list(range(n))
+    assert la.rows.part.unique().tolist() == list(range(n))
     predicted = la(X)
     assert bool(predicted.isfinite().all())
     assert bool((predicted > 0).all())
@@ -281,5 +290,5 @@ def test_direction_samples_that_change_nothing_are_warned_of(amount: float, magn
     ids=str,
 )
 def test_direction_samples_that_count_are_not_warned_of(options: dict) -> None:
-    la = fitted(DebiasedLaplace, rank=3, **options)
+    la = fitted(DebiasedLaplace, rank=3, sampling="uniform", **options)
     assert la.split.n_samples == (18 if "magnitude_samples" in options else 40)

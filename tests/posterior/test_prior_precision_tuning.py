@@ -258,22 +258,25 @@ def test_a_loader_that_can_be_read_once_is_enough():
 # --- harm done to the training data ---
 
 
-def trained_to_certainty(scale):
+def trained_to_certainty(scale, **options):
     """A network of large outputs, sure of its own predictions, which are the labels; and a posterior of it."""
     model, X = mlp()
     with torch.no_grad():
         model[-1].weight.mul_(scale)
         model[-1].bias.mul_(scale)
     y = model(X).argmax(1)
-    return posterior_of(model, "classification", "all", "full", temperature=1.3), X, y
+    return posterior_of(model, "classification", "all", "full", temperature=1.3, **options), X, y
 
 
 def losses_of(p, y):
     return -p.detach().gather(1, y[:, None])[:, 0].log()
 
 
-def test_tuning_that_harms_the_training_data_says_so():
-    la, X, y = trained_to_certainty(60.0)
+@pytest.mark.parametrize(
+    "sampling", [{"sampling": "uniform"}, {"sampling": "curvature", "n_rows": 8}], ids=["samples", "rows"]
+)
+def test_tuning_that_harms_the_training_data_says_so(sampling):
+    la, X, y = trained_to_certainty(60.0, **sampling)
     la.fit(loader_of(X, y))
     with pytest.warns(UserWarning, match="without validation data") as caught:
         la.optimize_prior_precision(n_steps=5, lr=0.01, init_prior_prec=0.4)
