@@ -25,11 +25,12 @@ Hessian of the loss (`…Hessian`; negative curvature along a direction is floor
 `backend_kwargs={"stochastic": True, "num_samples": m}` a GGN backend stands for the Monte-Carlo GGN with m targets a
 sample, drawn from the model itself.
 
-**Who computes.** The backend, where it is right: its `jacobians` or `last_layer_jacobians` (GGN), its `gradients`
-(empirical Fisher), its `full` (Hessian), and with `kron_basis="kfac"` its `kron`. Otherwise torch.func computes the
-same curvature. A `UserWarning` then says why, and `la.curvature_source` says who it was in any case. The rows
-of a Monte-Carlo GGN are always torch.func's: its draws follow `seed`. The standard errors of Hessian magnitudes are
-torch.func's as well.
+**Who computes.** With `sampling="curvature"`, the default, torch.func: drawn rows are no method of a backend. With
+`sampling="uniform"`, of which the rest of this page is, the backend, where it is right: its `jacobians` or
+`last_layer_jacobians` (GGN), its `gradients` (empirical Fisher), its `full` (Hessian), and with `kron_basis="kfac"` its
+`kron`. Otherwise torch.func computes the same curvature. A `UserWarning` then says why, and `la.curvature_source` says
+who it was in any case. The rows of a Monte-Carlo GGN are always torch.func's: its draws follow `seed`. The standard
+errors of Hessian magnitudes are torch.func's as well.
 
 **What is verified at `fit`.** Rows and Hessians on two samples and Kronecker factors on up to eight are compared with
 torch.func's before any is used, at every fit, so that a model which a backend does not understand is noticed. Drawn

@@ -14,7 +14,7 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     code = code.replace('torch.device("cpu"))', 'torch.device("cpu"), epochs=2)')
     exec(code.replace("data.held_out,", "torch.utils.data.Subset(data.held_out, range(24)),"), names)
     printed = capsys.readouterr().out
-    assert "fitted on 128 of 1200 samples" in printed
+    assert "fitted on drawn rows of 128 of 1200 samples" in printed
     assert "KLDifference(" in printed
     assert names["probabilities"].shape == (len(names["data"].test_inputs), 10)
     assert names["samples"].shape == (10, 3254)

@@ -11,7 +11,7 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # a network that is trained for a moment is enough to see the lines run
     exec(code.replace('torch.device("cpu"))', 'torch.device("cpu"), epochs=2)'), {})
-    assert "fitted on 128 of 1200 samples" in capsys.readouterr().out
+    assert "fitted on drawn rows of 128 of 1200 samples" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.json", "report.md"}
 
 

@@ -155,9 +155,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--rank", type=_or_auto(int), help='a number of directions, or "auto"')
     options.add_argument("--magnitudes", choices=("held_out", "cross_fitted", "same_batch", "auto"))
     options.add_argument(
-        "--direction-samples", type=_or_auto(_amount), help='a number (64) or a share (0.5) of the samples, or "auto"'
+        "--direction-samples",
+        type=_or_auto(_amount),
+        help='a share (0.5), or with --sampling uniform a number (64), of the samples, or "auto"',
     )
-    options.add_argument("--magnitude-samples", type=_amount, help="likewise; all the rest if not given")
+    options.add_argument(
+        "--magnitude-samples", type=_amount, help="likewise, with --sampling uniform; all the rest if not given"
+    )
     options.add_argument("--n-folds", type=int, help="of cross-fitted magnitudes")
     options.add_argument("--complement", choices=("none", "isotropic", "diagonal", "kron", "auto"))
     options.add_argument("--metric", choices=("euclidean", "kron", "auto"))
@@ -173,8 +177,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--class-weights", type=float, nargs="+", metavar="W", help="(classification) one for each class"
     )
-    options.add_argument("--sampling", choices=("uniform", "curvature"))
-    options.add_argument("--n-rows", type=int)
+    options.add_argument(
+        "--sampling",
+        choices=("uniform", "curvature"),
+        help="all rows of the samples, or (default) rows drawn where the curvature is",
+    )
+    options.add_argument("--n-rows", type=int, help="number of rows; a few thousand, or all, if not given")
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
     options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")

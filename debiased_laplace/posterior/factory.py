@@ -130,17 +130,19 @@ def DebiasedLaplace(
             held at once. "held_out": curvature along the directions from other samples than the directions. Only the
             direction samples are held; the others pass by once, batch by batch, which makes it the one for very many
             curvature samples. "same_batch": both from the same samples, the biased way, for comparison.
-        direction_samples: (held_out) samples for the directions, a number or a share of those given to `fit`.
-        magnitude_samples: (held_out) samples for the magnitudes; None: all the rest. Magnitudes that do not split use
-            the samples of both together: with None that is all of them, whatever `direction_samples` says.
+        direction_samples: (held_out) samples for the directions, a share of those given to `fit` (drawn rows: of them),
+            or with sampling="uniform" a number.
+        magnitude_samples: (held_out, sampling="uniform") samples for the magnitudes; None: all the rest. Magnitudes
+            that do not split use the samples of both together: with None that is all of them, whatever
+            `direction_samples` says.
         n_folds: (cross_fitted) how many folds, or as many as there are samples where these are fewer; other magnitudes
             ignore it.
         complement: (lowrank) curvature outside the directions: "kron": a diagonal in the eigenbasis of the parameters'
             Kronecker factors; "diagonal", along the axes; "isotropic", their mean; or "none", the prior alone. With
             "kron", a prior for every single parameter is refused, and a Hessian is held as a dense matrix. None:
             "kron", or "diagonal" under a prior precision per parameter.
-        metric: (lowrank, complement="kron") in which directions lead: "euclidean", or "kron", the metric of the
-            Kronecker estimate, which puts the low rank where a Kronecker diagonal fails most.
+        metric: (lowrank, complement="kron") in which directions lead: "euclidean", or, with sampling="uniform", "kron",
+            the metric of the Kronecker estimate, which puts the low rank where a Kronecker diagonal fails most.
         inverse_correction: "second_order" raises the precision along each direction (of a Kronecker posterior, each
             vector of the basis) by what its standard error makes the variance too large; see docs/conventions.md.
         solver: (lowrank) "gram" (all rows at once), "lanczos" (products only) or "auto".
@@ -148,8 +150,8 @@ def DebiasedLaplace(
         kron_basis: (kron) eigenvectors of the summed row matrices of each parameter, "row_matrices", or of K-FAC's
             factors, "kfac". Parameters without a basis (norm layers, scalars; with "kfac" all but linear layers and
             convolutions) get the exact diagonal of their curvature.
-        kron_magnitudes: (kron) "exact": the curvature of every basis vector, as in EKFAC; "kronecker": products of the
-            factors' own, which are unbiased factor by factor only.
+        kron_magnitudes: (kron) "exact": the curvature of every basis vector, as in EKFAC; "kronecker"
+            (sampling="uniform"): products of the factors' own, which are unbiased factor by factor only.
         kfac_approx: (kron_basis="kfac") positions of a sequence or an image as samples of their own, "expand", or
             averaged (inputs) and summed (gradients), "reduce".
         sigma_noise: (regression) standard deviation of the observation noise in units of the targets, one number or one
@@ -161,9 +163,10 @@ def DebiasedLaplace(
         enable_backprop: keep the graph of predictions, for gradients with respect to the inputs.
         dict_key_x: of mappings: the tensor whose length is the number of samples.
         dict_key_y: of mappings: the targets, which do not go into the model.
-        backend: one of laplace-torch's classes, which picks the curvature (GGN, empirical Fisher or Hessian) and
-            computes it where it is right; None: the GGN by torch.func.
-        backend_kwargs: {"stochastic": True, "num_samples": m}: the Monte-Carlo GGN with m drawn targets a sample.
+        backend: one of laplace-torch's classes, which picks the curvature (GGN, empirical Fisher or Hessian) and with
+            sampling="uniform" computes it where it is right; None: the GGN by torch.func.
+        backend_kwargs: {"stochastic": True, "num_samples": m}: the Monte-Carlo GGN with m drawn targets a sample; of
+            drawn rows it is the GGN itself.
         last_layer_name: of the module; None: the last one with parameters that a forward pass goes through.
         subnetwork_indices: different positions in the flat vector of the trainable parameters.
         feature_reduction: accepted as by laplace-torch; without effect, since the whole forward pass is differentiated.
