@@ -270,7 +270,9 @@ def test_the_automatic_choice_at_several_priors_is_that_of_a_fit_at_each():
     priors = [0.3, 40.0]
     choices, _ = shared.SharedFit(task, posteriors.loader_of(task, samples), seed=2).choices(kind, priors)
     for prior in priors:
-        la = posteriors.DebiasedLaplace(task.model, "classification", seed=2, prior_precision=prior, **kind)
+        la = posteriors.DebiasedLaplace(
+            task.model, "classification", seed=2, prior_precision=prior, sampling="uniform", **kind
+        )
         la.fit(posteriors.loader_of(task, samples), n_data=task.n_data)
         assert la.choice.chosen == choices[prior].chosen
         assert posteriors.name_of(la.choice.chosen) in posteriors.configurations()
