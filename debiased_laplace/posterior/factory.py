@@ -172,11 +172,11 @@ def DebiasedLaplace(
         feature_reduction: accepted as by laplace-torch; without effect, since the whole forward pass is differentiated.
         class_weights: (classification) one number for each class, which multiplies the loss of its samples, as the
             `weight` of `torch.nn.CrossEntropyLoss`; N becomes the sum of the samples' weights.
-        sampling: "uniform": all rows of the samples. "curvature": one forward pass over all samples says where the
-            curvature is, and about `n_rows` backward passes go there, each weighted by its inverse probability: `rows`
-            says which. With "held_out", `direction_samples` is the share of the rows for the directions.
-        n_rows: (sampling="curvature") expected number of rows; None: all of them, or a number that takes at most a
-            minute or so and a quarter of the free memory.
+        sampling: "curvature": one forward pass over all samples says where the curvature is, and about `n_rows`
+            backward passes go there, each weighted by its inverse probability; `rows` says which. With "held_out",
+            `direction_samples` is the share of the rows for the directions. "uniform": all rows of the samples.
+        n_rows: expected number of rows; None: all of them, or a number that takes at most a minute or so and a quarter
+            of the free memory. With sampling="uniform", rows of as many random samples as have that many; None: of all.
 
     Returns:
         The posterior, not fitted yet.

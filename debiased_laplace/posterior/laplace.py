@@ -355,18 +355,19 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Estimate the curvature of the full batch from the samples of a loader.
 
         Args:
-            train_loader: a `DataLoader` over a map-style data set, or a list of batches; a batch is (inputs, targets),
-                (inputs, targets, sample_weights) or a mapping of tensors. Samples are split by their position before
-                any is loaded; order, shuffling and augmentation do not matter.
+            train_loader: any iterable of batches, read once; a batch is (inputs, targets), (inputs, targets,
+                sample_weights) or a mapping of tensors. Order, shuffling and augmentation do not matter. With
+                sampling="uniform" a `DataLoader` over a map-style data set, or a list of batches: samples are split by
+                their position before any is loaded.
             override: forget earlier fits. False: continue from the fitted samples with those of the loader that were
                 not fitted yet. The posterior equals that of a single fit of all of them, and costs as much. A state
                 holds the identities of the samples, not the samples: after loading it, the loader yields both.
             progress_bar: show progress.
             n_data: size N of the data set that the likelihood stands for, including the given samples; default: as
                 given before (`override=False`), or else all samples that loaders have yielded.
-            tolerance: nats of held-out KL; double the samples, in an order that the seed fixes, until that gains less,
-                by over two standard errors, or all are used. `stopping` reports the gains; a fit with `override=False`
-                continues from there. None: use all samples at once.
+            tolerance: nats of held-out KL; double the rows (sampling="uniform": the samples), in an order that the seed
+                fixes, until that gains less, by over two standard errors, or `n_rows` or all are used. `stopping`
+                reports the gains. None: use all at once.
 
         Raises:
             ValueError: if loader, samples, weights or options cannot be used; with `override=False` also if no sample
