@@ -158,11 +158,15 @@ def arguments(likelihood="classification", loader=None, **options):
 
 
 CASES = {
-    "low rank": {"rank": 4, "complement": "diagonal", "magnitude_samples": 15},
+    "low rank": {"rank": 4, "complement": "diagonal", "magnitude_samples": 15, "sampling": "uniform"},
     "low rank by Lanczos on the same batch": {"rank": 3, "solver": "lanczos", "magnitudes": "same_batch"},
     "Kronecker": {"hessian_structure": "kron", "magnitudes": "held_out", "direction_samples": 0.4},
     "Kronecker by K-FAC": {"hessian_structure": "kron", "kron_basis": "kfac", "kfac_approx": "reduce"},
-    "Kronecker with its own magnitudes": {"hessian_structure": "kron", "kron_magnitudes": "kronecker"},
+    "Kronecker with its own magnitudes": {
+        "hessian_structure": "kron",
+        "kron_magnitudes": "kronecker",
+        "sampling": "uniform",
+    },
     "full": {"hessian_structure": "full", "seed": 3},
     "last layer, low rank": {"subset_of_weights": "last_layer"},
     "last layer by name, Kronecker": {
@@ -191,10 +195,14 @@ CASES = {
         "n_folds": 5,
         "complement": "kron",
         "metric": "kron",
+        "sampling": "uniform",
         "rank": 4,
     },
     "with the bias of the inverse corrected": {"inverse_correction": "second_order"},
-    "automatic choices": dict.fromkeys(("rank", "magnitudes", "complement", "metric", "direction_samples"), "auto"),
+    "automatic choices": {
+        "sampling": "uniform",
+        **dict.fromkeys(("rank", "magnitudes", "complement", "metric", "direction_samples"), "auto"),
+    },
 }
 
 

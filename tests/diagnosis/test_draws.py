@@ -48,8 +48,8 @@ def test_the_gain_is_the_difference_of_held_out_kls_of_two_fitted_posteriors(mon
         unseen = DataLoader(Subset(data, order[16:36].tolist()), batch_size=9)
         values = []
         for magnitudes in ("same_batch", "cross_fitted"):
-            kind = {"magnitudes": magnitudes, "rank": RANK, "complement": "kron", "prior_precision": PRIOR}
-            la = DebiasedLaplace(model, "classification", seed=SEED + 1000 * draw, **kind)
+            kind = {"magnitudes": magnitudes, "rank": RANK, "complement": "kron", "sampling": "uniform"}
+            la = DebiasedLaplace(model, "classification", prior_precision=PRIOR, seed=SEED + 1000 * draw, **kind)
             la.fit(batch, n_data=N_DATA)
             values.append(la.held_out_kl(unseen, batch))
         gain = float(diagnosis.batches[i].posterior[draw])

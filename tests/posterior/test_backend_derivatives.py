@@ -280,7 +280,7 @@ def test_the_warning_points_to_the_users_line():
         "from laplace.curvature import CurvlinopsEF\n"
         "from debiased_laplace import DebiasedLaplace\n"
         "la = DebiasedLaplace(torch.nn.Sequential(torch.nn.Linear(2, 2)), 'regression', 'last_layer', "
-        "backend=CurvlinopsEF)\n"
+        "backend=CurvlinopsEF, sampling='uniform')\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    la.fit([(torch.randn(8, 2), torch.randn(8, 2))])\n"
