@@ -491,6 +491,6 @@ def test_as_a_process_with_progress(folder):
     )
     assert done.returncode == 0, done.stderr
     assert (folder / "posterior.pt").exists()
-    assert "[Reading samples]" in done.stderr
+    assert "[Scoring rows]" in done.stderr
     assert "Warning" not in done.stderr
     assert "DebiasedKronLaplace" in done.stdout
