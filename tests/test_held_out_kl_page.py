@@ -7,7 +7,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "held_out_kl.md"
 
 
 def test_the_code_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code, of_all = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     # a network that is trained for a moment, and some of the samples, are enough to see the lines run
     code = code.replace('torch.device("cpu"))', 'torch.device("cpu"), epochs=2)')
@@ -15,6 +15,10 @@ def test_the_code_runs(capsys):
     assert f"KLDifference(value={names['a'].value - names['b'].value}" in capsys.readouterr().out
     assert names["a"].context == names["b"].context
     assert (names["a"] - names["b"]).standard_error < names["a"].standard_error
+    # some of the data are all of them here
+    some = "everything = DataLoader(torch.utils.data.Subset(data.train, range(60)), batch_size=30)"
+    exec(of_all.replace("everything = DataLoader(data.train, batch_size=64)", some), names)
+    assert "KLDifference" in capsys.readouterr().out
 
 
 def test_links_lead_somewhere():

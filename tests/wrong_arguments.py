@@ -73,7 +73,7 @@ def fitted(likelihood="classification", **options):
 
 
 LA, LAR = fitted(), fitted("regression", sigma_noise=0.7)
-LAH = posterior(magnitudes="held_out", direction_samples=10, magnitude_samples=10)
+LAH = posterior(magnitudes="held_out", direction_samples=10, magnitude_samples=10, sampling="uniform")
 LAH.fit(DataLoader(TensorDataset(X[:20], Y[:20]), batch_size=10), n_data=N)
 REST = DataLoader(TensorDataset(X[20:], Y[20:]), batch_size=10)
 P = torch.distributions.Dirichlet(torch.ones(60, 3, dtype=torch.float64)).sample()
@@ -178,8 +178,8 @@ CASES = {
     "DebiasedLaplace": keywords(made, {
         "model": MODEL[:5], "likelihood": LIKELIHOOD, "subset_of_weights": CHOICE, "hessian_structure": CHOICE,
         "rank": without(COUNT, None), "magnitudes": CHOICE, "n_folds": COUNT, "complement": without(CHOICE, None),
-        "sampling": CHOICE, "metric": CHOICE, "inverse_correction": CHOICE, "solver": CHOICE,
-        "seed": without(COUNT, -1),
+        "sampling": CHOICE, "n_rows": without(COUNT, None), "metric": CHOICE, "inverse_correction": CHOICE,
+        "solver": CHOICE, "seed": without(COUNT, -1),
         "direction_samples": SHARE, "magnitude_samples": without(SHARE, None), "kron_basis": CHOICE,
         "kron_magnitudes": CHOICE, "kfac_approx": CHOICE, "sigma_noise": without(POSITIVE, None),
         "prior_precision": PRIOR,
@@ -227,7 +227,9 @@ CASES = {
         "fitted_loader": (lambda v: LAH.held_out_kl(REST, v), without(LOADER, None)),
         "posterior": (lambda v: held_out_kl(v, REST), [None, 3, "x", OBJECT, mlp()[0]]),
     } | keywords(lambda **o: held_out_kl(LAH, REST, **o), {
-        "n_data": without(COUNT, None), "temperature": without(POSITIVE, None), "progress_bar": FLAG}),
+        "n_data": without(COUNT, None), "temperature": without(POSITIVE, None), "progress_bar": FLAG})
+    | keywords(lambda **o: held_out_kl(LAH, loader(), **o), {
+        "n_rows": without(COUNT, None), "seed": without(COUNT, None)}),
     "load_state_dict": {"state": (LA.load_state_dict, [None, 3, "x", OBJECT, {}, [1], {"a": 1}])},
     "evaluate": keywords(evaluated, EVALUATE_OPTIONS) | {
         "sigma_noise": (lambda v: evaluate(mlp()[0], loader(R), task="regression", sigma_noise=v, **SMALL),

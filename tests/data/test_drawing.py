@@ -148,6 +148,7 @@ def test_permanent_numbers_are_uniform_and_independent():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_frequencies_of_draws_are_the_probabilities():
     s = scores(20, 3)
     n = 4000

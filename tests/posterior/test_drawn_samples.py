@@ -140,13 +140,13 @@ def test_all_rows_of_some_samples_are_the_uniform_estimate(sure, structure):
     model, X, y, _ = sure
     found = [
         of_rows(
-            model, loader_of(X[:60], y[:60]), n_data=150, n_folds=60, hessian_structure=structure, complement="diagonal"
+            model, loader_of(X[:20], y[:20]), n_data=50, n_folds=20, hessian_structure=structure, complement="diagonal"
             if structure == "lowrank" else None, **options,
         )
         for options in ({"n_rows": ALL}, {"sampling": "uniform"})
     ]  # fmt: skip
     rows, samples = found
-    assert rows.rows.known_share == pytest.approx(60 / 150)
+    assert rows.rows.known_share == pytest.approx(20 / 50)
     close(rows.directional_curvatures, samples.directional_curvatures, 1e-5)
     close(rows.standard_errors, samples.standard_errors, 1e-5)
     close(rows.posterior_precision.to_dense(), samples.posterior_precision.to_dense(), 1e-5)

@@ -60,6 +60,7 @@ def test_all_rows_give_the_exact_value(sure, posteriors, name):
     assert not kl.exact
 
 
+@pytest.mark.slow
 def test_some_rows_are_unbiased_with_honest_errors_far_below_those_of_samples(sure, posteriors):
     model, X, y, H = sure
     la, other = posteriors["some samples"], posteriors["rows"]
