@@ -343,7 +343,9 @@ def _nothing() -> None:
     return None
 
 
-def _merged(draw: RowDraw, probabilities: Float[Tensor, " R"], scored: Scored) -> tuple[RowDraw, Float[Tensor, " R"]]:
+def _merged(
+    draw: RowDraw, probabilities: Float[Tensor, " R"], scored: Scored
+) -> tuple[RowDraw, Float[Tensor, " merged"]]:
     """Merge the rows of equal samples, whose random numbers are the same, into one with the sum of their weights."""
     keys = torch.stack([scored.hashes[draw.samples], draw.rows], dim=1)
     kinds, kind = keys.unique(dim=0, return_inverse=True)
