@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -239,6 +239,8 @@ class RowSampler:
         weights = None
         if any(part[2] is not None for part in self._scored):
             weights = torch.cat([torch.ones(len(p)).double() if w is None else w for p, _, w in self._scored])
+        # joined once
+        self._scored = [(positions, hashes, weights)]
         return Scored(positions, hashes, weights, self._loss)
 
     def drawn(self, n_rows: int | None = None, *, which: int = 0) -> "DrawnRows":
@@ -290,10 +292,6 @@ class DrawnRows:
 
     def __len__(self) -> int:
         return len(self.draw)
-
-    def at(self, chosen: Bool[Tensor, " R"]) -> "DrawnRows":
-        """Return some of the rows."""
-        return replace(self, draw=self.draw.at(chosen), probabilities=self.probabilities[chosen])
 
     # Models often cannot be copied or pickled: copies share the rows, a pickle has None.
     def __deepcopy__(self, memo: dict[int, Any]) -> "DrawnRows":

@@ -3,7 +3,7 @@ r"""Rows of the curvature with respect to the outputs, $\Lambda_n = \sum_j c_{nj
 The curvature of a sample is the sum of $v_{nj} v_{nj}^\top$ over the rows $v_{nj} = J_n^\top c_{nj}$ of its cotangents
 $c_{nj}$. Their sizes $\|c_{nj}\|^2$ follow from the outputs alone, without a backward pass.
 
-- Empirical Fisher and Monte-Carlo GGN: gradients of the loss.
+- Empirical Fisher: the gradient of the loss.
 - GGN of a regression: unit vectors, divided by the noise of their output.
 - GGN of a classification with at most 128 classes: eigenvectors of $\Lambda_n = \mathrm{diag}(p) - p p^\top$.
 - More classes: $\Lambda_n = \sum_c p_c (e_c - p)(e_c - p)^\top$, where classes that are confused with each other have
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.likelihoods import Classification, Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
-from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton, OutputRoot
+from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 MOST_EIGENVECTORS = 128
@@ -37,29 +37,19 @@ _ROUNDING = 1e-12
 """Eigenvalues below this fraction of a sample's largest are rounding errors."""
 
 
-def n_output_rows(root: OutputRoot, n_outputs: int) -> int:
-    """Return the number r of slots for rows that every sample has; slots of size 0 are empty."""
-    if _has_softmax(root) and n_outputs > MOST_EIGENVECTORS:
-        return MOST_LEADING + n_outputs
-    return root.n_columns(n_outputs)
-
-
-def row_sizes(root: OutputRoot, outputs: Float[Tensor, "n C"], targets_or_noise: Tensor) -> Float[Tensor, "n r"]:
+def row_sizes(root: OutputRoot, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, "n r"]:
     r"""Return the squared norms $\|c_{nj}\|^2$ of all rows, in double precision; 0 for slots without a row.
 
     Eigenvectors come first, by decreasing size; with more than 128 classes, class c has slot 32 + c.
 
     Args:
-        root: of the GGN, the empirical Fisher or the Monte-Carlo GGN.
+        root: of the GGN or the empirical Fisher.
         outputs: finite outputs; their sizes do not depend on the other samples.
-        targets_or_noise: as `OutputRoot.targets_or_noise` returns it.
+        targets: as the likelihood takes them.
     """
     f = outputs.to(accumulation_dtype(outputs))
     if isinstance(root, EmpiricalFisher):
-        return _gradient(root.likelihood, f, targets_or_noise).square().sum(1, keepdim=True)
-    if isinstance(root, MonteCarloGaussNewton):
-        draws = targets_or_noise.unbind(1)
-        return torch.stack([_drawn_gradient(root, f, noise).square().sum(1) for noise in draws], dim=1)
+        return _gradient(root.likelihood, f, targets).square().sum(1, keepdim=True)
     if _has_softmax(root):
         return torch.cat([_softmax_sizes(part) for part in f.split(_samples_together(f.shape[1]))])
     precisions, order = _noise_precisions(root, f)
@@ -69,7 +59,7 @@ def row_sizes(root: OutputRoot, outputs: Float[Tensor, "n C"], targets_or_noise:
 def cotangents(
     root: OutputRoot,
     outputs: Float[Tensor, "n C"],
-    targets_or_noise: Tensor,
+    targets: Tensor,
     samples: Int64[Tensor, " R"],
     rows: Int64[Tensor, " R"],
 ) -> Float[Tensor, "R C"]:
@@ -81,16 +71,13 @@ def cotangents(
     Args:
         root: as for `row_sizes`.
         outputs: as for `row_sizes`.
-        targets_or_noise: as for `row_sizes`.
+        targets: as for `row_sizes`.
         samples: index n of each row's sample, in any order.
         rows: slot j of each row within its sample; the cotangent of an empty slot is 0.
     """
     f, samples, rows = outputs.to(accumulation_dtype(outputs)), samples.to(outputs.device), rows.to(outputs.device)
     if isinstance(root, EmpiricalFisher):
-        return _gradient(root.likelihood, f[samples], targets_or_noise[samples.to(targets_or_noise.device)])
-    if isinstance(root, MonteCarloGaussNewton):
-        device = targets_or_noise.device
-        return _drawn_gradient(root, f[samples], targets_or_noise[samples.to(device), rows.to(device)])
+        return _gradient(root.likelihood, f[samples], targets[samples.to(targets.device)])
     if _has_softmax(root):
         used, owner = samples.unique(return_inverse=True)
         found = f.new_zeros(len(samples), f.shape[1])
@@ -117,12 +104,6 @@ def _gradient(likelihood: Likelihood, outputs: Float[Tensor, "n C"], targets: Te
     top = outputs.argmax(1, keepdim=True)
     of_top, of_others = g.gather(1, top), g.scatter(1, top, 0.0).sum(1, keepdim=True)
     return g.scatter(1, top, torch.where(of_top > 0, of_top, -of_others))
-
-
-def _drawn_gradient(root: MonteCarloGaussNewton, outputs: Float[Tensor, "n C"], noise: Tensor) -> Float[Tensor, "n C"]:
-    """Return the gradient at the target that one draw's noise gives, divided by the square root of their number."""
-    targets = root.likelihood.drawn_targets(outputs, noise.to(outputs.device))
-    return _gradient(root.likelihood, outputs, targets) / root.n_draws**0.5
 
 
 def _noise_precisions(root: OutputRoot, outputs: Tensor) -> tuple[Float[Tensor, " C"], Int64[Tensor, " C"]]:

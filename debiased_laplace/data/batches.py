@@ -1,6 +1,6 @@
 """Batches of inputs and targets, and hashes of their samples."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby
@@ -134,20 +134,20 @@ class Batch:
 
 def concatenated(batches: Iterable[Batch]) -> list[Batch]:
     """Join consecutive batches whose samples have the same shape; all of them have weights, or none has."""
-    joined: list[Batch] = []
-    for _, group in groupby(batches, key=_kind):
-        parts = list(group)
-        inputs: Inputs
-        if isinstance(parts[0].inputs, Tensor):
-            inputs = torch.cat([part.inputs for part in parts if isinstance(part.inputs, Tensor)])
-        else:
-            of_all = [part.inputs for part in parts if not isinstance(part.inputs, Tensor)]
-            inputs = {key: torch.cat([part[key] for part in of_all]) for key in of_all[0]}
-        weights = [part.weights for part in parts if part.weights is not None]
-        joined.append(
-            Batch(inputs, torch.cat([part.targets for part in parts]), torch.cat(weights) if weights else None)
-        )
-    return joined
+    return [joined(list(group)) for _, group in groupby(batches, key=_kind)]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Join batches of samples of one shape; all of them have weights, or none has."""
+    inputs: Inputs
+    if isinstance(batches[0].inputs, Tensor):
+        inputs = torch.cat([batch.inputs for batch in batches if isinstance(batch.inputs, Tensor)])
+    else:
+        mappings = [batch.inputs for batch in batches if not isinstance(batch.inputs, Tensor)]
+        inputs = {key: torch.cat([mapping[key] for mapping in mappings]) for key in mappings[0]}
+    weights = [batch.weights for batch in batches if batch.weights is not None]
+    targets = torch.cat([batch.targets for batch in batches])
+    return Batch(inputs, targets, torch.cat(weights) if weights else None)
 
 
 def _kind(batch: Batch) -> str:

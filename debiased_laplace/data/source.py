@@ -13,8 +13,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from debiased_laplace.data.batches import Batch, as_batch, sample_hashes
-from debiased_laplace.data.inputs import DEFAULT_KEYS, WEIGHTS, Inputs, MappingKeys, on_each, shape_of
+from debiased_laplace.data.batches import Batch, as_batch, joined, sample_hashes
+from debiased_laplace.data.inputs import DEFAULT_KEYS, WEIGHTS, MappingKeys, on_each, shape_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.workers import Workers
 
@@ -258,18 +258,11 @@ class _Stacked(Dataset[tuple[Any, ...]]):
                 f"Expected batches of samples of one shape (input, target); got {' and '.join(sorted(shapes)[:2])}. "
                 "Pad all batches to one length, or pass the DataLoader itself."
             )
-        inputs = [part.inputs for part in parts]
-        self.inputs: Inputs
-        if isinstance(inputs[0], Tensor):
-            self.inputs = torch.cat([x for x in inputs if isinstance(x, Tensor)])
-        else:
-            mappings = [x for x in inputs if isinstance(x, dict)]
-            self.inputs = {key: torch.cat([x[key] for x in mappings]) for key in inputs[0]}
-        self.targets = torch.cat([part.targets for part in parts])
-        weights = [part.weights for part in parts if part.weights is not None]
-        if len(weights) not in (0, len(parts)):
-            raise ValueError(f"Expected {WEIGHTS} in all batches or in none; got {len(weights)} of {len(parts)}.")
-        self.weights = torch.cat(weights) if weights else None
+        n_weighted = sum(part.weights is not None for part in parts)
+        if n_weighted not in (0, len(parts)):
+            raise ValueError(f"Expected {WEIGHTS} in all batches or in none; got {n_weighted} of {len(parts)}.")
+        whole = joined(parts)
+        self.inputs, self.targets, self.weights = whole.inputs, whole.targets, whole.weights
 
     def __len__(self) -> int:
         return len(self.targets)

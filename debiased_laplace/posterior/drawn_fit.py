@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from debiased_laplace.debiasing.choice import Choice, Weighting, choose_by_rows
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.held_out_kl import KLTerms, is_all, prior_trace
 from debiased_laplace.debiasing.options import EstimatorOptions, Trial
-from debiased_laplace.debiasing.split_curvature import SplitCurvature
+from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stage, Stopping, stage_of_rows, stage_sizes
 from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, whole
 
@@ -123,18 +124,28 @@ def fit_drawn_rows(
                 f"all {N:g} samples; the loader yields {scored.weight:g}. Expected a loader of all of them, or "
                 "sampling='uniform'."
             )
-        fit = fits.of_rows() if tolerance is None else fits.until_enough(tolerance)
-        assert fit.drawn is not None  # for the type checker
+        found = fits.of_rows() if tolerance is None else fits.until_enough(tolerance)
         identities = _identities(samples, scored, earlier, seed)
-        has_rows = torch.isin(torch.arange(len(scored)), fit.drawn.draw.samples)
-        fingerprint = network.selection.fingerprint(without=written)
-    return replace(
-        fit,
-        fingerprint=fingerprint,
+    selection, has_rows = network.selection, torch.isin(torch.arange(len(scored)), found.drawn.draw.samples)
+    return FitResult(
+        selection=selection,
+        mean=selection.vector(),
+        # what evaluation itself changes is no part of the trained network, and known now that it is put back
+        fingerprint=selection.fingerprint(without=written),
+        split=found.split,
         identities=identities.at(has_rows),
-        scored=identities.at(identities.distinct(torch.ones(len(scored), dtype=torch.float64))[0]),
+        estimate=found.estimate,
+        loss=scored.loss * N / scored.weight,
+        n_outputs=network.n_outputs,
+        options=found.options,
         targets_are_flat=first.targets.ndim == 1,
         n_data_given=n_data,
+        network=network,
+        choice=found.choice,
+        stopping=found.stopping,
+        rows=found.rows,
+        drawn=found.drawn,
+        scored=identities.at(identities.distinct(torch.ones(len(scored), dtype=torch.float64))[0]),
         seconds=time.perf_counter() - started,
     )
 
@@ -145,12 +156,10 @@ def fit_rows_again(spec: FitSpec, weighting_of: WeightingOf, earlier: FitResult)
     sampler = earlier.drawn.sampler
     with at_weights(spec.model, spec.split.seed):
         fits = _Fits(spec, weighting_of, sampler, sampler.network, earlier.split.n_data, progress_bar=False)
-        fit = fits.of_rows(earlier.drawn)
-    kept = {
-        name: getattr(earlier, name)
-        for name in ("fingerprint", "identities", "scored", "targets_are_flat", "n_data_given")
-    }
-    return replace(fit, **kept)
+        found = fits.of_rows(earlier.drawn)
+    return replace(
+        earlier, split=found.split, estimate=found.estimate, options=found.options, choice=found.choice, rows=found.rows
+    )
 
 
 def _scored(
@@ -208,6 +217,19 @@ def _unknown(
 
 
 @dataclass(frozen=True, eq=False)
+class _RowFit:
+    """What a fit found from drawn rows; the names are those of `FitResult`."""
+
+    drawn: DrawnRows
+    split: SubBatches
+    estimate: CurvatureEstimate
+    options: EstimatorOptions
+    choice: Choice | None
+    rows: Rows
+    stopping: Stopping | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Fits:
     """Fits to rows that were drawn from the same samples."""
 
@@ -228,7 +250,7 @@ class _Fits:
         """Prior and likelihood weight."""
         return self.weighting_of(self.network.selection, self.n_data)
 
-    def of_rows(self, drawn: DrawnRows | None = None) -> FitResult:
+    def of_rows(self, drawn: DrawnRows | None = None) -> _RowFit:
         """Fit the drawn rows; None: those that the sampler draws."""
         drawn = self.sampler.drawn() if drawn is None else drawn
         if len(drawn) < 2:
@@ -254,26 +276,12 @@ class _Fits:
         if choice is not None and "rank" in request.open:
             choice = choice.found(estimated.curvature.directions.shape[1])
             options = choice.chosen.options
-        selection = self.network.selection
-        return FitResult(
-            selection=selection,
-            mean=selection.vector(),
-            fingerprint="",
-            split=_split(drawn, part, options, self.n_data),
-            identities=_UNKNOWN,
-            estimate=estimated,
-            loss=drawn.scored.loss * self.n_data / drawn.scored.weight,
-            n_outputs=self.network.n_outputs,
-            options=options,
-            targets_are_flat=False,
-            network=self.network,
-            choice=choice,
-            drawn=drawn,
-            rows=_described(drawn, curvature, part, self.n_data),
-        )
+        rows = _described(drawn, curvature, part, self.n_data)
+        return _RowFit(drawn, _split(drawn, part, options, self.n_data), estimated, options, choice, rows)
 
-    def _judges(self) -> SubBatchCurvature:
-        """Return the curvature of rows that no fit has seen."""
+    @cached_property
+    def judges(self) -> SubBatchCurvature:
+        """Curvature of rows that no fit has seen."""
         judges = self.sampler.drawn(which=1).curvature(progress_bar=self.progress_bar)
         if isinstance(judges, RowCurvature):
             judges.keep_rows()
@@ -283,12 +291,12 @@ class _Fits:
         def split_of(trial: Trial) -> SplitCurvature:
             return deal_rows(drawn, curvature, trial.options, trial.direction_share, self.n_data)[0]
 
-        return choose_by_rows(curvature, trials, self.weighting, split_of, self._judges())
+        return choose_by_rows(curvature, trials, self.weighting, split_of, self.judges)
 
-    def until_enough(self, tolerance: float) -> FitResult:
+    def until_enough(self, tolerance: float) -> _RowFit:
         """Double the rows until that gains less than the tolerance, or there are no more."""
         most = self.sampler.drawers[0].expected()
-        judges, weighting = self._judges(), self.weighting
+        judges, weighting = self.judges, self.weighting
         stages: list[Stage] = []
         before: tuple[KLTerms, Float[Tensor, " R"]] | None = None
         for n in stage_sizes(min(_FIRST_ROWS, most), most):
@@ -414,9 +422,6 @@ def default_rows(network: Network) -> int:
     P = network.n_parameters
     fitting = free_memory(network.like.device) // 4 // (P * network.like.element_size())
     return max(2, min(DEFAULT_ROWS, fitting, int((_PRODUCTS / P) ** 0.5)))
-
-
-_UNKNOWN = SampleIdentities(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0, False)
 
 
 def _identities(

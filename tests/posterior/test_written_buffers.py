@@ -76,10 +76,11 @@ def test_every_derivative_is_that_of_the_model_without_the_buffer(write) -> None
     assert float(model.calls) == 0
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "curvature"])
 @pytest.mark.parametrize("write", WRITES)
-def test_the_users_own_evaluations_do_not_outdate_a_posterior(write, tmp_path) -> None:
+def test_the_users_own_evaluations_do_not_outdate_a_posterior(write, sampling) -> None:
     model = Writing(WRITES[write])
-    la = fitted(model)
+    la = fitted(model, sampling=sampling)
     state = la.state_dict()
     expected, kl = la(X), la.held_out_kl(None, loader_of(X, Y)).value
     model(X + 1)
