@@ -11,7 +11,7 @@ References:
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -30,6 +30,9 @@ from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
 from debiased_laplace.data.batches import Batch, concatenated, sample_hashes
 from debiased_laplace.data.drawing import RowDraw, RowDrawer
 from debiased_laplace.data.sub_batch import SubBatch
+
+Scores = Literal["norms", "equal"]
+"""What rows are drawn in proportion to: their squared norms, as far as one forward pass tells; or nothing."""
 
 _MOST_TOGETHER = 256
 """Largest number of rows in a batch."""
@@ -112,13 +115,13 @@ class RowScorer:
 
     It is the squared norm of the row's part in the last linear layer with input $\varphi$, times the sample's weight m.
     Regression has $m \|c\|^2$ alone, as have networks without such a layer: rows of a regression differ little, and
-    features say nothing about their norms.
+    features say nothing about their norms. With equal scores, every row that is not 0 has m.
     """
 
-    def __init__(self, network: Network, root: OutputRoot, first: Batch):
-        self.network, self.root = network, root
-        regression = network.likelihood.name == "regression"
-        self._layer: nn.Linear | None = None if regression else output_layer(network, first.inputs)
+    def __init__(self, network: Network, root: OutputRoot, first: Batch, scores: Scores = "norms"):
+        self.network, self.root, self._scores = network, root, scores
+        with_features = scores == "norms" and network.likelihood.name != "regression"
+        self._layer: nn.Linear | None = output_layer(network, first.inputs) if with_features else None
 
     def scored(self, loaded: Batch) -> ScoredRows:
         """Score the rows of samples.
@@ -136,7 +139,14 @@ class RowScorer:
         self.network.likelihood.check(outputs, batch.targets)
         weighted = with_target_weights(batch, self.network.likelihood)
         sizes = weighted.scaled(row_sizes(self.root, outputs, batch.targets)).cpu().double()
-        scores = sizes if features is None else sizes * (1 + features.cpu().double().square().sum(1))[:, None]
+        if self._scores == "equal":
+            scores = (sizes > 0).double()
+            if weighted.weights is not None:
+                scores = scores * weighted.weights.cpu().double()[:, None]
+        elif features is None:
+            scores = sizes
+        else:
+            scores = sizes * (1 + features.cpu().double().square().sum(1))[:, None]
         return ScoredRows(weighted, outputs, sizes, scores)
 
 
@@ -147,13 +157,22 @@ class RowSampler:
     none) samples are drawn as a whole, by the sum of the scores of the GGN's rows: as many as have `n_rows` of them.
     """
 
-    def __init__(self, network: Network, root: OutputRoot | None, first: Batch, *, n_rows: int, seeds: tuple[int, ...]):
+    def __init__(
+        self,
+        network: Network,
+        root: OutputRoot | None,
+        first: Batch,
+        *,
+        n_rows: int,
+        seeds: tuple[int, ...],
+        scores: Scores = "norms",
+    ):
         self.network = network
         self.root = GaussNewton(network.likelihood) if root is None else root
         self.of_samples = root is None
         if self.of_samples:
             n_rows = max(2, n_rows // network.n_outputs)
-        self._scorer = RowScorer(network, self.root, first)
+        self._scorer = RowScorer(network, self.root, first, scores)
         self.drawers = [RowDrawer(n_rows, seed) for seed in seeds]
         self._held: list[tuple[Tensor, Batch]] = []
         self._n_held = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.contexts import at_weights
-from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored
+from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored, Scores
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
@@ -42,6 +42,9 @@ DEFAULT_ROWS = 2048
 
 _PRODUCTS = 3e11
 """Largest number of rows squared times parameters by default: products of the rows take about a minute on two cores."""
+
+_WORSE_THAN_EQUAL = 1.2
+"""Design effect above which rows are drawn again, with equal scores."""
 
 _FIRST_ROWS = 128
 """Rows of the first fit of `tolerance`."""
@@ -124,6 +127,10 @@ def fit_drawn_rows(
                 f"all {N:g} samples; the loader yields {scored.weight:g}. Expected a loader of all of them, or "
                 "sampling='uniform'."
             )
+        effect = fits.design_effect(of_judges=tolerance is not None)
+        if earlier is None and isinstance(samples, SampleSource) and effect > _WORSE_THAN_EQUAL:
+            sampler = _scored(spec, samples, None, n_rows, scores="equal", progress_bar=progress_bar)[0]
+            fits = replace(fits, sampler=sampler)
         found = fits.of_rows() if tolerance is None else fits.until_enough(tolerance)
         identities = _identities(samples, scored, earlier, seed)
     selection, has_rows = network.selection, torch.isin(torch.arange(len(scored)), found.drawn.draw.samples)
@@ -169,6 +176,7 @@ def _scored(
     n_rows: int | None,
     *,
     progress_bar: bool,
+    scores: Scores = "norms",
 ) -> tuple[RowSampler, Network, Batch]:
     """Score all samples and draw from them, those of an earlier fit included; return a first batch too."""
     seed = spec.split.seed
@@ -193,7 +201,7 @@ def _scored(
         if isinstance(root, MonteCarloGaussNewton):
             # rows of the GGN itself take no more backward passes
             root = GaussNewton(spec.likelihood)
-        sampler = RowSampler(network, root, some, n_rows=n_rows, seeds=seeds)
+        sampler = RowSampler(network, root, some, n_rows=n_rows, seeds=seeds, scores=scores)
     else:
         sampler, network = before.sampler.continued(), before.sampler.network
         numbered = _unknown(numbered, before.scored)
@@ -250,9 +258,18 @@ class _Fits:
         """Prior and likelihood weight."""
         return self.weighting_of(self.network.selection, self.n_data)
 
-    def of_rows(self, drawn: DrawnRows | None = None) -> _RowFit:
-        """Fit the drawn rows; None: those that the sampler draws."""
-        drawn = self.sampler.drawn() if drawn is None else drawn
+    @cached_property
+    def own(self) -> tuple[DrawnRows, SubBatchCurvature]:
+        """All rows that the sampler draws, and their curvature."""
+        drawn = self.sampler.drawn()
+        return drawn, self._curvature(drawn)
+
+    def design_effect(self, *, of_judges: bool) -> float:
+        """Return the variance of the trace under this draw, relative to as many rows drawn uniformly."""
+        drawn, curvature = (self.sampler.drawn(which=1), self.judges) if of_judges else self.own
+        return _design_effect(drawn, _norms(drawn, curvature))
+
+    def _curvature(self, drawn: DrawnRows) -> SubBatchCurvature:
         if len(drawn) < 2:
             raise ValueError(
                 f"{len(drawn)} rows were drawn of {self.sampler.drawers[0].population.n_positive} that have a "
@@ -261,6 +278,11 @@ class _Fits:
         curvature = drawn.curvature(progress_bar=self.progress_bar)
         if isinstance(curvature, RowCurvature):
             curvature.keep_rows()
+        return curvature
+
+    def of_rows(self, drawn: DrawnRows | None = None) -> _RowFit:
+        """Fit the drawn rows; None: all that the sampler draws."""
+        drawn, curvature = self.own if drawn is None else (drawn, self._curvature(drawn))
         request = self.spec.request.resolved(prior_of_blocks=self.weighting.of_blocks)
         options, choice = request.options, None
         direction_share = self.spec.split.direction_share(len(drawn))
@@ -453,19 +475,25 @@ def _split(drawn: DrawnRows, part: Tensor, options: EstimatorOptions, n_data: in
 
 
 def _described(drawn: DrawnRows, curvature: SubBatchCurvature, part: Tensor, n_data: int | float) -> Rows:
+    p, norms = drawn.probabilities, _norms(drawn, curvature)
+    known = float(norms.sum() / (norms / p).sum()) * min(drawn.scored.weight / n_data, 1.0)
+    positions = torch.stack([drawn.positions, drawn.draw.rows], dim=1)
+    return Rows(positions, part, p, _design_effect(drawn, norms), known)
+
+
+def _norms(drawn: DrawnRows, curvature: SubBatchCurvature) -> Float[Tensor, " R"]:
+    """Return the squared norms of drawn rows, up to a factor; of samples drawn as a whole, their scores."""
+    if not isinstance(curvature, RowCurvature):
+        return drawn.draw.scores
+    return drawn.probabilities * torch.cat([rows.double().square().sum((1, 2)).cpu() for rows in curvature.rows()])
+
+
+def _design_effect(drawn: DrawnRows, norms: Float[Tensor, " R"]) -> float:
+    """Return the variance of the trace relative to as many rows drawn uniformly of those that have curvature."""
     p = drawn.probabilities
-    if isinstance(curvature, RowCurvature):
-        # squared norms of the rows, by their weights in the mean
-        weighted = torch.cat([rows.double().square().sum((1, 2)).cpu() for rows in curvature.rows()])
-    else:
-        weighted = drawn.draw.scores / p
-    norms = weighted * p
-    # as many rows of those that have curvature
     uniform = min(1.0, drawn.expected / drawn.sampler.drawers[0].population.n_positive)
     own, of_uniform = (
         ((1 - p) / p.square() * norms.square()).sum(),
         ((1 - uniform) / uniform / p * norms.square()).sum(),
     )
-    effect = float(own / of_uniform) if of_uniform > 0 else 0.0
-    known = float(norms.sum() / weighted.sum()) * min(drawn.scored.weight / n_data, 1.0)
-    return Rows(torch.stack([drawn.positions, drawn.draw.rows], dim=1), part, p, effect, known)
+    return float(own / of_uniform) if of_uniform > 0 else 0.0

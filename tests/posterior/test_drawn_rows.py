@@ -15,6 +15,7 @@ from oracles import (
     output_hessian,
 )
 from posterior_cases import PRIOR, SIGMA, TEMPERATURE, close, hyper_parameters, loader_of, posterior_of, problem
+from torch import nn
 
 N = 40
 DRAWN = {"sampling": "curvature", "seed": 3}
@@ -360,6 +361,34 @@ def test_the_design_effect_is_against_rows_that_have_curvature(kind):
     own = ((1 - p) * (norms[sample] / p) ** 2).sum()
     expected = own / ((1 - uniform) / uniform * norms[sample] ** 2 / p).sum()
     assert la.rows.design_effect == pytest.approx(float(expected), rel=1e-5)
+
+
+class SureWhereItMatters(nn.Module):
+    """A classifier whose rows are longest where it is most certain, which a forward pass does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        at = x[:, :1] * torch.tensor([1.0, 0.0, -1.0])
+        return at + x[:, :1].square() * (x[:, 1:] @ (self.weight - self.weight.detach()).mT)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_rows_are_drawn_again_where_scores_mislead(tolerance):
+    generator = torch.Generator().manual_seed(2)
+    X = torch.cat([torch.randint(1, 5, (300, 1), generator=generator), torch.randn(300, 4, generator=generator)], 1)
+    y = torch.randint(3, (300,), generator=generator)
+    la = posterior_of(SureWhereItMatters(), "classification", n_rows=150, **DRAWN)
+    la.fit(loader_of(X, y), tolerance=tolerance)
+    assert la.rows.design_effect < 1.1
+    # equal scores, and a tenth in proportion to the sizes within a sample
+    assert 0.2 < float(la.rows.inclusion_probabilities.min()) < float(la.rows.inclusion_probabilities.max()) < 0.4
+    # one pass is all that there is: as drawn first
+    once = posterior_of(SureWhereItMatters(), "classification", n_rows=150, **DRAWN)
+    once.fit(iter([(X, y)]))
+    assert once.rows.design_effect > 1.2
 
 
 def test_of_many_classes_all_rows_are_the_full_batch(monkeypatch):
