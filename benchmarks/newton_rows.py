@@ -57,7 +57,9 @@ def curvatures(model: nn.Module, X: Tensor, y: Tensor, seed: int) -> dict[str, T
 def shares(task: str, name: str, draws: int, cache: Path) -> dict[tuple[str, float], list[float]]:
     """Share of the largest decrease, by source of the curvature and damping."""
     X, y = newton_task(task, 0).train
-    model = checkpoint(cache, task, name, 0)
+    folder = cache / task
+    folder.mkdir(parents=True, exist_ok=True)
+    model = checkpoint(folder, task, name, 0)
     H = curvatures(model, X, y, 0)["the whole batch"]
     g = gradient_of(model, X, y)
     found: dict[tuple[str, float], list[float]] = {}
@@ -79,7 +81,6 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=6)
     parser.add_argument("--cache", type=Path, default=Path(".cache/newton"))
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     print("| task | checkpoint | curvature of | " + " | ".join(f"damping {d:g}" for d in DAMPINGS) + " |")
     print("|---" * (3 + len(DAMPINGS)) + "|")
     for task in TASKS:

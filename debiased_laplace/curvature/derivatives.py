@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.func import jvp, linearize, vjp, vmap
 
 from debiased_laplace.curvature.as_found import raise_interrupt, uninterrupted
+from debiased_laplace.curvature.layer_rows import Cotangents, Layers, RowsOfParameter, flat
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, one_by_one
 
-_MIXTURES = 4  # random combinations of outputs that modes of differentiation are tested on
-
-Cotangents = Callable[[Tensor, Tensor], Tensor]
-"""Map from the outputs (C,) of one sample and its targets or noise to the columns of a (C, r) matrix."""
+_MIXTURES = 2  # random combinations of outputs that modes of differentiation are tested on
 
 
 def identity_cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
@@ -37,13 +35,26 @@ def vmapped_rows(
     cotangents: Cotangents,
 ) -> tuple[Tensor, Tensor]:
     """Compute rows (n, r, P) and outputs (n, C) of a batch, all samples at once."""
+    names = frozenset(selection.names)
+    rows, outputs = _vmapped(selection, parameters, names, inputs, targets_or_noise, cotangents)
+    return selection.flatten(rows, n_lead=2), outputs
 
-    def of_one(x: Inputs, aux: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, pullback = _vjp(lambda p: selection.call(p, as_one(x))[0], parameters)
-        rows = vmap(lambda cotangent: pullback(cotangent)[0])(cotangents(outputs, aux).mT)
-        return selection.flatten(rows, n_lead=1), outputs
 
-    rows_and_outputs: tuple[Tensor, Tensor] = vmap(of_one)(inputs, targets_or_noise)
+def _vmapped(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    names: frozenset[str],
+    inputs: Inputs,
+    targets_or_noise: Tensor,
+    cotangents: Cotangents,
+) -> tuple[dict[str, Tensor], Tensor]:
+    chosen = {name: p for name, p in parameters.items() if name in names}
+
+    def of_one(x: Inputs, aux: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        outputs, pullback = _vjp(lambda p: selection.call({**parameters, **p}, as_one(x))[0], chosen)
+        return vmap(lambda cotangent: pullback(cotangent)[0])(cotangents(outputs, aux).mT), outputs
+
+    rows_and_outputs: tuple[dict[str, Tensor], Tensor] = vmap(of_one)(inputs, targets_or_noise)
     return rows_and_outputs
 
 
@@ -57,8 +68,28 @@ def looped_rows(
     create_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute rows (n, r, P) and outputs (n, C) without `vmap`, one sample and one cotangent at a time."""
-    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-    stacked, collected = [], []
+    names = frozenset(selection.names)
+    rows, outputs = _looped(
+        selection, parameters, names, inputs, targets_or_noise, cotangents, create_graph=create_graph
+    )
+    flat = selection.flatten(rows, n_lead=2)
+    return (flat, outputs) if create_graph else (flat.detach(), outputs.detach())
+
+
+def _looped(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    names: frozenset[str],
+    inputs: Inputs,
+    targets_or_noise: Tensor,
+    cotangents: Cotangents,
+    *,
+    create_graph: bool = False,
+) -> tuple[dict[str, Tensor], Tensor]:
+    leaves = {name: p.detach().requires_grad_(name in names) for name, p in parameters.items()}
+    chosen = [name for name in leaves if name in names]
+    stacked: list[dict[str, Tensor]] = []
+    collected = []
     with torch.enable_grad():
         for x, aux in zip(one_by_one(inputs), targets_or_noise, strict=True):
             outputs = selection.call(leaves, as_one(x))[0]
@@ -66,7 +97,7 @@ def looped_rows(
             rows = [
                 torch.autograd.grad(
                     outputs,
-                    list(leaves.values()),
+                    [leaves[name] for name in chosen],
                     cotangent,
                     retain_graph=True,
                     create_graph=create_graph,
@@ -75,11 +106,33 @@ def looped_rows(
                 )
                 for cotangent in at
             ]
-            flat = [selection.flatten(dict(zip(leaves, row, strict=True))) for row in rows]
-            stacked.append(torch.stack(flat))
+            stacked.append({name: torch.stack(g) for name, g in zip(chosen, zip(*rows, strict=True), strict=True)})
             collected.append(outputs)
-    all_rows, all_outputs = torch.stack(stacked), torch.stack(collected)
-    return (all_rows, all_outputs) if create_graph else (all_rows.detach(), all_outputs.detach())
+    return {name: torch.stack([rows[name] for rows in stacked]) for name in chosen}, torch.stack(collected)
+
+
+def layered_rows(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    layers: Layers,
+    inputs: Inputs,
+    targets_or_noise: Tensor,
+    cotangents: Cotangents,
+    *,
+    vmapped: bool,
+) -> tuple[list[RowsOfParameter], Tensor]:
+    """Compute the rows of every parameter, and the outputs (n, C), by layers where these are seen.
+
+    Raises:
+        LayersDifferError: if the batch calls other layers than those found.
+    """
+    rows, outputs = layers.rows(selection, parameters, inputs, targets_or_noise, cotangents)
+    others = frozenset(selection.names) - layers.names
+    if others:
+        of_others = _vmapped if vmapped else _looped
+        found, _ = of_others(selection, parameters, others, inputs, targets_or_noise, cotangents)
+        rows |= {name: value.detach().reshape(*value.shape[:2], -1) for name, value in found.items()}
+    return [rows[name] for name in selection.names], outputs
 
 
 def columns(
@@ -216,6 +269,7 @@ class Capabilities:
         columns: JVPs.
         vmapped_columns: JVPs for many tangents at once.
         reasons: modes that failed, with torch's message.
+        layers: layers that give rows of all samples at once; None: no layer does.
         linearized: `torch.func.linearize` with repeated use of its result. Tested only before products, because tracing
             takes longer than all other tests together.
     """
@@ -225,6 +279,7 @@ class Capabilities:
     vmapped_columns: bool
     reasons: dict[str, str]
     linearized: bool = False
+    layers: Layers | None = None
 
 
 def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> Capabilities:
@@ -242,7 +297,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         ValueError: if the outputs do not depend on the parameters or cannot be differentiated, or a checkpoint leaves
             gradients out.
     """
-    inputs = first(inputs, 2)
+    several, inputs = first(inputs, 3), first(inputs, 2)
     unused = torch.zeros(n_samples_of(inputs))
     reasons: dict[str, str] = {}
 
@@ -293,14 +348,30 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     def rows_agree() -> bool:
         return _close(vmapped_rows(selection, parameters, inputs, unused, cotangents)[0], expected)
 
+    layers: list[Layers] = []
+
+    def layers_agree() -> bool:
+        found = Layers.of(selection, parameters, several)
+        rows, _ = found.rows(selection, parameters, inputs, unused, cotangents)
+        of_name = selection.unflatten(expected)
+        wrong = {
+            name
+            for name, part in rows.items()
+            if not _close(flat(part), of_name[name].flatten(2) if of_name[name].ndim > 2 else of_name[name][..., None])
+        }
+        layers.append(found.without(wrong))
+        return not wrong
+
     def columns_agree(*, vmapped: bool) -> bool:
         derivatives, _ = columns(selection, parameters, inputs, tangents, vmapped=vmapped)
         return _close(mixed.T @ derivatives, pushed)
 
+    attempt("layers", layers_agree)
     by_rows = attempt("vmapped rows", rows_agree)
     by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
     many = by_columns and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
-    return Capabilities(by_rows, by_columns, many, reasons)
+    seen = layers[0] if layers and layers[0].names else None
+    return Capabilities(by_rows, by_columns, many, reasons, layers=seen)
 
 
 def allows_linearization(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> bool:

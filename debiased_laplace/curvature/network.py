@@ -11,6 +11,7 @@ from torch import Tensor
 from debiased_laplace.curvature import derivatives
 from debiased_laplace.curvature.backend import CurvatureBackend
 from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch
+from debiased_laplace.curvature.layer_rows import LayersDifferError, flat
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -166,6 +167,21 @@ class Network:
         create_graph: bool = False,
     ) -> tuple[Tensor, Tensor]:
         targets_or_noise = targets_or_noise.to(self.like.device)
+        if self.capabilities.layers is not None and not create_graph:
+            try:
+                parts, outputs = derivatives.layered_rows(
+                    self.selection,
+                    self.parameters,
+                    self.capabilities.layers,
+                    inputs,
+                    targets_or_noise,
+                    cotangents,
+                    vmapped=self.capabilities.vmapped_rows,
+                )
+                return torch.cat([flat(part) for part in parts], dim=-1), outputs
+            except LayersDifferError:
+                # data-dependent control flow
+                pass
         # vmap's backward pass of normalization layers is correct, but its derivative treats mean and deviation as
         # constants
         if self.capabilities.vmapped_rows and not create_graph:
