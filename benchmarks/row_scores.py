@@ -51,6 +51,7 @@ class SizeScorer(RowScorer):
     """Scores by the cotangents alone."""
 
     def scored(self, loaded: Batch) -> ScoredRows:
+        """Score the rows of samples."""
         found = super().scored(loaded)
         return ScoredRows(found.batch, found.outputs, found.sizes, found.sizes)
 
@@ -59,6 +60,7 @@ class EqualScorer(RowScorer):
     """The same score for every row that is not 0."""
 
     def scored(self, loaded: Batch) -> ScoredRows:
+        """Score the rows of samples."""
         found = super().scored(loaded)
         return ScoredRows(found.batch, found.outputs, found.sizes, (found.sizes > 0).double())
 
@@ -76,6 +78,7 @@ class LeverageScorer(RowScorer):
         self._inverse = torch.linalg.inv(H + RIDGE / n * torch.eye(len(H)))
 
     def scored(self, loaded: Batch) -> ScoredRows:
+        """Score the rows of samples."""
         found = super().scored(loaded)
         v = last_layer_rows(self, found)
         scores = ((v @ self._inverse) * v).sum(1).clamp_min(0).view_as(found.sizes)

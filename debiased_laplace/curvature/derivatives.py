@@ -13,13 +13,17 @@ from torch import Tensor
 from torch.func import jvp, linearize, vjp, vmap
 
 from debiased_laplace.curvature.as_found import raise_interrupt, uninterrupted
-from debiased_laplace.curvature.layer_rows import Cotangents, Layers, RowsOfParameter, flat
+from debiased_laplace.curvature.layer_rows import Cotangents, Layers
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, one_by_one
+from debiased_laplace.linalg.row_matrix import RowMatrix, flat
 
-_MIXTURES = 2  # random combinations of outputs that modes of differentiation are tested on
+_VECTORS = 2  # random combinations of outputs, and tangents, that modes of differentiation are tested on
+
+_LARGE = 64 * 2**20
+"""Bytes of parameters above which modes are not tested that would only save time: each test holds several vectors."""
 
 
 def identity_cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
@@ -120,7 +124,7 @@ def layered_rows(
     cotangents: Cotangents,
     *,
     vmapped: bool,
-) -> tuple[list[RowsOfParameter], Tensor]:
+) -> tuple[RowMatrix, Tensor]:
     """Compute the rows of every parameter, and the outputs (n, C), by layers where these are seen.
 
     Raises:
@@ -132,7 +136,7 @@ def layered_rows(
         of_others = _vmapped if vmapped else _looped
         found, _ = of_others(selection, parameters, others, inputs, targets_or_noise, cotangents)
         rows |= {name: value.detach().reshape(*value.shape[:2], -1) for name, value in found.items()}
-    return [rows[name] for name in selection.names], outputs
+    return RowMatrix(tuple(rows[name] for name in selection.names)), outputs
 
 
 def columns(
@@ -317,7 +321,9 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     with torch.no_grad():
         n_outputs = selection.call_noting_buffers(parameters, inputs).shape[-1]
     # a few combinations test as much as all outputs, of which there may be thousands
-    mixed = torch.randn(n_outputs, min(n_outputs, _MIXTURES), generator=generator).to(like)
+    is_large = selection.n_parameters * like.element_size() > _LARGE
+    n_vectors = 1 if is_large else _VECTORS
+    mixed = torch.randn(n_outputs, min(n_outputs, n_vectors), generator=generator).to(like)
 
     def cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
         return mixed
@@ -342,7 +348,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
                 "they depend on."
             ) from error
         raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
-    tangents = torch.randn(selection.n_parameters, 2, generator=generator).to(like)
+    tangents = torch.randn(selection.n_parameters, n_vectors, generator=generator).to(like)
     pushed = expected @ tangents
 
     def rows_agree() -> bool:
@@ -353,13 +359,10 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     def layers_agree() -> bool:
         found = Layers.of(selection, parameters, several)
         rows, _ = found.rows(selection, parameters, inputs, unused, cotangents)
-        of_name = selection.unflatten(expected)
-        wrong = {
-            name
-            for name, part in rows.items()
-            if not _close(flat(part), of_name[name].flatten(2) if of_name[name].ndim > 2 else of_name[name][..., None])
-        }
-        layers.append(found.without(wrong))
+        of_name = dict(zip(selection.names, expected.split(selection.sizes, dim=-1), strict=True))
+        scale = expected.abs().max()
+        wrong = {name for name, part in rows.items() if not _close(flat(part), of_name[name], scale)}
+        layers.append(found.tested(rows, wrong))
         return not wrong
 
     def columns_agree(*, vmapped: bool) -> bool:
@@ -367,10 +370,11 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         return _close(mixed.T @ derivatives, pushed)
 
     attempt("layers", layers_agree)
-    by_rows = attempt("vmapped rows", rows_agree)
-    by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
-    many = by_columns and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
     seen = layers[0] if layers and layers[0].names else None
+    needless = is_large and seen is not None and seen.names == set(selection.names)
+    by_rows = not needless and attempt("vmapped rows", rows_agree)
+    by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
+    many = by_columns and not is_large and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
     return Capabilities(by_rows, by_columns, many, reasons, layers=seen)
 
 
@@ -391,7 +395,7 @@ def allows_linearization(selection: ParameterSelection, parameters: dict[str, Te
         return False
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Return whether tensors are equal up to rounding, relative to the largest entry."""
-    rounding = 1000 * torch.finfo(expected.dtype).eps * expected.abs().max()
+def _close(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool:
+    """Return whether tensors are equal up to rounding, relative to a scale; None: the largest entry."""
+    rounding = 1000 * torch.finfo(expected.dtype).eps * (expected.abs().max() if scale is None else scale)
     return bool(((found - expected).abs() <= rounding + 1e-3 * expected.abs()).all())

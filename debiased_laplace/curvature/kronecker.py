@@ -14,12 +14,14 @@ from torch import Tensor
 
 from debiased_laplace.curvature.kfac_layers import kfac_layers
 from debiased_laplace.curvature.linear_layer import LinearLayer
+from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
+from debiased_laplace.linalg.row_matrix import OuterRows
 
 _LARGEST_SIDE = 4096
 """Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
@@ -141,19 +143,46 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
         tuple(like.new_zeros((side.size,) * (2 if side.full else 1), dtype=exact) for side in (s.rows, s.columns))
         for s in shapes
     ]
-    for block in curvature.rows("[Kronecker factors]"):
-        for part, shape, (left, right) in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
-            # no -1 in the shape, because a parameter may be empty
-            M = part.reshape(part.shape[0] * part.shape[1], shape.rows.size, shape.columns.size)
-            factors = outer_factors(M)
-            if factors is not None:
-                g, a = factors
-                left += _weighted_gram(g, a.square().sum(1), full=shape.rows.full)
-                right += _weighted_gram(a, g.square().sum(1), full=shape.columns.full)
-                continue
-            left += torch.einsum("nop,nqp->oq", M, M) if shape.rows.full else M.square().sum((0, 2))
-            right += torch.einsum("nop,noq->pq", M, M) if shape.columns.full else M.square().sum((0, 1))
+    held = curvature.rows_by_parameter
+    groups = curvature.rows("[Kronecker factors]") if held is None else ()
+    for block in groups:
+        for part, shape, both in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
+            _add_matrices(part, shape, both)
+    for part, shape, both in zip(held.parts, shapes, sums, strict=True) if held is not None else ():
+        if isinstance(part, OuterRows):
+            _add_outer_products(part, shape, both)
+        else:
+            for rows in part.split(max(1, CHUNK_BYTES // (8 * part[:1].numel()))):
+                _add_matrices(rows, shape, both)
     return [_trace_preserving(left / curvature.n_samples, right) for left, right in sums]
+
+
+def _add_matrices(rows: Tensor, shape: MatrixShape, sums: tuple[Tensor, ...]) -> None:
+    """Add the sums of rows (n, r, p) of a parameter."""
+    left, right = sums
+    # no -1 in the shape, because a parameter may be empty
+    M = rows.reshape(rows.shape[0] * rows.shape[1], shape.rows.size, shape.columns.size)
+    factors = outer_factors(M)
+    if factors is not None:
+        g, a = factors
+        left += _weighted_gram(g, a.square().sum(1), full=shape.rows.full)
+        right += _weighted_gram(a, g.square().sum(1), full=shape.columns.full)
+        return
+    left += torch.einsum("nop,nqp->oq", M, M) if shape.rows.full else M.square().sum((0, 2))
+    right += torch.einsum("nop,noq->pq", M, M) if shape.columns.full else M.square().sum((0, 1))
+
+
+def _add_outer_products(rows: OuterRows, shape: MatrixShape, sums: tuple[Tensor, ...]) -> None:
+    r"""Add the sums of $M = G^\top A$, which are $\sum G^\top (A A^\top) G$ and $\sum A^\top (G G^\top) A$."""
+    left, right = sums
+    r = rows.shape[1]
+    size = max(1, CHUNK_BYTES // (16 * r * rows.left.shape[2] * (rows.left.shape[3] + rows.right.shape[3])))
+    for G, A in zip(rows.left.split(size), rows.right.split(size), strict=True):
+        G, A = (x.expand(-1, r, -1, -1).flatten(0, 1) for x in (G, A))
+        for x, other, total, full in ((G, A, left, shape.rows.full), (A, G, right, shape.columns.full)):
+            weighted = (other @ other.mT) @ x
+            x, weighted = x.flatten(0, 1).to(total.dtype), weighted.flatten(0, 1).to(total.dtype)
+            total += x.mT @ weighted if full else (x * weighted).sum(0)
 
 
 def _outer_product_factors(

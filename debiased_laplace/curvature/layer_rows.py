@@ -17,6 +17,7 @@ References:
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,38 +30,10 @@ from torch.overrides import TorchFunctionMode
 from debiased_laplace.curvature.as_found import raise_interrupt
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.inputs import Inputs, n_samples_of, on_each
+from debiased_laplace.linalg.row_matrix import OuterRows, RowMatrix, RowsOfParameter, flat
 
 Cotangents = Callable[[Tensor, Tensor], Tensor]
 """Map from the outputs (C,) of one sample and its targets or noise to the columns of a (C, r) matrix."""
-
-
-@dataclass(frozen=True, eq=False)
-class OuterRows:
-    r"""Rows $\sum_t g_t a_t^\top$ of a matrix parameter; a factor may be the same for all rows of a sample (q = 1).
-
-    Attributes:
-        left: g, (n, q, T, o).
-        right: a, (n, q, T, i).
-        n_rows: number r of rows of a sample.
-    """
-
-    left: Float[Tensor, "n q T o"]
-    right: Float[Tensor, "n p T i"]
-    n_rows: int
-
-    def dense(self) -> Float[Tensor, "n r p"]:
-        """Return the rows."""
-        rows = self.left.mT @ self.right
-        return rows.expand(-1, self.n_rows, -1, -1).flatten(2)
-
-
-RowsOfParameter = OuterRows | Float[Tensor, "n r p"]
-"""Rows of one parameter, as factors or flat."""
-
-
-def flat(rows: RowsOfParameter) -> Float[Tensor, "n r p"]:
-    """Return the rows of one parameter as a tensor."""
-    return rows.dense() if isinstance(rows, OuterRows) else rows
 
 
 class LayersDifferError(Exception):
@@ -209,7 +182,7 @@ class _LinearMap:
     transposed: bool = False
 
 
-_LINEAR_MAPS = {
+_LINEAR_MAPS: dict[Callable[..., Any], _LinearMap] = {
     **dict.fromkeys((functional.linear, *_CONVOLUTIONS), _LinearMap((0, "input"), (1, "weight"), (2, "bias"))),
     **dict.fromkeys(_MATRIX_PRODUCTS, _LinearMap((0, "input"), (1, "other", "mat2"), transposed=True)),
     **dict.fromkeys(_ADDMM, _LinearMap((1, "mat1"), (2, "mat2"), (0, "input"), transposed=True)),
@@ -224,6 +197,16 @@ class _Recorder(TorchFunctionMode):
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[_Call] = []
         self.unseen: set[str] = set()
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def check_inputs(self) -> None:
+        """Check that what the calls were given is still there.
+
+        Raises:
+            LayersDifferError: if it was changed in place.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise LayersDifferError("an input of a layer is changed in place")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -232,7 +215,8 @@ class _Recorder(TorchFunctionMode):
         if func in _OPENED:
             with self:
                 return _OPENED[func](*args, **kwargs)
-        arguments = {**dict(enumerate(args)), **kwargs}
+        arguments: dict[int | str, Any] = dict(enumerate(args))
+        arguments.update(kwargs)
         names = {key: self._names[id(v)] for key, v in arguments.items() if id(v) in self._names}
         nested = [self._names[id(v)] for v in _nested(arguments.values()) if id(v) in self._names]
         result = func(*args, **kwargs)
@@ -241,6 +225,7 @@ class _Recorder(TorchFunctionMode):
         self.unseen.update(nested)
         if func in _SEEN and isinstance(result, Tensor) and "out" not in kwargs:
             kept = {key: v.detach() if isinstance(v, Tensor) else v for key, v in arguments.items()}
+            self._versions += [(v, v._version) for v in kept.values() if isinstance(v, Tensor)]
             edge = torch.autograd.graph.get_gradient_edge(result) if result.requires_grad else None
             self.calls.append(_Call(func, kept, names, result.detach(), edge))
         elif any(isinstance(v, Tensor) for v in (result, *_nested([result]))):
@@ -257,7 +242,12 @@ def _recorded(selection: ParameterSelection, parameters: dict[str, Tensor], inpu
     recorder = _Recorder(parameters)
     with recorder:
         outputs = selection.call(parameters, inputs)
+    recorder.check_inputs()
     return outputs, recorder
+
+
+def _samples(x: Tensor, indices: Tensor) -> Tensor:
+    return x[indices.to(x.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,10 +257,12 @@ class Layers:
     Attributes:
         calls: what every batch calls.
         names: parameters of which all uses are seen.
+        n_numbers: how many numbers a row takes in the samples that the layers were tested with.
     """
 
     calls: tuple[_Layer, ...]
     names: frozenset[str]
+    n_numbers: int = 0
 
     @classmethod
     def of(cls, selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> "Layers":
@@ -282,11 +274,9 @@ class Layers:
         recorders = []
         n = n_samples_of(inputs)
         for m in (2, 3):
-            some = torch.arange(m) % n
+            chosen = on_each(inputs, partial(_samples, indices=torch.arange(m) % n))
             with torch.no_grad():
-                recorders.append(
-                    _recorded(selection, parameters, on_each(inputs, lambda t, i=some: t[i.to(t.device)]))[1]
-                )
+                recorders.append(_recorded(selection, parameters, chosen)[1])
         two, three = recorders
         if [call.kind for call in two.calls] != [call.kind for call in three.calls]:
             raise LayersDifferError("other calls for two samples than for three")
@@ -304,9 +294,11 @@ class Layers:
         seen = {name for call in two.calls for name in call.names.values()} - unseen
         return cls(tuple(calls), frozenset(seen))
 
-    def without(self, names: Iterable[str]) -> "Layers":
-        """Return the layers without some parameters."""
-        return Layers(self.calls, self.names - set(names))
+    def tested(self, rows: dict[str, RowsOfParameter], wrong: Iterable[str]) -> "Layers":
+        """Return the layers without the parameters whose rows are wrong, given the rows of all."""
+        matrix = RowMatrix(tuple(rows.values()))
+        n, r, _ = matrix.shape
+        return Layers(self.calls, self.names - set(wrong), matrix.n_bytes // (n * r * matrix.like.element_size()))
 
     def rows(
         self,
@@ -371,7 +363,7 @@ def _summed(parts: list[RowsOfParameter]) -> RowsOfParameter:
         sides = [(p.left, p.right) for p in parts if isinstance(p, OuterRows)]
         if len({(g.shape[1], a.shape[1]) for g, a in sides}) == 1:
             left, right = (torch.cat(side, dim=2) for side in zip(*sides, strict=True))
-            return OuterRows(left, right, parts[0].n_rows)  # type: ignore[union-attr]
+            return OuterRows(left, right)
     dense = [flat(p) for p in parts]
     return sum(dense[1:], start=dense[0])
 
@@ -415,7 +407,7 @@ def _by_formula(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict
         a, g = (t.unflatten(-1, (groups, -1)) for t in (a, g))
         rows[call.names[weight]] = torch.einsum("nrtgo,ntgi->nrgoi", g, a[:, 0]).flatten(2)
         return rows
-    outer = OuterRows(a, g, g.shape[1]) if slots.transposed else OuterRows(g, a, g.shape[1])
+    outer = OuterRows(a, g) if slots.transposed else OuterRows(g, a)
     few = a.numel() + g.numel() <= g.shape[0] * g.shape[1] * a.shape[-1] * g.shape[-1]
     rows[call.names[weight]] = outer if few else outer.dense()
     return rows
@@ -462,7 +454,11 @@ def _by_differentiation(call: _Call, inputs: dict[int | str, Tensor], g: Tensor)
             return call({**x, **{key: p[name] for key, name in call.names.items()}})
 
         pullback = vjp(applied, parameters)[1]
-        return vmap(lambda c: pullback(c)[0])(g)
+
+        def pulled(cotangent: Tensor) -> dict[str, Tensor]:
+            return pullback(cotangent)[0]
+
+        return vmap(pulled)(g)
 
     rows = vmap(of_one)(inputs, g)
     return {name: value.flatten(2) if value.ndim > 2 else value[..., None] for name, value in rows.items()}

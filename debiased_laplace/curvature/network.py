@@ -11,13 +11,14 @@ from torch import Tensor
 from debiased_laplace.curvature import derivatives
 from debiased_laplace.curvature.backend import CurvatureBackend
 from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch
-from debiased_laplace.curvature.layer_rows import LayersDifferError, flat
+from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, shape_of, split
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
 _MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
@@ -167,21 +168,9 @@ class Network:
         create_graph: bool = False,
     ) -> tuple[Tensor, Tensor]:
         targets_or_noise = targets_or_noise.to(self.like.device)
-        if self.capabilities.layers is not None and not create_graph:
-            try:
-                parts, outputs = derivatives.layered_rows(
-                    self.selection,
-                    self.parameters,
-                    self.capabilities.layers,
-                    inputs,
-                    targets_or_noise,
-                    cotangents,
-                    vmapped=self.capabilities.vmapped_rows,
-                )
-                return torch.cat([flat(part) for part in parts], dim=-1), outputs
-            except LayersDifferError:
-                # data-dependent control flow
-                pass
+        by_layers = None if create_graph else self.row_matrix(inputs, targets_or_noise, cotangents)
+        if by_layers is not None:
+            return by_layers[0].dense(), by_layers[1]
         # vmap's backward pass of normalization layers is correct, but its derivative treats mean and deviation as
         # constants
         if self.capabilities.vmapped_rows and not create_graph:
@@ -192,6 +181,35 @@ class Network:
         return derivatives.looped_rows(
             self.selection, self.parameters, inputs, targets_or_noise, cotangents, create_graph=create_graph
         )
+
+    def row_matrix(
+        self, inputs: Inputs, targets_or_noise: Tensor, cotangents: derivatives.Cotangents
+    ) -> tuple[RowMatrix, Tensor] | None:
+        """Compute rows by layers, and outputs (n, C), of a batch; None if the network has no layers that are seen."""
+        layers = self.capabilities.layers
+        if layers is None:
+            return None
+        vmapped = self.capabilities.vmapped_rows
+        try:
+            return derivatives.layered_rows(
+                self.selection, self.parameters, layers, inputs, targets_or_noise, cotangents, vmapped=vmapped
+            )
+        except LayersDifferError:
+            # data-dependent control flow
+            return None
+
+    @property
+    def bytes_of_factors(self) -> int:
+        """Memory of a row as `row_matrix` returns it, in bytes."""
+        layers = self.capabilities.layers
+        if layers is None:
+            return self.bytes_of_a_row
+        others = sum(
+            size
+            for name, size in zip(self.selection.names, self.selection.sizes, strict=True)
+            if name not in layers.names
+        )
+        return (layers.n_numbers + others) * self.like.element_size()
 
     def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
         r"""Return $\sqrt{m_n} S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""

@@ -26,6 +26,15 @@ class ResidualDiagonal:
                 basis = request.basis
                 total += rows.square().sum((0, 1)) if basis is None else basis.summed_squares(rows).sum(0)
 
+    @property
+    def requests(self) -> list[ResidualRequest]:
+        """Requests of a diagonal."""
+        return list(self._sums)
+
+    def add_squares(self, request: ResidualRequest, squares: Float[Tensor, " P"]) -> None:
+        """Add squares that were summed over rows, in the coordinates of the request."""
+        self._sums[request] += squares
+
     def mean(self, request: ResidualRequest, n: int) -> Float[Tensor, " P"] | None:
         """Return the mean over n samples; None if the request has no diagonal."""
         return self._sums[request] / n if request in self._sums else None

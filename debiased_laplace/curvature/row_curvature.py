@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from debiased_laplace.curvature.derivatives import BatchProducts
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES, KEEP_BYTES, free_memory
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
 from debiased_laplace.curvature.residual import ResidualDiagonal
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
@@ -24,6 +24,7 @@ from debiased_laplace.curvature.sub_batch import (
     ResidualRequest,
     RunningMoments,
     SubBatchCurvature,
+    joined_directions,
 )
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.sub_batch import SubBatch
@@ -31,6 +32,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
@@ -92,8 +94,21 @@ class RowCurvature(SubBatchCurvature):
 
     @property
     def bytes_of_rows(self) -> int:
-        """Memory of all rows together, in bytes."""
-        return self.n_rows * self.network.n_parameters * self.network.like.element_size()
+        """Memory of all rows together as they are held, in bytes."""
+        return self.n_rows * (self.network.bytes_of_factors if self._by_parameter else self._bytes_of_a_row)
+
+    @property
+    def _bytes_of_a_row(self) -> int:
+        return self.network.n_parameters * self.network.like.element_size()
+
+    @property
+    def _by_parameter(self) -> bool:
+        """Whether rows are held by parameter: where that saves memory, and there are many."""
+        backend = self.network.backend
+        if backend is not None and backend.offers_rows(self.root):
+            return False
+        dense = self.n_rows * self._bytes_of_a_row
+        return dense > KEEP_BYTES and 2 * self.network.bytes_of_factors <= self._bytes_of_a_row
 
     @property
     def is_random(self) -> bool:
@@ -114,8 +129,7 @@ class RowCurvature(SubBatchCurvature):
         """Return the mean curvature of a subset, with the same draws; rows held in memory are reused."""
         part = RowCurvature(self.network, self.samples.at(positions), self.root, seed=self.seed)
         if self._stacked is not None:
-            rows = self._stacked.rows.unflatten(0, (-1, self.rows_per_sample))[positions.to(self._stacked.rows.device)]
-            part._hold(rows.flatten(0, 1))
+            part._hold(self._stacked.rows.at(positions.to(self._stacked.rows.like.device)))
             part._scales = None if self._scales is None else self._scales[positions]
         if self.is_random or self._drawn is not None:
             # a later pass over the part, such as for Kronecker factors, must have the draws of its samples
@@ -152,11 +166,9 @@ class RowCurvature(SubBatchCurvature):
     def row_groups(self, description: str = "[Computing rows]") -> Iterator[tuple[int, RowBlocks]]:
         """Yield groups of samples: their number, and their rows in one or more blocks."""
         if self._stacked is not None:
-            r = self.rows_per_sample
-            stacked = self._stacked.rows.unflatten(0, (-1, r))
-            size = max(1, self.network.rows_per_chunk(r))
-            for start in range(0, len(stacked), size):
-                rows = stacked[start : start + size]
+            size = max(1, self.network.rows_per_chunk(self.rows_per_sample))
+            for start in range(0, self.n_samples, size):
+                rows = self._stacked.rows.at(slice(start, start + size)).dense()
                 if self._scales is not None:
                     rows = rows * self._scales[start : start + size].to(rows)[:, None, None]
                 yield len(rows), iter([rows])
@@ -176,21 +188,51 @@ class RowCurvature(SubBatchCurvature):
     def stacked_rows(self) -> GramFactor:
         """Return all rows as one matrix, held in memory; the rows of a sample are adjacent."""
         if self._stacked is not None and self._scales is not None:
-            scales = self._scales.repeat_interleave(self.rows_per_sample).to(self._stacked.rows)
-            self._scales = None
-            return self._hold(self._stacked.rows * scales[:, None])
-        if self._stacked is None:
-            rows = self.network.like.new_empty(self.n_rows, self.network.n_parameters)
-            start = 0
-            for block in self.rows():
-                rows[start : start + len(block) * block.shape[1]] = block.flatten(0, 1)
-                start += len(block) * block.shape[1]
+            scales, self._scales = self._scales, None
+            return self._hold(self._stacked.rows.scaled(scales))
+        if self._stacked is None and self._by_parameter and (rows := self._rows_by_parameter()) is not None:
             return self._hold(rows)
+        if self._stacked is None:
+            flat = self.network.like.new_empty(self.n_samples, self.rows_per_sample, self.network.n_parameters)
+            start = 0
+            for n, blocks in self.row_groups():
+                first = 0
+                for block in blocks:
+                    flat[start : start + n, first : first + block.shape[1]] = block
+                    first += block.shape[1]
+                start += n
+            return self._hold(RowMatrix((flat,)))
         return self._stacked
 
-    def _hold(self, rows: Float[Tensor, "R P"]) -> GramFactor:
-        owner = torch.arange(self.n_samples, device=rows.device).repeat_interleave(self.rows_per_sample)
-        self._stacked = GramFactor(rows, owner, self.n_samples)
+    def _rows_by_parameter(self) -> RowMatrix | None:
+        """Compute all rows by layers; None where a batch calls other layers."""
+        r = self.rows_per_sample
+        size = max(1, min(_BATCH, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
+        groups = []
+        with self._progress("[Computing rows]") as bar:
+            for batch, targets_or_noise in self.batches():
+                for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
+                    found = self.network.row_matrix(chunk.inputs, part, self._cotangents)
+                    if found is None:
+                        return None
+                    rows = found[0]
+                    groups.append(rows if chunk.weights is None else rows.scaled(chunk.weights.sqrt()))
+                    bar.update(len(chunk))
+        self._used.add(TORCH_ROWS)
+        return RowMatrix.joined(groups)
+
+    def _cotangents(self, outputs: Tensor, targets_or_noise: Tensor) -> Tensor:
+        return self.root.columns(outputs, targets_or_noise, slice(None))
+
+    @property
+    def rows_by_parameter(self) -> RowMatrix | None:
+        """Rows that are held by parameter."""
+        if self._stacked is None or not self._stacked.rows.by_parameter:
+            return None
+        return self._stacked.rows if self._scales is None else self._stacked.rows.scaled(self._scales)
+
+    def _hold(self, rows: RowMatrix) -> GramFactor:
+        self._stacked = GramFactor(rows)
         return self._stacked
 
     def keep_rows(self) -> None:
@@ -215,6 +257,8 @@ class RowCurvature(SubBatchCurvature):
         if all(request.residual == "none" for request in requests) and self._columns_are_cheaper(U.shape[1]):
             moments = self._moments_by_columns(U)
             return [moments.leading(request.rank, None, None) for request in requests]
+        if (held := self.rows_by_parameter) is not None:
+            return self._moments_of_held(held, U, requests)
         sums = RunningMoments(U.shape[1], directions)
         with_trace = any(request.residual == "trace" for request in requests)
         trace = sums.first.new_zeros(())
@@ -234,6 +278,23 @@ class RowCurvature(SubBatchCurvature):
             moments.leading(r.rank, trace / sums.n if r.residual == "trace" else None, residual.mean(r, sums.n))
             for r in requests
         ]
+
+    def _moments_of_held(
+        self, rows: RowMatrix, U: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
+    ) -> list[DirectionalMoments]:
+        projections = rows.projected(U)
+        sums = RunningMoments(U.shape[1], U)
+        sums.add(projections.to(sums.first.dtype).square().sum(1), self._draw_of(0, len(rows)))
+        moments, n = sums.moments(), len(rows)
+        found = []
+        for request in requests:
+            k, trace, diagonal = request.rank, None, None
+            if request.residual == "trace":
+                trace = rows.residual_squares(projections[..., :0], U[:, :0], None).sum() / n
+            if request.residual == "diagonal":
+                diagonal = rows.residual_squares(projections[..., :k], U[:, :k], request.basis) / n
+            found.append(moments.leading(k, trace, diagonal))
+        return found
 
     @cached_property
     def linear_layer(self) -> LinearLayer | None:
@@ -261,6 +322,13 @@ class RowCurvature(SubBatchCurvature):
         # outer products are not held in memory
         if self.linear_layer is not None and self.draw is None:
             return self._moments_of_outer_products(basis, self.linear_layer)
+        if (held := self.rows_by_parameter) is not None:
+            parts = []
+            for _, rows in held.rotated(basis).columns(4):
+                sums = RunningMoments(rows.shape[2], rows)
+                sums.add(rows.to(sums.first.dtype).square().sum(1), self._draw_of(0, len(rows)))
+                parts.append(sums.moments())
+            return joined_directions(parts)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         for n, blocks in self.row_groups("[Curvature along the basis]"):
             quadratics = sums.first.new_zeros(n, self.network.n_parameters)
@@ -321,7 +389,7 @@ class RowCurvature(SubBatchCurvature):
         offered = backend is not None and backend.offers_rows(self.root)
         if self._stacked is not None or offered or not capabilities.columns or k == 0:
             return False
-        if not capabilities.vmapped_rows:
+        if not capabilities.vmapped_rows and capabilities.layers is None:
             return True
         return capabilities.vmapped_columns and k <= _ROWS_WIN_ABOVE * self.rows_per_sample
 

@@ -184,10 +184,10 @@ def _through_gram(batch: RowCurvature, k: int, threshold: float, rest: RowCurvat
     def evaluate(
         fold: Fold, requests: Sequence[ResidualRequest], basis: KroneckerBasis | None
     ) -> list[DirectionalMoments]:
-        held = torch.isin(factor.sample_of_row, fold.held.to(factor.rows.device))
+        held = torch.isin(factor.sample_of_row, fold.held.to(factor.rows.like.device))
         rows = HeldOutRows.of(factor, held, threshold, k)
         requests = _of_fold(requests, rows.values, basis)
-        sums = RunningMoments(rows.projections.shape[1], factor.rows)
+        sums = RunningMoments(rows.projections.shape[1], factor.rows.like)
         values, diagonal = rows.projections.square().unflatten(0, (-1, r)).sum(1), factor.gram.diagonal()[held]
         scales: Tensor | None = None
         if factors is not None:
@@ -196,8 +196,11 @@ def _through_gram(batch: RowCurvature, k: int, threshold: float, rest: RowCurvat
         draw = (rest or batch).draw
         sums.add(values, None if draw is None else draw.at(fold.held))
         trace = diagonal.sum() * factor.n_samples / sums.n
-        residual = ResidualDiagonal(requests, sums.first.new_zeros(factor.rows.shape[1]))
-        for rank in residual.ranks:
+        residual = ResidualDiagonal(requests, sums.first.new_zeros(factor.rows.shape[2]))
+        if factor.rows.by_parameter:
+            for request in residual.requests:
+                residual.add_squares(request, rows.residual_squares(factor, request.rank, request.basis, scales))
+        for rank in [] if factor.rows.by_parameter else residual.ranks:
             outside = rows.residual(factor, rank)
             if scales is not None:
                 outside = outside * scales.to(outside.dtype)

@@ -232,7 +232,7 @@ def _eigenvectors(curvature: RowCurvature, seed: int) -> tuple[Eigenpairs, Eigen
         values, W = torch.linalg.eigh(factor.gram)
 
         def vectors(chosen: Int64[Tensor, " k"]) -> Float[Tensor, "P k"]:
-            U = factor.rows.mT @ W.flip(1)[:, chosen].to(factor.rows.dtype)
+            U = factor.rows.combined(W.flip(1)[:, chosen].to(factor.rows.like))
             return U / U.norm(dim=0)
 
     else:

@@ -15,30 +15,35 @@ from torch import Tensor
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, numerical_rank
-
-_PANEL = 160  # rows per block of the Gram matrix: large enough for a fast product
-_PANEL_BYTES = 20 * 2**20  # bytes of the columns converted at a time
+from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
 
 
 @dataclass(frozen=True, eq=False)
 class GramFactor:
-    r"""Stacked rows of a root of the curvature, with the sample of each row.
+    r"""All rows of a root of the curvature of n samples, r of each.
 
     Attributes:
         rows: $V$, so that the curvature is $V^\top V / n$.
-        sample_of_row: position of each row's sample in its sub-batch.
-        n_samples: $n$.
     """
 
-    rows: Float[Tensor, "R P"]
-    sample_of_row: Int64[Tensor, " R"]
-    n_samples: int
+    rows: RowMatrix
+
+    @property
+    def n_samples(self) -> int:
+        """Number n of samples."""
+        return len(self.rows)
+
+    @property
+    def sample_of_row(self) -> Int64[Tensor, " R"]:
+        """Position of each row's sample."""
+        n, r, _ = self.rows.shape
+        return torch.arange(n, device=self.rows.like.device).repeat_interleave(r)
 
     @cached_property
     def gram(self) -> Float[Tensor, "R R"]:
         r"""Gram matrix $V V^\top / n$ in double precision."""
         # cached, as the Gram matrices of folds are sub-blocks of it
-        return row_products(self.rows, accumulation_dtype(self.rows)) / self.n_samples
+        return self.rows.products() / self.n_samples
 
     def eigenpairs(self, threshold: float, rank: int | None = None) -> Eigenpairs:
         r"""Return the eigenpairs of H from those of the Gram matrix.
@@ -58,25 +63,12 @@ class GramFactor:
         dropped = _largest_after(values, k)
         k = k if rank is None else min(k, rank)
         values, W = values[:k], W[:, :k]
-        scaled = (W / (values * self.n_samples).sqrt()).to(self.rows.dtype)
-        U = polish(self.rows.T @ scaled)
-        rounding = torch.finfo(self.rows.dtype).eps * values[:1].expand(k)
+        dtype = self.rows.like.dtype
+        U = polish(self.rows.combined((W / (values * self.n_samples).sqrt()).to(dtype)))
+        rounding = torch.finfo(dtype).eps * values[:1].expand(k)
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
         return Eigenpairs(values.to(U.dtype), U, rounding.to(U.dtype), outcome, dropped, projections)
-
-
-def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor, "R R"]:
-    """Return the inner products of all pairs of rows in the given precision, computing one triangle only."""
-    R, P = rows.shape
-    lower = rows.new_zeros(R, R, dtype=dtype)
-    width = max(1, min(P, _PANEL_BYTES // (8 * max(R, 1))))
-    for columns in rows.split(width, dim=1):
-        V = columns.to(dtype)
-        for i in range(0, R, _PANEL):
-            stop = min(i + _PANEL, R)
-            lower[i:stop, :stop] += V[i:stop] @ V[:stop].T
-    return lower.tril() + lower.tril(-1).T
 
 
 def dense_eigenpairs(

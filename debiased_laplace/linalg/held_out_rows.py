@@ -13,6 +13,7 @@ from torch import Tensor
 
 from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.gram import GramFactor
+from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,23 @@ class HeldOutRows:
 
     def residual(self, factor: GramFactor, rank: int) -> Float[Tensor, "h P"]:
         """Return the held-out rows without their components along the first `rank` directions."""
-        V = factor.rows
+        V = factor.rows.dense().flatten(0, 1)
+        return V[self.held] - self._combination(rank, V) @ V
+
+    def residual_squares(
+        self, factor: GramFactor, rank: int, basis: KroneckerBasis | None, scales: Float[Tensor, "h 1"] | None
+    ) -> Float[Tensor, " P"]:
+        """Return the squares of the residual in the coordinates of a basis, summed over the rows times their scales."""
+        total = self.projections.new_zeros(factor.rows.shape[2])
+        for place, rows in factor.rows.rotated(basis).columns():
+            V = rows.flatten(0, 1)
+            outside = V[self.held] - self._combination(rank, V) @ V
+            outside = outside if scales is None else outside * scales.to(outside)
+            total[place] = outside.square().sum(0)
+        return total
+
+    def _combination(self, rank: int, like: Tensor) -> Float[Tensor, "h R"]:
         # zero coefficients for the held-out rows: indexing V by ~held would copy the other rows
-        combination = self.projections.new_zeros(len(self.projections), len(V))
+        combination = self.projections.new_zeros(len(self.projections), len(self.held))
         combination[:, ~self.held] = self.projections[:, :rank] @ self.coefficients[:, :rank].T
-        return V[self.held] - combination.to(V.dtype) @ V
+        return combination.to(like.dtype)

@@ -454,7 +454,7 @@ def test_evaluation_uses_draws_of_its_own() -> None:
     rest = batch.part(torch.arange(5, 40))
     evaluation = module._evaluation_curvature(rest)
     assert torch.equal(evaluation.samples.indices, rest.samples.indices)
-    drawn = [some.stacked_rows().rows for some in (rest, rest.redrawn(), evaluation)]
+    drawn = [some.stacked_rows().rows.dense().flatten(0, 1) for some in (rest, rest.redrawn(), evaluation)]
     for i, one in enumerate(drawn):
         for other in drawn[:i]:
             same = (one == other).all(1).double().mean()

@@ -11,6 +11,7 @@ from debiased_laplace.debiasing.cross_fitting import each_fold, extended, pooled
 from debiased_laplace.debiasing.magnitudes import cross_fitted
 from debiased_laplace.linalg.gram import GramFactor
 from debiased_laplace.linalg.held_out_rows import HeldOutRows
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 N, N_FOLDS, LEADING = 300, 8, 10
 PRIOR, TEMPERATURE = 0.4, 1.3
@@ -44,9 +45,8 @@ class Population:
 
     def estimates(self, chosen: Tensor, folds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Directions, their true curvatures, and the eigenvalues and the cross-fitted values of some samples."""
-        n, r = len(chosen), self.rows.shape[1]
-        owner = torch.arange(n).repeat_interleave(r)
-        factor = GramFactor(self.rows[chosen].flatten(0, 1), owner, n)
+        r = self.rows.shape[1]
+        factor = GramFactor(RowMatrix((self.rows[chosen],)))
         pairs = factor.eigenpairs(1e-6)
         found = []
         for fold in each_fold(folds):

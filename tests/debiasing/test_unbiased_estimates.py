@@ -13,6 +13,7 @@ from debiased_laplace.curvature.sub_batch import DirectionalMoments
 from debiased_laplace.debiasing.held_out_kl import KLTerms, estimate_held_out_kl, sample_terms
 from debiased_laplace.debiasing.magnitudes import held_out, same_batch
 from debiased_laplace.linalg.gram import GramFactor
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 N, A, B, K = 400, 60, 60, 12
 DRAWS = 500
@@ -50,8 +51,7 @@ class Population:
 
     def eigenpairs(self, indices):
         rows = self.rows[indices]
-        owner = torch.arange(len(indices)).repeat_interleave(rows.shape[1])
-        return GramFactor(rows.flatten(0, 1), owner, len(indices)).eigenpairs(1e-6, K)
+        return GramFactor(RowMatrix((rows,))).eigenpairs(1e-6, K)
 
     def quadratics(self, U):
         """u' H_n u of every sample, (N, k)."""

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, numerical_rank
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature, dense_eigenpairs, polish
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -11,8 +12,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def factor(rows: Tensor, n_samples: int) -> GramFactor:
-    owner = torch.arange(n_samples).repeat_interleave(len(rows) // n_samples)
-    return GramFactor(rows, owner, n_samples)
+    return GramFactor(RowMatrix((rows.reshape(n_samples, -1, rows.shape[1]),)))
 
 
 def rows_with(spectrum: Tensor, *, n_rows: int, n_parameters: int, n_samples: int, seed: int = 0) -> Tensor:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from debiased_laplace.linalg.gram import GramFactor
 from debiased_laplace.linalg.held_out_rows import HeldOutRows
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -11,7 +12,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def factor(V: Tensor, n_samples: int) -> GramFactor:
-    return GramFactor(V, torch.arange(n_samples).repeat_interleave(len(V) // n_samples), n_samples)
+    return GramFactor(RowMatrix((V.reshape(n_samples, -1, V.shape[1]),)))
 
 
 def eigenvectors_of_others(V: Tensor, held: Tensor, threshold: float, rank: int) -> Tensor:

@@ -1,0 +1,278 @@
+r"""Rows of a curvature's root by parameter, as factors where they are sums of few outer products.
+
+The matrix of all rows (R, P) is never formed: what needs it goes over chunks of its columns. Where a parameter's rows
+are $\sum_t g_t a_t^\top$ with few positions t, the factors take a fraction of its memory, and a Kronecker basis rotates
+g and a instead of the rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
+
+_CHUNK_BYTES = 64 * 2**20
+"""Approximate size of a chunk of columns."""
+
+_PANEL = 160  # rows per block of a Gram matrix: large enough for a fast product
+_PANEL_BYTES = 20 * 2**20  # bytes of the columns converted at a time
+
+
+@dataclass(frozen=True, eq=False)
+class OuterRows:
+    r"""Rows $\sum_t g_t a_t^\top$ of a matrix parameter; one factor may be the same for all rows of a sample.
+
+    Attributes:
+        left: g, (n, r or 1, T, o).
+        right: a, (n, r or 1, T, i).
+    """
+
+    left: Float[Tensor, "n q T o"]
+    right: Float[Tensor, "n p T i"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """n, r and the number of entries of the parameter."""
+        (n, q, _, o), (_, p, _, i) = self.left.shape, self.right.shape
+        return n, max(p, q), o * i
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the factors."""
+        return (self.left.numel() + self.right.numel()) * self.left.element_size()
+
+    def dense(self) -> Float[Tensor, "n r p"]:
+        """Return the rows."""
+        return self.columns(0, self.left.shape[-1])
+
+    def columns(self, start: int, stop: int) -> Float[Tensor, "n r w"]:
+        """Return the entries of the rows `start` to `stop` of the parameter as a matrix."""
+        M = self.left[..., start:stop].mT @ self.right
+        return M.expand(-1, self.shape[1], -1, -1).flatten(2)
+
+    def at(self, samples: Tensor | slice) -> "OuterRows":
+        """Return the rows of some samples."""
+        return OuterRows(self.left[samples], self.right[samples])
+
+    def scaled(self, factors: Float[Tensor, " n"]) -> "OuterRows":
+        """Return the rows times a number for each sample."""
+        f = factors.to(self.left)[:, None, None, None]
+        small = self.left.numel() <= self.right.numel()
+        return OuterRows(self.left * f, self.right) if small else OuterRows(self.left, self.right * f)
+
+    @property
+    def products_are_cheaper(self) -> bool:
+        """Whether inner products of pairs of rows cost less by their factors, which takes all pairs of positions."""
+        (n, q, T, o), (_, p, _, i) = self.left.shape, self.right.shape
+        return T * T * (o + i) <= o * i and (n * max(p, q) * T) ** 2 * 8 <= 4 * _CHUNK_BYTES
+
+    def products(self, dtype: torch.dtype) -> Float[Tensor, "R R"]:
+        r"""Return the inner products $\sum_{tt'} (g_t^\top g'_{t'}) (a_t^\top a'_{t'})$ of all pairs of rows."""
+        n, r, _ = self.shape
+        T = self.left.shape[2]
+        G, A = (x.expand(-1, r, -1, -1).reshape(n * r * T, -1).to(dtype) for x in (self.left, self.right))
+        return ((G @ G.mT) * (A @ A.mT)).unflatten(0, (-1, T)).unflatten(2, (-1, T)).sum((1, 3))
+
+    def rotated(self, block: BasisBlock) -> "OuterRows":
+        """Return the rows in the coordinates of a basis."""
+        left = self.left if block.left is None else self.left @ block.left
+        right = self.right if block.right is None else self.right @ block.right
+        return OuterRows(left, right)
+
+
+RowsOfParameter = OuterRows | Float[Tensor, "n r p"]
+"""Rows of one parameter, as factors or flat."""
+
+
+def flat(rows: RowsOfParameter) -> Float[Tensor, "n r p"]:
+    """Return the rows of one parameter as a tensor."""
+    return rows.dense() if isinstance(rows, OuterRows) else rows
+
+
+@dataclass(frozen=True, eq=False)
+class RowMatrix:
+    """Rows of n samples, r each, by parameter.
+
+    Attributes:
+        parts: one for each parameter, in order; or a single one for all.
+    """
+
+    parts: tuple[RowsOfParameter, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """n, r and P."""
+        n, r, _ = self.parts[0].shape
+        return n, r, sum(part.shape[2] for part in self.parts)
+
+    def __len__(self) -> int:
+        return self.parts[0].shape[0]
+
+    @property
+    def by_parameter(self) -> bool:
+        """Whether there is a part for each parameter, not one for all."""
+        return len(self.parts) > 1
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the rows as they are held."""
+        return sum(p.n_bytes if isinstance(p, OuterRows) else p.numel() * p.element_size() for p in self.parts)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the rows' dtype and device."""
+        part = self.parts[0]
+        return part.left if isinstance(part, OuterRows) else part
+
+    def dense(self) -> Float[Tensor, "n r P"]:
+        """Return all rows as one tensor."""
+        return torch.cat([flat(part) for part in self.parts], dim=-1) if len(self.parts) > 1 else flat(self.parts[0])
+
+    def at(self, samples: Tensor | slice) -> "RowMatrix":
+        """Return the rows of some samples, by their indices or a mask."""
+        return RowMatrix(
+            tuple(part.at(samples) if isinstance(part, OuterRows) else part[samples] for part in self.parts)
+        )
+
+    def scaled(self, factors: Float[Tensor, " n"]) -> "RowMatrix":
+        """Return the rows times a number for each sample."""
+        return RowMatrix(
+            tuple(
+                part.scaled(factors) if isinstance(part, OuterRows) else part * factors.to(part)[:, None, None]
+                for part in self.parts
+            )
+        )
+
+    @staticmethod
+    def joined(groups: "Sequence[RowMatrix]") -> "RowMatrix":
+        """Return the rows of several groups of samples."""
+        parts: list[RowsOfParameter] = []
+        for of_parameter in zip(*(group.parts for group in groups), strict=True):
+            outer = [p for p in of_parameter if isinstance(p, OuterRows)]
+            if len(outer) == len(of_parameter):
+                # samples of other groups may have other numbers of positions
+                T = max(p.left.shape[2] for p in outer)
+                left, right = (
+                    torch.cat([pad(x, (0, 0, 0, T - x.shape[2])) for x in side])
+                    for side in ([p.left for p in outer], [p.right for p in outer])
+                )
+                parts.append(OuterRows(left, right))
+            else:
+                parts.append(torch.cat([flat(p) for p in of_parameter]))
+        return RowMatrix(tuple(parts))
+
+    def rotated(self, basis: KroneckerBasis | None) -> "RowMatrix":
+        """Return the rows in the coordinates of a basis; None: as they are."""
+        if basis is None:
+            return self
+        if len(self.parts) == 1 and len(basis.blocks) > 1:
+            return RowMatrix((basis.coordinates(flat(self.parts[0])),))
+        return RowMatrix(
+            tuple(
+                part.rotated(block) if isinstance(part, OuterRows) else block.rotated(part, back=False)
+                for part, block in zip(self.parts, basis.blocks, strict=True)
+            )
+        )
+
+    @property
+    def places(self) -> list[slice]:
+        """Place of each parameter in the flat vector."""
+        ends = torch.tensor([0, *(part.shape[2] for part in self.parts)]).cumsum(0).tolist()
+        return [slice(a, b) for a, b in pairwise(ends)]
+
+    def columns(self, row_bytes: int = 1) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:
+        """Yield chunks of the columns, with their places in the flat vector.
+
+        Args:
+            row_bytes: bytes that the caller needs for each entry, relative to those of the entry.
+        """
+        n, r, _ = self.shape
+        most = max(1, _CHUNK_BYTES // (n * r * self.like.element_size() * row_bytes))
+        for place, part in zip(self.places, self.parts, strict=True):
+            for local, rows in _columns_of(part, most):
+                yield slice(place.start + local.start, place.start + local.stop), rows
+
+    def projected(self, U: Float[Tensor, "P k"]) -> Float[Tensor, "n r k"]:
+        """Return the products with directions."""
+        n, r, _ = self.shape
+        total = U.new_zeros(n, r, U.shape[1])
+        for place, rows in self.columns():
+            total += rows @ U[place]
+        return total
+
+    def combined(self, W: Float[Tensor, "R k"]) -> Float[Tensor, "P k"]:
+        """Return $V^T W$ for all rows V (R, P), those of a sample adjacent."""
+        result = W.new_empty(self.shape[2], W.shape[1])
+        for place, rows in self.columns():
+            result[place] = rows.flatten(0, 1).mT @ W
+        return result
+
+    def residual_squares(
+        self, projections: Float[Tensor, "n r k"], U: Float[Tensor, "P k"], basis: KroneckerBasis | None
+    ) -> Float[Tensor, " P"]:
+        """Return the squares, summed over rows, of what directions leave of the rows, in the coordinates of a basis.
+
+        Args:
+            projections: of the rows on the directions.
+            U: orthonormal directions, not in the coordinates of the basis.
+            basis: one block for each part; None: the axes.
+        """
+        n, r, P = self.shape
+        total = projections.new_zeros(P, dtype=accumulation_dtype(projections))
+        most = max(1, _CHUNK_BYTES // (n * r * self.like.element_size()))
+        blocks = [None] * len(self.parts) if basis is None else list(basis.blocks)
+        for place, part, block in zip(self.places, self.rotated(basis).parts, blocks, strict=True):
+            own = U[place] if block is None else block.rotated(U[place].mT.contiguous(), back=False).mT
+            for local, rows in _columns_of(part, most):
+                outside = rows - projections @ own[local].mT
+                total[place.start + local.start : place.start + local.stop] = outside.square().sum((0, 1))
+        return total
+
+    def products(self) -> Float[Tensor, "R R"]:
+        """Return the inner products of all pairs of rows, in double precision."""
+        n, r, _ = self.shape
+        exact = accumulation_dtype(self.like)
+        total = self.like.new_zeros(n * r, n * r, dtype=exact)
+        others = []
+        for part in self.parts:
+            if isinstance(part, OuterRows) and part.products_are_cheaper:
+                total += part.products(exact)
+            else:
+                others.append(part)
+        if others:
+            for _, rows in RowMatrix(tuple(others)).columns(2):
+                total += row_products(rows.flatten(0, 1), exact)
+        return total
+
+
+def _columns_of(part: RowsOfParameter, most: int) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:
+    """Yield chunks of at most about so many columns."""
+    if not isinstance(part, OuterRows):
+        for first in range(0, part.shape[2], most):
+            last = min(first + most, part.shape[2])
+            yield slice(first, last), part[..., first:last]
+        return
+    o, i = part.left.shape[-1], part.right.shape[-1]
+    step = max(1, most // i)
+    for first in range(0, o, step):
+        last = min(first + step, o)
+        yield slice(first * i, last * i), part.columns(first, last)
+
+
+def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor, "R R"]:
+    """Return the inner products of all pairs of rows in the given precision, computing one triangle only."""
+    R, P = rows.shape
+    lower = rows.new_zeros(R, R, dtype=dtype)
+    width = max(1, min(P, _PANEL_BYTES // (8 * max(R, 1))))
+    for columns in rows.split(width, dim=1):
+        V = columns.to(dtype)
+        for i in range(0, R, _PANEL):
+            stop = min(i + _PANEL, R)
+            lower[i:stop, :stop] += V[i:stop] @ V[:stop].T
+    return lower.tril() + lower.tril(-1).T

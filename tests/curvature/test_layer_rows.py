@@ -1,0 +1,204 @@
+"""Rows by layers against rows of single samples, and curvatures that hold them by parameter against flat rows."""
+
+import pytest
+import torch
+from models import MODELS, targets
+from torch import Tensor, nn
+
+from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.derivatives import find_capabilities, layered_rows, looped_rows
+from debiased_laplace.curvature.kronecker import kronecker_basis, matrix_shapes, row_matrix_factors
+from debiased_laplace.curvature.layer_rows import Layers, LayersDifferError
+from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.roots import GaussNewton
+from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.curvature.sub_batch import DrawErrors, ResidualRequest
+from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.sub_batch import SubBatch
+from debiased_laplace.linalg.row_matrix import OuterRows
+
+N = 9
+
+
+class Many(nn.Module):
+    """Layers of every kind, for inputs (n, 6): groups, strides, one and three dimensions, transposed, and others."""
+
+    def __init__(self, inplace=True):
+        super().__init__()
+        self.one = nn.Conv1d(2, 4, 2, stride=2, padding=1, groups=2)
+        self.two = nn.Conv2d(1, 3, (2, 1), dilation=(1, 2), padding=(1, 0))
+        self.named = nn.Conv2d(3, 2, 3, padding="same", bias=False)
+        self.back = nn.ConvTranspose2d(2, 2, 2, stride=2)
+        self.three = nn.Conv3d(1, 2, 2)
+        self.groups, self.instance = nn.GroupNorm(1, 2), nn.InstanceNorm3d(2, affine=True)
+        self.act, self.relu = nn.PReLU(2), nn.ReLU(inplace=inplace)
+        self.product = nn.Parameter(torch.randn(4, 3))
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+        self.place = nn.Parameter(torch.randn(1, 3, 3))
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+        self.pair = nn.Bilinear(3, 3, 3)
+        self.transposed = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        h = self.relu(self.one(x.unflatten(1, (2, 3))))
+        h = self.relu(self.named(self.two(h[:, None])))
+        h = self.act(self.groups(self.back(h)))
+        h = self.instance(self.three(h[:, None]))
+        h = h.flatten(1)[:, :8].unflatten(1, (2, 4)).tanh() @ self.product
+        h = torch.cat([self.token.expand(len(x), -1, -1), h], dim=1) + self.place
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return self.pair(h[:, 0], h[:, 1]) @ self.transposed.t()
+
+
+class Embedded(nn.Module):
+    """A tied embedding, with tokens merged with samples on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(6, 3), nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x):
+        h = self.inner(self.embed(x).flatten(0, 1)).tanh().unflatten(0, (len(x), -1))
+        return nn.functional.linear(self.scale * h.sum(1), self.embed.weight)
+
+
+class Steered(nn.Module):
+    """Other layers for other inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head((self.first if len(x) < 4 else self.second)(x).tanh())
+
+
+def built(name):
+    if name in MODELS:
+        return MODELS[name]()
+    torch.manual_seed(3)
+    if name == "embedding":
+        return Embedded().double().eval(), torch.randint(6, (40, 4))
+    return Many().double().eval(), torch.randn(40, 6).double()
+
+
+def cotangents(outputs: Tensor, aux: Tensor) -> Tensor:
+    W = torch.arange(2 * outputs.shape[-1], dtype=outputs.dtype).cos().unflatten(0, (-1, 2))
+    return W * (1 + aux)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "embedding", "many"])
+def test_rows_are_those_of_single_samples(name):
+    model, X = built(name)
+    with at_weights(model):
+        selection = ParameterSelection.all_weights(model)
+        parameters = selection.unflatten(selection.vector())
+        able = find_capabilities(selection, parameters, X[:8])
+        # torch's derivative of PReLU is wrong under vmap
+        unseen = set(selection.names) - able.layers.names
+        recurrent = {name for name in selection.names if name.startswith("recurrent")}
+        assert unseen == recurrent | ({"transposed", "act.weight"} if name == "many" else set())
+        aux = torch.arange(N) / 4
+        arguments = (selection, parameters)
+        expected, outputs = looped_rows(*arguments, X[:N], aux, cotangents)
+        rows, found = layered_rows(*arguments, able.layers, X[:N], aux, cotangents, vmapped=able.vmapped_rows)
+    torch.testing.assert_close(rows.dense(), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, outputs)
+    assert not rows.dense().requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_rows_of_a_linear_layer_stay_factors():
+    model, X = MODELS["MLP"]()
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    able = find_capabilities(selection, parameters, X)
+    rows, _ = layered_rows(selection, parameters, able.layers, X, torch.zeros(40), cotangents, vmapped=True)
+    assert [isinstance(part, OuterRows) for part in rows.parts] == [True, False] * 3
+    assert able.layers.n_numbers < selection.n_parameters
+
+
+def test_other_layers_than_found_take_another_way():
+    model, X = Steered().double(), torch.randn(6, 4).double()
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    able = find_capabilities(selection, parameters, X)
+    with pytest.raises(LayersDifferError, match="other calls"):
+        able.layers.rows(selection, parameters, X, torch.zeros(6), cotangents)
+    net = Network(selection, parameters, likelihood_named("classification"), 3, able)
+    J = torch.cat([J for J, _ in net.jacobians(X)])
+    expected = looped_rows(selection, parameters, X, torch.zeros(6), lambda f, _: torch.eye(3, dtype=f.dtype))[0]
+    torch.testing.assert_close(J, expected)
+
+
+def test_an_input_changed_in_place_takes_another_way():
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = x.clone()
+            h = self.layer(x)
+            x.mul_(2)
+            return self.head(h.tanh() + x)
+
+    model, X = Changed().double(), torch.randn(5, 4).double()
+    selection = ParameterSelection.all_weights(model)
+    with pytest.raises(LayersDifferError, match="in place"):
+        Layers.of(selection, selection.unflatten(selection.vector()), X)
+
+
+def curvature_of(name, weights=None):
+    model, X = built(name)
+    X, y = X[:N], targets("classification", N)
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    likelihood = likelihood_named("classification")
+    network = Network(selection, parameters, likelihood, 3, find_capabilities(selection, parameters, X))
+    batches = (Batch(X[:4], y[:4]), Batch(X[4:], y[4:]))
+    samples = SubBatch(None, torch.arange(N), torch.device("cpu"), 0, batches, weights)
+    draw = DrawErrors.of(torch.linspace(0.2, 1, N).double())
+    return RowCurvature(network, samples, GaussNewton(likelihood), draw=draw)
+
+
+@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer", "many"])
+def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, monkeypatch):
+    weights = torch.linspace(0.5, 1.7, N).double()
+    monkeypatch.setattr(RowCurvature, "_by_parameter", False)
+    flat = curvature_of(name, weights)
+    monkeypatch.setattr(RowCurvature, "_by_parameter", True)
+    monkeypatch.setattr("debiased_laplace.linalg.row_matrix._CHUNK_BYTES", 3000)
+    held = curvature_of(name, weights)
+    factors = torch.linspace(2, 0.3, N).double()
+    chosen = torch.tensor([1, 2, 5, 8])
+    for change in (lambda c: c, lambda c: c.reweighted(factors), lambda c: c.part(chosen)):
+        held.keep_rows()
+        expected, found = change(flat), change(held)
+        assert expected.rows_by_parameter is None
+        assert found.rows_by_parameter is not None
+        close = torch.testing.assert_close
+        V = torch.cat(list(expected.rows())).flatten(0, 1)
+        close(torch.cat(list(found.rows())).flatten(0, 1), V, rtol=1e-9, atol=1e-12)
+        factor = found.stacked_rows()
+        close(factor.gram, V @ V.mT / found.n_samples, rtol=1e-9, atol=1e-12)
+        W = torch.randn(len(V), 3).double()
+        close(factor.rows.combined(W), V.mT @ W)
+        shapes = matrix_shapes(flat.network.selection, layers_only=False)
+        pairs = list(zip(row_matrix_factors(expected, shapes), row_matrix_factors(found, shapes), strict=True))
+        for one, other in pairs:
+            close(other.left, one.left, rtol=1e-9, atol=1e-12)
+            close(other.right, one.right, rtol=1e-9, atol=1e-12)
+        basis = kronecker_basis([one for one, _ in pairs], torch.float64)
+        U = torch.linalg.qr(V.mT @ W)[0]
+        requests = [ResidualRequest(2, "diagonal", basis), ResidualRequest(3, "diagonal"), ResidualRequest(1, "trace")]
+        moments = zip(expected.nested_moments(U, requests), found.nested_moments(U, requests), strict=True)
+        for one, other in [*moments, (expected.coordinate_moments(basis), found.coordinate_moments(basis))]:
+            for key in ("means", "standard_deviations", "third_moments", "trace", "residual_diagonal"):
+                a, b = getattr(one, key), getattr(other, key)
+                assert (a is None) == (b is None)
+                if a is not None:
+                    close(b, a, rtol=1e-8, atol=1e-12)
