@@ -22,6 +22,7 @@ from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
 _MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
+_WORTHWHILE = 32 * 2**20  # bytes of a sample's Jacobian above which it is kept by parameter
 _TANGENTS = 32  # directions pushed forward at once
 
 RowBlocks = Iterator[Tensor]
@@ -197,6 +198,33 @@ class Network:
         except LayersDifferError:
             # data-dependent control flow
             return None
+
+    def jacobians_by_parameter(self, inputs: Inputs) -> Iterator[tuple[RowMatrix, Tensor]] | None:
+        """Return Jacobians and outputs (n, C) of chunks of samples; None unless that saves much memory.
+
+        Raises:
+            LayersDifferError: while iterating, if a chunk calls other layers than those that were found.
+        """
+        layers = self.capabilities.layers
+        few = self.n_outputs * self.bytes_of_a_row < _WORTHWHILE
+        if layers is None or few or 2 * self.bytes_of_factors > self.bytes_of_a_row:
+            return None
+        size = max(1, min(_MOST_SAMPLES, CHUNK_BYTES // (self.n_outputs * self.bytes_of_factors)))
+
+        def chunks() -> Iterator[tuple[RowMatrix, Tensor]]:
+            for chunk in split(inputs, size):
+                unused = torch.zeros(n_samples_of(chunk), device=self.like.device)
+                yield derivatives.layered_rows(
+                    self.selection,
+                    self.parameters,
+                    layers,
+                    chunk,
+                    unused,
+                    derivatives.identity_cotangents,
+                    vmapped=self.capabilities.vmapped_rows,
+                )
+
+        return chunks()
 
     @property
     def bytes_of_factors(self) -> int:

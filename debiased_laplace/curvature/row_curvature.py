@@ -339,6 +339,11 @@ class RowCurvature(SubBatchCurvature):
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
         r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
+        if self._by_parameter:
+            self.keep_rows()
+        if (held := self.rows_by_parameter) is not None:
+            parts = (held.at(chosen) for chosen in torch.arange(len(held)).split(_BATCH))
+            return torch.cat([precision.variance_of(part, covariances=False).sum(1) for part in parts])
         zeros = self.network.like.new_zeros
         groups = [
             sum((precision.variance_trace(rows) for rows in blocks), start=zeros(n))

@@ -20,6 +20,7 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import polish
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
+from debiased_laplace.linalg.row_matrix import RowMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +116,29 @@ class LowRankPlusDiagonal:
     def variance_trace(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch"]:
         r"""Return $\mathrm{tr}(X P^{-1} X^\top)$ of a stack of row matrices, without the r x r products."""
         return self.variances(rows).sum(-1)
+
+    def variance_of(self, rows: RowMatrix, *, covariances: bool = True) -> Tensor:
+        r"""Return `variance` of the rows of every sample, (n, r, r), or `variances`, (n, r), chunk by chunk of columns.
+
+        Args:
+            rows: of n samples, r each.
+            covariances: between the rows of a sample; otherwise the variance of every row.
+        """
+        V, s, _ = self._spectrum
+        rows = rows.rotated(self.basis)
+        scales = self.diagonal.rsqrt().expand(self.n_parameters)
+        n, r, _ = rows.shape
+        parallel = rows.like.new_zeros(n, r, self.rank)
+        for place, part in rows.columns() if self.rank else ():
+            parallel += (part * scales[place]) @ V[place]
+        total = rows.like.new_zeros((n, r, r) if covariances else (n, r))
+        for place, part in rows.columns():
+            perpendicular = part * scales[place]
+            if self.rank:
+                perpendicular = perpendicular - parallel @ V[place].mT
+            total += perpendicular @ perpendicular.mT if covariances else perpendicular.square().sum(-1)
+        scaled = parallel / (1 + s).sqrt()
+        return total + (scaled @ scaled.mT if covariances else scaled.square().sum(-1))
 
     @cached_property
     def covariance_diagonal(self) -> Float[Tensor, " P"]:

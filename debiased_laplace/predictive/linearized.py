@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network, RowBlocks
 from debiased_laplace.data.inputs import Inputs, split
@@ -37,11 +38,28 @@ def predict(
     Returns:
         Means and covariances.
     """
+    if not create_graph and (found := _predict_by_parameter(network, precision, inputs, covariances=True)) is not None:
+        return found
     means, covariances = [], []
     for J, f in network.jacobians(inputs, create_graph=create_graph):
         means.append(f)
         covariances.append(precision.variance(J))
     return torch.cat(means), torch.cat(covariances)
+
+
+def _predict_by_parameter(
+    network: Network, precision: LowRankPlusDiagonal, inputs: Inputs, *, covariances: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Compute means and covariances or variances by layers; None where the network does not allow that."""
+    chunks = network.jacobians_by_parameter(inputs)
+    if chunks is None:
+        return None
+    try:
+        parts = [(f, precision.variance_of(rows, covariances=covariances)) for rows, f in chunks]
+    except LayersDifferError:
+        return None
+    means, variances = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(variances)
 
 
 def predict_variances(
@@ -57,6 +75,8 @@ def predict_variances(
         return means, covariances.diagonal(dim1=-2, dim2=-1)
     if (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
         return closed.means, closed.variances()
+    if (found := _predict_by_parameter(network, precision, inputs, covariances=False)) is not None:
+        return found
     means = network.outputs(inputs)
     groups = [
         torch.cat([precision.variances(rows) for rows in blocks], dim=1)

@@ -17,7 +17,9 @@ from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import DrawErrors, ResidualRequest
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.sub_batch import SubBatch
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.linalg.row_matrix import OuterRows
+from debiased_laplace.predictive.linearized import predict, predict_variances
 
 N = 9
 
@@ -202,3 +204,27 @@ def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, mon
                 assert (a is None) == (b is None)
                 if a is not None:
                     close(b, a, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_predictions_by_parameter_are_those_of_flat_rows(name, rank, monkeypatch):
+    curvature = curvature_of(name)
+    network, X = curvature.network, built(name)[1]
+    P = network.n_parameters
+    basis = kronecker_basis(row_matrix_factors(curvature, matrix_shapes(network.selection, layers_only=False)), X.dtype)
+    generator = torch.Generator().manual_seed(4)
+    diagonal, U = torch.rand(P, generator=generator).double() + 0.3, torch.randn(P, rank, generator=generator).double()
+    precision = LowRankPlusDiagonal(diagonal, torch.linalg.qr(U)[0], torch.arange(1, rank + 1).double(), basis)
+    expected, traces = predict(network, precision, X), curvature.traces(precision)
+    monkeypatch.setattr("debiased_laplace.linalg.row_matrix._CHUNK_BYTES", 3000)
+    monkeypatch.setattr("debiased_laplace.curvature.network._WORTHWHILE", 0)
+    monkeypatch.setattr(Network, "bytes_of_factors", 8)
+    monkeypatch.setattr(RowCurvature, "_by_parameter", True)
+    assert network.jacobians_by_parameter(X) is not None
+    torch.testing.assert_close(predict(network, precision, X), expected, rtol=1e-9, atol=1e-12)
+    variances = expected[1].diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(
+        predict_variances(network, precision, X), (expected[0], variances), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(curvature.traces(precision), traces, rtol=1e-9, atol=1e-12)
