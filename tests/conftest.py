@@ -1,12 +1,15 @@
-"""Marks of whole files, run-time type checks on request, and one thread for each of several test processes."""
+"""Marks of files and of many cases, run-time type checks on request, one thread for each of several test processes."""
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from zlib import crc32
 
 import pytest
 import torch
+
+MOST_CASES = 10
+"""Cases of a test in the fast part; the others are slow. A test whose cases say different things is several tests."""
 
 PAGES = ("page", "example", "benchmark", "readme")
 
@@ -24,26 +27,27 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Mark what runs pages, examples and benchmark scripts, by its file; thin out the cases under type checks."""
+    """Mark what runs pages, examples and benchmark scripts, by its file, and cases beyond the first ones as slow."""
     for item in items:
         if any(word in item.path.stem for word in PAGES) and "calibration" not in item.path.parts:
             item.add_marker(pytest.mark.pages)
         if os.environ.get("TYPECHECK") and "untyped" in item.keywords:
             item.add_marker(pytest.mark.skip("not under run-time type checks"))
+    first = first_cases(items, MOST_CASES)
+    for item in items:
+        if item not in first:
+            item.add_marker(pytest.mark.slow)
     yield
     if os.environ.get("TYPECHECK"):
-        kept = some_cases(items)
+        # the types are those of the test
+        kept = first_cases(items, 1)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
 
 
-def some_cases(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return about the square root of the cases of every test, evenly spaced: the types are those of the test."""
+def first_cases(items: list[pytest.Item], n: int) -> set[pytest.Item]:
+    """Return at most n cases of every test, in an order that mixes its parameters and is always the same."""
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
-    kept: set[pytest.Item] = set()
-    for own in cases.values():
-        n = math.ceil(len(own) ** 0.5)
-        kept |= {own[i * len(own) // n] for i in range(n)}
-    return kept
+    return {item for own in cases.values() for item in sorted(own, key=lambda item: crc32(item.nodeid.encode()))[:n]}
