@@ -454,11 +454,8 @@ def _split(drawn: DrawnRows, part: Tensor, options: EstimatorOptions, n_data: in
 
 def _described(drawn: DrawnRows, curvature: SubBatchCurvature, part: Tensor, n_data: int | float) -> Rows:
     p = drawn.probabilities
-    if isinstance(curvature, RowCurvature):
-        # squared norms of the rows, by their weights in the mean
-        weighted = torch.cat([rows.double().square().sum((1, 2)).cpu() for rows in curvature.rows()])
-    else:
-        weighted = drawn.draw.scores / p
+    # squared norms of the rows, by their weights in the mean
+    weighted = curvature.squared_norms() if isinstance(curvature, RowCurvature) else drawn.draw.scores / p
     norms = weighted * p
     # as many rows of those that have curvature
     uniform = min(1.0, drawn.expected / drawn.sampler.drawers[0].population.n_positive)
