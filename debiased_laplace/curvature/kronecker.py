@@ -163,7 +163,8 @@ def _outer_product_factors(
     exact = accumulation_dtype(curvature.network.like)
     zeros = partial(curvature.network.like.new_zeros, dtype=exact)
     sums = [[zeros((side.size,) * (2 if side.full else 1)) for side in (shape.rows, shape.columns)] for shape in shapes]
-    for batch, features, outputs, part in curvature.features("[Kronecker factors]"):
+    for features, outputs, batch in curvature.features("[Kronecker factors]"):
+        part = batch.targets
         sizes = batch.scaled(curvature.root.quadratics(outputs, part, None))
         for name, shape, (left, right) in zip(layer.parts, shapes, sums, strict=True):
             y = features.to(exact) if name == "weight" else zeros(len(features), 1) + 1

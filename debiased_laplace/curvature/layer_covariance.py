@@ -1,8 +1,8 @@
 r"""Covariances of a last linear layer's outputs under a Gaussian over its parameters, in closed form from features.
 
-With features $\varphi$, a row of the weight's Jacobian is $e_c \otimes \varphi$ and is never formed. The parameters' covariance
-is $K D^{-1} K^\top + F^\top \mathrm{diag}(v) F$, where $K = Q_G \otimes Q_A$. In that of the outputs, the
-first term is $Q_G\,\mathrm{diag}(w)\,Q_G^\top$ with $w_c = \sum_a (Q_A^\top \varphi)_a^2 / D_{ca}$, the second one is
+With features $\varphi$, a row of the weight's Jacobian is $e_c \otimes \varphi$ and is never formed. The covariance of
+the parameters is $K D^{-1} K^\top + F^\top \mathrm{diag}(v) F$ with $K = Q_G \otimes Q_A$. In that of the outputs, the
+first term is $Q_G\,\mathrm{diag}(w)\,Q_G^\top$ with $w_c = \sum_a (Q_A^\top \varphi)_a^2 / D_{ca}$, and the second one
 $B\,\mathrm{diag}(v)\,B^\top$ with $B_{cj} = \sum_a F_{j,ca} \varphi_a$. A bias is a weight whose only feature is 1.
 """
 

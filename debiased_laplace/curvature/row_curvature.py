@@ -14,7 +14,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.derivatives import BatchProducts
 from debiased_laplace.curvature.layer_covariance import LayerCovariance
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
 from debiased_laplace.curvature.residual import ResidualDiagonal
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
@@ -26,7 +26,7 @@ from debiased_laplace.curvature.sub_batch import (
     RunningMoments,
     SubBatchCurvature,
 )
-from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.batches import Batch, joined
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
@@ -35,6 +35,8 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
+_FEATURES = 1024  # samples whose features are used at once
+_BYTES_OF_AN_OUTPUT = 64  # of what is computed from it: several numbers in double precision
 
 UNUSED = "unused"
 """Source of a curvature that nothing was computed of yet."""
@@ -242,24 +244,33 @@ class RowCurvature(SubBatchCurvature):
         backend = self.network.backend
         return None if backend is not None and backend.offers_rows(self.root) else self.network.linear_layer
 
-    def features(self, description: str) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-        r"""Yield samples of a last linear layer, their features, their outputs, and what the root needs.
+    def features(self, description: str) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+        """Yield features and outputs of a last linear layer, and batches of the features with targets or noise.
 
         Raises:
             ValueError: if the layer does not compute the outputs of some samples.
         """
         self._used.add(TORCH_ROWS)
+        together = max(1, min(_FEATURES, CHUNK_BYTES // (_BYTES_OF_AN_OUTPUT * self.network.n_outputs)))
+        found: list[tuple[Tensor, Tensor, Batch]] = []
         with self._progress(description) as bar:
             for batch, targets_or_noise in self.batches():
-                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
-                    found = self.network.features_of(chunk)
-                    if found is None:
+                size = min(_BATCH, together)
+                for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
+                    of_chunk = self.network.features_of(chunk)
+                    if of_chunk is None:
                         raise ValueError(
                             "The last layer gives the outputs of some samples and not of others; expected "
                             "subset_of_weights='all'."
                         )
-                    yield chunk, *found, part
+                    features, outputs = of_chunk
+                    found.append((features, outputs, Batch(features, part.to(features.device), chunk.weights)))
                     bar.update(len(chunk))
+                    if sum(len(outputs) for _, outputs, _ in found) >= together:
+                        yield _joined(found)
+                        found = []
+        if found:
+            yield _joined(found)
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Measure the curvature along every vector of a basis, and its spread over samples."""
@@ -281,8 +292,8 @@ class RowCurvature(SubBatchCurvature):
             for n, blocks in self.row_groups("[Held-out KL]"):
                 groups.append(sum((precision.variance_trace(rows) for rows in blocks), start=zeros(n)))
             return torch.cat(groups)
-        for batch, features, outputs, part in self.features("[Held-out KL]"):
-            groups.append(batch.scaled(covariance.traces(features, outputs, self.root, part)))
+        for features, outputs, batch in self.features("[Held-out KL]"):
+            groups.append(batch.scaled(covariance.traces(features, outputs, self.root, batch.targets)))
         return torch.cat(groups)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
@@ -293,18 +304,18 @@ class RowCurvature(SubBatchCurvature):
                 zeros = self.network.like.new_zeros(n, dtype=exact)
                 groups.append(sum((rows.to(exact).square().sum((1, 2)) for rows in blocks), start=zeros))
         else:
-            for batch, features, outputs, part in self.features("[Norms of rows]"):
-                sizes = batch.scaled(self.root.quadratics(outputs, part, None).sum(1))
+            for features, outputs, batch in self.features("[Norms of rows]"):
+                sizes = batch.scaled(self.root.quadratics(outputs, batch.targets, None).sum(1))
                 groups.append(sizes * self.linear_layer.squared_lengths(features))
         return torch.cat(groups).cpu().double()
 
     def _moments_of_outer_products(self, basis: KroneckerBasis, layer: LinearLayer) -> DirectionalMoments:
         r"""Measure the curvature of rows $s \varphi^\top$ as $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
         sums = RunningMoments(self.network.n_parameters, self.network.like)
-        for batch, features, outputs, targets_or_noise in self.features("[Curvature along the basis]"):
+        for features, outputs, batch in self.features("[Curvature along the basis]"):
             blocks = []
             for part, block in zip(layer.parts, basis.blocks, strict=True):
-                x = batch.scaled(self.root.quadratics(outputs, targets_or_noise, block.left))
+                x = batch.scaled(self.root.quadratics(outputs, batch.targets, block.left))
                 y = features if part == "weight" else torch.ones_like(features[:, :1])
                 y = y if block.right is None else y @ block.right
                 blocks.append((x, y.to(x.dtype).square()))
@@ -339,6 +350,11 @@ class RowCurvature(SubBatchCurvature):
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
+
+
+def _joined(found: list[tuple[Tensor, Tensor, Batch]]) -> tuple[Tensor, Tensor, Batch]:
+    features, outputs, batches = zip(*found, strict=True)
+    return torch.cat(features), torch.cat(outputs), joined(batches)
 
 
 class RowProducts:

@@ -274,9 +274,9 @@ class OuterValues:
         """Return the sum over samples of a power of the values, with weights."""
         parts = []
         for x, y in self.blocks:
-            powers = x if power == 1 else x.pow(power)
-            powers = powers if weights is None else powers * weights[:, None]
-            parts.append((powers.T @ y.pow(power)).flatten() if y.shape[1] > 1 else (powers * y.pow(power)).sum(0))
+            of_x, of_y = (t if power == 1 else t.square() if power == 2 else t.square() * t for t in (x, y))
+            of_x = of_x if weights is None else of_x * weights[:, None]
+            parts.append((of_x.T @ of_y).flatten() if y.shape[1] > 1 else (of_x * of_y).sum(0))
         return torch.cat(parts)
 
     def scaled(self, factors: Float[Tensor, " n"]) -> "OuterValues":
