@@ -68,7 +68,8 @@ class KroneckerFactors:
 
     def basis(self, dtype: torch.dtype) -> BasisBlock:
         """Return the eigenvectors of both sides, by decreasing eigenvalue."""
-        left, right = (None if pairs is None else pairs[1].to(dtype) for pairs in self._eigenpairs)
+        # rows are taken from them; decompositions return columns
+        left, right = (None if pairs is None else pairs[1].to(dtype).contiguous() for pairs in self._eigenpairs)
         return BasisBlock(len(self.left), len(self.right), left, right)
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,9 +82,22 @@ class Network:
         """The last linear layer that all parameters belong to, if there is one."""
         return self.capabilities.linear_layer
 
-    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-        """Return features (n, d) and outputs (n, C) of a last linear layer; None where it does not give the outputs."""
-        return None if self.linear_layer is None else self.linear_layer.features(self.parameters, inputs)
+    def features(self, inputs: Inputs, model_kwargs: dict[str, Any] | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return features (n, d) and outputs (n, C) of a last linear layer; None where it does not give the outputs.
+
+        Raises:
+            ValueError: as `check_inputs`.
+        """
+        if self.linear_layer is None:
+            return None
+        try:
+            found = self.linear_layer.features(self.parameters, inputs, model_kwargs)
+        except Exception:
+            self.check_inputs(inputs)
+            raise
+        if found is None:
+            self.check_inputs(inputs)
+        return found
 
     def features_of(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Return the same for a batch, whose features may have been kept."""

@@ -7,8 +7,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.curvature.layer_covariance import LayerCovariance, OutputCovariances
-from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits, sorted_differences
+
+_CACHE_BYTES = 2**21
+"""Size of the matrices of a chunk of inputs that stay in a processor's cache."""
 
 
 def layer_logits(
@@ -44,7 +46,7 @@ def _spread(part: OutputCovariances, order: Int64[Tensor, "n C"]) -> tuple[Tenso
 def _covariances(part: OutputCovariances, leading: Int64[Tensor, "n T"]) -> Iterator[Float[Tensor, "m D D"]]:
     """Yield covariances of the leading classes' differences to the first one, for chunks of inputs."""
     C, T, k = part.factor.shape[1], leading.shape[1], len(part.weights)
-    size = max(1, CHUNK_BYTES // (2 * T * max(C, k) * part.factor.element_size()))
+    size = max(1, _CACHE_BYTES // (T * max(C, k) * part.factor.element_size()))
     for start in range(0, len(leading), size):
         rows = slice(start, start + size)
         chosen = leading[rows]
@@ -56,6 +58,6 @@ def _covariances(part: OutputCovariances, leading: Int64[Tensor, "n T"]) -> Iter
                 own = w[rows].gather(1, chosen)
                 total = total + torch.diag_embed(own[:, 1:]) + own[:, :1, None]
             else:
-                D = Q[chosen[:, 1:]] - Q[chosen[:, :1]]
-                total = total + (D * w[rows, None, :]) @ D.mT
+                D = (Q[chosen[:, 1:]] - Q[chosen[:, :1]]).mul_(w[rows, None, :].sqrt())
+                total = total + D @ D.mT
         yield total

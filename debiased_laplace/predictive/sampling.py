@@ -30,8 +30,7 @@ def network_draws(
     Returns:
         Outputs per draw.
     """
-    layer = network.linear_layer
-    found = None if create_graph or layer is None else layer.features(network.parameters, inputs, model_kwargs)
+    layer, found = network.linear_layer, None if create_graph else network.features(inputs, model_kwargs)
     if found is not None and layer is not None:
         # the features are the same at every draw
         return torch.stack([layer.outputs(network.selection.unflatten(w), found[0]) for w in weights])
