@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -107,20 +108,20 @@ def results(likelihood, case, structure, sampling):
 
 
 def cases():
-    for case in CASES:
-        for structure in ("kron", "lowrank", "full"):
-            for sampling in ("curvature", "uniform"):
-                for likelihood in ("classification", "regression"):
-                    if (case == "class weights" and likelihood == "regression") or (
-                        "complement" in case and structure != "lowrank"
-                    ):
-                        continue
-                    usual = case in ("plain", "sample weights") and likelihood == "classification"
-                    yield pytest.param(
-                        case, structure, sampling, likelihood,
-                        id=f"{case}, {structure}, {sampling}, {likelihood}",
-                        marks=() if usual or structure == "kron" else pytest.mark.slow,
-                    )  # fmt: skip
+    for case, structure, sampling, likelihood in product(
+        CASES, ("kron", "lowrank", "full"), ("curvature", "uniform"), ("classification", "regression")
+    ):
+        if case == "class weights" and likelihood == "regression":
+            continue
+        # rank 4 of eigenvalues that a regression repeats for each output is arbitrary
+        if "complement" in case and (structure != "lowrank" or likelihood == "regression"):
+            continue
+        usual = likelihood == "classification" and (case == "plain" or (structure, sampling) == ("kron", "curvature"))
+        yield pytest.param(
+            *(case, structure, sampling, likelihood),
+            id=f"{case}, {structure}, {sampling}, {likelihood}",
+            marks=() if usual else pytest.mark.slow,
+        )
 
 
 @pytest.mark.filterwarnings(
@@ -199,5 +200,5 @@ def test_inputs_whose_outputs_the_layer_does_not_give():
     draws = la.functional_samples(x, "nn", n_samples=2, generator=torch.Generator().manual_seed(0))
     weights = la.sample(2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(draws, torch.einsum("ncp,sp->snc", J, weights))
-    with pytest.raises(ValueError, match="gives? the outputs of"):
+    with pytest.raises(ValueError, match="give the outputs of all samples"):
         la.fit([(X, torch.arange(12) % 3), (x, torch.tensor([0, 1]))])
