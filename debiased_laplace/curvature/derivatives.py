@@ -14,6 +14,7 @@ from torch.func import jvp, linearize, vjp, vmap
 
 from debiased_laplace.curvature.as_found import raise_interrupt, uninterrupted
 from debiased_laplace.curvature.layer_rows import Cotangents, Layers
+from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.batches import Batch
@@ -210,20 +211,29 @@ class LinearizedBatch:
         return self.selection.flatten(dict(zip(self._leaves, gradients, strict=True)))
 
 
+class LinearizedLayer:
+    """The same as `LinearizedBatch` for the features of a last linear layer."""
+
+    def __init__(self, layer: LinearLayer, features: Tensor, outputs: Tensor):
+        self._layer, self._features = layer, features
+        self.outputs = outputs
+
+    def pushed(self, X: Tensor) -> Tensor:
+        """Return $J_n x$ as (n, C, k) for X (P, k)."""
+        return self._layer.pushed(self._features, X)
+
+    def pulled(self, W: Tensor) -> Tensor:
+        r"""Return $\sum_n J_n^\top w_n$ (P,) for W (n, C)."""
+        return self._layer.pulled(self._features, W)
+
+
 class BatchProducts:
     r"""The map $x \mapsto \sum_n J_n^\top S_n S_n^\top J_n x$ of one batch, for repeated use."""
 
     def __init__(
-        self,
-        selection: ParameterSelection,
-        parameters: dict[str, Tensor],
-        batch: Batch,
-        targets_or_noise: Tensor,
-        root: OutputRoot,
-        capabilities: "Capabilities",
+        self, linearized: LinearizedBatch | LinearizedLayer, samples: Batch, targets_or_noise: Tensor, root: OutputRoot
     ):
-        self._samples = batch
-        self._batch = LinearizedBatch(selection, parameters, batch.inputs, capabilities)
+        self._batch, self._samples = linearized, samples
         self._root, self._targets_or_noise = root, targets_or_noise
 
     def __call__(self, X: Tensor) -> Tensor:
@@ -276,6 +286,8 @@ class Capabilities:
         layers: layers that give rows of all samples at once; None: no layer does.
         linearized: `torch.func.linearize` with repeated use of its result. Tested only before products, because tracing
             takes longer than all other tests together.
+        linear_layer: the layer whose features give all derivatives without differentiation, if there is one; other
+            modes are then not tested.
     """
 
     vmapped_rows: bool
@@ -284,6 +296,7 @@ class Capabilities:
     reasons: dict[str, str]
     linearized: bool = False
     layers: Layers | None = None
+    linear_layer: LinearLayer | None = None
 
 
 def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> Capabilities:
@@ -348,6 +361,9 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
                 "they depend on."
             ) from error
         raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
+    layer = LinearLayer.of(selection, parameters, inputs, mixed, expected)
+    if layer is not None:
+        return Capabilities(vmapped_rows=True, columns=True, vmapped_columns=True, reasons={}, linear_layer=layer)
     tangents = torch.randn(selection.n_parameters, n_vectors, generator=generator).to(like)
     pushed = expected @ tangents
 

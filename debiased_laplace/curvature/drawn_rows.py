@@ -98,7 +98,8 @@ class ScoredRows:
     r"""Samples with the scores of their rows.
 
     Attributes:
-        batch: on the network's device, with weights that include those of the targets.
+        batch: on the network's device, with weights that include those of the targets, and the features of a last
+            linear layer that all parameters belong to.
         outputs: of the network.
         sizes: $m \|c\|^2$ of every row, in double precision on the CPU; 0 for slots without a row.
         scores: likewise.
@@ -120,8 +121,12 @@ class RowScorer:
 
     def __init__(self, network: Network, root: OutputRoot, first: Batch, scores: Scores = "norms"):
         self.network, self.root, self._scores = network, root, scores
-        with_features = scores == "norms" and network.likelihood.name != "regression"
-        self._layer: nn.Linear | None = output_layer(network, first.inputs) if with_features else None
+        self._has_lengths = scores == "norms" and network.likelihood.name != "regression"
+        self._layer: nn.Linear | None = None
+        if network.linear_layer is not None:
+            self._layer = network.linear_layer.layer
+        elif self._has_lengths:
+            self._layer = output_layer(network.selection, network.parameters, first.inputs)
 
     def scored(self, loaded: Batch) -> ScoredRows:
         """Score the rows of samples.
@@ -131,22 +136,26 @@ class RowScorer:
         """
         batch = loaded.to(self.network.like.device)
         batch.check_finite()
-        if self._layer is None:
-            features, outputs = None, self.network.outputs(batch.inputs)
-        else:
-            features, outputs = features_of(self.network, self._layer, batch.inputs)
+        network = self.network
+        found = None
+        if self._layer is not None:
+            found = features_of(network.selection, network.parameters, self._layer, batch.inputs)
+            if found is None:
+                raise ValueError(f"Expected {self._layer} to give the outputs of all samples, as of the first ones.")
+        features, outputs = (None, network.outputs(batch.inputs)) if found is None else found
         checked_outputs(outputs, batch)
         self.network.likelihood.check(outputs, batch.targets)
         weighted = with_target_weights(batch, self.network.likelihood)
         sizes = weighted.scaled(row_sizes(self.root, outputs, batch.targets)).cpu().double()
+        scores = sizes
         if self._scores == "equal":
             scores = (sizes > 0).double()
             if weighted.weights is not None:
                 scores = scores * weighted.weights.cpu().double()[:, None]
-        elif features is None:
-            scores = sizes
-        else:
+        elif features is not None and self._has_lengths:
             scores = sizes * (1 + features.cpu().double().square().sum(1))[:, None]
+        if self.network.linear_layer is not None:
+            weighted = replace(weighted, features=features)
         return ScoredRows(weighted, outputs, sizes, scores)
 
 
@@ -216,6 +225,8 @@ class RowSampler:
             found = cotangents(self.root, outputs, batch.targets, samples, rows)
             if batch.weights is not None:
                 found = found * batch.weights[samples].to(found).sqrt()[:, None]
+            if batch.features is not None:
+                found = torch.cat([found, batch.features[samples].to(found)], dim=1)
             return found.to(self.network.like)
 
         start = self.drawers[0].population.n_samples
@@ -272,7 +283,7 @@ class RowSampler:
         draw, probabilities = self.drawers[which].drawn(n_rows)
         scored = self.scored
         if not self.of_samples:
-            draw, probabilities = _merged(draw, probabilities, scored)
+            draw, probabilities = _merged(draw, probabilities, scored, self.network.n_outputs)
         return DrawnRows(self, draw, probabilities, self.drawers[which].expected(n_rows), scored)
 
     def random_samples(self, n: int) -> list[Batch]:
@@ -297,7 +308,7 @@ class DrawnRows:
 
     Attributes:
         sampler: holds the samples.
-        draw: rows, with their cotangents attached.
+        draw: rows, with their cotangents attached, and then the features of a last linear layer.
         probabilities: inclusion probability of each.
         expected: expected number of rows.
         scored: all samples.
@@ -331,12 +342,17 @@ class DrawnRows:
         whose weights sum to N'.
         """
         network, draw = self.sampler.network, self.draw
+        C = network.n_outputs
         batches = []
         for numbers, batch in self.sampler.samples(draw.samples.unique()):
             # the rows of these samples, each with a copy of its sample
-            mine = torch.isin(draw.samples, numbers)
-            for owners in torch.searchsorted(numbers, draw.samples[mine]).split(_MOST_TOGETHER):
-                batches.append(batch.at(owners).to(network.like.device))
+            mine = torch.isin(draw.samples, numbers).nonzero().flatten()
+            for chosen in mine.split(_MOST_TOGETHER):
+                owners = torch.searchsorted(numbers, draw.samples[chosen])
+                rows = batch.at(owners).to(network.like.device)
+                if network.linear_layer is not None:
+                    rows = replace(rows, features=draw.attached[chosen.to(draw.attached.device), C:].to(network.like))
+                batches.append(rows)
         weights = len(draw) / (self.scored.weight * self.probabilities)
         samples = SubBatch(None, self.positions, network.like.device, 0, tuple(batches), weights.to(network.like.dtype))
         errors = DrawErrors.of(self.probabilities)
@@ -350,7 +366,7 @@ class DrawnRows:
             network,
             samples,
             DrawnCotangents(self.sampler.root.kind),
-            targets_or_noise=draw.attached.to(network.like),
+            targets_or_noise=draw.attached[:, :C].to(network.like),
             draw=errors,
             progress_bar=progress_bar,
         )
@@ -361,7 +377,7 @@ def _nothing() -> None:
 
 
 def _merged(
-    draw: RowDraw, probabilities: Float[Tensor, " R"], scored: Scored
+    draw: RowDraw, probabilities: Float[Tensor, " R"], scored: Scored, n_outputs: int
 ) -> tuple[RowDraw, Float[Tensor, " merged"]]:
     """Merge the rows of equal samples, whose random numbers are the same, into one with the sum of their weights."""
     keys = torch.stack([scored.hashes[draw.samples], draw.rows], dim=1)
@@ -376,4 +392,6 @@ def _merged(
     stay = first[kind] == order
     draw = draw.at(stay)
     factors = (together[kind] / own)[stay].sqrt()
-    return replace(draw, attached=draw.attached * factors.to(draw.attached)[:, None]), probabilities[stay]
+    attached = draw.attached.clone()
+    attached[:, :n_outputs] *= factors.to(attached)[:, None]
+    return replace(draw, attached=attached), probabilities[stay]

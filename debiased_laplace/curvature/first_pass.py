@@ -1,6 +1,6 @@
 """The first pass over the samples, which checks and identifies them and sums their losses before any long work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -54,7 +54,8 @@ def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar:
     with tqdm(total=len(samples), disable=not progress_bar, desc="[Reading samples]") as bar:
         for batch in samples:
             batch.check_finite()
-            outputs = checked_outputs(network.outputs(batch.inputs), batch)
+            found = network.features(batch.inputs)
+            outputs = checked_outputs(network.outputs(batch.inputs) if found is None else found[1], batch)
             network.likelihood.check(outputs, batch.targets)
             weighted = with_target_weights(batch, network.likelihood)
             if weighted.weights is None:
@@ -63,6 +64,7 @@ def first_pass(network: Network, samples: SubBatch, *, keep: bool, progress_bar:
                 loss += weighted.scaled(network.likelihood.per_sample_loss(outputs, batch.targets)).sum()
                 weights.append(weighted.weights.cpu().double())
             hashes.append(sample_hashes(batch))
+            batch = batch if found is None else replace(batch, features=found[0])
             size += batch.n_bytes
             kept = [*kept, batch] if keep or size <= KEEP_BYTES else []
             bar.update(len(batch))

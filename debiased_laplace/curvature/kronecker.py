@@ -7,7 +7,7 @@ parameter of two or more dimensions has them.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class KroneckerFactors:
 
     def basis(self, dtype: torch.dtype) -> BasisBlock:
         """Return the eigenvectors of both sides, by decreasing eigenvalue."""
-        left, right = (None if pairs is None else pairs[1].to(dtype) for pairs in self._eigenpairs)
+        # rows are taken from them; decompositions return columns
+        left, right = (None if pairs is None else pairs[1].to(dtype).contiguous() for pairs in self._eigenpairs)
         return BasisBlock(len(self.left), len(self.right), left, right)
 
     @property
@@ -190,24 +191,19 @@ def _outer_product_factors(
 ) -> list[KroneckerFactors]:
     r"""Compute `row_matrix_factors` of a last linear layer, where M is $s \varphi^\top$ (bias: s)."""
     exact = accumulation_dtype(curvature.network.like)
-    sums: list[tuple[Tensor, Tensor]] = []
-    for features, columns in curvature.outer_products("[Kronecker factors]"):
-        features = features.to(exact)
-        lengths = features.square().sum(1)
-        if not sums:
-            C, d = curvature.network.n_outputs, features.shape[1]
-            for part, shape in zip(layer.parts, shapes, strict=True):
-                left = features.new_zeros((C, C) if shape.rows.full else (C,))
-                right = features.new_zeros((d, d) if shape.columns.full else (d if part == "weight" else 1,))
-                sums.append((left, right))
-        for S in columns:
-            S = S.to(exact)
-            sizes = S.square().sum((1, 2))
-            for part, shape, (left, right) in zip(layer.parts, shapes, sums, strict=True):
-                weights = lengths if part == "weight" else torch.ones_like(lengths)
-                left += _weighted_gram(S.mT.flatten(0, 1), weights.repeat_interleave(S.shape[2]), full=shape.rows.full)
-                y = features if part == "weight" else torch.ones_like(features[:, :1])
-                right += _weighted_gram(y, sizes, full=shape.columns.full)
+    zeros = partial(curvature.network.like.new_zeros, dtype=exact)
+    sums = [[zeros((side.size,) * (2 if side.full else 1)) for side in (shape.rows, shape.columns)] for shape in shapes]
+    for features, outputs, batch in curvature.features("[Kronecker factors]"):
+        part = batch.targets
+        sizes = batch.scaled(curvature.root.quadratics(outputs, part, None))
+        for name, shape, (left, right) in zip(layer.parts, shapes, sums, strict=True):
+            y = features.to(exact) if name == "weight" else zeros(len(features), 1) + 1
+            lengths = y.square().sum(1)
+            if shape.rows.full:
+                left += curvature.root.weighted_sum(outputs, part, batch.scaled(lengths))
+            else:
+                left += lengths @ sizes
+            right += _weighted_gram(y, sizes.sum(1), full=shape.columns.full)
     return [_trace_preserving(left / curvature.n_samples, right) for left, right in sums]
 
 

@@ -47,6 +47,14 @@ class Likelihood(Protocol):
         r"""Return $\Lambda x$ without forming $\Lambda$."""
         ...
 
+    def hessian_quadratics(self, outputs: Float[Tensor, "n C"], Q: Float[Tensor, "C k"] | None) -> Float[Tensor, "n k"]:
+        r"""Return $q_i^\top \Lambda q_i$ of each sample without forming $\Lambda$ or its root; None: the identity."""
+        ...
+
+    def hessian_sum(self, outputs: Float[Tensor, "n C"], weights: Float[Tensor, " n"]) -> Float[Tensor, "C C"]:
+        r"""Return $\sum_n w_n \Lambda_n$."""
+        ...
+
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
         r"""Return $\partial \ell / \partial f$."""
         ...
@@ -126,6 +134,28 @@ class Classification:
         r"""Return $p \circ (x - p^\top x)$."""
         p = torch.softmax(outputs, dim=-1)
         return p * (x - (p * x).sum(-1, keepdim=True))
+
+    def hessian_quadratics(self, outputs: Float[Tensor, "n C"], Q: Float[Tensor, "C k"] | None) -> Float[Tensor, "n k"]:
+        r"""Return the variances of $q_i$ under p, with the value of the most probable class as origin.
+
+        With $x_c = Q_c - Q_{c^*}$ they are $\sum_{c \ne c^*} p_c x_c^2 - (\sum_{c \ne c^*} p_c x_c)^2$, whose terms are
+        of the size of $1 - p_{c^*}$.
+        """
+        p, rest, top = _without_top(outputs)
+        if Q is None:
+            return p * _complements(p, rest, top)
+        Q = Q.to(p.dtype)
+        first, second, origin = rest @ Q, rest @ Q.square(), Q[top[:, 0]]
+        share = rest.sum(1, keepdim=True)
+        squares = second - 2 * origin * first + share * origin.square()
+        return (squares - (first - share * origin).square()).clamp_min(0)
+
+    def hessian_sum(self, outputs: Float[Tensor, "n C"], weights: Float[Tensor, " n"]) -> Float[Tensor, "C C"]:
+        r"""Return $\sum_n w_n (\mathrm{diag}(p_n) - p_n p_n^\top)$."""
+        p, rest, top = _without_top(outputs)
+        weights = weights.to(p)
+        diagonal = weights @ (p * _complements(p, rest, top))
+        return -((p * weights[:, None]).T @ p).diagonal_scatter(-diagonal)
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
         """Return the probabilities minus the label's unit vector, or minus the soft labels."""
@@ -209,6 +239,15 @@ class Regression:
         """Return x, divided by the noise variances."""
         return self._scaled(self._scaled(x))
 
+    def hessian_quadratics(self, outputs: Float[Tensor, "n C"], Q: Float[Tensor, "C k"] | None) -> Float[Tensor, "n k"]:
+        """Return the squared norms of vectors divided by the noise, the same for each sample."""
+        units = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device) if Q is None else Q.to(outputs)
+        return self._scaled(units.T).square().sum(1).expand(len(outputs), -1)
+
+    def hessian_sum(self, outputs: Float[Tensor, "n C"], weights: Float[Tensor, " n"]) -> Float[Tensor, "C C"]:
+        """Return the inverse noise variances times the sum of the weights."""
+        return torch.diag(self._scaled(self._scaled(weights.to(outputs).sum().expand(outputs.shape[1]))))
+
     def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:  # noqa: ARG002
         """Return None: every target counts alike."""
         return None
@@ -234,6 +273,17 @@ class Regression:
 
     def _scaled(self, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
         return x if self.relative_noise is None else x / x.new_tensor(self.relative_noise)
+
+
+def _without_top(outputs: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the probabilities, those of all but the most probable class, and that class (n, 1)."""
+    p, top = torch.softmax(outputs, dim=-1), outputs.argmax(1, keepdim=True)
+    return p, p.scatter(1, top, 0.0), top
+
+
+def _complements(p: Tensor, rest: Tensor, top: Tensor) -> Tensor:
+    """Return 1 - p without cancellation in that of the most probable class."""
+    return (1 - p).scatter(1, top, rest.sum(1, keepdim=True))
 
 
 LOGITS_NEEDED = (

@@ -1,19 +1,21 @@
-r"""Rows with respect to a last linear layer, which are outer products $s \varphi^\top$ for columns s of the root.
+r"""A last linear layer, whose rows are outer products $s \varphi^\top$ of cotangents s and features.
 
-With features $\varphi$ and outputs $W \varphi + b$, the Jacobian is $I \otimes \varphi^\top$ and is never formed: a
-Kronecker basis and the curvature along it need the root of the outputs' curvature and the features only.
+With features $\varphi$ and outputs $W \varphi + b$, the Jacobian is $I \otimes \varphi^\top$: derivatives need no
+backward pass, and a Kronecker basis and the curvature along it not even rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from debiased_laplace.curvature.memory import CHUNK_BYTES
-from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.roots import OutputRoot
+from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.inputs import Inputs
+from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,19 +23,33 @@ class LinearLayer:
     """A linear layer that computes the network's outputs and has all selected parameters.
 
     Attributes:
-        network: the network.
+        selection: the parameters.
         layer: the layer.
         parts: "weight" or "bias" for each selected parameter, in order.
     """
 
-    network: Network
+    selection: ParameterSelection
     layer: nn.Linear
     parts: tuple[str, ...]
 
     @classmethod
-    def of(cls, network: Network, inputs: Inputs) -> "LinearLayer | None":
-        """Return the layer, if the selection is one that gives the network's outputs on these inputs; else None."""
-        selection = network.selection
+    def of(
+        cls,
+        selection: ParameterSelection,
+        parameters: Mapping[str, Tensor],
+        inputs: Inputs,
+        cotangents: Float[Tensor, "C r"],
+        rows: Float[Tensor, "n r P"],
+    ) -> "LinearLayer | None":
+        """Return the layer, if it gives the network's outputs on some inputs; else None.
+
+        Args:
+            selection: the parameters.
+            parameters: their values.
+            inputs: a few.
+            cotangents: of each of these inputs.
+            rows: of the cotangents, by backward passes.
+        """
         if selection.last_layer is None or any(entries is not None for entries in selection.entries):
             return None
         layer = dict(selection.model.named_modules()).get(selection.last_layer)
@@ -44,86 +60,99 @@ class LinearLayer:
         parts = tuple(own[name] or "" for name in selection.names)
         if "" in parts:
             return None
-        result = cls(network, layer, parts)
-        try:
-            features, outputs = result.features(inputs)
-        except ValueError:
+        result = cls(selection, layer, parts)
+        found = result.features(parameters, inputs)
+        if found is None:
             return None
-        return result if torch.equal(result._applied(features), outputs) and result._has_all_uses(inputs) else None
+        features, outputs = found
+        # the layer may not be the only use of its weights
+        expected = result.rows(features, cotangents.expand(len(features), -1, -1))
+        tolerance = 1000 * torch.finfo(rows.dtype).eps * float(rows.abs().max())
+        same = torch.equal(result.outputs(parameters, features), outputs)
+        return result if same and torch.allclose(expected, rows, rtol=1e-3, atol=tolerance) else None
 
-    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the layer's inputs (n, d) and the outputs (n, C).
+    def features(
+        self, parameters: Mapping[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n C"]] | None:
+        """Return the layer's inputs and the network's outputs; None where the layer does not compute them."""
+        return features_of(self.selection, parameters, self.layer, inputs, model_kwargs)
 
-        Raises:
-            ValueError: if the layer is not called exactly once, with one vector for each sample.
-        """
-        return features_of(self.network, self.layer, inputs)
+    def outputs(self, parameters: Mapping[str, Tensor], features: Float[Tensor, "n d"]) -> Float[Tensor, "n C"]:
+        """Return the outputs at features."""
+        own = dict(zip(self.parts, (parameters[name] for name in self.selection.names), strict=True))
+        bias = self.layer.bias
+        weight = own.get("weight", self.layer.weight.detach())
+        return linear(features, weight, own.get("bias", None if bias is None else bias.detach()))
 
-    def root_columns(self, outputs: Tensor, root: OutputRoot, targets_or_noise: Tensor) -> Iterator[Tensor]:
-        """Yield columns of the root (n, C, r), in blocks that bound the memory."""
-        r = root.n_columns(self.network.n_outputs)
-        step = max(1, CHUNK_BYTES // (outputs.numel() * outputs.element_size()))
-        for start in range(0, r, step):
-            yield root.columns(outputs, targets_or_noise, slice(start, min(start + step, r)))
-
-    def _has_all_uses(self, inputs: Inputs) -> bool:
-        """Return whether the layer is the only use of its weights, by comparing gradients."""
-        leaves = {name: p.detach().requires_grad_() for name, p in self.network.parameters.items()}
-        features, outputs = self.features(inputs)
-        generator = torch.Generator().manual_seed(0)
-        cotangents = torch.randn(outputs.shape, generator=generator).to(outputs)
-        with torch.enable_grad():
-            loss = (self.network.selection.call(leaves, inputs) * cotangents).sum()
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
-        expected = {"weight": cotangents.T @ features, "bias": cotangents.sum(0)}
-        return all(
-            torch.allclose(g, expected[part], rtol=1e-3, atol=1e-4 * float(expected[part].abs().max()))
-            for g, part in zip(gradients, self.parts, strict=True)
+    def rows(self, features: Float[Tensor, "n d"], columns: Float[Tensor, "n C r"]) -> Float[Tensor, "n r P"]:
+        r"""Return the rows $s \varphi^\top$ and s of columns s."""
+        S = columns.mT
+        return torch.cat(
+            [(S[..., None] * features[:, None, None, :]).flatten(2) if part == "weight" else S for part in self.parts],
+            dim=-1,
         )
 
-    def _applied(self, features: Tensor) -> Tensor:
-        """Return the layer's outputs for these features."""
-        with torch.no_grad():
-            return self.layer(features)
+    def squared_lengths(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        r"""Return the squared norms of rows of cotangents with norm 1, $\|\varphi\|^2$ and 1 for a bias."""
+        lengths = features.to(accumulation_dtype(features)).square().sum(1)
+        return sum((lengths if p == "weight" else torch.ones_like(lengths) for p in self.parts), lengths.new_zeros(()))
+
+    def pushed(self, features: Float[Tensor, "n d"], tangents: Float[Tensor, "P k"]) -> Float[Tensor, "n C k"]:
+        """Return directional derivatives of the outputs."""
+        k, pushed = tangents.shape[1], features.new_zeros(())
+        for part, tangent in zip(self.parts, tangents.split(self.selection.sizes), strict=True):
+            if part == "weight":
+                pushed = pushed + (tangent.unflatten(0, (-1, features.shape[1])).mT @ features.mT).permute(2, 0, 1)
+            else:
+                pushed = pushed + tangent
+        return pushed.expand(len(features), -1, k)
+
+    def pulled(self, features: Float[Tensor, "n d"], cotangents: Float[Tensor, "n C"]) -> Float[Tensor, " P"]:
+        """Return the sum over samples of the cotangents' rows."""
+        parts = [(cotangents.T @ features).flatten() if p == "weight" else cotangents.sum(0) for p in self.parts]
+        return torch.cat(parts)
 
 
-def features_of(network: Network, layer: nn.Linear, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return the inputs (n, d) of a layer and the network's outputs (n, C).
+def features_of(
+    selection: ParameterSelection,
+    parameters: Mapping[str, Tensor],
+    layer: nn.Linear,
+    inputs: Inputs,
+    model_kwargs: dict[str, Any] | None = None,
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n C"]] | None:
+    """Return the inputs of a layer and the network's outputs.
 
-    Raises:
-        ValueError: if the layer is not called exactly once, with one vector for each sample.
+    None if the layer is not called exactly once, with one vector for each sample, or the outputs are others than its.
     """
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(
-        lambda module, arguments, named: seen.append((arguments or (named["input"],))[0].detach()),  # noqa: ARG005
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(
+        lambda module, arguments, named, output: seen.append((arguments or (named["input"],)) + (output,)),  # noqa: ARG005
         with_kwargs=True,
     )
     try:
-        outputs = network.outputs(inputs)
+        with torch.no_grad():
+            outputs = selection.call(dict(parameters), inputs, model_kwargs)
     finally:
         handle.remove()
-    if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(outputs):
-        raise ValueError("Expected a layer that is called once, with one vector for each sample.")
-    return seen[0], outputs
+    if len(seen) != 1 or seen[0][0].ndim != 2 or len(seen[0][0]) != len(outputs):
+        return None
+    features, own = seen[0]
+    return (features.detach(), outputs) if own.dtype == outputs.dtype and torch.equal(own, outputs) else None
 
 
-def output_layer(network: Network, inputs: Inputs) -> nn.Linear | None:
+def output_layer(selection: ParameterSelection, parameters: Mapping[str, Tensor], inputs: Inputs) -> nn.Linear | None:
     """Return the linear layer that computes the outputs, called once with one vector for each sample; None without."""
-    called: list[tuple[nn.Linear, Tensor]] = []
+    called: list[nn.Linear] = []
     handles = [
-        module.register_forward_hook(lambda m, arguments, output: called.append((m, output)))  # noqa: ARG005
-        for module in network.selection.model.modules()
+        module.register_forward_hook(lambda m, arguments, output: called.append(m))  # noqa: ARG005
+        for module in selection.model.modules()
         if isinstance(module, nn.Linear)
     ]
     try:
-        outputs = network.outputs(inputs)
+        with torch.no_grad():
+            selection.call(dict(parameters), inputs)
     finally:
         for handle in handles:
             handle.remove()
-    if not called or called[-1][1].shape != outputs.shape or not torch.equal(called[-1][1], outputs):
-        return None
-    try:
-        features_of(network, called[-1][0], inputs)
-    except ValueError:
-        return None
-    return called[-1][0]
+    found = features_of(selection, parameters, called[-1], inputs) if called else None
+    return None if found is None else called[-1]

@@ -4,20 +4,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from debiased_laplace.curvature import derivatives
 from debiased_laplace.curvature.backend import CurvatureBackend
-from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch
+from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch, LinearizedLayer
 from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.inputs import Inputs, first, n_samples_of, shape_of, split
+from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, shape_of, split
 from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
@@ -78,6 +80,34 @@ class Network:
         with torch.no_grad():
             return self.selection.call(self.parameters, inputs)
 
+    @property
+    def linear_layer(self) -> LinearLayer | None:
+        """The last linear layer that all parameters belong to, if there is one."""
+        return self.capabilities.linear_layer
+
+    def features(self, inputs: Inputs, model_kwargs: dict[str, Any] | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return features (n, d) and outputs (n, C) of a last linear layer; None where it does not give the outputs.
+
+        Raises:
+            ValueError: as `check_inputs`.
+        """
+        if self.linear_layer is None:
+            return None
+        try:
+            found = self.linear_layer.features(self.parameters, inputs, model_kwargs)
+        except Exception:
+            self.check_inputs(inputs)
+            raise
+        if found is None:
+            self.check_inputs(inputs)
+        return found
+
+    def features_of(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Return the same for a batch, whose features may have been kept."""
+        if self.linear_layer is None or batch.features is None:
+            return self.features(batch.inputs)
+        return batch.features, self.linear_layer.outputs(self.parameters, batch.features)
+
     def check_inputs(self, inputs: Inputs) -> None:
         """Evaluate the first sample.
 
@@ -97,14 +127,20 @@ class Network:
     def jacobians(self, inputs: Inputs, *, create_graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield Jacobians (n, C, P) and outputs (n, C), chunk by chunk, all outputs of a sample at once."""
         size = max(1, self.rows_per_chunk(self.n_outputs))
+        features = None if create_graph else self.features(inputs)
+        if features is not None:
+            unused = torch.zeros(size)
+            for values, f in zip(features[0].split(size), features[1].split(size), strict=True):
+                yield self._rows_of_layer((values, f), unused, derivatives.identity_cotangents)
+            return
         for chunk in split(inputs, size):
             unused = torch.zeros(n_samples_of(chunk))
             yield self._rows(chunk, unused, derivatives.identity_cotangents, create_graph=create_graph)
 
     def jacobian_blocks(self, inputs: Inputs, n_outputs: int) -> Iterator[RowBlocks]:
         """Yield rows of the Jacobian for groups of samples, in blocks of outputs that bound the memory."""
-        unused = torch.zeros(n_samples_of(inputs))
-        return (blocks for _, blocks in self._grouped(inputs, unused, Identity().columns, n_outputs))
+        batch = Batch(inputs, torch.zeros(n_samples_of(inputs)))
+        return (blocks for _, blocks in self._grouped(batch, batch.targets, Identity().columns, n_outputs))
 
     def difference_blocks(self, inputs: Inputs, order: Tensor, *, leading: int) -> Iterator[RowBlocks]:
         """Yield Jacobian rows of the differences between each input's outputs and one of them.
@@ -117,7 +153,7 @@ class Network:
         Yields:
             C - 1 rows of each group of samples, in blocks that bound the memory.
         """
-        groups = self._grouped(inputs, order, _difference_columns, order.shape[1] - 1, leading=leading)
+        groups = self._grouped(Batch(inputs, order), order, _difference_columns, order.shape[1] - 1, leading=leading)
         return (blocks for _, blocks in groups)
 
     def root_rows(
@@ -137,7 +173,7 @@ class Network:
         backend = self.backend
         if backend is None or not backend.offers_rows(root):
             start = 0
-            for n, blocks in self._grouped(batch.inputs, targets_or_noise, root.columns, r):
+            for n, blocks in self._grouped(batch, targets_or_noise, root.columns, r):
                 group = None if batch.weights is None else batch.weights[start : start + n]
                 yield n, _weighted(blocks, group), TORCH_ROWS
                 start += n
@@ -147,18 +183,32 @@ class Network:
             yield len(chunk), _weighted([backend.rows(chunk, root, part)], chunk.weights), backend.name
 
     def _grouped(
-        self, inputs: Inputs, targets_or_noise: Tensor, columns: _Columns, n_rows: int, *, leading: int = 0
+        self, batch: Batch, targets_or_noise: Tensor, columns: _Columns, n_rows: int, *, leading: int = 0
     ) -> Iterator[tuple[int, RowBlocks]]:
         size = self.rows_per_chunk(n_rows)
         # if the rows of one sample do not fit into a chunk, they come in blocks
         step = n_rows if size else max(1, CHUNK_BYTES // self.bytes_of_a_row)
         edges = [0, *range(max(step, leading), n_rows, step), n_rows]
-        for chunk, part in zip(split(inputs, max(size, 1)), targets_or_noise.split(max(size, 1)), strict=True):
-            yield len(part), self._blocks(chunk, part, columns, [slice(*ends) for ends in pairwise(edges)])
+        blocks = [partial(_chosen_columns, columns, slice(*ends)) for ends in pairwise(edges)]
+        features = self.features_of(batch)
+        for start in range(0, len(batch), max(size, 1)):
+            chosen = slice(start, start + max(size, 1))
+            part = targets_or_noise[chosen]
+            if features is None:
+                chunk = on_each(batch.inputs, lambda t, chosen=chosen: t[chosen])  # type: ignore[misc]
+                rows_of = partial(self._rows, chunk, part)
+            else:
+                rows_of = partial(self._rows_of_layer, tuple(t[chosen] for t in features), part)
+            # bound now, and called later
+            yield len(part), (rows for rows, _ in map(rows_of, blocks))
 
-    def _blocks(self, inputs: Inputs, targets_or_noise: Tensor, columns: _Columns, blocks: list[slice]) -> RowBlocks:
-        for chosen in blocks:
-            yield self._rows(inputs, targets_or_noise, partial(_chosen_columns, columns, chosen))[0]
+    def _rows_of_layer(
+        self, features: tuple[Tensor, ...], targets_or_noise: Tensor, cotangents: derivatives.Cotangents
+    ) -> tuple[Tensor, Tensor]:
+        assert self.linear_layer is not None  # for the type checker
+        values, outputs = features
+        S = cotangents(outputs, targets_or_noise.to(outputs.device))
+        return self.linear_layer.rows(values, S.expand(len(values), -1, -1)), outputs
 
     def _rows(
         self,
@@ -174,7 +224,7 @@ class Network:
             return by_layers[0].dense(), by_layers[1]
         # vmap's backward pass of normalization layers is correct, but its derivative treats mean and deviation as
         # constants
-        if self.capabilities.vmapped_rows and not create_graph:
+        if self.capabilities.vmapped_rows and self.linear_layer is None and not create_graph:
             rows, outputs = derivatives.vmapped_rows(
                 self.selection, self.parameters, inputs, targets_or_noise, cotangents
             )
@@ -241,25 +291,41 @@ class Network:
 
     def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
         r"""Return $\sqrt{m_n} S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""
+        features = self.features_of(batch)
         parts = []
         for tangents in directions.split(_TANGENTS, dim=1):
-            pushed, outputs = self.pushed(batch.inputs, tangents)
+            pushed, outputs = self._pushed(batch.inputs, features, tangents)
             parts.append(root.transposed(outputs, targets_or_noise, pushed))
         return batch.scaled(torch.cat(parts, dim=-1), 0.5)
 
     def pushed(self, inputs: Inputs, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """Return $J_n u_i$ as (n, C, k) for a few tangents (P, k), and the outputs (n, C)."""
-        vmapped = self.capabilities.vmapped_columns
+        return self._pushed(inputs, self.features(inputs), tangents)
+
+    def _pushed(
+        self, inputs: Inputs, features: tuple[Tensor, Tensor] | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.linear_layer is not None and features is not None:
+            return self.linear_layer.pushed(features[0], tangents), features[1]
+        vmapped = self.capabilities.vmapped_columns and self.linear_layer is None
         return derivatives.columns(self.selection, self.parameters, inputs, tangents, vmapped=vmapped)
 
     def ready_for_products(self, inputs: Inputs) -> "Network":
         """Return the network with the result of testing `torch.func.linearize` on a few inputs."""
+        if self.linear_layer is not None:
+            return self
         linear = derivatives.allows_linearization(self.selection, self.parameters, inputs)
         return replace(self, capabilities=replace(self.capabilities, linearized=linear))
 
     def products(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor) -> BatchProducts:
         """Prepare a batch for repeated products with its curvature."""
-        return BatchProducts(self.selection, self.parameters, batch, targets_or_noise, root, self.capabilities)
+        features = self.features_of(batch)
+        linearized: LinearizedBatch | LinearizedLayer
+        if self.linear_layer is None or features is None:
+            linearized = self.linearized(batch.inputs)
+        else:
+            linearized = LinearizedLayer(self.linear_layer, *features)
+        return BatchProducts(linearized, batch, targets_or_noise, root)
 
     def linearized(self, inputs: Inputs) -> LinearizedBatch:
         """Prepare a batch for repeated derivatives along directions and gradients."""
@@ -277,6 +343,7 @@ def _chosen_columns(columns: _Columns, chosen: slice, outputs: Tensor, targets_o
 
 
 def _difference_columns(outputs: Tensor, order: Tensor, chosen: slice) -> Tensor:
-    """Return cotangents (C, r) of the differences to the first output of an order."""
+    """Return cotangents (…, C, r) of the differences to the first output of an order."""
     classes = torch.arange(outputs.shape[-1], device=outputs.device)[:, None]
-    return (classes == order[1:][chosen]).to(outputs.dtype) - (classes == order[:1]).to(outputs.dtype)
+    others, first = order[..., None, 1:][..., chosen], order[..., None, :1]
+    return (classes == others).to(outputs.dtype) - (classes == first).to(outputs.dtype)

@@ -10,12 +10,15 @@ References:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.linalg.accumulation import accumulation_dtype
 
 
 class OutputRoot(ABC):
@@ -42,6 +45,31 @@ class OutputRoot(ABC):
     @abstractmethod
     def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
         r"""Return $S S^\top x$ (n, C) of a batch, for x (n, C)."""
+
+    def quadratics(self, outputs: Tensor, targets_or_noise: Tensor, Q: Tensor | None) -> Tensor:
+        r"""Return $q_i^\top S S^\top q_i$ (n, k) in double precision, for Q (C, k); None: the identity."""
+        total = outputs.new_zeros(len(outputs), outputs.shape[1] if Q is None else Q.shape[1])
+        total = total.to(accumulation_dtype(outputs))
+        for S in self._blocks(outputs, targets_or_noise):
+            rows = S.mT.to(total.dtype)
+            total += (rows if Q is None else rows @ Q.to(total.dtype)).square().sum(1)
+        return total
+
+    def weighted_sum(self, outputs: Tensor, targets_or_noise: Tensor, weights: Tensor) -> Tensor:
+        r"""Return $\sum_n w_n S_n S_n^\top$ (C, C) in double precision."""
+        total = outputs.new_zeros(outputs.shape[1], outputs.shape[1]).to(accumulation_dtype(outputs))
+        for S in self._blocks(outputs, targets_or_noise):
+            rows = S.to(total.dtype).mT.flatten(0, 1)
+            total += rows.T @ (rows * weights.to(rows).repeat_interleave(S.shape[2])[:, None])
+        return total
+
+    def _blocks(self, outputs: Tensor, targets_or_noise: Tensor) -> Iterator[Tensor]:
+        """Yield columns (n, C, r) of the root, in blocks that bound the memory."""
+        r = self.n_columns(outputs.shape[1])
+        step = max(1, CHUNK_BYTES // max(1, outputs.numel() * outputs.element_size()))
+        for start in range(0, r, step):
+            S = self.columns(outputs, targets_or_noise, slice(start, min(start + step, r)))
+            yield S.expand(len(outputs), -1, -1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +125,14 @@ class GaussNewton(OutputRoot):
     def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         r"""Return $\Lambda x$ by the likelihood's formula."""
         return self.likelihood.hessian_product(outputs, x)
+
+    def quadratics(self, outputs: Tensor, targets_or_noise: Tensor, Q: Tensor | None) -> Tensor:  # noqa: ARG002
+        r"""Return $q_i^\top \Lambda q_i$ by the likelihood's formula."""
+        return self.likelihood.hessian_quadratics(outputs.to(accumulation_dtype(outputs)), Q)
+
+    def weighted_sum(self, outputs: Tensor, targets_or_noise: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+        r"""Return $\sum_n w_n \Lambda_n$ by the likelihood's formula."""
+        return self.likelihood.hessian_sum(outputs.to(accumulation_dtype(outputs)), weights)
 
 
 @dataclass(frozen=True)

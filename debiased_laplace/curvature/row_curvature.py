@@ -5,7 +5,6 @@ matrix-vector product). The model's capabilities decide first, then cost; `sourc
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.derivatives import BatchProducts
+from debiased_laplace.curvature.layer_covariance import LayerCovariance
 from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import CHUNK_BYTES, KEEP_BYTES, free_memory
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
@@ -21,12 +21,13 @@ from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.sub_batch import (
     DirectionalMoments,
     DrawErrors,
+    OuterValues,
     ResidualRequest,
     RunningMoments,
     SubBatchCurvature,
     joined_directions,
 )
-from debiased_laplace.data.batches import Batch
+from debiased_laplace.data.batches import Batch, joined
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
@@ -36,6 +37,8 @@ from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
+_FEATURES = 1024  # samples whose features are used at once
+_BYTES_OF_AN_OUTPUT = 64  # of what is computed from it: several numbers in double precision
 
 UNUSED = "unused"
 """Source of a curvature that nothing was computed of yet."""
@@ -237,7 +240,7 @@ class RowCurvature(SubBatchCurvature):
 
     def keep_rows(self) -> None:
         """Hold all rows in memory for repeated use, if they fit into a quarter of the free memory."""
-        if self.bytes_of_rows <= free_memory(self.network.like.device) // 4:
+        if self.linear_layer is None and self.bytes_of_rows <= free_memory(self.network.like.device) // 4:
             self.stacked_rows()
 
     def dense(self) -> Float[Tensor, "P P"]:
@@ -296,31 +299,43 @@ class RowCurvature(SubBatchCurvature):
             found.append(moments.leading(k, trace, diagonal))
         return found
 
-    @cached_property
+    @property
     def linear_layer(self) -> LinearLayer | None:
         """Last linear layer that all parameters belong to, whose rows need not be formed; None if there is none."""
         backend = self.network.backend
-        if backend is not None and backend.offers_rows(self.root):
-            return None
-        return LinearLayer.of(self.network, next(iter(self.samples)).first(2).inputs)
+        return None if backend is not None and backend.offers_rows(self.root) else self.network.linear_layer
 
-    def outer_products(self, description: str) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-        r"""Yield features (n, d) and root columns (n, C, r) of a last linear layer, whose rows are $s \varphi^\top$."""
-        layer = self.linear_layer
-        assert layer is not None  # for the type checker
+    def features(self, description: str) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+        """Yield features and outputs of a last linear layer, and batches of the features with targets or noise.
+
+        Raises:
+            ValueError: if the layer does not compute the outputs of some samples.
+        """
         self._used.add(TORCH_ROWS)
+        together = max(1, min(_FEATURES, CHUNK_BYTES // (_BYTES_OF_AN_OUTPUT * self.network.n_outputs)))
+        found: list[tuple[Tensor, Tensor, Batch]] = []
         with self._progress(description) as bar:
             for batch, targets_or_noise in self.batches():
-                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
-                    features, outputs = layer.features(chunk.inputs)
-                    columns = layer.root_columns(outputs, self.root, part)
-                    yield features, (chunk.scaled(S, 0.5) for S in columns)
+                size = min(_BATCH, together)
+                for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
+                    of_chunk = self.network.features_of(chunk)
+                    if of_chunk is None:
+                        raise ValueError(
+                            "The last layer gives the outputs of some samples and not of others; expected "
+                            "subset_of_weights='all'."
+                        )
+                    features, outputs = of_chunk
+                    found.append((features, outputs, Batch(features, part.to(features.device), chunk.weights)))
                     bar.update(len(chunk))
+                    if sum(len(outputs) for _, outputs, _ in found) >= together:
+                        yield _joined(found)
+                        found = []
+        if found:
+            yield _joined(found)
 
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Measure the curvature along every vector of a basis, and its spread over samples."""
-        # outer products are not held in memory
-        if self.linear_layer is not None and self.draw is None:
+        if self.linear_layer is not None:
             return self._moments_of_outer_products(basis, self.linear_layer)
         if (held := self.rows_by_parameter) is not None:
             parts = []
@@ -344,34 +359,40 @@ class RowCurvature(SubBatchCurvature):
         if (held := self.rows_by_parameter) is not None:
             parts = (held.at(chosen) for chosen in torch.arange(len(held)).split(_BATCH))
             return torch.cat([precision.variance_of(part, covariances=False).sum(1) for part in parts])
-        zeros = self.network.like.new_zeros
-        groups = [
-            sum((precision.variance_trace(rows) for rows in blocks), start=zeros(n))
-            for n, blocks in self.row_groups("[Held-out KL]")
-        ]
+        zeros, groups = self.network.like.new_zeros, []
+        covariance = None if self.linear_layer is None else LayerCovariance.of(self.linear_layer, precision)
+        if covariance is None:
+            for n, blocks in self.row_groups("[Held-out KL]"):
+                groups.append(sum((precision.variance_trace(rows) for rows in blocks), start=zeros(n)))
+            return torch.cat(groups)
+        for features, outputs, batch in self.features("[Held-out KL]"):
+            groups.append(batch.scaled(covariance.traces(features, outputs, self.root, batch.targets)))
         return torch.cat(groups)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """Return the sum of the squared norms of every sample's rows, in double precision on the CPU."""
+        exact, groups = accumulation_dtype(self.network.like), []
+        if self.linear_layer is None:
+            for n, blocks in self.row_groups():
+                zeros = self.network.like.new_zeros(n, dtype=exact)
+                groups.append(sum((rows.to(exact).square().sum((1, 2)) for rows in blocks), start=zeros))
+        else:
+            for features, outputs, batch in self.features("[Norms of rows]"):
+                sizes = batch.scaled(self.root.quadratics(outputs, batch.targets, None).sum(1))
+                groups.append(sizes * self.linear_layer.squared_lengths(features))
+        return torch.cat(groups).cpu().double()
 
     def _moments_of_outer_products(self, basis: KroneckerBasis, layer: LinearLayer) -> DirectionalMoments:
         r"""Measure the curvature of rows $s \varphi^\top$ as $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
         sums = RunningMoments(self.network.n_parameters, self.network.like)
-        exact = sums.first.dtype
-        for features, columns in self.outer_products("[Curvature along the basis]"):
-            of_outputs = [features.new_zeros(len(features), self.network.n_outputs, dtype=exact) for _ in basis.blocks]
-            for S in columns:
-                rows = S.mT.contiguous()
-                for total, block in zip(of_outputs, basis.blocks, strict=True):
-                    total += (rows if block.left is None else rows @ block.left).square().sum(1)
-            first, second, third = [], [], []
-            for part, x, block in zip(layer.parts, of_outputs, basis.blocks, strict=True):
-                y = features if block.right is None else features @ block.right
-                y = y.to(exact).square() if part == "weight" else x.new_ones(len(x), 1)
-                first.append((x.T @ y).flatten())
-                second.append((x.square().T @ y.square()).flatten())
-                third.append((x.pow(3).T @ y.pow(3)).flatten())
-            sums.n += len(features)
-            sums.first += torch.cat(first)
-            sums.second += torch.cat(second)
-            sums.third += torch.cat(third)
+        for features, outputs, batch in self.features("[Curvature along the basis]"):
+            blocks = []
+            for part, block in zip(layer.parts, basis.blocks, strict=True):
+                x = batch.scaled(self.root.quadratics(outputs, batch.targets, block.left))
+                y = features if part == "weight" else torch.ones_like(features[:, :1])
+                y = y if block.right is None else y @ block.right
+                blocks.append((x, y.to(x.dtype).square()))
+            sums.add(OuterValues(tuple(blocks)), self._draw_of(sums.n, len(batch)))
         return sums.moments()
 
     def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:
@@ -392,6 +413,8 @@ class RowCurvature(SubBatchCurvature):
     def _columns_are_cheaper(self, k: int) -> bool:
         capabilities, backend = self.network.capabilities, self.network.backend
         offered = backend is not None and backend.offers_rows(self.root)
+        if self.linear_layer is not None:
+            return k > 0
         if self._stacked is not None or offered or not capabilities.columns or k == 0:
             return False
         if not capabilities.vmapped_rows and capabilities.layers is None:
@@ -400,6 +423,11 @@ class RowCurvature(SubBatchCurvature):
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
+
+
+def _joined(found: list[tuple[Tensor, Tensor, Batch]]) -> tuple[Tensor, Tensor, Batch]:
+    features, outputs, batches = zip(*found, strict=True)
+    return torch.cat(features), torch.cat(outputs), joined(batches)
 
 
 class RowProducts:

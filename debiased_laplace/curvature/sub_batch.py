@@ -252,6 +252,50 @@ class DrawErrors:
         return replace(self, left_out=left_out, factors=self.factors * inverse.to(self.factors))
 
 
+@dataclass(frozen=True, eq=False)
+class OuterValues:
+    r"""Values (n, k) of n samples or rows, in blocks of outer products $x_n y_n^\top$ that are not formed.
+
+    Attributes:
+        blocks: pairs of x (n, o) and y (n, i), in double precision; samples that are equal have equal y.
+    """
+
+    blocks: tuple[tuple[Float[Tensor, "n _"], Float[Tensor, "n _"]], ...]
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "n k"]) -> "OuterValues":
+        """Return values as they are, as one block."""
+        return cls(((values, values.new_ones(len(values), 1)),))
+
+    def __len__(self) -> int:
+        return len(self.blocks[0][0])
+
+    def summed(self, power: int, weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, " k"]:
+        """Return the sum over samples of a power of the values, with weights."""
+        parts = []
+        for x, y in self.blocks:
+            of_x, of_y = (t if power == 1 else t.square() if power == 2 else t.square() * t for t in (x, y))
+            of_x = of_x if weights is None else of_x * weights[:, None]
+            parts.append((of_x.T @ of_y).flatten() if y.shape[1] > 1 else (of_x * of_y).sum(0))
+        return torch.cat(parts)
+
+    def scaled(self, factors: Float[Tensor, " n"]) -> "OuterValues":
+        """Return the values of each sample multiplied by a factor."""
+        return OuterValues(tuple((x * factors[:, None], y) for x, y in self.blocks))
+
+    def totals(self, groups: Int64[Tensor, " n"], n_groups: int) -> "OuterValues":
+        """Return the sums over adjacent rows of each group, which have the same y."""
+        first = torch.searchsorted(groups, torch.arange(n_groups)).to(self.blocks[0][0].device)
+        groups = groups.to(first.device)
+        return OuterValues(
+            tuple((x.new_zeros(n_groups, x.shape[1]).index_add_(0, groups, x), y[first]) for x, y in self.blocks)
+        )
+
+    def at(self, chosen: slice) -> "OuterValues":
+        """Return the values of some samples."""
+        return OuterValues(tuple((x[chosen], y[chosen]) for x, y in self.blocks))
+
+
 class RunningMoments:
     r"""Sums of the first three powers of per-sample values, accumulated in double precision.
 
@@ -267,17 +311,18 @@ class RunningMoments:
         self.third = like.new_zeros(k, dtype=exact)
         self.drawn: _DrawnSums | None = None
 
-    def add(self, values: Float[Tensor, "n k"], draw: "DrawErrors | None" = None) -> None:
+    def add(self, values: Float[Tensor, "n k"] | OuterValues, draw: "DrawErrors | None" = None) -> None:
         """Add the values of n more samples; of drawn rows, with what their errors depend on."""
-        values = values.to(self.first.dtype)
+        if isinstance(values, Tensor):
+            values = OuterValues.of(values.to(self.first.dtype))
         self.n += len(values)
-        self.first += values.sum(0)
+        self.first += values.summed(1)
         if draw is not None:
             self.drawn = self.drawn or _DrawnSums(self.first)
             self.drawn.add(values, draw)
             return
-        self.second += values.square().sum(0)
-        self.third += values.pow(3).sum(0)
+        self.second += values.summed(2)
+        self.third += values.summed(3)
 
     def moments(self) -> DirectionalMoments:
         """Return the moments of the values added so far."""
@@ -308,35 +353,36 @@ class _DrawnSums:
         self.n_uncertain, self.n_samples, self.sampled_share = 0, 0.0, 1.0
         self.squares, self.cubes = torch.zeros_like(zeros), torch.zeros_like(zeros)
         self.totals = [torch.zeros_like(zeros) for _ in range(3)]
-        self.open: tuple[int, Tensor] | None = None
+        self.open: tuple[int, OuterValues] | None = None
 
-    def add(self, values: Float[Tensor, "n k"], draw: DrawErrors) -> None:
+    def add(self, values: OuterValues, draw: DrawErrors) -> None:
         """Add the values of n more rows."""
-        left_out, expanded = draw.left_out.to(values), values * draw.factors.to(values)[:, None]
+        left_out, expanded = draw.left_out.to(self.squares), values.scaled(draw.factors.to(self.squares))
         self.n_uncertain += int((left_out > 0).sum())
-        self.squares += left_out @ expanded.square()
-        self.cubes += (left_out * (2 * left_out - 1)) @ expanded.pow(3)
+        self.squares += expanded.summed(2, left_out)
+        self.cubes += expanded.summed(3, left_out * (2 * left_out - 1))
         if draw.samples is None or len(values) == 0:
             return
         self.n_samples, self.sampled_share = self.n_samples + draw.n_samples, draw.sampled_share
         samples, which = torch.unique_consecutive(draw.samples, return_inverse=True)
-        totals = expanded.new_zeros(len(samples), expanded.shape[1]).index_add_(0, which.to(expanded.device), expanded)
+        totals = expanded.totals(which.cpu(), len(samples))
         if self.open is not None and self.open[0] == int(samples[0]):
             # the rows of a sample may come in two parts
-            totals[0] += self.open[1]
+            for (x, _), (before, _) in zip(totals.blocks, self.open[1].blocks, strict=True):
+                x[0] += before[0]
         else:
             self._close()
-        self._add_totals(totals[:-1])
-        self.open = int(samples[-1]), totals[-1]
+        self._add_totals(totals.at(slice(-1)))
+        self.open = int(samples[-1]), totals.at(slice(-1, None))
 
     def _close(self) -> None:
         if self.open is not None:
-            self._add_totals(self.open[1][None])
+            self._add_totals(self.open[1])
             self.open = None
 
-    def _add_totals(self, totals: Tensor) -> None:
+    def _add_totals(self, totals: OuterValues) -> None:
         for power, total in enumerate(self.totals, 1):
-            total += totals.pow(power).sum(0)
+            total += totals.summed(power)
 
     def moments(self, means: Float[Tensor, " k"], n: int) -> DirectionalMoments:
         """Return the moments of n rows with these means."""

@@ -30,6 +30,7 @@ class Batch:
         inputs: of the model.
         targets: of the likelihood.
         weights: factor of each sample's loss and curvature, (n,); None: 1.
+        features: inputs (n, d) of the network's last layer, where they were kept; None elsewhere.
 
     Raises:
         ValueError: if there is no input, or a tensor has no first dimension or another length.
@@ -38,6 +39,7 @@ class Batch:
     inputs: Inputs
     targets: Tensor
     weights: Tensor | None = None
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not tensors_of(self.inputs):
@@ -67,8 +69,8 @@ class Batch:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply a function to every tensor."""
-        weights = None if self.weights is None else function(self.weights)
-        return Batch(on_each(self.inputs, function), function(self.targets), weights)
+        weights, features = (None if t is None else function(t) for t in (self.weights, self.features))
+        return Batch(on_each(self.inputs, function), function(self.targets), weights, features)
 
     def chunks(self, size: int) -> list["Batch"]:
         """Split the batch into batches of at most `size` samples."""
@@ -109,8 +111,10 @@ class Batch:
 
     @property
     def n_bytes(self) -> int:
-        """Memory of inputs and targets in bytes."""
-        return sum(t.numel() * t.element_size() for t in (*tensors_of(self.inputs).values(), self.targets))
+        """Memory of inputs, targets and features in bytes."""
+        tensors = [*tensors_of(self.inputs).values(), self.targets]
+        tensors += [] if self.features is None else [self.features]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def check_finite(self) -> None:
         """Check that inputs and targets are finite, and weights too and not negative.
@@ -138,7 +142,7 @@ def concatenated(batches: Iterable[Batch]) -> list[Batch]:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Join batches of samples of one shape; all of them have weights, or none has."""
+    """Join batches of samples of one shape; all of them have weights, or none has, and likewise of features."""
     inputs: Inputs
     if isinstance(batches[0].inputs, Tensor):
         inputs = torch.cat([batch.inputs for batch in batches if isinstance(batch.inputs, Tensor)])
@@ -146,14 +150,23 @@ def joined(batches: Sequence[Batch]) -> Batch:
         mappings = [batch.inputs for batch in batches if not isinstance(batch.inputs, Tensor)]
         inputs = {key: torch.cat([mapping[key] for mapping in mappings]) for key in mappings[0]}
     weights = [batch.weights for batch in batches if batch.weights is not None]
+    features = [batch.features for batch in batches if batch.features is not None]
     targets = torch.cat([batch.targets for batch in batches])
-    return Batch(inputs, targets, torch.cat(weights) if weights else None)
+    return Batch(inputs, targets, torch.cat(weights) if weights else None, torch.cat(features) if features else None)
 
 
 def _kind(batch: Batch) -> str:
     """Return what has to be the same for batches to be joined."""
     of_one = on_each(batch.inputs, lambda t: t[:0])
-    return str((shape_of(of_one), dtype_of(of_one), tuple(batch.targets.shape[1:]), batch.weights is None))
+    return str(
+        (
+            shape_of(of_one),
+            dtype_of(of_one),
+            tuple(batch.targets.shape[1:]),
+            batch.weights is None,
+            batch.features is None,
+        )
+    )
 
 
 def as_batch(loaded: Any, keys: MappingKeys) -> Batch:

@@ -45,6 +45,11 @@ class SubBatch:
             yield batch.to(self.device)
             start += len(batch)
 
+    @classmethod
+    def of(cls, batch: Batch) -> "SubBatch":
+        """Return the samples of one batch, held in memory."""
+        return cls(None, torch.arange(len(batch)), batch.targets.device, 0, (batch,))
+
     def at(self, positions: Int64[Tensor, " m"]) -> "SubBatch":
         """Return the sub-batch of the samples at these positions, counted within this one and increasing."""
         weights = None if self.weights is None else self.weights[positions]

@@ -37,7 +37,7 @@ def estimate_kronecker(split: SplitCurvature, options: EstimatorOptions) -> Curv
     factors, source = factors_of(a, options)
     basis = kronecker_basis(factors, a.network.like.dtype)
     if options.kron_magnitudes == "exact":
-        magnitudes = _exact(split, basis, options)
+        magnitudes = _exact(split, factors, basis, options)
     else:
         magnitudes = _from_factors(split, factors, basis, options)
     like = a.network.like
@@ -63,13 +63,19 @@ def basis_without(
     batch: SubBatchCurvature, factors: list[KroneckerFactors], fold: Fold, options: EstimatorOptions
 ) -> KroneckerBasis:
     """Return the Kronecker eigenbasis of all samples but a fold's, given the factors of all."""
+    return kronecker_basis(factors_without(batch, factors, fold, options), batch.network.like.dtype)
+
+
+def factors_without(
+    batch: SubBatchCurvature, factors: list[KroneckerFactors], fold: Fold, options: EstimatorOptions
+) -> list[KroneckerFactors]:
+    """Return the factors of all samples but a fold's, given those of all."""
     if not isinstance(batch, RowCurvature) or options.kron_basis != "row_matrices":
-        return basis_from(batch.part(fold.others), options)
+        return factors_of(batch.part(fold.others), options)[0]
     # factors are sums over samples, and the fold has fewer samples than the others
     share = len(fold.held) / batch.n_samples
     held = factors_of(batch.part(fold.held), options)[0]
-    others = [whole.without(part, share) for whole, part in zip(factors, held, strict=True)]
-    return kronecker_basis(others, batch.network.like.dtype)
+    return [whole.without(part, share) for whole, part in zip(factors, held, strict=True)]
 
 
 def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple[list[KroneckerFactors], str]:
@@ -112,7 +118,9 @@ def joined(*sources: str) -> str:
     return " and ".join(sorted(names - {UNUSED}))
 
 
-def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptions) -> Magnitudes:
+def _exact(
+    split: SplitCurvature, factors: list[KroneckerFactors], basis: KroneckerBasis, options: EstimatorOptions
+) -> Magnitudes:
     a, b, n_data = split.directions, split.magnitudes, split.n_data
     own = a.coordinate_moments(basis)
     in_sample = own.means
@@ -120,32 +128,38 @@ def _exact(split: SplitCurvature, basis: KroneckerBasis, options: EstimatorOptio
         drawn = a.draw is not None
         return same_batch(in_sample, own, n_data=n_data, drawn=a.is_random or drawn)
     if split.known is not None:
-        others = b.coordinate_moments(basis) if b is not None else _folds_along_others(split, options)
+        others = b.coordinate_moments(basis) if b is not None else _folds_along_others(split, factors, options)
         return of_drawn_rows(in_sample, split.known.coordinate_moments(basis), others, decreasing=False)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
     if b is not None:
         return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)
-    moments = _folds_along_others(split, options)
+    moments = _folds_along_others(split, factors, options)
     return cross_fitted(in_sample, moments, n_data=n_data, redrawn=redrawn, decreasing=False)
 
 
-def _folds_along_others(split: SplitCurvature, options: EstimatorOptions) -> DirectionalMoments:
+def _folds_along_others(
+    split: SplitCurvature, factors: list[KroneckerFactors], options: EstimatorOptions
+) -> DirectionalMoments:
     assert split.effective_folds is not None  # for the type checker
     batch = split.directions
     folds = each_fold(split.effective_folds, progress_bar=batch.progress_bar)
-    return pooled([_fold_along_others(batch, split.rest or batch, fold, options) for fold in folds])
+    return pooled([_fold_along_others(batch, split.rest or batch, factors, fold, options) for fold in folds])
 
 
 def _fold_along_others(
-    batch: SubBatchCurvature, measured: SubBatchCurvature, fold: Fold, options: EstimatorOptions
+    batch: SubBatchCurvature,
+    measured: SubBatchCurvature,
+    factors: list[KroneckerFactors],
+    fold: Fold,
+    options: EstimatorOptions,
 ) -> DirectionalMoments:
     """Measure a fold along the basis of the other folds; in the null space of their factors, use the average."""
-    factors, _ = factors_of(batch.part(fold.others), options)
-    moments = measured.part(fold.held).coordinate_moments(kronecker_basis(factors, batch.network.like.dtype))
+    others = factors_without(batch, factors, fold, options)
+    moments = measured.part(fold.held).coordinate_moments(kronecker_basis(others, batch.network.like.dtype))
 
     def averaged(values: Tensor) -> Tensor:
-        blocks = values.split([len(f.left) * len(f.right) for f in factors])
-        return torch.cat([f.averaged_over_null(block) for f, block in zip(factors, blocks, strict=True)])
+        blocks = values.split([len(f.left) * len(f.right) for f in others])
+        return torch.cat([f.averaged_over_null(block) for f, block in zip(others, blocks, strict=True)])
 
     return moments.mapped(averaged, lambda deviations: averaged(deviations.square()).sqrt())
 

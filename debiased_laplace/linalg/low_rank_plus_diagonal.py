@@ -141,6 +141,20 @@ class LowRankPlusDiagonal:
         return total + (scaled @ scaled.mT if covariances else scaled.square().sum(-1))
 
     @cached_property
+    def inverse_factor(self) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
+        r"""Rows F and weights w in double precision: $P^{-1} = K D^{-1} K^\top + F^\top \mathrm{diag}(w) F$.
+
+        With as many directions as parameters, $P^{-1} = F^\top \mathrm{diag}(w) F$ alone: nothing is subtracted.
+        """
+        exact = accumulation_dtype(self.directions)
+        V, s = self._spectrum[0].to(exact), self._spectrum[1].to(exact)
+        complete = self.rank == self.n_parameters
+        # what is subtracted may be nearly all: V must be orthonormal in double precision
+        rows = (V if complete else polish(V)).T / self.diagonal.to(exact).sqrt()
+        weights = 1 / (1 + s) if complete else -s / (1 + s)
+        return (rows if self.basis is None else self.basis.to(exact).vectors(rows)), weights
+
+    @cached_property
     def covariance_diagonal(self) -> Float[Tensor, " P"]:
         """Diagonal of the inverse."""
         # In double precision, with V orthonormal in it: where the directions span nearly the whole space, the residual

@@ -485,7 +485,7 @@ def _norms(drawn: DrawnRows, curvature: SubBatchCurvature) -> Float[Tensor, " R"
     """Return the squared norms of drawn rows, up to a factor; of samples drawn as a whole, their scores."""
     if not isinstance(curvature, RowCurvature):
         return drawn.draw.scores
-    return drawn.probabilities * torch.cat([rows.double().square().sum((1, 2)).cpu() for rows in curvature.rows()])
+    return drawn.probabilities * curvature.squared_norms()
 
 
 def _design_effect(drawn: DrawnRows, norms: Float[Tensor, " R"]) -> float:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -14,8 +14,9 @@ from debiased_laplace.checks import boolean, integer, number
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.drawn_rows import RowSampler, Scored
-from debiased_laplace.curvature.first_pass import evaluated, with_target_weights
+from debiased_laplace.curvature.first_pass import checked_outputs, evaluated, with_target_weights
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
+from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
@@ -317,8 +318,12 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
     precision, root = candidate.precision, candidate.target.root
     for batch in samples:
         network = candidate.network(batch)
-        with torch.no_grad():
-            outputs = evaluated(network.selection, network.parameters, batch)
+        found = network.features(batch.inputs)
+        if found is None:
+            with torch.no_grad():
+                outputs = evaluated(network.selection, network.parameters, batch)
+        else:
+            batch, outputs = replace(batch, features=found[0]), checked_outputs(found[1], batch)
         candidate.target.likelihood.check(outputs, batch.targets)
         if root is None:
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
@@ -326,9 +331,8 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
             bar.update(len(batch))
             continue
         targets_or_noise = root.targets_or_noise(batch.targets, network.n_outputs, torch.Generator())
-        for n, blocks, _ in network.root_rows(batch, root, targets_or_noise):
-            yield sum((precision.variance_trace(rows) for rows in blocks), start=precision.directions.new_zeros(n))
-            bar.update(n)
+        yield RowCurvature(network, SubBatch.of(batch), root, targets_or_noise=targets_or_noise).traces(precision)
+        bar.update(len(batch))
 
 
 def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> None:

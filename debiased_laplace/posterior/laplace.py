@@ -917,7 +917,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         with torch.inference_mode(False), evaluating(self.model), differentiable_kernels(self.model):
             inputs = on_each(moved(x, fit.mean.device), lambda t: t.clone() if t.is_inference() else t)
             network = self._network(inputs)
-            network.check_inputs(inputs)
+            if network.linear_layer is None or self.enable_backprop:
+                network.check_inputs(inputs)
             yield Predictive(network, inputs, fit.mean, self.posterior_precision, self.enable_backprop)
 
     def _network(self, inputs: Inputs) -> Network:

@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.layer_covariance import LayerCovariance
 from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network, RowBlocks
 from debiased_laplace.data.inputs import Inputs, split
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.predictive.last_layer import KroneckerLogits
+from debiased_laplace.predictive.last_layer import layer_logits
 from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits, sorted_differences
 
 _BATCH, _DRAWS = 128, 32  # samples and draws pushed forward at once
@@ -38,6 +39,9 @@ def predict(
     Returns:
         Means and covariances.
     """
+    if not create_graph and (layer := _on_layer(network, precision, inputs)) is not None:
+        covariance, features, f = layer
+        return f, torch.cat([part.dense() for _, part in covariance.of_features(features)]).to(f)
     if not create_graph and (found := _predict_by_parameter(network, precision, inputs, covariances=True)) is not None:
         return found
     means, covariances = [], []
@@ -73,8 +77,10 @@ def predict_variances(
     if create_graph:
         means, covariances = predict(network, precision, inputs, create_graph=True)
         return means, covariances.diagonal(dim1=-2, dim2=-1)
-    if (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
-        return closed.means, closed.variances()
+    if (layer := _on_layer(network, precision, inputs)) is not None:
+        covariance, features, f = layer
+        variances = torch.cat([part.variances() for _, part in covariance.of_features(features)])
+        return f, variances.clamp_min(0).to(f)
     if (found := _predict_by_parameter(network, precision, inputs, covariances=False)) is not None:
         return found
     means = network.outputs(inputs)
@@ -93,8 +99,8 @@ def predict_logits(
     create_graph: bool = False,
 ) -> GaussianLogits:
     """Compute the Gaussian over each input's logits; for many classes, by differences to its first class."""
-    if not create_graph and (closed := KroneckerLogits.of(network, precision, inputs)) is not None:
-        return closed.differences()
+    if not create_graph and (layer := _on_layer(network, precision, inputs)) is not None:
+        return layer_logits(*layer)
     if create_graph or network.n_outputs <= LEADING:
         return GaussianLogits.of_covariance(*predict(network, precision, inputs, create_graph=create_graph))
     means, order = sorted_differences(network.outputs(inputs))
@@ -131,6 +137,9 @@ def predict_jointly(
     create_graph: bool = False,
 ) -> tuple[Float[Tensor, " nC"], Float[Tensor, "nC nC"]]:
     """Compute mean and covariance of all outputs of a batch jointly, ordered by input, then output."""
+    if not create_graph and (layer := _on_layer(network, precision, inputs)) is not None:
+        covariance, features, f = layer
+        return f.flatten(), covariance.joint(features).to(f)
     chunks = list(network.jacobians(inputs, create_graph=create_graph))
     J = torch.cat([J for J, _ in chunks]).flatten(0, 1)
     f = torch.cat([f for _, f in chunks]).flatten()
@@ -155,12 +164,24 @@ def draw_functions(
     Returns:
         One function per draw.
     """
+    features = None if create_graph else network.features(inputs)
+    if features is not None and network.linear_layer is not None:
+        return features[1] + network.linear_layer.pushed(features[0], deviations.T).movedim(-1, 0)
     if not create_graph and _draws_are_cheaper(network, len(deviations)):
         return torch.cat([_pushed_draws(network, chunk, deviations) for chunk in split(inputs, _BATCH)], dim=1)
     parts = [
         f + torch.einsum("ncp,sp->snc", J, deviations) for J, f in network.jacobians(inputs, create_graph=create_graph)
     ]
     return torch.cat(parts, dim=1)
+
+
+def _on_layer(
+    network: Network, precision: LowRankPlusDiagonal, inputs: Inputs
+) -> tuple[LayerCovariance, Tensor, Tensor] | None:
+    """Return the Gaussian over a last linear layer, with features and outputs; None without such a layer."""
+    covariance = None if network.linear_layer is None else LayerCovariance.of(network.linear_layer, precision)
+    found = None if covariance is None else network.features(inputs)
+    return None if covariance is None or found is None else (covariance, *found)
 
 
 def _draws_are_cheaper(network: Network, n_draws: int) -> bool:

@@ -14,6 +14,7 @@ from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.derivatives import (
     BatchProducts,
     Capabilities,
+    LinearizedBatch,
     allows_linearization,
     columns,
     find_capabilities,
@@ -316,7 +317,10 @@ def test_products_of_a_batch_are_right_at_every_use(name: str, kind: str) -> Non
         pytest.skip(s.capabilities.reasons["columns"])
     H = ggn_sum(s, kind)
     products = BatchProducts(
-        s.selection, s.parameters, Batch(s.X, torch.zeros(N)), torch.zeros(N), ggn_root(kind), s.capabilities
+        LinearizedBatch(s.selection, s.parameters, s.X, s.capabilities),
+        Batch(s.X, torch.zeros(N)),
+        torch.zeros(N),
+        ggn_root(kind),
     )
     U = s.tangents(4)
     for X in (U, U[:, :1], 2 * U, U[:, 1:3], U):
@@ -349,7 +353,10 @@ def test_products_of_all_modes_agree(name: str, way: str) -> None:
     H = ggn_sum(s, "classification")
     able = without(name, **WAYS[way])
     products = BatchProducts(
-        s.selection, s.parameters, Batch(s.X, torch.zeros(N)), torch.zeros(N), ggn_root("classification"), able
+        LinearizedBatch(s.selection, s.parameters, s.X, able),
+        Batch(s.X, torch.zeros(N)),
+        torch.zeros(N),
+        ggn_root("classification"),
     )
     U = s.tangents(3)
     for _ in range(3):
@@ -362,7 +369,10 @@ def test_products_of_a_gru_are_right_at_the_second_and_third_use() -> None:
     s = setup("GRU")
     H = ggn_sum(s, "classification")
     products = BatchProducts(
-        s.selection, s.parameters, Batch(s.X, torch.zeros(N)), torch.zeros(N), ggn_root("classification"), able
+        LinearizedBatch(s.selection, s.parameters, s.X, able),
+        Batch(s.X, torch.zeros(N)),
+        torch.zeros(N),
+        ggn_root("classification"),
     )
     u = s.tangents(1)
     for scale in (1.0, -2.0, 1.0):

@@ -1,15 +1,17 @@
 """A last linear layer without forming its rows: used where it gives the same numbers, and only there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import MODELS, targets
 from sub_batches import samples_of
 from torch import nn
 
+from debiased_laplace.curvature.derivatives import Capabilities
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.kronecker import kronecker_basis, matrix_shapes, row_matrix_factors
 from debiased_laplace.curvature.likelihoods import likelihood_named
-from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
@@ -35,10 +37,13 @@ def both(name, kind, root, layer=None):
     network = network_of(model, X, y, kind, layer)
     samples = samples_of(X, y, torch.arange(len(X)))
     root = ROOTS[root](network.likelihood)
-    fast, slow = (RowCurvature(network, samples, root, seed=4) for _ in range(2))
-    slow.__dict__["linear_layer"] = None
-    assert fast.linear_layer is not None
-    return fast, slow
+    assert network.linear_layer is not None
+    return tuple(RowCurvature(n, samples, root, seed=4) for n in (network, without_layer(network)))
+
+
+def without_layer(network):
+    """Return the network, differentiated by backward passes."""
+    return replace(network, capabilities=Capabilities(False, False, False, {}))
 
 
 CASES = {
@@ -54,7 +59,7 @@ CASES = {
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 @pytest.mark.parametrize("case", CASES)
 def test_factors_and_moments_are_those_of_the_rows(case, kind, root, chunk, monkeypatch):
-    monkeypatch.setattr("debiased_laplace.curvature.linear_layer.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("debiased_laplace.curvature.roots.CHUNK_BYTES", chunk)
     name, layer = CASES[case]
     fast, slow = both(name, kind, root, layer)
     shapes = matrix_shapes(fast.network.selection, layers_only=False)
@@ -131,8 +136,8 @@ def test_other_layers_use_rows(case):
         model, X = OTHERWISE[case]().double(), torch.randn(6, 3, dtype=torch.float64)
     y = torch.tensor([0, 1, 2, 0, 1, 2])
     network = network_of(model, X, y, "classification", "head")
-    assert LinearLayer.of(network, X[:2]) is None
-    assert not model.head._forward_pre_hooks
+    assert network.linear_layer is None
+    assert not model.head._forward_hooks
 
 
 def test_all_weights_use_rows():
@@ -140,4 +145,4 @@ def test_all_weights_use_rows():
     network = prepare_network(
         WeightSubset("all").select(model), likelihood_named("classification"), Batch(X, targets("classification"))
     )
-    assert LinearLayer.of(network, X[:2]) is None
+    assert network.linear_layer is None

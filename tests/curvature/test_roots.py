@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -81,6 +82,48 @@ def test_columns_come_a_few_at_a_time_and_for_all_samples_at_once(name: str, kin
             [vmap(lambda o, s, block=block: root.columns(o, s, block))(f, targets_or_noise) for block in blocks],
         ):
             torch.testing.assert_close(torch.cat(found, -1), S)
+
+
+@every_kind
+@every_root
+@pytest.mark.parametrize("chunk", [2**20, 1], ids=["all columns at once", "one column at a time"])
+def test_sums_and_quadratic_forms_are_those_of_the_columns(name: str, kind: str, chunk: int, monkeypatch) -> None:
+    monkeypatch.setattr("debiased_laplace.curvature.roots.CHUNK_BYTES", chunk)
+    root, f = ROOTS[name](kind), outputs()
+    targets_or_noise = known(root, kind)
+    S = dense(root, f, targets_or_noise)
+    generator = torch.Generator().manual_seed(5)
+    Q, weights = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((C, 3), (n_samples,)))
+    torch.testing.assert_close(root.quadratics(f, targets_or_noise, Q), (S.mT @ Q).square().sum(1))
+    torch.testing.assert_close(root.quadratics(f, targets_or_noise, None), S.square().sum(2))
+    torch.testing.assert_close(
+        root.weighted_sum(f, targets_or_noise, weights), (weights[:, None, None] * (S @ S.mT)).sum(0)
+    )
+
+
+@pytest.mark.parametrize("doubt", [1e-3, 1e-6, 1e-9, 1e-20])
+@pytest.mark.parametrize("n_classes", [10, 300])
+def test_the_curvature_of_confident_samples_is_not_lost(doubt: float, n_classes: int) -> None:
+    """Outputs in single precision, whose most probable class has 1 - p = doubt; the oracle's origin is that class."""
+    generator = torch.Generator().manual_seed(6)
+    f = torch.randn(3, n_classes, generator=generator)
+    top = torch.tensor([4, 0, n_classes - 1])
+    f = f.scatter(1, top[:, None], 0.0)
+    others = f.scatter(1, top[:, None], -torch.inf).logsumexp(1)
+    f = f.scatter(1, top[:, None], (others - math.log(doubt))[:, None])
+    Q, _ = torch.linalg.qr(torch.randn(n_classes, n_classes, generator=generator, dtype=torch.float64))
+    # weights of the classes relative to the most probable one, whose vector is the origin
+    w = (f.double() - f.double().gather(1, top[:, None])).exp()
+    total, x = w.sum(1, keepdim=True), Q - Q[top][:, None]
+    first, second = (torch.einsum("nc,nck->nk", w, x.pow(i)) for i in (1, 2))
+    expected = second / total - (first / total).square()
+    root = GaussNewton(likelihood_named("classification"))
+    found = root.quadratics(f, torch.zeros(3), Q)
+    torch.testing.assert_close(expected.sum(1) / doubt, torch.full((3,), 2.0).double(), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(found / doubt, expected / doubt, rtol=1e-9, atol=1e-13)
+    weights = torch.tensor([0.5, 2.0, 3.0])
+    of_sum = (Q * (root.weighted_sum(f, torch.zeros(3), weights) @ Q)).sum(0)
+    torch.testing.assert_close(of_sum / doubt, (weights.double() @ expected) / doubt, rtol=1e-9, atol=1e-12)
 
 
 @every_kind

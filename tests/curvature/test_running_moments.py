@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from debiased_laplace.curvature.sub_batch import DrawErrors, RunningMoments
+from debiased_laplace.curvature.sub_batch import DrawErrors, OuterValues, RunningMoments
 from debiased_laplace.debiasing.cross_fitting import pooled
 
 
@@ -68,6 +68,34 @@ def test_samples_that_are_a_draw_have_the_spread_of_their_totals():
     assert found.n_samples == pytest.approx(30)
     assert found.sampled_share == 30 / 80
     assert found.n_drawn is None
+
+
+@pytest.mark.parametrize("kind", ["samples", "rows of all samples", "rows of drawn samples"])
+def test_outer_products_have_the_moments_of_their_entries(kind):
+    """Rows of a sample have the same second factor; they are added in parts that cut through samples."""
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randint(0, 9, (40,), generator=generator).sort().values
+    left_out = torch.rand(40, generator=generator, dtype=torch.float64)
+    blocks = [
+        (torch.rand(40, o, generator=generator).double(), torch.rand(9, i, generator=generator).double()[sample])
+        for o, i in ((3, 4), (3, 1))
+    ]
+    draw = {
+        "samples": None,
+        "rows of all samples": DrawErrors.of(left_out).reweighted(0.2 + left_out),
+        "rows of drawn samples": DrawErrors(left_out, 1 + left_out, sample, 12.0, 0.4),
+    }[kind]
+    formed = torch.cat([(x[:, :, None] * y[:, None, :]).flatten(1) for x, y in blocks], dim=1)
+    sums = [RunningMoments(15, formed) for _ in range(2)]
+    for start in range(0, 40, 7):
+        chosen = slice(start, start + 7)
+        part = None if draw is None else draw.at(chosen)
+        sums[0].add(OuterValues(tuple((x[chosen], y[chosen]) for x, y in blocks)), part)
+        sums[1].add(formed[chosen], part)
+    found, expected = (one.moments() for one in sums)
+    for name in ("means", "standard_deviations", "third_moments", "draw_variances", "centers"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert (found.n_samples, found.n_drawn) == (expected.n_samples, expected.n_drawn)
 
 
 def test_standard_errors_of_two_phases_are_right_on_average():

@@ -1,0 +1,247 @@
+"""What fits and predictions cost at the sizes that users have, in forward passes of the same network.
+
+    python -m benchmarks.scale                          # all jobs
+    python -m benchmarks.scale last_layer_kron_10       # some jobs
+
+Every job runs in a process of its own with one thread. A fit is given in forward passes over its samples (fwd), a
+prediction in forward passes over its inputs (MAP), both in seconds of processor time measured in the same process.
+Memory is the peak beyond that of the model, its data and a forward pass. The weights are random, the inputs synthetic.
+ResNet-18 is torchvision's (`pip install --editable '.[benchmarks]'`).
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch
+from laplace import Laplace
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiased_laplace import DebiasedLaplace
+
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A line of the table.
+
+    Attributes:
+        job: what was measured.
+        seconds: processor time.
+        ratio: to the unit; None where the job failed.
+        unit: "fwd" or "MAP".
+        grew: bytes of memory beyond the model's; None: not known.
+        failed: message of the error; None: it did not fail.
+    """
+
+    job: str
+    seconds: float
+    ratio: float | None
+    unit: str
+    grew: int | None = None
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, samples to fit and inputs to predict."""
+
+    model: nn.Module
+    X: Tensor
+    y: Tensor
+    test: Tensor
+
+    def loader(self) -> DataLoader[Any]:
+        """Batches of the samples."""
+        return DataLoader(TensorDataset(self.X, self.y), batch_size=128)
+
+    def forward(self) -> None:
+        """Evaluate the model on all samples."""
+        with torch.no_grad():
+            for inputs, _ in self.loader():
+                self.model(inputs)
+
+    def predict(self) -> None:
+        """Evaluate the model on the inputs to predict."""
+        with torch.no_grad():
+            self.model(self.test)
+
+
+def resnet18(n_classes: int, n: int, n_test: int = 32) -> Problem:
+    """ResNet-18 with 32 x 32 inputs."""
+    # not a dependency
+    from torchvision.models import resnet18 as network
+
+    torch.manual_seed(0)
+    model = network(num_classes=n_classes)
+    # running statistics of the inputs, without which outputs of random weights are all the same
+    model(torch.randn(64, 3, 32, 32))
+    return Problem(
+        model.eval(), torch.randn(n, 3, 32, 32), torch.randint(0, n_classes, (n,)), torch.randn(n_test, 3, 32, 32)
+    )
+
+
+class Clock:
+    """Costs of a problem, in forward passes that are measured beside them."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        problem.forward()
+        self.units = {"fwd": _median(problem.forward, 3), "MAP": _median(problem.predict, _REPEATS)}
+        self.costs: list[Cost] = []
+
+    def measure(self, job: str, run: Callable[[], Any], unit: str = "fwd", *, repeats: int = 1) -> Any:
+        """Add the cost of what a function does; return what it returns, or None if it fails."""
+        forward = self.problem.forward if unit == "fwd" else self.problem.predict
+        _reset_peak()
+        before, times, found = _peak(), [], None
+        try:
+            for _ in range(repeats):
+                seconds, found = _seconds(run)
+                times.append(seconds)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            message = "out of memory" if "memory" in str(error) else f"{type(error).__name__}: {error}".splitlines()[0]
+            self.costs.append(Cost(job, 0.0, None, unit, _peak() - before, message[:60]))
+            return None
+        grew = _peak() - before
+        # the machine may have become slower or faster since the start
+        again = _median(forward, max(1, min(repeats, _REPEATS)))
+        own = (self.units[unit] + again) / 2
+        self.costs.append(Cost(job, statistics.median(times), statistics.median(times) / own, unit, grew))
+        return found
+
+
+def last_layer(n_classes: int, n: int, **options: Any) -> list[Cost]:
+    """Fit and predictions of the last layer of ResNet-18, and those of laplace-torch."""
+    clock = Clock(resnet18(n_classes, n))
+    problem = clock.problem
+    shared = {"subset_of_weights": "last_layer", "prior_precision": 3.0}
+    uniform = options.get("sampling") == "uniform"
+
+    def ours() -> Any:
+        la: Any = DebiasedLaplace(problem.model, "classification", **shared, **options)
+        # a uniform sample is of a larger data set
+        la.fit(problem.loader(), n_data=10 * n if uniform else None)
+        return la
+
+    def theirs() -> Any:
+        # its low rank is for all weights
+        structure = options["hessian_structure"].replace("lowrank", "full")
+        la: Any = Laplace(problem.model, "classification", **shared, hessian_structure=structure)
+        la.fit(problem.loader())
+        return la
+
+    la = clock.measure(f"fit, n = {n:,}", ours)
+    if la is not None:
+        _predictions(clock, "", la, "mean_field")
+        others = DataLoader(TensorDataset(torch.randn_like(problem.X), problem.y), batch_size=128)
+        judges = others if uniform else problem.loader()
+        clock.measure(f"held_out_kl, n = {n:,}", lambda: la.held_out_kl(judges))
+    la = clock.measure(f"laplace-torch: fit, n = {n:,}", theirs)
+    if la is not None:
+        _predictions(clock, "laplace-torch: ", la, "probit")
+    return clock.costs
+
+
+def _predictions(clock: Clock, name: str, la: Any, link: str) -> None:
+    """Measure predictions of a posterior."""
+    x, draws = clock.problem.test, 20
+    of_draws = f"{draws} draws, {len(x)} inputs"
+    clock.measure(f"{name}la(x), {len(x)} inputs", lambda: la(x, link_approx=link), "MAP", repeats=_REPEATS)
+    drawn = {"pred_type": "nn", "link_approx": "mc", "n_samples": draws}
+    clock.measure(f'{name}la(x, "nn"), {of_draws}', lambda: la(x, **drawn), "MAP", repeats=_REPEATS)
+    clock.measure(
+        f"{name}functional_samples, {of_draws}",
+        lambda: la.functional_samples(x, n_samples=draws),
+        "MAP",
+        repeats=_REPEATS,
+    )
+
+
+JOBS: dict[str, Callable[[], list[Cost]]] = {
+    "last_layer_kron_10": partial(last_layer, 10, 512, hessian_structure="kron"),
+    "last_layer_kron_10_uniform": partial(last_layer, 10, 512, hessian_structure="kron", sampling="uniform"),
+    "last_layer_kron_1000": partial(last_layer, 1_000, 2_048, hessian_structure="kron"),
+    "last_layer_kron_1000_uniform": partial(last_layer, 1_000, 2_048, hessian_structure="kron", sampling="uniform"),
+    "last_layer_lowrank_10": partial(last_layer, 10, 128, hessian_structure="lowrank"),
+    "last_layer_full_10": partial(last_layer, 10, 128, hessian_structure="full"),
+}
+"""Functions that return the lines of a part of the table, by name."""
+
+
+def _seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = run()
+    return time.process_time() - start, found
+
+
+def _median(run: Callable[[], Any], repeats: int) -> float:
+    run()
+    return statistics.median(_seconds(run)[0] for _ in range(repeats))
+
+
+def _reset_peak() -> None:
+    """Forget the peak so far, where the system can."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+
+
+def _peak() -> int:
+    """Peak memory of this process in bytes since it was forgotten."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(s.split()[1]) for s in status.read_text().splitlines() if s.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def child(job: str, gigabytes: float) -> list[Cost]:
+    """Costs of a job in a process of its own, with one thread and limited memory."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--child", job, "--memory", str(gigabytes)]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, env={**os.environ, **one_thread}, text=True)
+    if done.returncode:
+        return [Cost("the job", 0.0, None, "", None, f"ended with {done.returncode}")]
+    return [Cost(**line) for line in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", help=f"of {', '.join(JOBS)}; all without any")
+    parser.add_argument("--child", choices=JOBS, help="run one job in this process")
+    parser.add_argument("--memory", type=float, default=8.0, help="limit of the address space of a job, in GiB")
+    options = parser.parse_args()
+    if options.child:
+        torch.set_num_threads(1)
+        limit = int(options.memory * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        print(json.dumps([asdict(cost) for cost in JOBS[options.child]()]))
+        return
+    unknown = set(options.jobs) - set(JOBS)
+    if unknown:
+        parser.error(f"expected jobs of {', '.join(JOBS)}; got {', '.join(sorted(unknown))}")
+    print("| job | what | cost | processor time, s | memory, MiB |\n|---|---|---|---|---|")
+    for job in options.jobs or JOBS:
+        for cost in child(job, options.memory):
+            ratio = cost.failed if cost.ratio is None else f"{cost.ratio:.2f} {cost.unit}"
+            grew = "–" if cost.grew is None else f"{cost.grew / 2**20:,.0f}"
+            print(f"| {job} | {cost.job} | {ratio} | {cost.seconds:.3f} | {grew} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
