@@ -22,6 +22,7 @@ LANCZOS_RANK = 100
 """Number of directions for `rank=None` if only Lanczos is affordable."""
 
 _LARGEST_BLOCK = 16
+_PRODUCT = 40  # multiplications for a parameter and sample, per half product: linear layers 20, convolutions 40 to 60
 _EIGENVECTORS = 5  # cost of all eigenvectors of a matrix, in products of two such matrices
 _LARGEST_SIDE = 12_000  # of a matrix with all eigenvectors (`rank=None`): a minute or more on all cores
 
@@ -91,15 +92,15 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None, n_folds: int =
         return "lanczos"
     if rank is None:
         return "gram" if min(R, P) <= _LARGEST_SIDE else "lanczos"
-    per_product = 100 * (6 * rank + 40)
     if R < P:
-        return "gram" if curvature.n_samples * r * r <= per_product else "lanczos"
+        return "gram" if curvature.n_samples * r * r <= 100 * (6 * rank + 40) else "lanczos"
     if not curvature.network.capabilities.columns:
         # every product would compute all rows again
         return "gram"
     # the dense curvature is summed once, and once more in parts if there are folds, each of which has eigenvectors
     sums = (2 if n_folds else 1) / (1 + n_folds)
-    return "gram" if sums * r * P + _EIGENVECTORS * P * P / curvature.n_samples <= per_product else "lanczos"
+    dense = sums * r * P + _EIGENVECTORS * P * P / curvature.n_samples
+    return "gram" if dense <= _PRODUCT * (6 * rank + 40) else "lanczos"
 
 
 def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eigenpairs:
