@@ -22,6 +22,7 @@ from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, on
 from debiased_laplace.linalg.row_matrix import RowMatrix, flat
 
 _VECTORS = 2  # random combinations of outputs, and tangents, that modes of differentiation are tested on
+_ASSUMED_BYTES = 2**20  # activations of a sample that could not be measured
 
 _LARGE = 64 * 2**20
 """Bytes of parameters above which modes are not tested that would only save time: each test holds several vectors."""
@@ -244,6 +245,35 @@ class BatchProducts:
         pushed = self._batch.pushed(x[:, None])[..., 0]
         product = self._root.product(self._batch.outputs, self._targets_or_noise, pushed)
         return self._batch.pulled(self._samples.scaled(product))
+
+
+def activation_bytes(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> int:
+    """Return the bytes of a sample that a graph of the outputs holds, measured on one and two samples of the inputs.
+
+    They are not measured, and assumed, for a model whose own forward pass differentiates by torch.func.
+    """
+    n = min(2, n_samples_of(inputs))
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+    def saved(n_samples: int) -> int:
+        sizes: dict[tuple[int, int], int] = {}
+
+        def note(t: Tensor) -> Tensor:
+            sizes[t.data_ptr(), t.numel()] = t.numel() * t.element_size()
+            return t
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            # alive while sizes are noted, so that no memory is noted twice
+            outputs = selection.call(leaves, first(inputs, n_samples))
+        return sum(sizes.values()) + outputs.numel() * outputs.element_size()
+
+    try:
+        # what does not depend on the number of samples, such as weights, cancels
+        return max(1, saved(n) - saved(n - 1) if n > 1 else saved(1))
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return _ASSUMED_BYTES
 
 
 def _vjp(

@@ -317,6 +317,14 @@ class Network:
         linear = derivatives.allows_linearization(self.selection, self.parameters, inputs)
         return replace(self, capabilities=replace(self.capabilities, linearized=linear))
 
+    def activation_bytes(self, inputs: Inputs) -> int:
+        """Return the bytes of a sample that a graph of the outputs holds."""
+        return derivatives.activation_bytes(self.selection, self.parameters, inputs)
+
+    def unlinearized(self) -> "Network":
+        """Return the network with products that keep nothing but the batch."""
+        return replace(self, capabilities=replace(self.capabilities, linearized=False))
+
     def products(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor) -> BatchProducts:
         """Prepare a batch for repeated products with its curvature."""
         features = self.features_of(batch)

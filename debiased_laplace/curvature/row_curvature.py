@@ -27,7 +27,7 @@ from debiased_laplace.curvature.sub_batch import (
     SubBatchCurvature,
     joined_directions,
 )
-from debiased_laplace.data.batches import Batch, joined
+from debiased_laplace.data.batches import Batch, joined, of_one_kind
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
@@ -39,6 +39,7 @@ _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times direct
 _BATCH = 128  # samples pushed forward at once
 _FEATURES = 1024  # samples whose features are used at once
 _BYTES_OF_AN_OUTPUT = 64  # of what is computed from it: several numbers in double precision
+_HELD = 4  # bytes of a linearized batch, in bytes of its activations: 1 for linear layers, 4 with batch normalization
 
 UNUSED = "unused"
 """Source of a curvature that nothing was computed of yet."""
@@ -249,7 +250,7 @@ class RowCurvature(SubBatchCurvature):
         return H / self.n_samples
 
     def linear_map(self) -> Callable[[Tensor], Tensor]:
-        """Return the map from X to H X, with every batch linearized once and kept."""
+        """Return the map from X to H X, with batches linearized once and kept as far as memory allows."""
         return RowProducts(self)
 
     def nested_moments(
@@ -431,27 +432,63 @@ def _joined(found: list[tuple[Tensor, Tensor, Batch]]) -> tuple[Tensor, Tensor, 
 
 
 class RowProducts:
-    """The map from X to H X of a set of samples, prepared for repeated use."""
+    """The map from X to H X of a set of samples, prepared for repeated use.
+
+    As many batches as fit into a quarter of the free memory are linearized and kept; the others are differentiated
+    again at every product.
+    """
 
     def __init__(self, curvature: RowCurvature):
         self.curvature = curvature
-        network = curvature.network
-        self._batches: list[BatchProducts] = []
-        if network.capabilities.columns:
-            curvature._used.add("torch.func products")
-            for batch, targets_or_noise in curvature.batches():
-                network = network if self._batches else network.ready_for_products(batch.inputs)
-                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
-                    self._batches.append(network.products(chunk, curvature.root, part))
+        self._kept: list[BatchProducts] = []
+        self._rest: RowCurvature | None = None
+        self._by_columns = curvature.network.capabilities.columns and curvature.n_samples > 0
+        if not self._by_columns:
+            return
+        curvature._used.add("torch.func products")
+        inputs = next(iter(curvature.samples)).inputs
+        network = curvature.network.ready_for_products(inputs)
+        self._network = network.unlinearized()
+        n_bytes = network.activation_bytes(inputs)
+        budget = free_memory(network.like.device) // 4
+        self._size = max(1, min(_BATCH, budget // n_bytes), CHUNK_BYTES // n_bytes)
+        n_kept, held = 0, n_bytes * (_HELD if network.capabilities.linearized else 1)
+        for batch, targets_or_noise in self._batches(curvature):
+            if (n_kept + len(batch)) * held > budget:
+                # kept are whole leading batches
+                self._rest = curvature.part(torch.arange(n_kept, curvature.n_samples))
+                return
+            self._kept.append(network.products(batch, curvature.root, targets_or_noise))
+            n_kept += len(batch)
+
+    def _batches(self, curvature: RowCurvature) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield batches of as many samples as a product takes at once, which may be more than the loader's."""
+        waiting: list[tuple[Batch, Tensor]] = []
+        for batch, targets_or_noise in curvature.batches():
+            for pair in zip(batch.chunks(self._size), targets_or_noise.split(self._size), strict=True):
+                n_waiting = sum(len(other) for other, _ in waiting)
+                if waiting and (n_waiting + len(pair[0]) > self._size or not of_one_kind(waiting[0][0], pair[0])):
+                    yield _joined_pairs(waiting)
+                    waiting = []
+                waiting.append(pair)
+        yield _joined_pairs(waiting)
 
     def __call__(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
         """Return H X."""
-        exact = accumulation_dtype(X)
-        total = torch.zeros_like(X, dtype=exact)
-        for products in self._batches:
+        total = torch.zeros_like(X, dtype=accumulation_dtype(X))
+        for products in self._kept:
             total += products(X)
-        if not self._batches:
+        if self._rest is not None:
+            for batch, targets_or_noise in self._batches(self._rest):
+                total += self._network.products(batch, self.curvature.root, targets_or_noise)(X)
+        if not self._by_columns:
             for block in self.curvature.rows():
                 V = block.flatten(0, 1)
                 total += V.T @ (V @ X)
         return (total / self.curvature.n_samples).to(X.dtype)
+
+
+def _joined_pairs(pairs: list[tuple[Batch, Tensor]]) -> tuple[Batch, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    return joined([batch for batch, _ in pairs]), torch.cat([targets_or_noise for _, targets_or_noise in pairs])

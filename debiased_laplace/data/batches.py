@@ -155,6 +155,11 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(inputs, targets, torch.cat(weights) if weights else None, torch.cat(features) if features else None)
 
 
+def of_one_kind(one: Batch, other: Batch) -> bool:
+    """Return whether two batches can be joined."""
+    return _kind(one) == _kind(other)
+
+
 def _kind(batch: Batch) -> str:
     """Return what has to be the same for batches to be joined."""
     of_one = on_each(batch.inputs, lambda t: t[:0])

@@ -67,8 +67,9 @@ class LowRankCurvature:
             return diagonal, weights
         if len(weights) == 0:
             return prior + second_order(likelihood_weight * self.diagonal, variances, prior), weights
-        spread = self.factor.square() / diagonal[..., None] if diagonal.ndim else self.factor.square() / diagonal
-        return diagonal, second_order(weights, variances, 1 / spread.sum(0))
+        # unit vectors: with one number D the precision of the rest along each of them is D
+        rest = diagonal if diagonal.ndim == 0 else 1 / ((1 / diagonal) @ self.factor.square())
+        return diagonal, second_order(weights, variances, rest)
 
 
 def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"]) -> LowRankCurvature:

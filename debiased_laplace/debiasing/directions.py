@@ -22,11 +22,19 @@ LANCZOS_RANK = 100
 """Number of directions for `rank=None` if only Lanczos is affordable."""
 
 _LARGEST_BLOCK = 16
+_PRODUCT = 40  # multiplications for a parameter and sample, per half product: linear layers 20, convolutions 40 to 60
+_EIGENVECTORS = 5  # cost of all eigenvectors of a matrix, in products of two such matrices
 _LARGEST_SIDE = 12_000  # of a matrix with all eigenvectors (`rank=None`): a minute or more on all cores
 
 
 def find_directions(
-    curvature: SubBatchCurvature, *, rank: int | None, solver: Solver, seed: int, threshold: float | None = None
+    curvature: SubBatchCurvature,
+    *,
+    rank: int | None,
+    solver: Solver,
+    seed: int,
+    threshold: float | None = None,
+    n_folds: int = 0,
 ) -> Eigenpairs:
     """Compute the leading eigenpairs of a sub-batch's mean curvature.
 
@@ -37,6 +45,7 @@ def find_directions(
             cheaper one that fits into a quarter of the free memory.
         seed: of Lanczos' start vectors.
         threshold: smallest eigenvalue that counts, relative to the largest; None: as the rank implies.
+        n_folds: folds whose directions will be computed by the same solver, which "auto" considers.
 
     Returns:
         The eigenpairs, of rank 0 if the curvature is zero.
@@ -46,7 +55,7 @@ def find_directions(
     """
     if threshold is None:
         threshold = threshold_of(rank)
-    chosen = choose_solver(curvature, rank) if solver == "auto" else solver
+    chosen = choose_solver(curvature, rank, n_folds) if solver == "auto" else solver
     if chosen == "lanczos":
         pairs = _by_lanczos(curvature, rank, threshold, seed)
     elif isinstance(curvature, RowCurvature):
@@ -67,7 +76,7 @@ def threshold_of(rank: int | None) -> float:
     return SUPPORTED if rank is None else REQUESTED
 
 
-def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gram", "lanczos"]:
+def choose_solver(curvature: SubBatchCurvature, rank: int | None, n_folds: int = 0) -> Literal["gram", "lanczos"]:
     """Choose the cheaper solver that fits into a quarter of the free memory."""
     # Gram costs a product of all pairs of rows; Lanczos about 3 products per direction, each about two backward passes
     # over the samples; with convolutions a pass costs about 25 times its parameters
@@ -83,9 +92,15 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None) -> Literal["gr
         return "lanczos"
     if rank is None:
         return "gram" if min(R, P) <= _LARGEST_SIDE else "lanczos"
-    if P <= R:
+    if R < P:
+        return "gram" if curvature.n_samples * r * r <= 100 * (6 * rank + 40) else "lanczos"
+    if not curvature.network.capabilities.columns:
+        # every product would compute all rows again
         return "gram"
-    return "gram" if curvature.n_samples * r * r <= 100 * (6 * rank + 40) else "lanczos"
+    # the dense curvature is summed once, and once more in parts if there are folds, each of which has eigenvectors
+    sums = (2 if n_folds else 1) / (1 + n_folds)
+    dense = sums * r * P + _EIGENVECTORS * P * P / curvature.n_samples
+    return "gram" if dense <= _PRODUCT * (6 * rank + 40) else "lanczos"
 
 
 def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eigenpairs:

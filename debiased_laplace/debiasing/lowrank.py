@@ -48,7 +48,10 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
     factors = factors_of(a, options)[0] if with_basis else None
     basis = None if factors is None else kronecker_basis(factors, a.network.like.dtype)
     rank = max(given) if len(given) == len(variants) else None
-    pairs = find_directions(a, rank=rank, solver=options.solver, seed=options.seed, threshold=min(thresholds))
+    n_folds = 0 if split.effective_folds is None else len(split.effective_folds.unique())
+    pairs = find_directions(
+        a, rank=rank, solver=options.solver, seed=options.seed, threshold=min(thresholds), n_folds=n_folds
+    )
     requests = []
     for variant, kind, threshold in zip(variants, kinds, thresholds, strict=True):
         k = min(len(pairs.values) if variant.rank is None else variant.rank, numerical_rank(pairs.values, threshold))

@@ -20,68 +20,75 @@ from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome
 
 Matmat = Callable[[Tensor], Tensor]
 
+_SPARE = 30  # vectors of the basis beyond those asked for
+_KEPT = 10  # of these, kept by a restart
+_CHUNK = 2**21  # numbers of the basis that are combined at a time
+
 
 class _KrylovBasis:
-    """Orthonormal basis Q of a block Krylov space, the projection T = Q' H Q, and the next block."""
+    """Orthonormal basis Q of a block Krylov space, the projection T = Q H Q', and the next block.
+
+    Vectors are rows, so that a product with all of them reads memory in order, and memory that is not needed yet is not
+    touched.
+    """
 
     def __init__(self, matmat: Matmat, like: Tensor, capacity: int, block_size: int, seed: int):
         self.matmat = matmat
         self.generator = torch.Generator().manual_seed(seed)
-        self.Q = like.new_empty(like.numel(), capacity)
+        self.Q = like.new_empty(capacity, like.numel())
         self.T = like.new_zeros(capacity, capacity, dtype=accumulation_dtype(like))
         self.block_size = block_size
         self.size = 0
         self.products = 0
         self.inherited = 0.0  # largest residual of the vectors kept by a fresh restart
-        self.block = self.complete(like.new_empty(like.numel(), 0))
+        self.block = self.complete(like.new_empty(0, like.numel()))
         self.coupling = self.T[:0, :0]
 
     @property
     def exhausted(self) -> bool:
         """Whether the basis spans the whole space."""
-        return self.size == self.Q.shape[0]
+        return self.size == self.Q.shape[1]
 
     @property
     def full(self) -> bool:
         """Whether the next block does not fit."""
-        return self.size + self.block.shape[1] > self.Q.shape[1]
+        return self.size + self.block.shape[0] > self.Q.shape[0]
 
     def grow(self) -> None:
         """Take one Lanczos step: multiply the block, orthogonalize twice, and store the remainder as the next block."""
-        old, new = self.size, self.size + self.block.shape[1]
-        self.Q[:, old:new] = self.block
-        W = self.matmat(self.block)
+        old, new = self.size, self.size + self.block.shape[0]
+        self.Q[old:new] = self.block
+        W = self.matmat(self.block.T).T.contiguous()
         if not bool(W.isfinite().all()):
             raise ValueError("Expected a finite matrix-vector product; got NaN or infinity.")
         self.products += new - old
-        Q = self.Q[:, :new]
-        h = Q.T @ W
-        W = W - Q @ h
-        correction = Q.T @ W
-        W = W - Q @ correction
+        Q = self.Q[:new]
+        h = Q @ W.T
+        W.addmm_(h.T, Q, alpha=-1)
+        correction = Q @ W.T
+        W.addmm_(correction.T, Q, alpha=-1)
         h = (h + correction).to(self.T.dtype)
         h[old:new] = (h[old:new] + h[old:new].T) / 2
         self.T[:new, old:new] = h
         self.T[old:new, :new] = h.T
         self.size = new
         self.block = self.complete(W, noise_floor=float(self.T.abs().max()))
-        self.coupling = (self.block.T @ W).to(self.T.dtype)
+        self.coupling = (self.block @ W.T).to(self.T.dtype)
 
     def complete(self, W: Tensor, noise_floor: float = 0.0) -> Tensor:
         """Return an orthonormal block, orthogonal to the basis, that spans W, completed by random vectors."""
-        width = min(self.block_size, self.Q.shape[0] - self.size)
-        basis = self.Q[:, : self.size]
-        Q, R = torch.linalg.qr(W[:, :width])
-        sizes = R.diagonal().abs()
+        P = self.Q.shape[1]
+        width = min(self.block_size, P - self.size)
+        basis = self.Q[: self.size]
+        Q, R = torch.linalg.qr(W[:width].T)
+        Q, sizes = Q.T, R.diagonal().abs()
         nonzero = sizes > 100 * torch.finfo(W.dtype).eps * noise_floor
-        if Q.shape[1] == width and bool((sizes > 1e-3 * noise_floor).all()):
-            return Q
-        # small columns are mostly rounding, which is not orthogonal to the basis
-        Q = _orthonormalize(Q[:, nonzero], basis)
-        noise = torch.randn(self.Q.shape[0], width - Q.shape[1], generator=self.generator, dtype=self.Q.dtype).to(
-            self.Q.device
-        )
-        return torch.cat([Q, _orthonormalize(noise, torch.cat([basis, Q], dim=1))], dim=1)
+        if len(Q) == width and bool((sizes > 1e-3 * noise_floor).all()):
+            return Q.contiguous()
+        # small vectors are mostly rounding, which is not orthogonal to the basis
+        Q = _orthonormalize(Q[nonzero], [basis])
+        noise = torch.randn(P, width - len(Q), generator=self.generator, dtype=self.Q.dtype).to(self.Q.device)
+        return torch.cat([Q, _orthonormalize(noise.T, [basis, Q])])
 
     def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the leading k Ritz values, their coefficients in the basis, and their residual norms."""
@@ -90,17 +97,25 @@ class _KrylovBasis:
         last = Y[self.size - self.coupling.shape[1] :]
         return values, Y, torch.linalg.vector_norm(self.coupling @ last, dim=0)
 
+    def combine(self, Y: Tensor, out: Tensor) -> None:
+        """Write the combinations of the basis with coefficients Y (size, k) to `out` (k, P), which may be the basis."""
+        Y = Y.to(self.Q.dtype).T.contiguous()
+        width = max(1, _CHUNK // len(self.Q))
+        for start in range(0, self.Q.shape[1], width):
+            columns = slice(start, start + width)
+            out[:, columns] = Y @ self.Q[: self.size, columns]
+
     def restart(self, keep: int, *, fresh: bool) -> None:
         """Shrink the basis to the leading Ritz vectors; with `fresh`, replace the next block by a random one."""
         values, Y, residuals = self.ritz(keep)
-        keep = values.shape[0]
-        self.Q[:, :keep] = self.Q[:, : self.size] @ Y.to(self.Q.dtype)
+        keep = len(values)
+        self.combine(Y, self.Q[:keep])
         self.T.zero_()
         self.T[:keep, :keep] = torch.diag(values)
         self.size = keep
         if fresh:
             self.inherited = max(self.inherited, float(residuals.max()))
-            self.block = self.complete(self.block[:, :0])
+            self.block = self.complete(self.block[:0])
 
 
 def lanczos(
@@ -115,8 +130,8 @@ def lanczos(
 ) -> Eigenpairs:
     r"""Compute the k algebraically largest eigenpairs of a symmetric matrix.
 
-    Cost: about 2k to 4k products; memory: about $P (2k + 40)$ numbers. Repeated eigenvalues are found up to
-    multiplicity `block_size` directly, and further copies by restarts in the complement.
+    Cost: about 2k to 4k products; memory: about $P (2k + 30)$ numbers, of which $P k$ are the result. Repeated
+    eigenvalues are found up to multiplicity `block_size` directly, and further copies by restarts in the complement.
 
     Args:
         matmat: maps X (P, b) to H X.
@@ -140,7 +155,7 @@ def lanczos(
     k, block_size = min(k, P), min(block_size, P)
     tolerance = tolerance or (1e-9 if like.dtype == torch.float64 else 1e-5)
     max_products = max_products or 30 * k + 500
-    capacity = min(P, 2 * k + max(40, 6 * block_size))
+    capacity = min(P, k + max(_SPARE, 6 * block_size))
     basis = _KrylovBasis(matmat, like, capacity, block_size, seed)
     converged = _converge(basis, k, tolerance, max_products)
     while converged and not basis.exhausted:
@@ -154,7 +169,8 @@ def lanczos(
         if bool((after - before <= 10 * tolerance * after[0].abs()).all()):
             break
     values, Y, residuals = basis.ritz(k)
-    vectors = basis.Q[:, : basis.size] @ Y.to(like.dtype)
+    vectors = like.new_empty(len(values), P)
+    basis.combine(Y, vectors)
     # max_products may have been reached in the search for further copies of converged eigenvalues
     converged = converged or bool((residuals <= tolerance * values[0].abs()).all())
     reason = "the basis spans the whole space" if basis.exhausted else "all residuals are small"
@@ -165,7 +181,7 @@ def lanczos(
         )
     outcome = SolverOutcome("lanczos", converged, basis.products, reason)
     residuals = residuals.square().add(basis.inherited**2).sqrt()
-    return Eigenpairs(values.to(like.dtype), vectors, residuals.to(like.dtype), outcome)
+    return Eigenpairs(values.to(like.dtype), vectors.T, residuals.to(like.dtype), outcome)
 
 
 def _converge(basis: _KrylovBasis, k: int, tolerance: float, max_products: int) -> bool:
@@ -179,14 +195,16 @@ def _converge(basis: _KrylovBasis, k: int, tolerance: float, max_products: int) 
         if basis.products >= max_products and basis.size >= k:
             return False
         if basis.full:
-            basis.restart(min(k + 10, basis.Q.shape[1] - basis.block.shape[1]), fresh=False)
+            basis.restart(min(k + _KEPT, len(basis.Q) - len(basis.block)), fresh=False)
         basis.grow()
 
 
-def _orthonormalize(block: Tensor, basis: Tensor) -> Tensor:
-    """Return the block made orthonormal, and orthogonal to the orthonormal basis."""
+def _orthonormalize(block: Tensor, bases: list[Tensor]) -> Tensor:
+    """Return the rows of a block made orthonormal, and orthogonal to the orthonormal rows of some bases."""
     for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+        for basis in bases:
+            block = block - (block @ basis.T) @ basis
+        block = torch.linalg.qr(block.T)[0].T
     return block
 
 

@@ -9,6 +9,7 @@ $D^{1/2} (I + V \mathrm{diag}(s) V^\top) D^{1/2}$, where $V = Q Z$ is orthonorma
 $m^{-1}$, so zero and negative magnitudes are allowed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,10 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import polish
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
-from debiased_laplace.linalg.row_matrix import RowMatrix
+from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
+
+_BLOCK = 1024  # rows of the directions converted to double precision at a time
+_GRAM_ACCURACY = 1e-8  # relative error of inner products, times condition number, up to which they replace QR
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,33 +66,78 @@ class LowRankPlusDiagonal:
         return self.directions.shape[1]
 
     @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor, int]:
-        """Whitened directions V (P, k), their eigenvalues s (k,), and how many of these were floored."""
-        exact = accumulation_dtype(self.directions)
+    def _inner(self) -> "_Inner":
+        r"""The eigenvalues s, and V as k x k matrices: all that the determinant and its gradients need."""
+        exact, m = accumulation_dtype(self.directions), self.magnitudes
         if self.rank == 0:
-            return self.directions, self.magnitudes, 0
+            return _Inner.of(m, None, None, None)
         if self.diagonal.numel() == 1:
-            V, s = self.directions, self.magnitudes / self.diagonal
-        else:
+            return _Inner.of(m / self.diagonal, None, None, None)
+        # in double precision the inner products of the columns are as good as a QR decomposition of single ones, for a
+        # fraction of its cost, unless the columns are nearly dependent
+        gram = row_products(self.directions.T, exact, weights=1 / self.diagonal.to(exact))
+        R, info = torch.linalg.cholesky_ex(gram, upper=True)
+        Q = None
+        if bool(info > 0) or _condition(gram) * torch.finfo(exact).eps > _GRAM_ACCURACY:
             Q, R = torch.linalg.qr(self.directions / self.diagonal.sqrt()[:, None])
             R = R.to(exact)
-            s, Z = torch.linalg.eigh((R * self.magnitudes.to(exact)) @ R.T)
-            V, s = Q @ Z.to(Q.dtype), s.to(Q.dtype)
-        # 1 + s is accurate to about eps; small true values occur with an isotropic part far above the prior
-        lowest = 8 * torch.finfo(s.dtype).eps - 1
-        return V, s.clamp_min(lowest), int((s < lowest).sum())
+        s, Z = torch.linalg.eigh((R * m.to(exact)) @ R.T)
+        return _Inner.of(s.to(m.dtype), R, Z, Q)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Whitened directions V (P, k) and their eigenvalues s (k,)."""
+        inner = self._inner
+        if inner.rotation is None:
+            return self.directions, inner.s
+        V = torch.empty_like(self.directions)
+        start = 0
+        for block in self._whitened_blocks():
+            V[start : start + len(block)] = block
+            start += len(block)
+        return V, inner.s
+
+    def _whitened_blocks(self) -> Iterator[Tensor]:
+        """Yield blocks of the rows of V, in the precision of sums."""
+        R, Z, Q = self._inner.triangle, self._inner.rotation, self._inner.orthonormal
+        exact = accumulation_dtype(self.directions)
+        if R is None or Z is None:
+            yield from (block.to(exact) for block in self.directions.split(_BLOCK))
+        elif Q is not None:
+            yield from (block.to(exact) @ Z.contiguous() for block in Q.split(_BLOCK))
+        else:
+            # products of two matrices in column order take three times as long
+            T = torch.linalg.solve_triangular(R, Z, upper=True).contiguous()
+            for u, d in zip(self.directions.split(_BLOCK), self.diagonal.split(_BLOCK), strict=True):
+                yield (u.to(exact) / d.to(exact).sqrt()[:, None]) @ T
 
     @property
     def n_floored(self) -> int:
         """Number of directions in which the matrix was not positive definite; 1 + s is floored there."""
-        return self._spectrum[2]
+        return self._inner.n_floored
 
     @property
     def log_det(self) -> Float[Tensor, ""]:
         r"""$\log\det P = \sum \log D + \sum \log(1 + s)$."""
         exact = accumulation_dtype(self.directions)
-        per_parameter = self.diagonal.to(exact).log().expand(self.n_parameters)
-        return (per_parameter.sum() + self._spectrum[1].to(exact).log1p().sum()).to(self.directions.dtype)
+        per_parameter = self.diagonal.to(exact).log()
+        of_diagonal = per_parameter.sum() * (self.n_parameters / per_parameter.numel())
+        return (of_diagonal + self._inner.s.to(exact).log1p().sum()).to(self.directions.dtype)
+
+    @property
+    def direction_variances(self) -> Float[Tensor, " k"]:
+        r"""$u_i^\top K^\top P^{-1} K u_i$ of every direction, the derivatives of `log_det` by the magnitudes."""
+        R, Z, s = self._inner.triangle, self._inner.rotation, self._inner.s
+        if R is None or Z is None:
+            return 1 / (self.diagonal * (1 + s)) if self.rank else s
+        return ((Z.T @ R).square() / (1 + s.to(R.dtype))[:, None]).sum(0).to(s.dtype)
+
+    @property
+    def variance_sum(self) -> Float[Tensor, ""]:
+        r"""$\mathrm{tr} P^{-1}$."""
+        if self.diagonal.numel() > 1:
+            return self.coordinate_variances.sum()
+        return (self.n_parameters - self.rank) / self.diagonal.reshape(()) + self.direction_variances.sum()
 
     def matmat(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
         """Return P X."""
@@ -99,19 +148,19 @@ class LowRankPlusDiagonal:
     def quadratic(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""Return $x^\top P x$, non-negative by construction."""
         parallel, perpendicular = self._split(self._coordinates(x) * self.diagonal.sqrt())
-        s = self._spectrum[1]
+        s = self._inner.s
         return perpendicular.square().sum(-1) + ((1 + s) * parallel.square()).sum(-1)
 
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
         r"""Return $X P^{-1} X^\top$ of a stack of row matrices, as a sum of two positive semi-definite terms."""
         parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
-        scaled = parallel / (1 + self._spectrum[1]).sqrt()
+        scaled = parallel / (1 + self._inner.s).sqrt()
         return perpendicular @ perpendicular.mT + scaled @ scaled.mT
 
     def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""Return $x P^{-1} x^\top$ of every row, without products of different rows."""
         parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
-        return perpendicular.square().sum(-1) + (parallel.square() / (1 + self._spectrum[1])).sum(-1)
+        return perpendicular.square().sum(-1) + (parallel.square() / (1 + self._inner.s)).sum(-1)
 
     def variance_trace(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch"]:
         r"""Return $\mathrm{tr}(X P^{-1} X^\top)$ of a stack of row matrices, without the r x r products."""
@@ -124,7 +173,7 @@ class LowRankPlusDiagonal:
             rows: of n samples, r each.
             covariances: between the rows of a sample; otherwise the variance of every row.
         """
-        V, s, _ = self._spectrum
+        V, s = self._spectrum
         rows = rows.rotated(self.basis)
         scales = self.diagonal.rsqrt().expand(self.n_parameters)
         n, r, _ = rows.shape
@@ -160,7 +209,7 @@ class LowRankPlusDiagonal:
         # In double precision, with V orthonormal in it: where the directions span nearly the whole space, the residual
         # is a difference of nearly equal numbers, and a KL divergence multiplies it by the curvature.
         exact = accumulation_dtype(self.directions)
-        V, s = polish(self._spectrum[0].to(exact)), self._spectrum[1].to(exact)
+        V, s = polish(self._spectrum[0].to(exact)), self._inner.s.to(exact)
         prior = 1 / self.diagonal.to(exact).expand(self.n_parameters)
         if self.basis is None:
             outside = (1 - V.square().sum(1)).clamp_min(0)
@@ -175,15 +224,18 @@ class LowRankPlusDiagonal:
     @cached_property
     def coordinate_variances(self) -> Float[Tensor, " P"]:
         """Diagonal of the inverse in the coordinates of the basis."""
-        V, s, _ = self._spectrum
-        # 1 - sum V² s/(1+s); entries far below the prior variance are less accurate than in `covariance_diagonal`
-        outside = (1 - V.square().sum(1)).clamp_min(0)
-        inside = (V.square() / (1 + s)).sum(1)
-        return (outside + inside) / self.diagonal
+        s = self._inner.s.to(accumulation_dtype(self.directions))
+        if self.rank == 0:
+            return 1 / self.diagonal.expand(self.n_parameters)
+        # no direction reduces the variance by more than the stiffest; entries far below the prior variance are less
+        # accurate than in `covariance_diagonal`
+        removed, least = s / (1 + s), 1 / (1 + max(float(s.max()), 0.0))
+        kept = [(1 - V.square() @ removed).clamp_min(least) for V in self._whitened_blocks()]
+        return torch.cat(kept).to(self.directions.dtype) / self.diagonal
 
     def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$: draws with covariance $P^{-1}$ from standard normals."""
-        V, s, _ = self._spectrum
+        V, s = self._spectrum
         shrunk = noise + ((noise @ V) * ((1 + s).rsqrt() - 1)) @ V.T
         return self._vectors(shrunk / self.diagonal.sqrt())
 
@@ -221,6 +273,39 @@ class LowRankPlusDiagonal:
         return parallel, x - parallel @ V.T
 
 
+@dataclass(frozen=True, eq=False)
+class _Inner:
+    r"""Decomposition of the part of a precision that lies in the span of the directions.
+
+    Attributes:
+        s: eigenvalues, above -1.
+        triangle: $R$ with $R^\top R = U^\top D^{-1} U$; None for $R = \delta^{-1/2} I$.
+        rotation: Z; None for the identity.
+        orthonormal: Q; None if $V = D^{-1/2} U R^{-1} Z$ is accurate.
+        n_floored: number of eigenvalues that were floored.
+    """
+
+    s: Float[Tensor, " k"]
+    triangle: Float[Tensor, "k k"] | None
+    rotation: Float[Tensor, "k k"] | None
+    orthonormal: Float[Tensor, "P k"] | None
+    n_floored: int
+
+    @classmethod
+    def of(cls, s: Tensor, triangle: Tensor | None, rotation: Tensor | None, orthonormal: Tensor | None) -> "_Inner":
+        """Return the decomposition with eigenvalues that make the matrix positive definite."""
+        # 1 + s is accurate to about eps; small true values occur with an isotropic part far above the prior
+        lowest = 8 * torch.finfo(s.dtype).eps - 1
+        return cls(s.clamp_min(lowest), triangle, rotation, orthonormal, int((s < lowest).sum()))
+
+
+def _condition(gram: Float[Tensor, "k k"]) -> float:
+    """Return the condition number of the inner products of vectors of unit length."""
+    lengths = gram.diagonal().sqrt()
+    values = torch.linalg.eigvalsh(gram / torch.outer(lengths, lengths))
+    return float(values[-1] / values[0].clamp_min(torch.finfo(values.dtype).tiny))
+
+
 class _DifferentiableLogDet(torch.autograd.Function):
     r"""Log determinant with its closed-form gradient, which avoids differentiating eigenvectors.
 
@@ -241,12 +326,8 @@ class _DifferentiableLogDet(torch.autograd.Function):
         """Return the gradients with respect to the diagonal and the magnitudes."""
         (g,) = upstream
         op = ctx.operator
-        per_parameter = op.coordinate_variances
-        diagonal = per_parameter.sum() if ctx.isotropic else per_parameter
-        # variance_trace of one row per direction is u' P^-1 u
-        rows = op.directions.T if op.basis is None else op.basis.vectors(op.directions.T)
-        magnitudes = op.variances(rows)
-        return g * diagonal.reshape(ctx.shapes[0]), g * magnitudes.reshape(ctx.shapes[1]), None
+        diagonal = op.variance_sum if ctx.isotropic else op.coordinate_variances
+        return g * diagonal.reshape(ctx.shapes[0]), g * op.direction_variances.reshape(ctx.shapes[1]), None
 
 
 def differentiable_log_det(

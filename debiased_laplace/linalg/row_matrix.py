@@ -265,14 +265,23 @@ def _columns_of(part: RowsOfParameter, most: int) -> Iterator[tuple[slice, Float
         yield slice(first * i, last * i), part.columns(first, last)
 
 
-def row_products(rows: Float[Tensor, "R P"], dtype: torch.dtype) -> Float[Tensor, "R R"]:
-    """Return the inner products of all pairs of rows in the given precision, computing one triangle only."""
+def row_products(
+    rows: Float[Tensor, "R P"], dtype: torch.dtype, *, weights: Float[Tensor, " P"] | None = None
+) -> Float[Tensor, "R R"]:
+    """Return the inner products of all pairs of rows in the given precision, computing one triangle only.
+
+    Args:
+        rows: the vectors.
+        dtype: precision of products and sums.
+        weights: of the entries, in that precision; None: 1.
+    """
     R, P = rows.shape
     lower = rows.new_zeros(R, R, dtype=dtype)
     width = max(1, min(P, _PANEL_BYTES // (8 * max(R, 1))))
-    for columns in rows.split(width, dim=1):
-        V = columns.to(dtype)
+    for start in range(0, P, width):
+        V = rows[:, start : start + width].to(dtype)
+        weighted = V if weights is None else V * weights[start : start + width]
         for i in range(0, R, _PANEL):
             stop = min(i + _PANEL, R)
-            lower[i:stop, :stop] += V[i:stop] @ V[:stop].T
+            lower[i:stop, :stop] += weighted[i:stop] @ V[:stop].T
     return lower.tril() + lower.tril(-1).T

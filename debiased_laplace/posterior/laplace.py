@@ -141,6 +141,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._fit: FitResult | None = None
         # under the present hyper-parameters
         self._precision: LowRankPlusDiagonal | None = None
+        self._distance: tuple[Tensor, Tensor, int, Tensor] | None = None
         self._prior_search: prior_tuning.PriorSearch | None = None
         self._noise_was_noted = False
         super().__init__(
@@ -694,8 +695,29 @@ class DebiasedParametricLaplace(ParametricLaplace):
     @property
     def scatter(self) -> Tensor:
         """Squared distance of the mean to the prior mean, in the metric of the prior precision."""
-        delta = self.fit_result.mean - self.prior_mean
-        return (self.prior_precision_diag * delta.square()).sum()
+        prior = self.prior_precision
+        if len(prior) == 1:
+            return prior[0] * self._squared_distance
+        return (self.prior_precision_diag * (self.fit_result.mean - self.prior_mean).square()).sum()
+
+    @property
+    def _squared_distance(self) -> Float[Tensor, ""]:
+        """Squared distance of the mean to the prior mean, kept until one of them is another tensor or is changed."""
+        mean, prior_mean = self.fit_result.mean, self.prior_mean
+        if prior_mean.requires_grad or prior_mean.is_inference():
+            return (mean - prior_mean).square().sum()
+        known = self._distance
+        if known is None or known[0] is not mean or known[1] is not prior_mean or known[2] != prior_mean._version:
+            self._distance = known = (mean, prior_mean, prior_mean._version, (mean - prior_mean).square().sum())
+        return known[3]
+
+    @property
+    def log_det_prior_precision(self) -> Tensor:
+        """Log determinant of the prior precision."""
+        prior = self.prior_precision
+        if len(prior) == 1:
+            return self.selection.n_parameters * prior[0].log()
+        return self.prior_precision_diag.log().sum()
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameters, (n_samples, P).

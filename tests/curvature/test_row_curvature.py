@@ -10,6 +10,7 @@ from oracles import dense_ggn
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
+from debiased_laplace.curvature.derivatives import activation_bytes
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
 from debiased_laplace.curvature.network import Network
@@ -260,6 +261,72 @@ def test_several_batches_give_the_same_as_one(batch_size: int, residual: str, mo
     assert_close(c.linear_map()(directions(93, 2)), H @ directions(93, 2))
     V = c.stacked_rows().rows.dense().flatten(0, 1)
     assert_close(V.T @ V / 8, H)
+
+
+PRODUCTS = {
+    "all are linearized": (1000, True),
+    "some are": (4 * 8, True),
+    "none is": (1, True),
+    "none can be": (8, False),
+}
+"""Samples whose activations fit into memory, and whether the model can be linearized."""
+
+
+@pytest.mark.parametrize("root", [GaussNewton, lambda likelihood: MonteCarloGaussNewton(likelihood, 3)], ids=["", "mc"])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products_keep_what_fits_into_memory_and_compute_the_rest_again(
+    case: str, root: Callable[[Likelihood], OutputRoot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitting, linearized = PRODUCTS[case]
+    c = curvature("MLP", root=root)
+    memory = 4 * fitting * c.network.activation_bytes(next(iter(c.samples)).inputs)
+    c.samples = c.samples.weighted(torch.linspace(0.5, 1.5, 16, dtype=torch.float64))
+    rows = torch.cat(list(c.rows())).flatten(0, 1)
+    monkeypatch.setattr("debiased_laplace.curvature.row_curvature.free_memory", lambda device: memory)
+    # groups of three samples, from batches of seven
+    monkeypatch.setattr("debiased_laplace.curvature.row_curvature._BATCH", 3)
+    monkeypatch.setattr("debiased_laplace.curvature.row_curvature.CHUNK_BYTES", 1)
+    if not linearized:
+        monkeypatch.setattr("debiased_laplace.curvature.derivatives.linearize", None)
+    product, X = c.linear_map(), directions(93, 2)
+    kept = len(product._kept)
+    assert {"all are linearized": kept == 6, "none is": kept == 0}.get(case, 0 < kept < 6)
+    for _ in range(2):
+        assert_close(product(X), rows.T @ (rows @ X) / 16)
+
+
+def test_cheap_samples_are_linearized_together_whatever_the_batches_of_the_loader() -> None:
+    c = curvature("MLP", batch_size=2)
+    product, X = c.linear_map(), directions(93, 2)
+    assert len(product._kept) == 1
+    _, H = expected_curvatures("MLP", "classification")
+    assert_close(product(X), H @ X)
+
+
+def test_activation_bytes_of_a_sample() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    selection = ParameterSelection.all_weights(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    # of inputs, hidden units and outputs
+    for n in (1, 2, 9):
+        found = activation_bytes(selection, parameters, torch.randn(n, 5))
+        weights = 4 * sum(p.numel() for p in parameters.values())
+        expected = 4 * (5 + 7 + 3)
+        assert expected <= found <= expected + (weights if n == 1 else 0)
+
+    class Force(nn.Module):
+        """Its forward pass differentiates, where torch allows no hooks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.grad(lambda t: self.inner(t).sum())(x)
+
+    force = ParameterSelection.all_weights(Force())
+    parameters = {name: p.detach() for name, p in Force().named_parameters()}
+    assert activation_bytes(force, parameters, torch.randn(4, 5)) == 2**20
 
 
 def test_the_spread_of_a_single_sample_is_zero() -> None:

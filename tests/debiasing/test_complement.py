@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from debiased_laplace.curvature.sub_batch import DirectionalMoments
-from debiased_laplace.debiasing.complement import diagonal, isotropic, without_complement
+from debiased_laplace.debiasing.complement import LowRankCurvature, diagonal, isotropic, without_complement
 from debiased_laplace.debiasing.magnitudes import held_out, moments_from_projections, same_batch
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 
@@ -101,3 +101,16 @@ def test_spread_of_the_same_batch():
     torch.testing.assert_close(found.standard_errors, ((1 - 7 / 50) / 7) ** 0.5 * per_sample.std(0))
     assert torch.equal(found.values, values)
     assert not moments_from_projections(V[:3], 1).standard_deviations.any()
+
+
+@pytest.mark.parametrize("isotropic_rest", [True, False])
+def test_the_correction_of_a_low_rank_counts_the_diagonal_along_each_direction(isotropic_rest):
+    _, U, m = problem()
+    D = torch.tensor(0.7, dtype=U.dtype) if isotropic_rest else torch.linspace(0.3, 2, 9, dtype=U.dtype)
+    variances = 0.01 * m.square()
+    curvature = LowRankCurvature(D, U, m, error_variances=variances)
+    diagonal, weights = curvature.diagonal_and_weights(20, torch.tensor(2.5, dtype=U.dtype))
+    rest = torch.stack([1 / (u @ torch.diag(1 / (20 * D + 2.5).expand(9)) @ u) for u in U.T])
+    v = 20 * m + rest
+    torch.testing.assert_close(diagonal, 20 * D + 2.5)
+    torch.testing.assert_close(weights, 20 * m + torch.minimum(400 * variances / v, v))

@@ -6,6 +6,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from debiased_laplace.linalg import lanczos as module
 from debiased_laplace.linalg.eigenpairs import Eigenpairs
 from debiased_laplace.linalg.lanczos import lanczos
 
@@ -141,12 +142,35 @@ def test_copies_of_a_regressions_last_layer_span_the_whole_eigenspace() -> None:
 
 
 def test_a_basis_that_needs_many_restarts() -> None:
-    # a slowly decaying spectrum in a capacity of 2 k + 40
+    # a slowly decaying spectrum in a capacity of k + 30
     H = with_spectrum(torch.linspace(0, 1, 500).square())
     pairs = lanczos(lambda X: H @ X, H[0], 5)
     assert pairs.outcome.converged
-    assert pairs.outcome.products > 2 * 5 + 40
+    assert pairs.outcome.products > 2 * (5 + 30)
     assert_eigenpairs(H, pairs, 5, rtol=2e-9)
+
+
+def test_restarts_cost_few_products_beyond_those_of_a_large_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    spectra = [torch.arange(1.0, 501).pow(-1.5), torch.linspace(1, 0, 500).square(), 0.98 ** torch.arange(500.0)]
+    for spectrum in spectra:
+        H = with_spectrum(spectrum).float()
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_SPARE", 400)
+            large = lanczos(lambda X, H=H: H @ X, H[0], 40).outcome
+        small = lanczos(lambda X, H=H: H @ X, H[0], 40).outcome
+        assert small.converged
+        assert large.converged
+        assert small.products <= 1.15 * large.products
+
+
+def test_vectors_are_combined_in_place_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    H = with_spectrum(torch.linspace(0, 1, 500).square())
+    expected = lanczos(lambda X: H @ X, H[0], 5)
+    monkeypatch.setattr(module, "_CHUNK", 7 * (5 + 30))
+    found = lanczos(lambda X: H @ X, H[0], 5)
+    assert torch.allclose(found.values, expected.values, rtol=1e-12)
+    assert torch.allclose(found.vectors, expected.vectors, atol=1e-10)
+    assert found.outcome.products == expected.outcome.products
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-7])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from oracles import block_diagonal, dense_kl, dense_kronecker_product
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import (
@@ -180,6 +181,19 @@ def test_coordinate_variances_are_those_along_the_vectors_of_the_basis(name: str
 
 @contract
 @both_precisions
+def test_direction_variances_and_the_trace_of_the_inverse(name: str, dtype: torch.dtype) -> None:
+    operator, matrix = make(name, dtype)
+    covariance = torch.linalg.inv(matrix)
+    U = operator.directions.double()
+    U = U if operator.basis is None else kronecker_basis()[1] @ U
+    expected = (U * (covariance @ U)).sum(0)
+    assert operator.direction_variances.dtype == dtype
+    assert torch.allclose(operator.direction_variances.double(), expected, rtol=RTOL[dtype], atol=RTOL[dtype])
+    assert_close(operator.variance_sum, covariance.trace(), dtype)
+
+
+@contract
+@both_precisions
 def test_the_root_map_times_its_transpose_is_the_covariance(name: str, dtype: torch.dtype) -> None:
     operator, matrix = make(name, dtype)
     # a map on rows: applied to the unit vectors it gives its transposed matrix
@@ -260,6 +274,60 @@ def test_kl_divergence_of_a_stiff_precision_in_a_basis() -> None:
     expected = dense_kl(dense, reference.to_dense().double())
     assert expected > 1
     assert float(kl_divergence(precision, reference)) == pytest.approx(expected, rel=1e-3)
+
+
+UNEVEN = {
+    "by inner products": (torch.logspace(0, 2, 300, dtype=torch.float64), 1e6),
+    "by QR, whitened directions nearly dependent": (torch.tensor([1e-6] * 4 + [1e6] * 296, dtype=torch.float64), 1e-5),
+}
+
+
+@both_precisions
+@pytest.mark.parametrize("case", UNEVEN)
+def test_log_det_and_its_gradients_with_an_uneven_diagonal(case: str, dtype: torch.dtype) -> None:
+    k, (D, largest) = 12, UNEVEN[case]
+    U, D = orthonormal(k, seed=13, n=300).to(dtype), D.to(dtype)
+    m = (largest * torch.logspace(0, -4, k, dtype=torch.float64)).to(dtype)
+    operator = LowRankPlusDiagonal(D, U, m)
+    assert (operator._inner.orthonormal is not None) == case.startswith("by QR")
+    W, roots = U.double() / D.double().sqrt()[:, None], D.double().sqrt()
+    whitened = torch.eye(300, dtype=torch.float64) + (W * m.double()) @ W.T
+    inverse = torch.linalg.inv(whitened)
+    assert float(operator.log_det.double()) == pytest.approx(
+        float(torch.linalg.slogdet(whitened)[1] + 2 * roots.log().sum()), rel=1e-9 if dtype == torch.float64 else 1e-6
+    )
+    rtol = 1e-7 if dtype == torch.float64 else 1e-4
+    assert torch.allclose(operator.direction_variances.double(), (W * (inverse @ W)).sum(0), rtol=rtol)
+    found = operator.coordinate_variances.double() * roots.square()
+    assert float((found - inverse.diagonal()).abs().max()) <= rtol
+    V, s = operator._spectrum
+    assert float((V.T.double() @ V.double() - torch.eye(k)).abs().max()) <= 100 * torch.finfo(dtype).eps
+    rebuilt = torch.eye(300, dtype=torch.float64) + (V.double() * s.double()) @ V.T.double()
+    assert float((rebuilt - whitened).abs().max()) <= rtol * float(whitened.abs().max())
+
+
+class Touched(TorchDispatchMode):
+    """Operations on tensors as long as the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(isinstance(a, Tensor) and P in a.shape for a in args):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("in_basis", [False, True], ids=["axes", "basis"])
+def test_log_det_and_gradients_of_an_isotropic_diagonal_read_no_directions(in_basis: bool) -> None:
+    diagonal, m = tensor(0.4)[0].requires_grad_(), tensor(2.0, 5.0, -0.1).requires_grad_()
+    basis = kronecker_basis()[0] if in_basis else None
+    U = orthonormal(3)
+    with Touched() as touched:
+        operator = LowRankPlusDiagonal(diagonal.detach(), U, m.detach(), basis)
+        torch.autograd.grad(differentiable_log_det(diagonal, m, operator), [diagonal, m])
+    assert touched.names == []
 
 
 def test_variances_in_single_precision_are_not_a_small_difference_of_large_numbers() -> None:

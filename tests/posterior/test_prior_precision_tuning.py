@@ -320,3 +320,22 @@ def test_a_difference_within_two_standard_errors_is_not_worse():
     found = AgainstMap(0.072, 0.07227, 0.00027, 0.0006)
     assert not found.worse
     assert str(found).startswith("not detectably worse than the plain network")
+
+
+def test_scatter_and_prior_follow_changes_of_the_prior_mean():
+    la, *_ = fitted("MLP", "classification", prior_precision=3.0)
+    P, generator = la.selection.n_parameters, torch.Generator().manual_seed(0)
+    for prior_mean in (0.3, torch.randn(P, generator=generator)):
+        la.prior_mean = prior_mean
+        for _ in range(2):
+            delta = la.mean_subnet - la.prior_mean
+            close(la.scatter, 3 * delta @ delta)
+            la.prior_mean.add_(0.1)
+    la.prior_mean.requires_grad_()
+    (found,) = torch.autograd.grad(la.scatter, la.prior_mean)
+    close(found, -6 * (la.mean_subnet - la.prior_mean).detach())
+    la.prior_mean, la.prior_precision = 0.3, torch.full((P,), 3.0)
+    close(la.scatter, 3 * (la.mean_subnet - la.prior_mean).square().sum())
+    close(la.log_det_prior_precision, P * math.log(3.0))
+    la.prior_precision = 3.0
+    close(la.log_det_prior_precision, P * math.log(3.0))
