@@ -730,8 +730,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         mean = self.fit_result.mean
         check_draws(n_samples, generator, mean.device)
+        draws, start = self.mean.new_empty(n_samples, len(self.mean)), 0
         with full_precision():
-            return self._embed(mean + self.posterior_precision.root(standard_normal(n_samples, mean, generator)))
+            for noise in standard_normal(n_samples, mean, generator):
+                draws[start : start + len(noise)] = self._embed(mean + self.posterior_precision.root(noise))
+                start += len(noise)
+        return draws
 
     def _embed(self, draws: Float[Tensor, "S P"]) -> Float[Tensor, "S _"]:
         """Draws as laplace-torch shows them: of a subnetwork, among the trained values of all parameters."""

@@ -1,9 +1,10 @@
 """Predictive distribution of a Gaussian over the parameters, linearized or by sampled networks."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from debiased_laplace.checks import integer
+from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.inputs import Inputs
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -62,17 +64,18 @@ class Predictive:
 
     def linearized_draws(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S n C"]:
         """Draw linearized functions and evaluate each at all inputs."""
-        deviations = self.precision.root(standard_normal(n_samples, self.mean, generator))
-        return linearized.draw_functions(self.network, self.inputs, deviations, create_graph=self.create_graph)
+        draw = partial(linearized.draw_functions, self.network, self.inputs, create_graph=self.create_graph)
+        noise = standard_normal(n_samples, self.mean, generator)
+        return torch.cat([draw(self.precision.root(chunk)) for chunk in noise])
 
     def network_draws(
         self, n_samples: int, generator: torch.Generator | None, model_kwargs: Mapping[str, Any] | None = None
     ) -> Float[Tensor, "S n C"]:
         """Draw parameters, and evaluate the network at each of them."""
-        weights = self.mean + self.precision.root(standard_normal(n_samples, self.mean, generator))
-        return sampling.network_draws(
-            self.network, self.inputs, weights, dict(model_kwargs or {}), create_graph=self.create_graph
-        )
+        further = dict(model_kwargs or {})
+        draw = partial(sampling.network_draws, self.network, self.inputs, create_graph=self.create_graph)
+        noise = standard_normal(n_samples, self.mean, generator)
+        return torch.cat([draw(self.mean + self.precision.root(chunk), further) for chunk in noise])
 
     def probabilities(
         self, link: str, n_samples: int, generator: torch.Generator | None, *, diagonal_output: bool = False
@@ -84,9 +87,26 @@ class Predictive:
         return class_probabilities(*self.moments(diagonal_output=independent), link, n_samples, generator)
 
 
-def standard_normal(n_samples: int, like: Float[Tensor, " P"], generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal vectors with the length, dtype and device of a vector, one per row."""
-    return torch.randn(n_samples, len(like), generator=generator, dtype=like.dtype, device=like.device)
+def standard_normal(
+    n_samples: int, like: Float[Tensor, " P"], generator: torch.Generator | None
+) -> Iterator[Float[Tensor, "m P"]]:
+    """Draw standard normal vectors with the length, dtype and device of a vector, one per row.
+
+    They come in chunks that bound the memory. On a CPU they are the same numbers as drawn at once.
+    """
+    P = len(like)
+    size = max(1, CHUNK_BYTES // max(1, P * like.element_size()))
+    left, ahead = n_samples * P, like.new_empty(0)
+    for start in range(0, n_samples, size):
+        n = min(size, n_samples - start) * P
+        # a CPU draws 16 numbers at a time, and the last 16 once more if their number is no multiple of that
+        due = -(-max(n - len(ahead), 0) // 16) * 16
+        due = left if left - due < 16 else due
+        drawn = torch.randn(due, generator=generator, dtype=like.dtype, device=like.device)
+        left -= due
+        drawn = torch.cat([ahead, drawn]) if len(ahead) else drawn
+        yield drawn[:n].reshape(-1, P)
+        ahead = drawn[n:].clone()
 
 
 def class_probabilities(

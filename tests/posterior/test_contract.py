@@ -93,8 +93,8 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(4)
 
 
-def unit_vectors(n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.eye(len(like), dtype=like.dtype)
+def unit_vectors(n: int, like: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+    return [torch.eye(len(like), dtype=like.dtype)]
 
 
 def evenly(start: float, end: float, n: int) -> Tensor:
