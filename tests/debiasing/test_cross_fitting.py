@@ -34,7 +34,7 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.debiasing.cross_fitting import Fold, cross_fitted_moments, each_fold, extended, pooled
 from debiased_laplace.debiasing.directions import find_directions
 from debiased_laplace.debiasing.estimate import estimate
-from debiased_laplace.debiasing.kronecker import basis_from, factors_of
+from debiased_laplace.debiasing.kronecker import basis_from, basis_without, factors_of
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome
@@ -395,8 +395,11 @@ def test_kronecker_matches_pairs_of_indices_and_averages_over_null_blocks(name: 
 
     def basis_of(positions: Tensor) -> Tensor:
         # null vectors are arbitrary, and so are single samples' variances along them: use the very same vectors
-        of_part = batch if len(positions) == n else batch.part(torch.searchsorted(samples, positions))
-        return basis_from(of_part, chosen).to_dense()
+        if len(positions) == n:
+            return basis_from(batch, chosen).to_dense()
+        others = torch.searchsorted(samples, positions)
+        held = torch.arange(n)[~torch.isin(torch.arange(n), others)]
+        return basis_without(batch, factors_of(batch, chosen)[0], Fold(0, held, others), chosen).to_dense()
 
     def averaged(H: Tensor, values: Tensor) -> Tensor:
         return averaged_over_null_blocks(model, H, values) if kron_basis == "row_matrices" else values
