@@ -224,14 +224,14 @@ ENGINES = {
     "rows and columns one by one": (
         5,
         "none",
-        {"vmapped_rows": False, "vmapped_columns": False},
+        {"vmapped_rows": False, "layers": None, "vmapped_columns": False},
         False,
         "torch.func products",
     ),
     "rows one by one, no columns": (
         5,
         "diagonal",
-        {"vmapped_rows": False, "columns": False, "vmapped_columns": False},
+        {"vmapped_rows": False, "layers": None, "columns": False, "vmapped_columns": False},
         False,
         "torch.func rows",
     ),

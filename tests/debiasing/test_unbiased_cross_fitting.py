@@ -50,7 +50,7 @@ class Population:
         pairs = factor.eigenpairs(1e-6)
         found = []
         for fold in each_fold(folds):
-            rows = HeldOutRows.of(factor, torch.isin(owner, fold.held), 1e-6, len(pairs.values))
+            rows = HeldOutRows.of(factor, torch.isin(factor.sample_of_row, fold.held), 1e-6, len(pairs.values))
             values = rows.projections.square().unflatten(0, (-1, r)).sum(1)
             moments = DirectionalMoments(len(values), values.mean(0), values.std(0, correction=1))
             found.append(extended(moments, len(pairs.values)))
