@@ -61,7 +61,7 @@ class DrawnCotangents(OutputRoot):
 
     def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
         """Return the cotangent times X."""
-        return targets_or_noise[..., None, :] @ X
+        return targets_or_noise[..., None, :].to(X.dtype) @ X
 
     def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         """Return the cotangent times its inner product with x."""

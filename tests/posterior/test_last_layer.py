@@ -136,6 +136,25 @@ def test_features_give_what_backward_passes_give(case, structure, sampling, like
         torch.testing.assert_close(with_layer[name], expected, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("structure", ["kron", "lowrank", "full"])
+@pytest.mark.parametrize("sampling", ["curvature", "uniform"])
+def test_single_precision(structure, sampling):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model, X = copy.deepcopy(model_of()).to(dtype), mlp()[1].to(dtype)
+        y = targets("classification")
+        la = DebiasedLaplace(model, "classification", hessian_structure=structure, sampling=sampling, **HYPER)
+        la.fit([(X[:30], y[:30])], n_data=40 if sampling == "uniform" else None)
+        assert la.posterior_precision.directions.dtype == dtype
+        fitted, others = [(X[:30], y[:30])], [(X[30:], y[30:])]
+        judged = la.held_out_kl(others, fitted) if sampling == "uniform" else la.held_out_kl(fitted)
+        found.append((la(X[30:]), judged.value))
+    (p, kl), (exact, exact_kl) = found
+    assert p.dtype == torch.float32
+    torch.testing.assert_close(p.double(), exact, rtol=1e-3, atol=1e-4)
+    assert kl == pytest.approx(exact_kl, rel=1e-3)
+
+
 class Counted(nn.Module):
     def __init__(self, seen):
         super().__init__()
