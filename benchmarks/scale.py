@@ -32,6 +32,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.curvature.derivatives import vmapped_rows
+from debiased_laplace.curvature.first_pass import prepare_network
+from debiased_laplace.curvature.likelihoods import likelihood_named
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.data.batches import Batch
 
 _REPEATS = 5
 
@@ -158,6 +164,50 @@ def last_layer(n_classes: int, n: int, **options: Any) -> list[Cost]:
     return clock.costs
 
 
+def rows() -> list[Cost]:
+    """Rows of all weights of ResNet-18: one for each sample, by layers and by vmap."""
+    clock = Clock(resnet18(10, 16))
+    problem = clock.problem
+    batch = Batch(problem.X, problem.y)
+
+    def prepared() -> Network:
+        return prepare_network(ParameterSelection.all_weights(problem.model), likelihood_named("classification"), batch)
+
+    def gradients() -> None:
+        loss = nn.functional.cross_entropy(problem.model(problem.X), problem.y)
+        torch.autograd.grad(loss, list(problem.model.parameters()))
+
+    network = clock.measure("tests of a network before a fit", prepared)
+    if network is not None:
+        cotangents = torch.randn(16, 10)
+        arguments = problem.X, cotangents, lambda _, c: c[:, None]
+        clock.measure("a gradient of every sample together", gradients, repeats=_REPEATS)
+        clock.measure("a row of every sample, factors", lambda: network.row_matrix(*arguments), repeats=_REPEATS)
+        clock.measure(
+            "a row of every sample, by vmap", lambda: vmapped_rows(network.selection, network.parameters, *arguments)
+        )
+    return clock.costs
+
+
+def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, rank: int | None = None) -> list[Cost]:
+    """Fit of drawn rows and predictions of all weights of ResNet-18."""
+    clock = Clock(resnet18(10, n, n_test))
+    problem, x = clock.problem, clock.problem.test
+
+    def ours() -> Any:
+        options = {"hessian_structure": structure, "n_rows": n_rows, "prior_precision": 30.0}
+        la: Any = DebiasedLaplace(
+            problem.model, "classification", **options, **({} if rank is None else {"rank": rank})
+        )
+        la.fit(problem.loader())
+        return la
+
+    la = clock.measure(f"fit, {n_rows} rows of {n:,} samples", ours)
+    if la is not None:
+        clock.measure(f"la(x), {n_test} inputs", lambda: la(x), "MAP")
+    return clock.costs
+
+
 def _predictions(clock: Clock, name: str, la: Any, link: str) -> None:
     """Measure predictions of a posterior."""
     x, draws = clock.problem.test, 20
@@ -180,6 +230,9 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "last_layer_kron_1000_uniform": partial(last_layer, 1_000, 2_048, hessian_structure="kron", sampling="uniform"),
     "last_layer_lowrank_10": partial(last_layer, 10, 128, hessian_structure="lowrank"),
     "last_layer_full_10": partial(last_layer, 10, 128, hessian_structure="full"),
+    "rows": rows,
+    "all_kron": partial(all_weights, "kron", 1_024, 64),
+    "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
 }
 """Functions that return the lines of a part of the table, by name."""
 

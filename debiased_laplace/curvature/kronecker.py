@@ -21,10 +21,13 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
-from debiased_laplace.linalg.row_matrix import OuterRows
+from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter
 
 _LARGEST_SIDE = 4096
 """Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
+
+_LARGE = 512
+"""Side from which on eigenvectors of a factor of low rank are computed from its range."""
 
 _SUPPORTED = 1e-10
 """Fraction of a factor's largest eigenvalue below which eigenvalues are rounding errors."""
@@ -53,20 +56,23 @@ class KroneckerFactors:
     Attributes:
         left: factor of the rows, (o, o); only its diagonal, (o,), if that side keeps its axes.
         right: factor of the columns, (i, i) or (i,).
+        rank: largest possible rank of both; None: not known.
     """
 
     left: Tensor
     right: Tensor
+    rank: int | None = None
 
     def scaled(self, weight: float) -> "KroneckerFactors":
         """Multiply the curvature by a number."""
-        return KroneckerFactors(self.left * weight, self.right)
+        return KroneckerFactors(self.left * weight, self.right, self.rank)
 
     def without(self, part: "KroneckerFactors", share: float) -> "KroneckerFactors":
         """Return the factors of the other samples, given those of a part; for factors of row matrices only."""
         left = (self.left - share * part.left) / (1 - share)
         # right factors are divided by their traces, which equal those of the left factors
-        return _trace_preserving(left, _trace(self.left) * self.right - share * _trace(part.left) * part.right)
+        right = _trace(self.left) * self.right - share * _trace(part.left) * part.right
+        return _trace_preserving(left, right, self.rank)
 
     def basis(self, dtype: torch.dtype) -> BasisBlock:
         """Return the eigenvectors of both sides, by decreasing eigenvalue."""
@@ -93,7 +99,7 @@ class KroneckerFactors:
 
     @cached_property
     def _eigenpairs(self) -> list[tuple[Tensor, Tensor] | None]:
-        return [None if side.ndim == 1 else _decreasing(side) for side in (self.left, self.right)]
+        return [None if side.ndim == 1 else _decreasing(side, self.rank) for side in (self.left, self.right)]
 
     def diagonal_in(self, block: BasisBlock) -> Tensor:
         """Return the curvature along the vectors of a basis, (o · i,)."""
@@ -155,7 +161,15 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
         else:
             for rows in part.split(max(1, CHUNK_BYTES // (8 * part[:1].numel()))):
                 _add_matrices(rows, shape, both)
-    return [_trace_preserving(left / curvature.n_samples, right) for left, right in sums]
+    ranks = [None] * len(sums) if held is None else [_largest_rank(part) for part in held.parts]
+    return [
+        _trace_preserving(left / curvature.n_samples, right, k) for (left, right), k in zip(sums, ranks, strict=True)
+    ]
+
+
+def _largest_rank(rows: RowsOfParameter) -> int | None:
+    """Return a bound on the rank of both factors: the number of outer products."""
+    return rows.shape[0] * rows.shape[1] * rows.left.shape[2] if isinstance(rows, OuterRows) else None
 
 
 def _add_matrices(rows: Tensor, shape: MatrixShape, sums: tuple[Tensor, ...]) -> None:
@@ -229,18 +243,33 @@ def partial_trace_factors(H: Tensor, shapes: list[MatrixShape]) -> list[Kronecke
     return factors
 
 
-def _trace_preserving(left: Tensor, right: Tensor) -> KroneckerFactors:
+def _trace_preserving(left: Tensor, right: Tensor, rank: int | None = None) -> KroneckerFactors:
     total = _trace(right)
-    return KroneckerFactors(left, right / total if bool(total != 0) else right)
+    return KroneckerFactors(left, right / total if bool(total != 0) else right, rank)
 
 
 def _trace(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).sum()
 
 
-def _decreasing(factor: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(factor)
-    return values.flip(0), vectors.flip(1)
+def _decreasing(factor: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Return all eigenpairs; of a large factor of low rank, from its range, completed by any orthonormal vectors.
+
+    References:
+        Halko, Martinsson & Tropp (2011), doi 10.1137/090771806, Algorithm 4.4 (the range, by random vectors).
+    """
+    n = len(factor)
+    if rank is None or n < _LARGE or 4 * rank > n:
+        values, vectors = torch.linalg.eigh(factor)
+        return values.flip(0), vectors.flip(1)
+    k = rank + 8
+    Q = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
+    for _ in range(2):
+        Q = torch.linalg.qr(factor @ Q)[0]
+    Q = torch.linalg.qr(Q, mode="complete")[0]
+    values, V = torch.linalg.eigh(Q[:, :k].mT @ factor @ Q[:, :k])
+    vectors = torch.cat([Q[:, :k] @ V.flip(1), Q[:, k:]], dim=1)
+    return torch.cat([values.flip(0), values.new_zeros(n - k)]), vectors
 
 
 def _diagonal_in(factor: Tensor, basis: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.derivatives import find_capabilities, layered_rows, looped_rows
-from debiased_laplace.curvature.kronecker import kronecker_basis, matrix_shapes, row_matrix_factors
+from debiased_laplace.curvature.kronecker import KroneckerFactors, kronecker_basis, matrix_shapes, row_matrix_factors
 from debiased_laplace.curvature.layer_rows import Layers, LayersDifferError
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
@@ -228,3 +228,20 @@ def test_predictions_by_parameter_are_those_of_flat_rows(name, rank, monkeypatch
         predict_variances(network, precision, X), (expected[0], variances), rtol=1e-9, atol=1e-12
     )
     torch.testing.assert_close(curvature.traces(precision), traces, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+def test_eigenvectors_of_a_factor_of_low_rank(rank, monkeypatch):
+    monkeypatch.setattr("debiased_laplace.curvature.kronecker._LARGE", 40)
+    generator = torch.Generator().manual_seed(6)
+    V = torch.randn(rank, 60, generator=generator).double() * torch.logspace(0, -4, rank).double()[:, None]
+    factors = KroneckerFactors(V.mT @ V, torch.ones(1).double(), rank)
+    block = factors.basis(torch.float64)
+    values = torch.linalg.eigvalsh(V.mT @ V).flip(0)
+    torch.testing.assert_close(block.left.mT @ block.left, torch.eye(60).double(), rtol=0, atol=1e-12)
+    rotated = block.left.mT @ (V.mT @ V) @ block.left
+    torch.testing.assert_close(rotated, values.diag(), rtol=1e-9, atol=1e-12 * float(values[0]))
+    assert factors.ranks == (rank, 1)
+    # of a rank above a quarter of the side, by all eigenvectors
+    other = KroneckerFactors(V.mT @ V, torch.ones(1).double(), None)
+    assert other.ranks == (rank, 1)
