@@ -220,7 +220,13 @@ ENGINES = {
     "rows are there already": (5, "none", {}, True, "torch.func rows"),
     "no columns": (5, "none", {"columns": False, "vmapped_columns": False}, False, "torch.func rows"),
     "columns one by one, rows at once": (5, "none", {"vmapped_columns": False}, False, "torch.func rows"),
-    "rows one by one, columns at once": (70, "none", {"vmapped_rows": False}, False, "torch.func products"),
+    "rows one by one, columns at once": (
+        70,
+        "none",
+        {"vmapped_rows": False, "layers": None},
+        False,
+        "torch.func products",
+    ),
     "rows and columns one by one": (
         5,
         "none",

@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.curvature import layer_covariance
 from debiased_laplace.curvature import network as network_module
-from debiased_laplace.predictive import last_layer, linearized
+from debiased_laplace.predictive import linearized
 from debiased_laplace.predictive.mean_field import LEADING, GaussianLogits
 
 C, N_DATA = LEADING + 13, 60
@@ -79,7 +80,7 @@ def test_a_kronecker_last_layer_needs_features_alone(case, monkeypatch):
         raise AssertionError("a Jacobian was asked for")
 
     monkeypatch.setattr(network_module.Network, "_rows", refuse)
-    monkeypatch.setattr(last_layer, "CHUNK_BYTES", 2 * LEADING * C * 8 * 4)  # four inputs at once
+    monkeypatch.setattr(layer_covariance, "CHUNK_BYTES", 2 * 8 * C * 4)  # four inputs at once
     found = la.gaussian_logits(X)
     for name in FIELDS:
         torch.testing.assert_close(getattr(found, name), getattr(whole, name))
