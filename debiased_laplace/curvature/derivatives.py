@@ -24,7 +24,7 @@ from debiased_laplace.linalg.row_matrix import RowMatrix, flat
 _VECTORS = 2  # random combinations of outputs, and tangents, that modes of differentiation are tested on
 _ASSUMED_BYTES = 2**20  # activations of a sample that could not be measured
 
-_LARGE = 64 * 2**20
+_LARGE = 4 * 2**20
 """Bytes of parameters above which modes are not tested that would only save time: each test holds several vectors."""
 
 
