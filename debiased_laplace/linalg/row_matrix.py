@@ -33,8 +33,8 @@ class OuterRows:
         right: a, (n, r or 1, T, i).
     """
 
-    left: Float[Tensor, "n q T o"]
-    right: Float[Tensor, "n p T i"]
+    left: Float[Tensor, "n _q T o"]
+    right: Float[Tensor, "n _p T i"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -86,7 +86,7 @@ class OuterRows:
         return OuterRows(left, right)
 
 
-RowsOfParameter = OuterRows | Float[Tensor, "n r p"]
+RowsOfParameter = OuterRows | Float[Tensor, "_n _r _p"]
 """Rows of one parameter, as factors or flat."""
 
 
