@@ -65,7 +65,7 @@ class LayerCovariance:
     """
 
     layer: LinearLayer
-    blocks: tuple[tuple[BasisBlock, Float[Tensor, "o i"]], ...]
+    blocks: tuple[tuple[BasisBlock, Float[Tensor, "o _i"]], ...]
     rows: Float[Tensor, "k P"]
     weights: Float[Tensor, " k"]
 

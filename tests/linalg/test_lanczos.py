@@ -169,7 +169,9 @@ def test_vectors_are_combined_in_place_chunk_by_chunk(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "_CHUNK", 7 * (5 + 30))
     found = lanczos(lambda X: H @ X, H[0], 5)
     assert torch.allclose(found.values, expected.values, rtol=1e-12)
-    assert torch.allclose(found.vectors, expected.vectors, atol=1e-10)
+    # signs depend on rounding
+    signs = (found.vectors * expected.vectors).sum(0).sign()
+    assert torch.allclose(found.vectors * signs, expected.vectors, atol=1e-10)
     assert found.outcome.products == expected.outcome.products
 
 
