@@ -37,9 +37,12 @@ RIDGE = 1.0
 
 def last_layer_rows(scorer: RowScorer, found: ScoredRows) -> Tensor:
     """Rows (n r, C (d + 1)) with respect to the last layer and its bias."""
-    layer = output_layer(scorer.network, found.batch.inputs)
+    network = scorer.network
+    layer = output_layer(network.selection, network.parameters, found.batch.inputs)
     assert layer is not None
-    features = features_of(scorer.network, layer, found.batch.inputs)[0].double()
+    seen = features_of(network.selection, network.parameters, layer, found.batch.inputs)
+    assert seen is not None
+    features = seen[0].double()
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
     n, r = found.sizes.shape
     samples, rows = torch.arange(n).repeat_interleave(r), torch.arange(r).repeat(n)
@@ -54,15 +57,6 @@ class SizeScorer(RowScorer):
         """Score the rows of samples."""
         found = super().scored(loaded)
         return ScoredRows(found.batch, found.outputs, found.sizes, found.sizes)
-
-
-class EqualScorer(RowScorer):
-    """The same score for every row that is not 0."""
-
-    def scored(self, loaded: Batch) -> ScoredRows:
-        """Score the rows of samples."""
-        found = super().scored(loaded)
-        return ScoredRows(found.batch, found.outputs, found.sizes, (found.sizes > 0).double())
 
 
 class LeverageScorer(RowScorer):
@@ -92,7 +86,7 @@ def measured(task: Measured, n_rows: int, draws: int) -> dict[str, dict[tuple[fl
         "norm in the last layer": RowScorer,
         "ridge leverage in the last layer": lambda *arguments: LeverageScorer(data, *arguments),
         "size": SizeScorer,
-        "equal": EqualScorer,
+        "equal": lambda network, root, first, _: RowScorer(network, root, first, "equal"),
     }
     found: dict[str, dict[tuple[float, str], list[float]]] = {}
     for name, scorer in scorers.items():

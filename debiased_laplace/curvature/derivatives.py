@@ -54,6 +54,7 @@ def _vmapped(
     targets_or_noise: Tensor,
     cotangents: Cotangents,
 ) -> tuple[dict[str, Tensor], Tensor]:
+    """Compute the rows of the named parameters, (n, r, …) each, all samples at once."""
     chosen = {name: p for name, p in parameters.items() if name in names}
 
     def of_one(x: Inputs, aux: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -78,8 +79,8 @@ def looped_rows(
     rows, outputs = _looped(
         selection, parameters, names, inputs, targets_or_noise, cotangents, create_graph=create_graph
     )
-    flat = selection.flatten(rows, n_lead=2)
-    return (flat, outputs) if create_graph else (flat.detach(), outputs.detach())
+    vectors = selection.flatten(rows, n_lead=2)
+    return (vectors, outputs) if create_graph else (vectors.detach(), outputs.detach())
 
 
 def _looped(
@@ -92,6 +93,7 @@ def _looped(
     *,
     create_graph: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
+    """Compute the rows of the named parameters, (n, r, …) each, one sample and one cotangent at a time."""
     leaves = {name: p.detach().requires_grad_(name in names) for name, p in parameters.items()}
     chosen = [name for name in leaves if name in names]
     stacked: list[dict[str, Tensor]] = []

@@ -161,8 +161,8 @@ _SEEN = {
     *(
         getattr(module, name)
         for module, names in {
-            functional: f"linear bilinear embedding prelu {_TRANSPOSED} {_NORMALIZATIONS}",
-            torch: f"add sub rsub mul div prelu {_NORMALIZATIONS}",
+            functional: f"linear bilinear embedding {_TRANSPOSED} {_NORMALIZATIONS}",
+            torch: f"add sub rsub mul div {_NORMALIZATIONS}",
             Tensor: "add sub mul div __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__",
         }.items()
         for name in names.split()

@@ -200,11 +200,12 @@ def _through_gram(batch: RowCurvature, k: int, threshold: float, rest: RowCurvat
         if factor.rows.by_parameter:
             for request in residual.requests:
                 residual.add_squares(request, rows.residual_squares(factor, request.rank, request.basis, scales))
-        for rank in [] if factor.rows.by_parameter else residual.ranks:
-            outside = rows.residual(factor, rank)
-            if scales is not None:
-                outside = outside * scales.to(outside.dtype)
-            residual.add(rank, outside.unflatten(0, (-1, r)))
+        else:
+            for rank in residual.ranks:
+                outside = rows.residual(factor, rank)
+                if scales is not None:
+                    outside = outside * scales.to(outside.dtype)
+                residual.add(rank, outside.unflatten(0, (-1, r)))
         moments = sums.moments()
         return [
             moments.leading(

@@ -99,7 +99,7 @@ def test_rows_are_those_of_single_samples(name):
         selection = ParameterSelection.all_weights(model)
         parameters = selection.unflatten(selection.vector())
         able = find_capabilities(selection, parameters, X[:8])
-        # torch's derivative of PReLU is wrong under vmap
+        # PReLU is not among the layers: torch's derivative of it is wrong under vmap
         unseen = set(selection.names) - able.layers.names
         recurrent = {name for name in selection.names if name.startswith("recurrent")}
         assert unseen == recurrent | ({"transposed", "act.weight"} if name == "many" else set())
