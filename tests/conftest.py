@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     yield
     if os.environ.get("TYPECHECK"):
-        # the types are those of the test
-        kept = first_cases(items, 1)
+        # types are those of the test, and a third of the tests calls nearly every function
+        kept = {item for item in first_cases(items, 1) if crc32(name_of(item).encode()) % 3 == 0}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
 
@@ -49,5 +49,10 @@ def first_cases(items: list[pytest.Item], n: int) -> set[pytest.Item]:
     """Return at most n cases of every test, in an order that mixes its parameters and is always the same."""
     cases = defaultdict(list)
     for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
+        cases[name_of(item)].append(item)
     return {item for own in cases.values() for item in sorted(own, key=lambda item: crc32(item.nodeid.encode()))[:n]}
+
+
+def name_of(item: pytest.Item) -> str:
+    """Return the name of a test without that of the case."""
+    return item.nodeid.partition("[")[0]
