@@ -8,8 +8,9 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int64
@@ -100,60 +101,72 @@ def cross_fitted_moments(
         return _through_dense(curvature, k, threshold, rest)
 
     evaluate: FoldEvaluator | None = None
-    by_request: list[list[DirectionalMoments]] = [[] for _ in requests]
+    so_far: list[DirectionalMoments] = []
     for fold in each_fold(folds, progress_bar=batch.progress_bar):
         basis = None if basis_of is None else basis_of(fold)
         # coordinates that are computed from samples must not depend on those of the fold
         curvature = batch.in_coordinates_of(fold.others)
         evaluate = evaluator_of(curvature) if evaluate is None or curvature is not batch else evaluate
-        for request, moments, measured in zip(requests, by_request, evaluate(fold, requests, basis), strict=True):
-            moments.append(extended(measured, request.rank))
-    return [pooled(moments) for moments in by_request]
+        measured = [extended(m, r.rank) for m, r in zip(evaluate(fold, requests, basis), requests, strict=True)]
+        so_far = [pooled(pair) for pair in zip(so_far, measured, strict=True)] if so_far else measured
+    return so_far
 
 
-def pooled(folds: list[DirectionalMoments]) -> DirectionalMoments:
-    """Combine the moments of the folds; spread and skewness include the differences between folds."""
-    n = sum(fold.n_samples for fold in folds)
+def pooled(folds: Iterable[DirectionalMoments]) -> DirectionalMoments:
+    """Combine the moments of folds, one after the other; spread and skewness include the differences between folds."""
+    return reduce(_merged, folds)
 
-    def mean_of(parts: list[Tensor | None]) -> Tensor | None:
-        weighted = [fold.n_samples * part for fold, part in zip(folds, parts, strict=True) if part is not None]
-        return torch.stack(weighted).sum(0) / n if weighted else None
 
-    means = sum((fold.n_samples * fold.means for fold in folds), start=torch.zeros_like(folds[0].means)) / n
-    centers = mean_of([fold.centers for fold in folds])
-    within = torch.zeros_like(means)
-    cubes: Tensor | None = torch.zeros_like(means)
-    n_drawn = [fold.n_drawn for fold in folds if fold.n_drawn is not None]
-    for fold in folds:
-        center = fold.means - means if fold.centers is None or centers is None else fold.centers - centers
-        squares, shift = (fold.n_samples - 1) * fold.standard_deviations.square(), center
-        if n_drawn:
-            # sums over rows drawn independently
-            squares, shift = fold.n_samples * fold.standard_deviations.square(), torch.zeros_like(means)
-        within += squares + fold.n_samples * shift.square()
-        if cubes is None or fold.third_moments is None:
-            cubes = None
-        else:
-            cubes += fold.n_samples * (fold.third_moments + shift.pow(3)) + 3 * shift * squares
+def _merged(a: DirectionalMoments, b: DirectionalMoments) -> DirectionalMoments:
+    """Combine the moments of two sets of samples.
 
+    References:
+        Chan, Golub & LeVeque (1983), doi 10.1080/00031305.1983.10483115 (the variance), with the third moment likewise.
+    """
+    n = a.n_samples + b.n_samples
+    share_of_a, share_of_b = a.n_samples / n, b.n_samples / n
+
+    def mean_of(x: Tensor | None, y: Tensor | None, power: int = 1) -> Tensor | None:
+        parts = [w**power * part for w, part in ((share_of_a, x), (share_of_b, y)) if part is not None]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    n_drawn = [moments.n_drawn for moments in (a, b) if moments.n_drawn is not None]
+    # sums over rows drawn independently do not depend on differences between folds
+    shift = None if n_drawn else _centers(b) - _centers(a)
+    squares_of_a, squares_of_b = _squares(a), _squares(b)
+    squares, third = squares_of_a + squares_of_b, None
+    if a.third_moments is not None and b.third_moments is not None:
+        third = share_of_a * a.third_moments + share_of_b * b.third_moments
+        if shift is not None:
+            between = share_of_a * share_of_b * (share_of_a - share_of_b) * shift.pow(3)
+            third = third + between + 3 * shift * (share_of_a * squares_of_b - share_of_b * squares_of_a) / n
+    if shift is not None:
+        squares = squares + n * share_of_a * share_of_b * shift.square()
+    means = share_of_a * a.means + share_of_b * b.means
     return DirectionalMoments(
         n,
         means,
-        (within / (n if n_drawn else max(n - 1, 1))).sqrt(),
-        mean_of([fold.trace for fold in folds]),
-        mean_of([fold.residual_diagonal for fold in folds]),
-        None if cubes is None else cubes / n,
-        len(folds),
+        (squares / (n if n_drawn else max(n - 1, 1))).sqrt(),
+        mean_of(a.trace, b.trace),
+        mean_of(a.residual_diagonal, b.residual_diagonal),
+        third,
+        a.n_folds + b.n_folds,
         sum(n_drawn) if n_drawn else None,
         # a sum of variances of independent parts, each with the square of its weight
-        _sum([(fold.n_samples / n) ** 2 * v for fold in folds if (v := fold.draw_variances) is not None]),
-        folds[0].sampled_share,
-        centers,
+        mean_of(a.draw_variances, b.draw_variances, power=2),
+        a.sampled_share,
+        mean_of(a.centers, b.centers),
     )
 
 
-def _sum(parts: list[Tensor]) -> Tensor | None:
-    return torch.stack(parts).sum(0) if parts else None
+def _centers(moments: DirectionalMoments) -> Tensor:
+    return moments.means if moments.centers is None else moments.centers
+
+
+def _squares(moments: DirectionalMoments) -> Tensor:
+    """Return sums of squares about the center; of drawn rows, n times the variance."""
+    n = moments.n_samples
+    return (n - 1 if moments.n_drawn is None else n) * moments.standard_deviations.square()
 
 
 def extended(fold: DirectionalMoments, k: int) -> DirectionalMoments:

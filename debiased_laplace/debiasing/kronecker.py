@@ -143,7 +143,7 @@ def _folds_along_others(
     assert split.effective_folds is not None  # for the type checker
     batch = split.directions
     folds = each_fold(split.effective_folds, progress_bar=batch.progress_bar)
-    return pooled([_fold_along_others(batch, split.rest or batch, factors, fold, options) for fold in folds])
+    return pooled(_fold_along_others(batch, split.rest or batch, factors, fold, options) for fold in folds)
 
 
 def _fold_along_others(
