@@ -189,16 +189,14 @@ def rows() -> list[Cost]:
     return clock.costs
 
 
-def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, rank: int | None = None) -> list[Cost]:
+def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options: Any) -> list[Cost]:
     """Fit of drawn rows and predictions of all weights of ResNet-18."""
     clock = Clock(resnet18(10, n, n_test))
     problem, x = clock.problem, clock.problem.test
 
     def ours() -> Any:
-        options = {"hessian_structure": structure, "n_rows": n_rows, "prior_precision": 30.0}
-        la: Any = DebiasedLaplace(
-            problem.model, "classification", **options, **({} if rank is None else {"rank": rank})
-        )
+        drawn = {"hessian_structure": structure, "n_rows": n_rows, "prior_precision": 30.0}
+        la: Any = DebiasedLaplace(problem.model, "classification", **drawn, **options)
         la.fit(problem.loader())
         return la
 
@@ -232,7 +230,11 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "last_layer_full_10": partial(last_layer, 10, 128, hessian_structure="full"),
     "rows": rows,
     "all_kron": partial(all_weights, "kron", 1_024, 64),
+    "all_kron_512": partial(all_weights, "kron", 4_096, 512, n_test=64),
+    "all_kron_bounded": partial(all_weights, "kron", 1_024, 64, memory=2**30),
+    "all_lowrank_100": partial(all_weights, "lowrank", 4_096, 512, n_test=64, rank=100),
     "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
+    "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=2**30),
 }
 """Functions that return the lines of a part of the table, by name."""
 

@@ -53,6 +53,7 @@ _LAPLACE_ARGUMENTS = (
     "class_weights",
     "sampling",
     "n_rows",
+    "memory",
     "kfac_approx",
     "prior_precision",
     "prior_mean",
@@ -183,6 +184,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="all rows of the samples, or (default) rows drawn where the curvature is",
     )
     options.add_argument("--n-rows", type=int, help="number of rows; a few thousand, or all, if not given")
+    options.add_argument(
+        "--memory", type=int, metavar="BYTES", help="that a fit may take beyond the model and the directions"
+    )
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
     options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")

@@ -81,13 +81,16 @@ def with_target_weights(batch: Batch, likelihood: Likelihood) -> Batch:
     return batch.weighted(batch.scaled(of_targets))
 
 
-def prepare_network(selection: ParameterSelection, likelihood: Likelihood, batch: Batch) -> Network:
+def prepare_network(
+    selection: ParameterSelection, likelihood: Likelihood, batch: Batch, memory: int | None = None
+) -> Network:
     """Evaluate the model on a first batch, and test how it can be differentiated.
 
     Args:
         selection: the parameters.
         likelihood: likelihood of the outputs.
         batch: at least one sample, on the model's device.
+        memory: see `Network`.
 
     Returns:
         The network.
@@ -119,7 +122,7 @@ def prepare_network(selection: ParameterSelection, likelihood: Likelihood, batch
             "the first dimension, each on its own (batch_first=True for attention and recurrent layers)."
         )
     capabilities = find_capabilities(selection, parameters, few.inputs)
-    return Network(selection, parameters, likelihood, outputs.shape[1], capabilities)
+    return Network(selection, parameters, likelihood, outputs.shape[1], capabilities, memory=memory)
 
 
 def evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:

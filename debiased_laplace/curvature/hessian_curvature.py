@@ -11,7 +11,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import (
@@ -72,23 +71,24 @@ class HessianCurvature(SubBatchCurvature):
 
     @property
     def dense_is_affordable(self) -> bool:
-        """Whether H and its eigenvectors fit into a quarter of the free memory."""
+        """Whether H and its eigenvectors fit into the available memory."""
         P = self.network.n_parameters
-        return free_memory(self.network.like.device) // 4 >= 3 * 8 * P * P
+        return self.network.available_memory >= 3 * 8 * P * P
 
     def dense(self) -> Float[Tensor, "P P"]:
         """Return H as a matrix in double precision, computed once.
 
         Raises:
-            ValueError: if it does not fit into a quarter of the free memory.
+            ValueError: if it does not fit into the available memory.
         """
         if self._dense is None:
             P, like = self.network.n_parameters, self.network.like
             if not self.dense_is_affordable:
                 raise ValueError(
-                    f"The dense Hessian of {P} parameters does not fit into a quarter of the free memory; expected "
-                    "hessian_structure='lowrank' with complement='none' (products only), fewer parameters "
-                    "('last_layer', 'subnetwork'), or a GGN backend."
+                    f"The dense Hessian of {P} parameters does not fit into the available memory; expected more of it "
+                    "(`memory`, by default a quarter of what is free), hessian_structure='lowrank' with "
+                    "complement='none' (products only), fewer parameters ('last_layer', 'subnetwork'), or a GGN "
+                    "backend."
                 )
             H = like.new_zeros(P, P, dtype=accumulation_dtype(like))
             unit = None if self.backend is not None else torch.eye(P, dtype=like.dtype, device=like.device)
@@ -146,9 +146,9 @@ class HessianCurvature(SubBatchCurvature):
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Measure the curvature along every vector of a basis, and its spread over samples."""
         P, like = self.network.n_parameters, self.network.like
-        units = torch.eye(P, dtype=like.dtype, device=like.device).split(_PANEL)
-        parts = [self.moments(basis.vectors(rows).T) for rows in units]
-        return joined_directions(parts)
+        units = torch.eye(P, dtype=like.dtype, device=like.device)
+        places = (slice(start, start + _PANEL) for start in range(0, P, _PANEL))
+        return joined_directions(((place, self.moments(basis.vectors(units[place]).T)) for place in places), P)
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
         r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import BasisBlock
@@ -70,13 +70,13 @@ class LayerCovariance:
     weights: Float[Tensor, " k"]
 
     @classmethod
-    def of(cls, layer: LinearLayer, precision: LowRankPlusDiagonal) -> "LayerCovariance | None":
-        """Return the Gaussian of a precision; None if its directions do not fit into a quarter of the free memory."""
+    def of(cls, layer: LinearLayer, precision: LowRankPlusDiagonal, memory: int) -> "LayerCovariance | None":
+        """Return the Gaussian of a precision; None if its directions take more bytes of memory than there may be."""
         # single precision suffices where nothing is subtracted
         like, exact = precision.directions, accumulation_dtype(precision.directions)
         rows, weights, dtype = like.new_zeros(0, len(like)), like.new_zeros(0), like.dtype
         if precision.rank:
-            if _COPIES * precision.rank * len(like) * exact.itemsize > free_memory(like.device) // 4:
+            if _COPIES * precision.rank * len(like) * exact.itemsize > memory:
                 return None
             (rows, weights), dtype = precision.inverse_factor, exact
         if precision.rank == len(like):

@@ -12,6 +12,20 @@ CHUNK_BYTES = 128 * 2**20
 """Approximate size of the chunks in which per-sample rows are computed."""
 
 
+LEAST = 512 * 2**20
+"""Smallest limit of memory: what chunks and samples that are held take."""
+
+
+def available_memory(device: torch.device, limit: int | None = None) -> int:
+    """Return the bytes that a computation may take beyond the model and the directions.
+
+    Args:
+        device: that computes.
+        limit: bytes, as the user gave it; None: a quarter of what is free.
+    """
+    return free_memory(device) // 4 if limit is None else limit
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can be allocated on a device, as reported by the system."""
     if device.type == "cuda":

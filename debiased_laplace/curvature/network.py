@@ -15,7 +15,7 @@ from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, 
 from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.curvature.memory import CHUNK_BYTES, KEEP_BYTES, available_memory
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
@@ -46,6 +46,7 @@ class Network:
         n_outputs: number C of outputs.
         capabilities: modes of differentiation that work.
         backend: another library's derivatives to use; None for torch.func's.
+        memory: bytes that computations may take beyond the model and the directions; None: a quarter of what is free.
     """
 
     selection: ParameterSelection
@@ -54,6 +55,12 @@ class Network:
     n_outputs: int
     capabilities: Capabilities
     backend: CurvatureBackend | None = None
+    memory: int | None = None
+
+    @property
+    def available_memory(self) -> int:
+        """Bytes that computations may take beyond the model and the directions."""
+        return available_memory(self.like.device, self.memory)
 
     @property
     def n_parameters(self) -> int:
@@ -288,6 +295,12 @@ class Network:
             if name not in layers.names
         )
         return (layers.n_numbers + others) * self.like.element_size()
+
+    def bytes_of_held_rows(self, n_rows: int) -> int:
+        """Return the memory of rows in bytes: by parameter where there are many and that saves half of it or more."""
+        dense = n_rows * self.n_parameters * self.like.element_size()
+        by_parameter = n_rows * self.bytes_of_factors
+        return by_parameter if dense > KEEP_BYTES and 2 * by_parameter <= dense else dense
 
     def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
         r"""Return $\sqrt{m_n} S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.derivatives import BatchProducts
 from debiased_laplace.curvature.layer_covariance import LayerCovariance
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import CHUNK_BYTES, KEEP_BYTES, free_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import TORCH_ROWS, Network, RowBlocks
 from debiased_laplace.curvature.residual import ResidualDiagonal
 from debiased_laplace.curvature.roots import MonteCarloGaussNewton, OutputRoot
@@ -111,8 +111,7 @@ class RowCurvature(SubBatchCurvature):
         backend = self.network.backend
         if backend is not None and backend.offers_rows(self.root):
             return False
-        dense = self.n_rows * self._bytes_of_a_row
-        return dense > KEEP_BYTES and 2 * self.network.bytes_of_factors <= self._bytes_of_a_row
+        return self.network.bytes_of_held_rows(self.n_rows) < self.n_rows * self._bytes_of_a_row
 
     @property
     def is_random(self) -> bool:
@@ -240,8 +239,8 @@ class RowCurvature(SubBatchCurvature):
         return self._stacked
 
     def keep_rows(self) -> None:
-        """Hold all rows in memory for repeated use, if they fit into a quarter of the free memory."""
-        if self.linear_layer is None and self.bytes_of_rows <= free_memory(self.network.like.device) // 4:
+        """Hold all rows in memory for repeated use, if they fit into the available memory."""
+        if self.linear_layer is None and self.bytes_of_rows <= self.network.available_memory:
             self.stacked_rows()
 
     def dense(self) -> Float[Tensor, "P P"]:
@@ -287,9 +286,7 @@ class RowCurvature(SubBatchCurvature):
         self, rows: RowMatrix, U: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
     ) -> list[DirectionalMoments]:
         projections = rows.projected(U)
-        sums = RunningMoments(U.shape[1], U)
-        sums.add(projections.to(sums.first.dtype).square().sum(1), self._draw_of(0, len(rows)))
-        moments, n = sums.moments(), len(rows)
+        moments, n = self._moments_of_rows(projections), len(rows)
         found = []
         for request in requests:
             k, trace, diagonal = request.rank, None, None
@@ -339,18 +336,20 @@ class RowCurvature(SubBatchCurvature):
         if self.linear_layer is not None:
             return self._moments_of_outer_products(basis, self.linear_layer)
         if (held := self.rows_by_parameter) is not None:
-            parts = []
-            for _, rows in held.rotated(basis).columns(4):
-                sums = RunningMoments(rows.shape[2], rows)
-                sums.add(rows.to(sums.first.dtype).square().sum(1), self._draw_of(0, len(rows)))
-                parts.append(sums.moments())
-            return joined_directions(parts)
+            parts = ((place, self._moments_of_rows(rows)) for place, rows in held.rotated(basis).columns(4))
+            return joined_directions(parts, self.network.n_parameters)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         for n, blocks in self.row_groups("[Curvature along the basis]"):
             quadratics = sums.first.new_zeros(n, self.network.n_parameters)
             for rows in blocks:
                 quadratics += basis.summed_squares(rows)
             sums.add(quadratics, self._draw_of(sums.n, n))
+        return sums.moments()
+
+    def _moments_of_rows(self, rows: Float[Tensor, "n r k"]) -> DirectionalMoments:
+        """Return the moments of all samples' values along k directions, given their rows' projections."""
+        sums = RunningMoments(rows.shape[2], rows)
+        sums.add(rows.to(sums.first.dtype).square().sum(1), self._draw_of(0, len(rows)))
         return sums.moments()
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
@@ -361,7 +360,11 @@ class RowCurvature(SubBatchCurvature):
             parts = (held.at(chosen) for chosen in torch.arange(len(held)).split(_BATCH))
             return torch.cat([precision.variance_of(part, covariances=False).sum(1) for part in parts])
         zeros, groups = self.network.like.new_zeros, []
-        covariance = None if self.linear_layer is None else LayerCovariance.of(self.linear_layer, precision)
+        covariance = (
+            None
+            if self.linear_layer is None
+            else LayerCovariance.of(self.linear_layer, precision, self.network.available_memory)
+        )
         if covariance is None:
             for n, blocks in self.row_groups("[Held-out KL]"):
                 groups.append(sum((precision.variance_trace(rows) for rows in blocks), start=zeros(n)))
@@ -373,7 +376,10 @@ class RowCurvature(SubBatchCurvature):
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Return the sum of the squared norms of every sample's rows, in double precision on the CPU."""
         exact, groups = accumulation_dtype(self.network.like), []
-        if self.linear_layer is None:
+        if (held := self.rows_by_parameter) is not None:
+            parts = [rows.square().sum((1, 2), dtype=exact) for _, rows in held.columns()]
+            groups = [torch.stack(parts).sum(0)]
+        elif self.linear_layer is None:
             for n, blocks in self.row_groups():
                 zeros = self.network.like.new_zeros(n, dtype=exact)
                 groups.append(sum((rows.to(exact).square().sum((1, 2)) for rows in blocks), start=zeros))
@@ -434,7 +440,7 @@ def _joined(found: list[tuple[Tensor, Tensor, Batch]]) -> tuple[Tensor, Tensor, 
 class RowProducts:
     """The map from X to H X of a set of samples, prepared for repeated use.
 
-    As many batches as fit into a quarter of the free memory are linearized and kept; the others are differentiated
+    As many batches as fit into the available memory are linearized and kept; the others are differentiated
     again at every product.
     """
 
@@ -450,7 +456,7 @@ class RowProducts:
         network = curvature.network.ready_for_products(inputs)
         self._network = network.unlinearized()
         n_bytes = network.activation_bytes(inputs)
-        budget = free_memory(network.like.device) // 4
+        budget = network.available_memory
         self._size = max(1, min(_BATCH, budget // n_bytes), CHUNK_BYTES // n_bytes)
         n_kept, held = 0, n_bytes * (_HELD if network.capabilities.linearized else 1)
         for batch, targets_or_noise in self._batches(curvature):

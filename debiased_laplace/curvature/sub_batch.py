@@ -1,9 +1,9 @@
 """The mean curvature of a set of samples: the interface that every kind of curvature implements."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -106,15 +106,18 @@ class DirectionalMoments:
         )
 
 
-def joined_directions(parts: Sequence[DirectionalMoments]) -> DirectionalMoments:
-    """Return the moments of the same samples along the directions of all parts."""
-
-    def of(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
+def joined_directions(parts: Iterable[tuple[slice, DirectionalMoments]], k: int) -> DirectionalMoments:
+    """Return the moments of the same samples along k directions, from those along some of them and their places."""
+    whole: DirectionalMoments | None = None
     names = ("means", "standard_deviations", "third_moments", "draw_variances", "centers")
-    return replace(parts[0], **{name: of(name) for name in names})
+    for place, part in parts:
+        # room for all at once: short vectors that stay would break up what the allocator has for the next part
+        whole = part.mapped(lambda values: values.new_empty(k)) if whole is None else whole
+        for name in names:
+            if (values := getattr(part, name)) is not None:
+                getattr(whole, name)[place] = values
+    assert whole is not None  # for the type checker
+    return whole
 
 
 class SubBatchCurvature(ABC):
@@ -275,8 +278,8 @@ class OuterValues:
         parts = []
         for x, y in self.blocks:
             of_x, of_y = (t if power == 1 else t.square() if power == 2 else t.square() * t for t in (x, y))
-            of_x = of_x if weights is None else of_x * weights[:, None]
-            parts.append((of_x.T @ of_y).flatten() if y.shape[1] > 1 else (of_x * of_y).sum(0))
+            of_y = of_y if weights is None else of_y * weights[:, None]
+            parts.append((of_x.T @ of_y).flatten())
         return torch.cat(parts)
 
     def scaled(self, factors: Float[Tensor, " n"]) -> "OuterValues":

@@ -3,7 +3,6 @@
 import warnings
 from typing import Literal
 
-from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
@@ -42,7 +41,7 @@ def find_directions(
         curvature: of the direction samples.
         rank: number of directions; None keeps every direction that the samples support.
         solver: "gram" uses all rows at once (on the smaller side of their matrix), "lanczos" products only, "auto" the
-            cheaper one that fits into a quarter of the free memory.
+            cheaper one that fits into the available memory.
         seed: of Lanczos' start vectors.
         threshold: smallest eigenvalue that counts, relative to the largest; None: as the rank implies.
         n_folds: folds whose directions will be computed by the same solver, which "auto" considers.
@@ -77,11 +76,11 @@ def threshold_of(rank: int | None) -> float:
 
 
 def choose_solver(curvature: SubBatchCurvature, rank: int | None, n_folds: int = 0) -> Literal["gram", "lanczos"]:
-    """Choose the cheaper solver that fits into a quarter of the free memory."""
+    """Choose the cheaper solver that fits into the available memory."""
     # Gram costs a product of all pairs of rows; Lanczos about 3 products per direction, each about two backward passes
     # over the samples; with convolutions a pass costs about 25 times its parameters
     P = curvature.network.n_parameters
-    budget = free_memory(curvature.network.like.device) // 4
+    budget = curvature.network.available_memory
     if not isinstance(curvature, RowCurvature):
         # a Hessian has no rows, and P products give all of it
         fits = budget >= 3 * 8 * P * P
@@ -133,9 +132,10 @@ def _by_lanczos(curvature: SubBatchCurvature, rank: int | None, threshold: float
     pairs = lanczos_pairs(curvature, k, threshold, seed)
     if rank is None and len(pairs.values) == k < limit:
         warnings.warn(
-            f"All directions of {curvature.n_samples} direction samples would take more than a quarter of the free "
-            f"memory, or the eigenvectors of a matrix of more than {_LARGEST_SIDE:,} rows: rank=None means the {k} "
-            "leading directions here. Pass rank, or fewer direction_samples.",
+            f"All directions of {curvature.n_samples} direction samples do not fit into the available memory "
+            "(`memory`, by default a quarter of what is free), or take the eigenvectors of a matrix of more than "
+            f"{_LARGEST_SIDE:,} rows: rank=None means the {k} leading directions here. Pass rank, or fewer "
+            "direction_samples.",
             stacklevel=3,
         )
     return pairs

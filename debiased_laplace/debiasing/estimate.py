@@ -59,6 +59,6 @@ def _check_full(a: SubBatchCurvature) -> None:
     if choose_solver(a, None) == "lanczos":
         raise ValueError(
             f"hessian_structure='full' of {a.network.n_parameters:,} parameters and {a.n_samples:,} direction "
-            "samples takes more than a quarter of the free memory, or too long; expected fewer ('last_layer', "
-            "'subnetwork', direction_samples), or 'lowrank' or 'kron'."
+            "samples does not fit into the available memory (a quarter of what is free, unless `memory` says another), "
+            "or takes too long; expected fewer ('last_layer', 'subnetwork', direction_samples), or 'lowrank' or 'kron'."
         )

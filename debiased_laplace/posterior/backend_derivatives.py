@@ -22,7 +22,6 @@ from debiased_laplace.curvature.derivatives import looped_rows
 from debiased_laplace.curvature.kfac import KfacApproximation, KfacSums
 from debiased_laplace.curvature.kronecker import KroneckerFactors
 from debiased_laplace.curvature.likelihoods import in_columns
-from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, call_with, logits_of
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton, OutputRoot
@@ -222,7 +221,7 @@ class BackendDerivatives:
     def _hessian_agrees(self, network: Network, some: Batch, kfac: KfacApproximation | None) -> bool:  # noqa: ARG002
         whole = network.selection if self._last_layer else ParameterSelection.all_weights(network.selection.model)
         P = whole.n_parameters
-        if free_memory(network.like.device) // 4 < 3 * 8 * P * P:
+        if network.available_memory < 3 * 8 * P * P:
             raise NotImplementedError(f"its dense Hessian of {P} parameters does not fit into a quarter of the memory")
         some = some.first(2)
         derivatives = SecondDerivatives(network.selection, network.parameters, network.likelihood, some)

@@ -16,7 +16,6 @@ from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored, Scores
 from debiased_laplace.curvature.first_pass import prepare_network
-from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
@@ -194,7 +193,7 @@ def _scored(
     numbered = chain([first], numbered)
     some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
     if before is None:
-        network = prepare_network(spec.subset.select_by(spec.model, some.inputs), spec.likelihood, some)
+        network = prepare_network(spec.subset.select_by(spec.model, some.inputs), spec.likelihood, some, spec.memory)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network) if n_rows is None else n_rows
         root = spec.backend.root(spec.likelihood)
@@ -440,10 +439,10 @@ def _not_built(what: str, instead: str) -> str:
 
 
 def default_rows(network: Network) -> int:
-    """Return a number of rows that takes at most a quarter of the free memory, and about a minute."""
+    """Return a number of rows that fits into the available memory, and takes about a minute."""
     P = network.n_parameters
-    fitting = free_memory(network.like.device) // 4 // (P * network.like.element_size())
-    return max(2, min(DEFAULT_ROWS, fitting, int((_PRODUCTS / P) ** 0.5)))
+    most = max(2, min(DEFAULT_ROWS, int((_PRODUCTS / P) ** 0.5)))
+    return max(2, min(most, most * network.available_memory // network.bytes_of_held_rows(most)))
 
 
 def _identities(

@@ -108,6 +108,7 @@ def DebiasedLaplace(
     class_weights: Any = None,
     sampling: Literal["uniform", "curvature"] = "curvature",
     n_rows: int | None = None,
+    memory: int | None = None,
 ) -> DebiasedParametricLaplace:
     """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.
 
@@ -175,8 +176,11 @@ def DebiasedLaplace(
         sampling: "curvature": one forward pass over all samples says where the curvature is, and about `n_rows`
             backward passes go there, each weighted by its inverse probability; `rows` says which. With "held_out",
             `direction_samples` is the share of the rows for the directions. "uniform": all rows of the samples.
-        n_rows: expected number of rows; None: all of them, or a number that takes at most a minute or so and a quarter
-            of the free memory. With sampling="uniform", rows of as many random samples as have that many; None: of all.
+        n_rows: expected number of rows; None: all of them, or a number that takes at most a minute or so and fits into
+            `memory`. With sampling="uniform", rows of as many random samples as have that many; None: of all.
+        memory: bytes that a fit or a prediction may take beyond the model, the samples and the directions, at least
+            512 MiB; None: a quarter of what is free. It decides between solvers and engines, and bounds `n_rows=None`.
+            Vectors of P, of which a Kronecker posterior has a dozen in double precision, come on top.
 
     Returns:
         The posterior, not fitted yet.

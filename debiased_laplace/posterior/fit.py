@@ -142,6 +142,8 @@ class FitSpec:
         keys: of batches that are mappings.
         split: division of the samples.
         request: options of the estimator.
+        memory: bytes that a fit or a prediction may take beyond the model and the directions; None: a quarter of what
+            is free.
     """
 
     model: nn.Module
@@ -151,6 +153,7 @@ class FitSpec:
     keys: MappingKeys
     split: SplitOptions
     request: Request
+    memory: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +344,7 @@ def _network_with_backend(
     spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions
 ) -> Network:
     """The network, with the backend's derivatives where they agree with torch.func on some samples."""
-    network = prepare_network(selection, spec.likelihood, some)
+    network = prepare_network(selection, spec.likelihood, some, spec.memory)
     uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
     return spec.backend.attached(network, some, spec.keys, kfac=options.kfac_approx if uses_kfac else None)
 

@@ -31,7 +31,7 @@ from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.derivatives import find_capabilities
 from debiased_laplace.curvature.likelihoods import Regression, likelihood_named, shown_class_weights
-from debiased_laplace.curvature.memory import free_memory
+from debiased_laplace.curvature.memory import LEAST, available_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
@@ -112,6 +112,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         class_weights: Any = None,
         sampling: str = "curvature",
         n_rows: int | None = None,
+        memory: int | None = None,
         direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,
         **estimator: Any,
@@ -135,6 +136,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             keys,
             split,
             request,
+            None if memory is None else integer(memory, "memory", minimum=LEAST, also=" (bytes; 512 MiB), or None"),
         )
         # None while only a forward pass can tell, as for the last layer
         self._selection: ParameterSelection | None = self._spec.subset.select(model)
@@ -321,6 +323,14 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._spec = replace(self._spec, likelihood=Regression(ratios_of(noise)))
         else:
             check_ratios(noise, known)
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that a fit or a prediction may take beyond the model and the directions; None: a quarter of the free.
+
+        A state does not hold it.
+        """
+        return self._spec.memory
 
     @property
     def noise_scale(self) -> Tensor:
@@ -626,14 +636,15 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """A root S of the posterior covariance, S S' = covariance; dense, for few parameters.
 
         Raises:
-            ValueError: if it takes more than a quarter of the free memory.
+            ValueError: if it does not fit into `memory`.
         """
         mean = self.fit_result.mean
         P = len(mean)
-        if free_memory(mean.device) // 4 < 3 * mean.element_size() * P * P:
+        if available_memory(mean.device, self._spec.memory) < 3 * mean.element_size() * P * P:
             raise ValueError(
-                f"The dense matrix of {P:,} parameters takes more than a quarter of the free memory; expected fewer "
-                "parameters, or products with `posterior_precision`, `posterior_variance` and `sample`."
+                f"The dense matrix of {P:,} parameters does not fit into the available memory (`memory`, by default a "
+                "quarter of what is free); expected fewer parameters, more memory, or products with "
+                "`posterior_precision`, `posterior_variance` and `sample`."
             )
         return self.posterior_precision.root(torch.eye(P, dtype=mean.dtype, device=mean.device)).T
 
@@ -642,7 +653,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """Posterior covariance; dense, for few parameters.
 
         Raises:
-            ValueError: if it takes more than a quarter of the free memory.
+            ValueError: if it does not fit into `memory`.
         """
         scale = self.posterior_scale
         return scale @ scale.T
@@ -954,7 +965,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
             return fit.network
         parameters = {k: v.clone() for k, v in fit.selection.unflatten(fit.mean).items()}
         capabilities = find_capabilities(fit.selection, parameters, inputs)
-        network = Network(fit.selection, parameters, self._spec.likelihood, fit.n_outputs, capabilities)
+        network = Network(
+            fit.selection, parameters, self._spec.likelihood, fit.n_outputs, capabilities, memory=self._spec.memory
+        )
         self._fit = replace(fit, network=network)
         return network
 

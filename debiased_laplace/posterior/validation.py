@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from debiased_laplace.curvature.likelihoods import in_columns, likelihood_named
-from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -147,7 +147,7 @@ def read_validation(
 ) -> list[ValidationBatch]:
     """Load validation data once, and compute everything that does not depend on the prior.
 
-    Jacobians are kept as long as they fit into a quarter of the free memory, batch by batch, and the outputs are not
+    Jacobians are kept as long as they fit into the available memory, batch by batch, and the outputs are not
     too many: in the coordinates of one decomposition for all scalar priors, where that pays.
 
     Args:
@@ -177,7 +177,7 @@ def read_validation(
             _check_targets(la, batch)
     left = 0
     if scoring.pred_type == "glm":
-        left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else free_memory(la.mean_subnet.device) // 4
+        left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else available_memory(la.mean_subnet.device, la.memory)
     n_rows = la.n_outputs * sum(len(batch) for batch in batches)
     spreads = Spreads.of(la, n_rows=n_rows, n_priors=n_priors if left else 0)
     found = []

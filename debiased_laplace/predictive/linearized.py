@@ -179,7 +179,11 @@ def _on_layer(
     network: Network, precision: LowRankPlusDiagonal, inputs: Inputs
 ) -> tuple[LayerCovariance, Tensor, Tensor] | None:
     """Return the Gaussian over a last linear layer, with features and outputs; None without such a layer."""
-    covariance = None if network.linear_layer is None else LayerCovariance.of(network.linear_layer, precision)
+    covariance = (
+        None
+        if network.linear_layer is None
+        else LayerCovariance.of(network.linear_layer, precision, network.available_memory)
+    )
     found = None if covariance is None else network.features(inputs)
     return None if covariance is None or found is None else (covariance, *found)
 

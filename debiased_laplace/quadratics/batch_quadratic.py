@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.curvature.memory import free_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
@@ -67,7 +66,7 @@ class BatchQuadratic(ABC):
         if self._jacobians is not None:
             return self._jacobians @ directions
         n_bytes = len(self) * self.network.n_outputs * self.network.bytes_of_a_row
-        keep = n_bytes <= free_memory(directions.device) // 4
+        keep = n_bytes <= self.network.available_memory
         parts = []
         for J, _ in self.network.jacobians(self.batch.inputs):
             parts.append(J if keep else J @ directions)

@@ -138,12 +138,12 @@ def test_curvature_along_every_vector_of_a_basis() -> None:
 def test_a_matrix_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     c = hessian_of()
     assert c.dense_is_affordable
-    monkeypatch.setattr(module, "free_memory", lambda device: 4 * 3 * 8 * 93 * 93 - 1)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 4 * 3 * 8 * 93 * 93 - 1)
     assert not c.dense_is_affordable
     with pytest.raises(ValueError, match="dense Hessian of 93 parameters does not fit"):
         c.dense()
     c.moments(orthonormal(93, 2))  # products need no matrix
-    monkeypatch.setattr(module, "free_memory", lambda device: 4 * 3 * 8 * 93 * 93)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 4 * 3 * 8 * 93 * 93)
     assert c.dense().shape == (93, 93)
 
 

@@ -58,7 +58,7 @@ def test_covariances_are_those_of_the_jacobians(blocks, rank, isotropic, monkeyp
     expected = J @ inverse @ J.mT
     # two samples at a time
     monkeypatch.setattr("debiased_laplace.curvature.layer_covariance.CHUNK_BYTES", 2 * 2 * 8 * C * max(1, P_hat.rank))
-    covariance = LayerCovariance.of(network.linear_layer, P_hat)
+    covariance = LayerCovariance.of(network.linear_layer, P_hat, 2**30)
     parts = [part for _, part in covariance.of_features(features)]
     assert len(parts) == 3
     torch.testing.assert_close(torch.cat([part.dense() for part in parts]), expected)
@@ -78,7 +78,7 @@ def test_a_frozen_bias():
     n = network.n_parameters
     assert J.shape[-1] == n == C * features.shape[1]
     P_hat = LowRankPlusDiagonal(torch.full((1,), 0.4).double(), J[0].new_zeros(n, 0), J.new_zeros(0))
-    (_, part), *_ = LayerCovariance.of(network.linear_layer, P_hat).of_features(features)
+    (_, part), *_ = LayerCovariance.of(network.linear_layer, P_hat, 2**30).of_features(features)
     torch.testing.assert_close(part.dense(), J @ J.mT / 0.4)
 
 
@@ -89,12 +89,11 @@ def test_stiff_directions_in_single_precision():
     # all directions but one that the inputs do not see
     U = torch.linalg.svd(J.flatten(0, 1)).Vh[: P - 1].T.float()
     P_hat = LowRankPlusDiagonal(torch.tensor(0.4), U, torch.full((P - 1,), 4e5))
-    (_, part), *_ = LayerCovariance.of(network.linear_layer, P_hat).of_features(features)
+    (_, part), *_ = LayerCovariance.of(network.linear_layer, P_hat, 2**30).of_features(features)
     torch.testing.assert_close(part.dense(), J @ J.mT / (0.4 + 4e5), rtol=1e-5, atol=1e-9)
 
 
-def test_directions_that_do_not_fit_into_memory_use_rows(monkeypatch):
+def test_directions_that_do_not_fit_into_memory_use_rows():
     network, *_ = problem(torch.float64)
-    monkeypatch.setattr("debiased_laplace.curvature.layer_covariance.free_memory", lambda device: 8 * P)
-    assert LayerCovariance.of(network.linear_layer, precision(1, None, torch.float64)) is None
-    assert LayerCovariance.of(network.linear_layer, precision(0, None, torch.float64)) is not None
+    assert LayerCovariance.of(network.linear_layer, precision(1, None, torch.float64), 2 * P) is None
+    assert LayerCovariance.of(network.linear_layer, precision(0, None, torch.float64), 2 * P) is not None

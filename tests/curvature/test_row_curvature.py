@@ -288,7 +288,7 @@ def test_products_keep_what_fits_into_memory_and_compute_the_rest_again(
     memory = 4 * fitting * c.network.activation_bytes(next(iter(c.samples)).inputs)
     c.samples = c.samples.weighted(torch.linspace(0.5, 1.5, 16, dtype=torch.float64))
     rows = torch.cat(list(c.rows())).flatten(0, 1)
-    monkeypatch.setattr("debiased_laplace.curvature.row_curvature.free_memory", lambda device: memory)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: memory)
     # groups of three samples, from batches of seven
     monkeypatch.setattr("debiased_laplace.curvature.row_curvature._BATCH", 3)
     monkeypatch.setattr("debiased_laplace.curvature.row_curvature.CHUNK_BYTES", 1)

@@ -92,7 +92,7 @@ def test_a_rank_above_the_supported_one_is_warned_about(solver):
 def test_lanczos_is_chosen_if_rows_do_not_fit_into_memory(monkeypatch):
     curvature, *_ = curvature_of("MLP", "classification")
     assert choose_solver(curvature, None) == "gram"
-    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
     assert choose_solver(curvature, None) == "lanczos"
     monkeypatch.setattr(module, "LANCZOS_RANK", 5)
     with pytest.warns(UserWarning, match="rank=None means the 5 leading directions"):
@@ -137,7 +137,7 @@ def test_dense_curvature_or_products(case, columns, monkeypatch):
     curvature, *_ = curvature_of("MLP", "classification")
     capabilities = replace(curvature.network.capabilities, columns=columns)
     curvature.network = replace(curvature.network, capabilities=capabilities)
-    monkeypatch.setattr(module, "free_memory", lambda device: 2**50)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 2**50)
     for name, value in (("n_samples", n), ("rows_per_sample", C)):
         monkeypatch.setattr(RowCurvature, name, value)
     monkeypatch.setattr(type(curvature.network), "n_parameters", P)

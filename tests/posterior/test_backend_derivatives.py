@@ -234,7 +234,7 @@ def test_fitted_posteriors_can_be_copied_and_pickled(backend):
 def test_hessian_that_does_not_fit_into_memory_is_left_to_products(cls, monkeypatch):
     model, X, y = data_of("classification")
     la = posterior_of(model, "classification", rank=4, solver="lanczos", backend=cls)
-    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
     with pytest.warns(UserWarning, match="dense Hessian of 43 parameters does not fit"):
         la.fit(loader_of(X, y, BATCH))
     assert la.curvature_source == "torch.func products"

@@ -233,9 +233,9 @@ def test_repr_says_which_complement_a_prior_will_have() -> None:
 def test_a_hessian_that_does_not_fit_says_so_before_lanczos_and_names_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("debiased_laplace.curvature.hessian_curvature.free_memory", lambda device: 1000)
-    monkeypatch.setattr("debiased_laplace.debiasing.directions.free_memory", lambda device: 1000)
-    monkeypatch.setattr("debiased_laplace.posterior.backend_derivatives.free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
     from debiased_laplace.debiasing import directions
 
     found = directions.lanczos

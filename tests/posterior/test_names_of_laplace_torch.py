@@ -28,7 +28,7 @@ def close(found, expected, tolerance=1e-9):
 
 def test_a_dense_covariance_that_does_not_fit_is_refused(monkeypatch):
     la, _ = fitted()
-    monkeypatch.setattr("debiased_laplace.posterior.laplace.free_memory", lambda device: 1000)
+    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match=r"dense matrix of 93 parameters .* `posterior_variance`"):
         _ = la.posterior_covariance
 

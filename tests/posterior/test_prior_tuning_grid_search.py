@@ -225,7 +225,7 @@ def test_jacobians_are_kept_as_far_as_memory_goes(link, monkeypatch):
     n_bytes = 3 * la.n_params * 8  # of a sample
     losses, counts = [], []
     for room in (10**9, 20 * n_bytes, 0):
-        monkeypatch.setattr(validation, "free_memory", lambda _, room=room: 4 * room)
+        monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda _, room=room: 4 * room)
         with monkeypatch.context() as m:
             counted = Counted(m)
             losses.append(quiet(la, loader_of(X, y, 16), link_approx=link).losses)
