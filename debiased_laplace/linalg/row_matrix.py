@@ -17,8 +17,13 @@ from torch.nn.functional import pad
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 
-_CHUNK_BYTES = 64 * 2**20
-"""Approximate size of a chunk of columns."""
+_CHUNK_BYTES = 4 * 2**20
+"""Approximate size of a chunk of columns on a CPU, whose caches and allocator make larger ones several times slower."""
+
+_CHUNK_BYTES_OF_ACCELERATORS = 64 * 2**20
+
+_PRODUCT_BYTES = 256 * 2**20
+"""Largest matrix of inner products of pairs of positions."""
 
 _PANEL = 160  # rows per block of a Gram matrix: large enough for a fast product
 _PANEL_BYTES = 20 * 2**20  # bytes of the columns converted at a time
@@ -70,7 +75,7 @@ class OuterRows:
     def products_are_cheaper(self) -> bool:
         """Whether inner products of pairs of rows cost less by their factors, which takes all pairs of positions."""
         (n, q, T, o), (_, p, _, i) = self.left.shape, self.right.shape
-        return T * T * (o + i) <= o * i and (n * max(p, q) * T) ** 2 * 8 <= 4 * _CHUNK_BYTES
+        return T * T * (o + i) <= o * i and (n * max(p, q) * T) ** 2 * 8 <= _PRODUCT_BYTES
 
     def products(self, dtype: torch.dtype) -> Float[Tensor, "R R"]:
         r"""Return the inner products $\sum_{tt'} (g_t^\top g'_{t'}) (a_t^\top a'_{t'})$ of all pairs of rows."""
@@ -186,14 +191,14 @@ class RowMatrix:
         ends = torch.tensor([0, *(part.shape[2] for part in self.parts)]).cumsum(0).tolist()
         return [slice(a, b) for a, b in pairwise(ends)]
 
-    def columns(self, row_bytes: int = 1) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:
+    def columns(self, row_bytes: int = 1, at_least: int = 1) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:
         """Yield chunks of the columns, with their places in the flat vector.
 
         Args:
             row_bytes: bytes that the caller needs for each entry, relative to those of the entry.
+            at_least: smallest number of columns of a chunk, where there are as many.
         """
-        n, r, _ = self.shape
-        most = max(1, _CHUNK_BYTES // (n * r * self.like.element_size() * row_bytes))
+        most = max(at_least, self._most_columns(row_bytes))
         for place, part in zip(self.places, self.parts, strict=True):
             for local, rows in _columns_of(part, most):
                 yield slice(place.start + local.start, place.start + local.stop), rows
@@ -205,6 +210,11 @@ class RowMatrix:
         for place, rows in self.columns():
             total += rows @ U[place]
         return total
+
+    def _most_columns(self, row_bytes: int = 1) -> int:
+        n, r, _ = self.shape
+        n_bytes = _CHUNK_BYTES if self.like.device.type == "cpu" else _CHUNK_BYTES_OF_ACCELERATORS
+        return max(1, n_bytes // (max(1, n * r) * self.like.element_size() * row_bytes))
 
     def combined(self, W: Float[Tensor, "R k"]) -> Float[Tensor, "P k"]:
         """Return $V^T W$ for all rows V (R, P), those of a sample adjacent."""
@@ -223,9 +233,8 @@ class RowMatrix:
             U: orthonormal directions, not in the coordinates of the basis.
             basis: one block for each part; None: the axes.
         """
-        n, r, P = self.shape
-        total = projections.new_zeros(P, dtype=accumulation_dtype(projections))
-        most = max(1, _CHUNK_BYTES // (n * r * self.like.element_size()))
+        total = projections.new_zeros(self.shape[2], dtype=accumulation_dtype(projections))
+        most = self._most_columns()
         blocks = [None] * len(self.parts) if basis is None else list(basis.blocks)
         for place, part, block in zip(self.places, self.rotated(basis).parts, blocks, strict=True):
             own = U[place] if block is None else block.rotated(U[place].mT.contiguous(), back=False).mT
@@ -246,7 +255,8 @@ class RowMatrix:
             else:
                 others.append(part)
         if others:
-            for _, rows in RowMatrix(tuple(others)).columns(2):
+            # as many columns as rows: sums of products, which are held, cost less than products
+            for _, rows in RowMatrix(tuple(others)).columns(2, at_least=n * r):
                 total += row_products(rows.flatten(0, 1), exact)
         return total
 
