@@ -195,6 +195,7 @@ CASES = {
         "tolerance": without(POSITIVE, None),
     }) | {"likelihood of targets": (lambda y: posterior().fit(loader(y)), [R, Y[:, None].repeat(1, 2), Y - 1, Y + 9]),
           "model": (lambda m: DebiasedLaplace(m, "classification").fit(loader()), MODEL[5:])},
+    "cost": {"data": (lambda data: posterior().cost(data), without(LOADER, None))},
     "la(x)": {"x": (LA, INPUTS)} | keywords(lambda **o: LA(X, **o), {
         "pred_type": CHOICE, "joint": FLAG, "link_approx": CHOICE, "diagonal_output": FLAG, "generator": GENERATOR,
         "fitting": FLAG, "link_aprox": ["mc"], "n_sample": [3], "anything": [OBJECT],

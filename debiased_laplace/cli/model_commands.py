@@ -129,6 +129,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--tolerance", type=float, help="stop doubling the samples when the held-out KL gains less than so many nats"
     )
+    inputs.add_argument(
+        "--dry-run", action="store_true", help="print what the fit would take, estimated from two batches, and stop"
+    )
     inputs.add_argument("--device", default="auto", help='device: "cpu", "cuda", … or "auto" (default)')
     inputs.add_argument(
         "--tune-prior",
@@ -225,6 +228,9 @@ def _run_fit(parsed: argparse.Namespace) -> int:
     model = trained_model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
     loader = call(parsed.loader, "--loader")
+    if parsed.dry_run:
+        print(la.cost(loader))
+        return 0
     validation = None
     if parsed.validation_loader is not None:
         validation = call(parsed.validation_loader, "--validation-loader")

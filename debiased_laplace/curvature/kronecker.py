@@ -48,6 +48,11 @@ class MatrixShape:
     rows: Side
     columns: Side
 
+    @property
+    def n_entries(self) -> int:
+        """Number of entries."""
+        return self.rows.size * self.columns.size
+
 
 @dataclass(frozen=True, eq=False)
 class KroneckerFactors:
@@ -145,7 +150,7 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
         return _outer_product_factors(curvature, curvature.linear_layer, shapes)
     like = curvature.network.like
     exact = accumulation_dtype(like)
-    sizes = [shape.rows.size * shape.columns.size for shape in shapes]
+    sizes = [shape.n_entries for shape in shapes]
     sums = [
         tuple(like.new_zeros((side.size,) * (2 if side.full else 1), dtype=exact) for side in (s.rows, s.columns))
         for s in shapes

@@ -50,6 +50,7 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, 
 from debiased_laplace.posterior import checkpoint, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
+from debiased_laplace.posterior.cost import FitCost, cost_of_fit
 from debiased_laplace.posterior.drawn_fit import SamplingOptions
 from debiased_laplace.posterior.fit import FitResult, FitSpec, SplitOptions
 from debiased_laplace.posterior.growing import fit_again, fit_samples
@@ -412,6 +413,24 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._adopt(fit)
         self._warn_of_dropped_directions()
         self._warn_of_default_noise()
+
+    @leaves_as_found()
+    def cost(self, loader: Any) -> FitCost:
+        """Estimate what `fit(loader)` would take, from two batches: passes, seconds and memory.
+
+        Tests of the network, which a fit begins with, and open options ("auto") come on top.
+
+        Args:
+            loader: as for `fit`; its length must be known.
+
+        Returns:
+            The estimate; print it.
+
+        Raises:
+            ValueError: if loader or samples cannot be used, the number of samples is not known, or the curvature is a
+                Hessian.
+        """
+        return cost_of_fit(self._spec, self._sampling, loader)
 
     def _weighting(self, selection: ParameterSelection, n_data: int | float) -> Weighting:
         """Prior and likelihood weight of the posterior of these parameters."""

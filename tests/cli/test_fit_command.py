@@ -157,6 +157,14 @@ def arguments(likelihood="classification", loader=None, **options):
     return flat
 
 
+def test_a_dry_run_prints_the_cost_and_writes_nothing(folder, capsys):
+    assert main(arguments(dry_run=True, n_rows=20, rank=4, memory=2**30)) == 0
+    shown = capsys.readouterr().out
+    assert "43 parameters takes 40 forward and about 20 backward passes" in shown
+    assert "GiB beyond the model" in shown
+    assert not (folder / "posterior.pt").exists()
+
+
 CASES = {
     "low rank": {"rank": 4, "complement": "diagonal", "magnitude_samples": 15, "sampling": "uniform"},
     "low rank by Lanczos on the same batch": {"rank": 3, "solver": "lanczos", "magnitudes": "same_batch"},
