@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +84,7 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCos
         The estimate; the model is as it was.
 
     Raises:
-        ValueError: if the number of samples is not known beforehand, or the curvature is a Hessian.
+        ValueError: if the number of samples is not known beforehand, two batches have no curvature, or it is a Hessian.
     """
     root = spec.backend.root(spec.likelihood)
     if root is None:
@@ -98,22 +97,9 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCos
             "An iterable of batches does not say how many samples it has; expected a DataLoader or a list."
         )
     with at_weights(spec.model, spec.split.seed):
-        batches = list(islice(samples.numbered(spec.split.seed), 2))
-        if not batches:
-            raise ValueError("The loader yields no samples; expected at least 2.")
-        some = batches[0][1].first(8).to(next(spec.model.parameters()).device).weighted(None)
-        selection = spec.subset.select_by(spec.model, some.inputs)
-        start = time.perf_counter()
-        network = prepare_network(selection, spec.likelihood, some, spec.memory)
-        tests = time.perf_counter() - start
+        timed = _timed(spec, samples)
+        network, rows = timed.network, timed.rows
         n, n_rows = _numbers(network, root, sampling, len(samples.indices))
-        sampler = RowSampler(network, GaussNewton(spec.likelihood), some, n_rows=_ROWS, seeds=(0,))
-        sampler.read(batches[:1], total=None, progress_bar=False)
-        scoring = _seconds(lambda: sampler.read(batches[-1:], total=None, progress_bar=False)) / len(batches[-1][1])
-        few = sampler.drawn()
-        rows = few.curvature()
-        assert isinstance(rows, RowCurvature)  # for the type checker
-        a_row = _seconds(rows.squared_norms) / len(few)
         drawn = sampling.sampling == "curvature"
         planned = _Planned(network, rows.samples, rows.root if drawn else root)
         planned.n_planned = n_rows if drawn else n
@@ -123,9 +109,9 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCos
         if options.structure != "kron":
             solver = options.solver if options.solver != "auto" else choose_solver(planned, options.rank, n_folds)
         rank = _rank(planned, options, solver)
-        seconds = {"tests": tests, "scoring": n * scoring}
+        seconds = {"tests": timed.tests, "scoring": n * timed.scoring}
         if solver != "lanczos" or options.complement != "none":
-            seconds["rows"] = n_rows * a_row
+            seconds["rows"] = n_rows * _seconds(rows.squared_norms) / rows.n_samples
         if solver == "lanczos":
             seconds["products"] = (1 + n_folds) * (3 * rank + 20) * planned.n_samples * _seconds_of_a_product(rows)
     multiplications = _multiplications(planned, options, solver, rank, n_folds)
@@ -138,6 +124,48 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCos
         "vectors of P": (_VECTORS if in_basis else 4) * P * 8,
     }
     return FitCost(n, n_rows, P, solver, seconds, n_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Timed:
+    """What two batches tell.
+
+    Attributes:
+        network: the network.
+        tests: seconds that its tests took.
+        scoring: seconds to load and score a sample.
+        rows: curvature of some rows.
+    """
+
+    network: Network
+    tests: float
+    scoring: float
+    rows: RowCurvature
+
+
+def _timed(spec: FitSpec, samples: SampleSource) -> _Timed:
+    """Load and score two batches; the first also starts workers and warms up the device."""
+    numbered = samples.numbered(spec.split.seed)
+    first = next(numbered, None)
+    if first is None:
+        raise ValueError("The loader yields no samples; expected at least 2.")
+    some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
+    selection = spec.subset.select_by(spec.model, some.inputs)
+    start = time.perf_counter()
+    network = prepare_network(selection, spec.likelihood, some, spec.memory)
+    tests = time.perf_counter() - start
+    sampler = RowSampler(network, GaussNewton(spec.likelihood), some, n_rows=_ROWS, seeds=(0,))
+    sampler.read([first], total=None, progress_bar=False)
+    start = time.perf_counter()
+    second = next(numbered, first)
+    sampler.read([second], total=None, progress_bar=False)
+    scoring = (time.perf_counter() - start) / len(second[1])
+    drawn = sampler.drawn()
+    if len(drawn) == 0:
+        raise ValueError("The samples of the first two batches have no curvature; expected some that have.")
+    rows = drawn.curvature()
+    assert isinstance(rows, RowCurvature)  # for the type checker
+    return _Timed(network, tests, scoring, rows)
 
 
 def _numbers(network: Network, root: OutputRoot, sampling: SamplingOptions, n_samples: int) -> tuple[int, int]:

@@ -86,6 +86,11 @@ def test_what_cannot_be_estimated_is_refused():
         la.cost(batch for batch in loader(80))
     with pytest.raises(ValueError, match="yields no samples"):
         la.cost(DataLoader(TensorDataset(torch.empty(0, 6), torch.empty(0, dtype=torch.int64))))
+    model = mlp(8)
+    with torch.no_grad():
+        model[-1].bias[0] = 1e3  # a softmax without curvature
+    with pytest.raises(ValueError, match="first two batches have no curvature"):
+        DebiasedLaplace(model, "classification", prior_precision=3.0).cost(loader(80))
     la = DebiasedLaplace(mlp(8), "classification", prior_precision=3.0, backend=CurvlinopsHessian)
     with pytest.raises(ValueError, match="cost of a Hessian is not estimated"):
         la.cost(loader(80))
