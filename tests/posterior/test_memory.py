@@ -67,6 +67,7 @@ def test_a_limit_belongs_to_the_machine_and_not_to_the_state():
     assert other.fit_result.network.memory == 2 * LEAST
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("memory", [0, LEAST - 1, 1e9, "1GB"])
 def test_other_limits_are_refused(memory):
     with pytest.raises(ValueError, match=r"memory must be an integer of at least 536870912 \(bytes; 512 MiB\)"):
