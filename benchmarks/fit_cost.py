@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 
-BOTH_SPLIT = {"sampling": "uniform", "magnitudes": "held_out"}
+HELD_OUT = {"sampling": "uniform", "magnitudes": "held_out"}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "MLP, defaults": ("mlp", 20_000, {}),
     "CNN, 512 rows": ("cnn", 2_000, {"n_rows": 512}),
     "CNN, kron, 512 rows": ("cnn", 2_000, {"n_rows": 512, "hessian_structure": "kron"}),
-    "CNN, rank 20 by Lanczos": ("cnn", 512, {**BOTH_SPLIT, "rank": 20, "solver": "lanczos", "complement": "none"}),
+    "CNN, rank 20 by Lanczos": ("cnn", 512, {**HELD_OUT, "rank": 20, "solver": "lanczos", "complement": "none"}),
     "CNN, last layer, kron": ("cnn", 2_000, {"subset_of_weights": "last_layer", "hessian_structure": "kron"}),
 }
 """Network, number of samples and options of each line."""

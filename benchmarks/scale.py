@@ -194,13 +194,17 @@ def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options:
     clock = Clock(resnet18(10, n, n_test))
     problem, x = clock.problem, clock.problem.test
 
-    def ours() -> Any:
+    def posterior() -> Any:
         drawn = {"hessian_structure": structure, "n_rows": n_rows, "prior_precision": 30.0}
-        la: Any = DebiasedLaplace(problem.model, "classification", **drawn, **options)
+        return DebiasedLaplace(problem.model, "classification", **drawn, **options)
+
+    def ours() -> Any:
+        la = posterior()
         la.fit(problem.loader())
         return la
 
-    la = clock.measure(f"fit, {n_rows} rows of {n:,} samples", ours)
+    estimated = sum(posterior().cost(problem.loader()).n_bytes.values()) / 2**20
+    la = clock.measure(f"fit, {n_rows} rows of {n:,} samples (la.cost: {estimated:,.0f} MiB)", ours)
     if la is not None:
         clock.measure(f"la(x), {n_test} inputs", lambda: la(x), "MAP")
     return clock.costs

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     yield
     if os.environ.get("TYPECHECK"):
-        # types are those of the test, and a third of the tests calls nearly every function
+        # types are those of the test, and a function that one test calls is called by others
         kept = {item for item in first_cases(items, 1) if crc32(name_of(item).encode()) % 3 == 0}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]

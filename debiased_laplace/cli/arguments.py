@@ -30,26 +30,18 @@ def seed(text: str) -> int:
 
 
 def device_named(name: str) -> torch.device:
-    """Return a usable device; "auto" is an accelerator (cuda, mps or xpu) if there is one.
+    """Return a usable device; "auto" is torch's accelerator (cuda, mps, xpu, …) if there is one.
 
     Raises:
         ValueError: if the device cannot be used.
     """
     try:
-        device = torch.device(_fastest() if name == "auto" else name)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = torch.device(name) if name != "auto" else accelerator or torch.device("cpu")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name!r} cannot be used: {error}") from error
     return device
-
-
-def _fastest() -> str:
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "xpu": torch.xpu.is_available(),
-    }
-    return next((name for name, found in available.items() if found), "cpu")
 
 
 def check_writable(path: Path, option: str) -> None:

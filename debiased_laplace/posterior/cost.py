@@ -9,7 +9,6 @@ from torch import Tensor
 
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import RowSampler
-from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.kronecker import matrix_shapes
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
@@ -23,7 +22,8 @@ from debiased_laplace.posterior.fit import FitSpec
 
 _EIGENVECTORS = 10  # multiplications for all eigenvectors of a matrix, in cubes of its side
 _ENTRIES = 50  # memory-bound operations for an entry of all rows, in multiplications
-_VECTORS = 12  # vectors of P in double precision that moments of a Kronecker basis take
+_VECTORS, _FEW_VECTORS = 20, 4  # vectors of P in double precision that a fit takes, with a Kronecker basis and without
+_MATRICES = 4  # for each Kronecker factor: of all samples, of a fold, and their eigenvectors
 _ROWS = 64  # rows that are timed
 _COLUMNS = 4  # of the matrix whose product with their curvature is timed
 _SIDE = 768  # of the matrices whose product is timed
@@ -40,7 +40,8 @@ class FitCost:
         solver: of the directions: "gram" or "lanczos"; "none" for a Kronecker posterior.
         seconds: wall time of the "tests" of the network, forward passes ("scoring"), backward passes ("rows"),
             "products" with the curvature (Lanczos) and other "linear algebra".
-        n_bytes: memory of the "rows", the "directions" and "vectors of P", beyond the model and the samples.
+        n_bytes: memory of the "rows", the "directions", "eigenvectors" of Kronecker factors and "vectors of P", beyond
+            the model and the samples.
     """
 
     n_samples: int
@@ -72,19 +73,21 @@ class _Planned(RowCurvature):
         return self.n_planned
 
 
-def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCost:
+def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_of_blocks: bool) -> FitCost:
     """Estimate the cost of a fit from two batches.
 
     Args:
         spec: request.
         sampling: of the samples.
         loader: of training samples.
+        prior_of_blocks: whether the prior precision is the same for all entries of a parameter tensor.
 
     Returns:
         The estimate; the model is as it was.
 
     Raises:
-        ValueError: if the number of samples is not known beforehand, two batches have no curvature, or it is a Hessian.
+        ValueError: if the number of samples is not known beforehand, two batches have no curvature, or the curvature
+            is a Hessian.
     """
     root = spec.backend.root(spec.likelihood)
     if root is None:
@@ -103,7 +106,7 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCos
         drawn = sampling.sampling == "curvature"
         planned = _Planned(network, rows.samples, rows.root if drawn else root)
         planned.n_planned = n_rows if drawn else n
-        options = spec.request.options.resolved(prior_of_blocks=True)
+        options = spec.request.options.resolved(prior_of_blocks=prior_of_blocks)
         n_folds = options.n_folds if options.magnitudes == "cross_fitted" else 0
         solver = "none"
         if options.structure != "kron":
@@ -116,12 +119,13 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any) -> FitCos
             seconds["products"] = (1 + n_folds) * (3 * rank + 20) * planned.n_samples * _seconds_of_a_product(rows)
     multiplications = _multiplications(planned, options, solver, rank, n_folds)
     seconds["linear algebra"] = multiplications * _seconds_of_a_multiplication(network)
-    in_basis = options.structure == "kron" or options.complement == "kron"
+    squares = sum(side**2 for _, sides in _sides(planned, options) for side in sides)
     P, size = network.n_parameters, network.like.element_size()
     n_bytes = {
         "rows": min(planned.bytes_of_rows, network.available_memory),
         "directions": (2 if solver == "gram" else 3) * rank * P * size,
-        "vectors of P": (_VECTORS if in_basis else 4) * P * 8,
+        "eigenvectors": _MATRICES * squares * 8,
+        "vectors of P": (_VECTORS if _is_in_basis(options) else _FEW_VECTORS) * P * 8,
     }
     return FitCost(n, n_rows, P, solver, seconds, n_bytes)
 
@@ -150,9 +154,8 @@ def _timed(spec: FitSpec, samples: SampleSource) -> _Timed:
     if first is None:
         raise ValueError("The loader yields no samples; expected at least 2.")
     some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
-    selection = spec.subset.select_by(spec.model, some.inputs)
     start = time.perf_counter()
-    network = prepare_network(selection, spec.likelihood, some, spec.memory)
+    network = spec.prepared(some)
     tests = time.perf_counter() - start
     sampler = RowSampler(network, GaussNewton(spec.likelihood), some, n_rows=_ROWS, seeds=(0,))
     sampler.read([first], total=None, progress_bar=False)
@@ -199,14 +202,23 @@ def _multiplications(planned: RowCurvature, options: EstimatorOptions, solver: s
     elif solver == "gram":
         side = min(R, P)
         total += R * side * length + (1 + n_folds) * _EIGENVECTORS * side**3 + 3 * R * P * rank
-    if solver == "none" or options.complement == "kron":
-        for shape in matrix_shapes(network.selection, layers_only=options.kron_basis == "kfac"):
-            sides = [side.size for side in (shape.rows, shape.columns) if side.full]
-            total += (1 + n_folds) * _EIGENVECTORS * sum(side**3 for side in sides)
-            # factors, and rows in coordinates of the basis
-            per_row = sum(side**2 for side in sides) if network.linear_layer else shape.n_entries * sum(sides)
-            total += 4 * R * per_row
+    for n_entries, sides in _sides(planned, options):
+        total += (1 + n_folds) * _EIGENVECTORS * sum(side**3 for side in sides)
+        # factors, and rows in coordinates of the basis
+        total += 4 * R * (sum(side**2 for side in sides) if network.linear_layer else n_entries * sum(sides))
     return total
+
+
+def _is_in_basis(options: EstimatorOptions) -> bool:
+    return "kron" in (options.structure, options.complement)
+
+
+def _sides(planned: RowCurvature, options: EstimatorOptions) -> list[tuple[int, list[int]]]:
+    """Return the size of each parameter, and the lengths of its sides that have eigenvectors."""
+    if not _is_in_basis(options):
+        return []
+    shapes = matrix_shapes(planned.network.selection, layers_only=options.kron_basis == "kfac")
+    return [(shape.n_entries, [side.size for side in (shape.rows, shape.columns) if side.full]) for shape in shapes]
 
 
 def _seconds(run: Callable[[], Any]) -> float:

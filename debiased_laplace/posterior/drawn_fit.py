@@ -15,7 +15,6 @@ from torch import Tensor
 from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored, Scores
-from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
@@ -193,7 +192,7 @@ def _scored(
     numbered = chain([first], numbered)
     some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
     if before is None:
-        network = prepare_network(spec.subset.select_by(spec.model, some.inputs), spec.likelihood, some, spec.memory)
+        network = spec.prepared(some)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network) if n_rows is None else n_rows
         root = spec.backend.root(spec.likelihood)

@@ -178,9 +178,9 @@ def DebiasedLaplace(
             `direction_samples` is the share of the rows for the directions. "uniform": all rows of the samples.
         n_rows: expected number of rows; None: all of them, or a number that takes at most a minute or so and fits into
             `memory`. With sampling="uniform", rows of as many random samples as have that many; None: of all.
-        memory: bytes that a fit or a prediction may take beyond the model, the samples and the directions, at least
-            512 MiB; None: a quarter of what is free. It decides between solvers and engines, and bounds `n_rows=None`.
-            Vectors of P, of which a Kronecker posterior has a dozen in double precision, come on top.
+        memory: bytes, at least 512 MiB, that a fit or a prediction may take for rows, matrices of rows and linearized
+            batches, beyond the model, the samples and the directions; None: a quarter of what is free. Vectors of P and
+            eigenvectors of Kronecker factors come on top; `cost` lists them.
 
     Returns:
         The posterior, not fitted yet.

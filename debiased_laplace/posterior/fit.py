@@ -155,6 +155,10 @@ class FitSpec:
     request: Request
     memory: int | None = None
 
+    def prepared(self, some: Batch) -> Network:
+        """Evaluate the model on a few samples, and test how it can be differentiated."""
+        return prepare_network(self.subset.select_by(self.model, some.inputs), self.likelihood, some, self.memory)
+
 
 @dataclass(frozen=True, eq=False)
 class FitResult:

@@ -327,7 +327,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @property
     def memory(self) -> int | None:
-        """Bytes that a fit or a prediction may take beyond the model and the directions; None: a quarter of the free.
+        """Bytes that a fit or a prediction may take beyond the model and the directions, as given.
 
         A state does not hold it.
         """
@@ -418,7 +418,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def cost(self, loader: Any) -> FitCost:
         """Estimate what `fit(loader)` would take, from two batches: passes, seconds and memory.
 
-        Tests of the network, which a fit begins with, and open options ("auto") come on top.
+        Fits that try the candidates of open options ("auto") come on top.
 
         Args:
             loader: as for `fit`; its length must be known.
@@ -427,10 +427,10 @@ class DebiasedParametricLaplace(ParametricLaplace):
             The estimate; print it.
 
         Raises:
-            ValueError: if loader or samples cannot be used, the number of samples is not known, or the curvature is a
-                Hessian.
+            ValueError: if loader or samples cannot be used, the number of samples is not known, two batches have no
+                curvature, or the curvature is a Hessian.
         """
-        return cost_of_fit(self._spec, self._sampling, loader)
+        return cost_of_fit(self._spec, self._sampling, loader, prior_of_blocks=self._prior_is_of_blocks)
 
     def _weighting(self, selection: ParameterSelection, n_data: int | float) -> Weighting:
         """Prior and likelihood weight of the posterior of these parameters."""

@@ -70,6 +70,14 @@ def test_memory_of_rows_and_directions():
     assert cost.n_bytes["directions"] == 2 * 7 * P * 4
 
 
+def test_a_prior_for_every_parameter_has_no_kronecker_basis():
+    la = DebiasedLaplace(mlp(8), "classification", prior_precision=torch.linspace(0.5, 3.0, 155), n_rows=60)
+    assert la.cost(loader(80)).n_bytes["eigenvectors"] == 0
+    la.prior_precision = 3.0
+    sides = [8, 6, 8, 8, 8, 8, 3, 8, 3]  # of weights, and of biases
+    assert la.cost(loader(80)).n_bytes["eigenvectors"] == 4 * 8 * sum(side**2 for side in sides)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"hessian_structure": "kron"}], ids=["low rank", "Kronecker"])
 def test_seconds_are_about_those_of_the_fit(options):

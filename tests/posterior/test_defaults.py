@@ -234,8 +234,6 @@ def test_a_hessian_that_does_not_fit_says_so_before_lanczos_and_names_the_way_ou
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
-    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
-    monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: 1000)
     from debiased_laplace.debiasing import directions
 
     found = directions.lanczos
