@@ -131,22 +131,25 @@ def main() -> None:
     print(f"prior precision tuned by marginal likelihood: {priors['tuned prior']:.3g}", flush=True)
     full = {name: predicted(la, test, prior) for name, prior in priors.items()}
     del la  # with the rows that it may keep
-    distances: dict[tuple[str, str], list[float]] = {}
+    options.results.mkdir(parents=True, exist_ok=True)
+    distances: dict[str, list[float]] = {}
     for draw in range(options.draws):
         for kind, n_rows in (("drawn", ROWS), ("uniform", None)):
+            start = time.perf_counter()
             la = fitted(model, data, draw, n_rows=n_rows)
             for name, prior in priors.items():
-                distances.setdefault((name, kind), []).append(distance(predicted(la, test, prior), full[name]))
+                distances.setdefault(f"{name} / {kind}", []).append(distance(predicted(la, test, prior), full[name]))
+            found |= {"priors": priors, "total_variation": distances}
+            (options.results / "drawn_rows_pretrained.json").write_text(json.dumps(found, indent=1) + "\n")
+            last = ", ".join(f"{name} {distances[f'{name} / {kind}'][-1]:.3g}" for name in priors)
+            print(f"draw {draw}, {kind}: total variation at {last}, {time.perf_counter() - start:.0f} s", flush=True)
     for name in priors:
-        drawn, uniform = (mean_of(distances[name, kind]) for kind in ("drawn", "uniform"))
+        drawn, uniform = (mean_of(distances[f"{name} / {kind}"]) for kind in ("drawn", "uniform"))
         print(
             f"{name}: total variation to {REFERENCE_ROWS} rows, {options.draws} draws: {ROWS} rows {drawn.mean:.3g} ± "
             f"{drawn.standard_error:.1g}, {N_UNIFORM} samples {uniform.mean:.3g} ± {uniform.standard_error:.1g}, ratio "
             f"{uniform.mean / drawn.mean:.3g} (goal: {GOAL:g})"
         )
-    found |= {"priors": priors, "total_variation": {" / ".join(key): values for key, values in distances.items()}}
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "drawn_rows_pretrained.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
