@@ -8,7 +8,7 @@ from zlib import crc32
 import pytest
 import torch
 
-MOST_CASES = 10
+MOST_CASES = 5
 """Cases of a test in the fast part; the others are slow. A test whose cases say different things is several tests."""
 
 PAGES = ("page", "example", "benchmark", "readme")

@@ -27,6 +27,10 @@ _BLOCK = 1024  # rows of the directions converted to double precision at a time
 _GRAM_ACCURACY = 1e-8  # relative error of inner products, times condition number, up to which they replace QR
 
 
+_WELL_CONDITIONED = 1e4  # condition number of inner products up to which single precision loses two digits
+_CANCELLED = 1e-2  # share of a variance, below which it is not computed as a difference
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankPlusDiagonal:
     r"""The symmetric positive definite matrix $P = K (D + U \mathrm{diag}(m) U^\top) K^\top$.
@@ -96,6 +100,16 @@ class LowRankPlusDiagonal:
             V[start : start + len(block)] = block
             start += len(block)
         return V, inner.s
+
+    @cached_property
+    def _whitening(self) -> Float[Tensor, "k k"] | None:
+        r"""The matrix T with $V = D^{-1/2} U T$; None where products with it would not be accurate."""
+        R, Z, Q = self._inner.triangle, self._inner.rotation, self._inner.orthonormal
+        if R is None or Z is None:
+            return self.diagonal.reshape(()).sqrt() * torch.eye(self.rank).to(self.directions) if self.rank else None
+        if Q is not None or _condition(R.mT @ R) > _WELL_CONDITIONED:
+            return None
+        return torch.linalg.solve_triangular(R, Z, upper=True).to(self.directions.dtype)
 
     def _whitened_blocks(self) -> Iterator[Tensor]:
         """Yield blocks of the rows of V, in the precision of sums."""
@@ -173,21 +187,23 @@ class LowRankPlusDiagonal:
             rows: of n samples, r each.
             covariances: between the rows of a sample; otherwise the variance of every row.
         """
-        V, s = self._spectrum
-        rows = rows.rotated(self.basis)
-        scales = self.diagonal.rsqrt().expand(self.n_parameters)
-        n, r, _ = rows.shape
-        parallel = rows.like.new_zeros(n, r, self.rank)
-        for place, part in rows.columns() if self.rank else ():
-            parallel += (part * scales[place]) @ V[place]
-        total = rows.like.new_zeros((n, r, r) if covariances else (n, r))
-        for place, part in rows.columns():
-            perpendicular = part * scales[place]
-            if self.rank:
-                perpendicular = perpendicular - parallel @ V[place].mT
-            total += perpendicular @ perpendicular.mT if covariances else perpendicular.square().sum(-1)
-        scaled = parallel / (1 + s).sqrt()
-        return total + (scaled @ scaled.mT if covariances else scaled.square().sum(-1))
+        rows, inverse = rows.rotated(self.basis), (1 / self.diagonal).expand(self.n_parameters)
+        T = self._whitening
+        U = self.directions if T is not None or self.rank == 0 else self._spectrum[0] * self.diagonal.sqrt()[:, None]
+        whole, parallel = rows.weighted(inverse, U, pairs=covariances)
+        if self.rank == 0:
+            return whole
+
+        def squared(x: Tensor) -> Tensor:
+            return x @ x.mT if covariances else x.square().sum(-1)
+
+        parallel = parallel if T is None else parallel @ T
+        perpendicular = whole - squared(parallel)
+        if _least_share(perpendicular, whole) < _CANCELLED:
+            perpendicular, along = torch.zeros_like(whole), parallel if T is None else parallel @ T.mT
+            for place, part in rows.columns():
+                perpendicular += squared((part - along @ U[place].mT) * inverse[place].sqrt())
+        return perpendicular + squared(parallel / (1 + self._inner.s).sqrt())
 
     @cached_property
     def inverse_factor(self) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
@@ -297,6 +313,12 @@ class _Inner:
         # 1 + s is accurate to about eps; small true values occur with an isotropic part far above the prior
         lowest = 8 * torch.finfo(s.dtype).eps - 1
         return cls(s.clamp_min(lowest), triangle, rotation, orthonormal, int((s < lowest).sum()))
+
+
+def _least_share(part: Float[Tensor, "n r *_r"], whole: Float[Tensor, "n r *_r"]) -> float:
+    """Return the smallest share of a part in variances; of covariances, in their diagonals."""
+    p, w = (x.diagonal(dim1=-2, dim2=-1) if x.ndim == 3 else x for x in (part, whole))
+    return float((p / w.clamp_min(torch.finfo(w.dtype).tiny)).where(w > 0, 1.0).min()) if w.numel() else 1.0
 
 
 def _condition(gram: Float[Tensor, "k k"]) -> float:

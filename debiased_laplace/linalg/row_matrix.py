@@ -84,6 +84,38 @@ class OuterRows:
         G, A = (x.expand(-1, r, -1, -1).reshape(n * r * T, -1).to(dtype) for x in (self.left, self.right))
         return ((G @ G.mT) * (A @ A.mT)).unflatten(0, (-1, T)).unflatten(2, (-1, T)).sum((1, 3))
 
+    @property
+    def contractions_are_cheaper(self) -> bool:
+        """Whether `weighted` costs less by the factors than by the rows: few positions, one right factor a sample."""
+        return self.right.shape[1] == 1 and self.right.shape[2] <= self.shape[1]
+
+    def weighted(
+        self, weights: Float[Tensor, " p"], U: Float[Tensor, "p k"], *, pairs: bool
+    ) -> tuple[Tensor, Float[Tensor, "n r k"]]:
+        r"""Return $\sum_{ij} w_{ij} M_{ij} M'_{ij}$ of a sample's rows, and $\sum_{ij} w_{ij} M_{ij} U_{ij}$.
+
+        Needs `contractions_are_cheaper`. The right factors are contracted first, with all rows of a sample at once.
+
+        Args:
+            weights: of the entries.
+            U: directions.
+            pairs: all pairs of a sample's rows, (n, r, r), not the squares of each, (n, r).
+        """
+        G, A = self.left, self.right[:, 0]
+        (n, _, T, o), i, r, k = G.shape, A.shape[-1], self.shape[1], U.shape[1]
+        G = G.expand(-1, r, -1, -1)
+        products = (A[:, :, None] * A[:, None]).flatten(0, 2) @ weights.reshape(o, i).mT
+        half = torch.einsum("nrto,ntuo->nruo", G, products.unflatten(0, (n, T, T)))
+        squares = half.flatten(2) @ G.flatten(2).mT if pairs else (half * G).sum((2, 3))
+        projections = U.new_zeros(n, r, k)
+        step = max(1, _chunk_bytes(U) // (U.element_size() * max(1, k) * (n * T + i)))
+        for start in range(0, o if k else 0, step):
+            stop = min(start + step, o)
+            part = U[start * i : stop * i] * weights[start * i : stop * i, None]
+            pushed = (A.flatten(0, 1) @ part.unflatten(0, (-1, i))).unflatten(1, (n, T))
+            projections += torch.einsum("nrto,ontk->nrk", G[..., start:stop], pushed)
+        return squares, projections
+
     def rotated(self, block: BasisBlock) -> "OuterRows":
         """Return the rows in the coordinates of a basis."""
         left = self.left if block.left is None else self.left @ block.left
@@ -211,10 +243,35 @@ class RowMatrix:
             total += rows @ U[place]
         return total
 
+    def weighted(
+        self, weights: Float[Tensor, " P"], U: Float[Tensor, "P k"], *, pairs: bool
+    ) -> tuple[Tensor, Float[Tensor, "n r k"]]:
+        r"""Return the products $V_n W V_n^\top$ of each sample's rows, and $V_n W U$.
+
+        Args:
+            weights: diagonal of W.
+            U: directions.
+            pairs: all pairs of a sample's rows, (n, r, r), not the squares of each, (n, r).
+        """
+        n, r, _ = self.shape
+        squares = self.like.new_zeros((n, r, r) if pairs else (n, r))
+        projections = self.like.new_zeros(n, r, U.shape[1])
+        for place, part in zip(self.places, self.parts, strict=True):
+            w, u = weights[place], U[place]
+            if isinstance(part, OuterRows) and part.contractions_are_cheaper:
+                of_part = part.weighted(w, u, pairs=pairs)
+                squares += of_part[0]
+                projections += of_part[1]
+                continue
+            for local, rows in _columns_of(part, self._most_columns()):
+                scaled = rows * w[local]
+                squares += scaled @ rows.mT if pairs else (scaled * rows).sum(-1)
+                projections += scaled @ u[local]
+        return squares, projections
+
     def _most_columns(self, row_bytes: int = 1) -> int:
         n, r, _ = self.shape
-        n_bytes = _CHUNK_BYTES if self.like.device.type == "cpu" else _CHUNK_BYTES_OF_ACCELERATORS
-        return max(1, n_bytes // (max(1, n * r) * self.like.element_size() * row_bytes))
+        return max(1, _chunk_bytes(self.like) // (max(1, n * r) * self.like.element_size() * row_bytes))
 
     def combined(self, W: Float[Tensor, "R k"]) -> Float[Tensor, "P k"]:
         """Return $V^T W$ for all rows V (R, P), those of a sample adjacent."""
@@ -259,6 +316,10 @@ class RowMatrix:
             for _, rows in RowMatrix(tuple(others)).columns(2, at_least=n * r):
                 total += row_products(rows.flatten(0, 1), exact)
         return total
+
+
+def _chunk_bytes(like: Tensor) -> int:
+    return _CHUNK_BYTES if like.device.type == "cpu" else _CHUNK_BYTES_OF_ACCELERATORS
 
 
 def _columns_of(part: RowsOfParameter, most: int) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:

@@ -13,6 +13,7 @@ from debiased_laplace.linalg.low_rank_plus_diagonal import (
     differentiable_log_det,
     kl_divergence,
 )
+from debiased_laplace.linalg.row_matrix import OuterRows, RowMatrix
 
 P = 23
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -441,3 +442,42 @@ def test_kl_divergence_of_equal_precisions_is_zero(name: str, dtype: torch.dtype
     operator, _ = make(name, dtype)
     again, _ = make(name, dtype)
     assert abs(float(kl_divergence(operator, again))) <= (1e-10 if dtype == torch.float64 else 1e-4)
+
+
+def rows_by_parameter(n: int = 4, r: int = 3) -> RowMatrix:
+    """Rows in parts of the basis' shapes: factors with few and many positions, shared or not, and plain rows."""
+    few, many = (
+        OuterRows(draw(n, r, T, o, seed=T), draw(n, 1, T, i, seed=9 + T)) for T, o, i in ((2, 3, 4), (5, 2, 2))
+    )
+    own = OuterRows(draw(n, 1, 1, 1, seed=7), draw(n, r, 1, 5, seed=8))
+    assert few.contractions_are_cheaper
+    assert not many.contractions_are_cheaper
+    assert not own.contractions_are_cheaper
+    return RowMatrix((few, many, own, draw(n, r, 2, seed=6)))
+
+
+@contract
+@both_precisions
+@pytest.mark.parametrize("in_span", [False, True], ids=["any rows", "rows in the span of the directions"])
+def test_variances_of_rows_by_parameter(name: str, dtype: torch.dtype, in_span: bool, monkeypatch) -> None:
+    monkeypatch.setattr("debiased_laplace.linalg.row_matrix._CHUNK_BYTES", 300)
+    operator, matrix = make(name, dtype)
+    rows = rows_by_parameter()
+    if in_span and operator.rank:
+        # nothing is left outside the directions: no difference of nearly equal numbers
+        K = torch.eye(P, dtype=torch.float64) if operator.basis is None else operator.basis.to(torch.float64).to_dense()
+        V = rows.dense() @ K @ operator.directions.double() @ operator.directions.double().T @ K.T
+        rows = RowMatrix(V.split([12, 4, 5, 2], dim=-1))
+    V = rows.dense()
+    rows = RowMatrix(
+        tuple(
+            OuterRows(part.left.to(dtype), part.right.to(dtype)) if isinstance(part, OuterRows) else part.to(dtype)
+            for part in rows.parts
+        )
+    )
+    expected = V @ torch.linalg.inv(matrix) @ V.mT
+    for sample, found in zip(expected, operator.variance_of(rows), strict=True):
+        assert_close(found, sample, dtype)
+    variances = operator.variance_of(rows, covariances=False)
+    for sample, found in zip(expected.diagonal(dim1=1, dim2=2), variances, strict=True):
+        assert_close(found, sample, dtype)
