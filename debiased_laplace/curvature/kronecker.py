@@ -6,7 +6,7 @@ parameter of two or more dimensions has them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -29,8 +29,8 @@ _LARGEST_SIDE = 4096
 _LARGE = 512
 """Side from which on eigenvectors of a factor of low rank are computed from its range."""
 
-_SUPPORTED = 1e-10
-"""Fraction of a factor's largest eigenvalue below which eigenvalues are rounding errors."""
+_SUPPORTED = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Fraction of a factor's largest eigenvalue below which eigenvalues in a precision are rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,30 @@ class KroneckerFactors:
         left: factor of the rows, (o, o); only its diagonal, (o,), if that side keeps its axes.
         right: factor of the columns, (i, i) or (i,).
         rank: largest possible rank of both; None: not known.
+        eigenvector_dtype: precision that eigenvectors of large factors are computed in; None: that of the factors.
     """
 
     left: Tensor
     right: Tensor
     rank: int | None = None
+    eigenvector_dtype: torch.dtype | None = None
 
     def scaled(self, weight: float) -> "KroneckerFactors":
         """Multiply the curvature by a number."""
-        return KroneckerFactors(self.left * weight, self.right, self.rank)
+        return replace(self, left=self.left * weight)
 
-    def without(self, part: "KroneckerFactors", share: float) -> "KroneckerFactors":
-        """Return the factors of the other samples, given those of a part; for factors of row matrices only."""
+    def without(self, part: "KroneckerFactors", share: float, dtype: torch.dtype) -> "KroneckerFactors":
+        """Return the factors of the other samples, given those of a part; for factors of row matrices only.
+
+        Args:
+            part: factors of the part.
+            share: its share of the samples.
+            dtype: precision that eigenvectors of large factors are computed in.
+        """
         left = (self.left - share * part.left) / (1 - share)
         # right factors are divided by their traces, which equal those of the left factors
         right = _trace(self.left) * self.right - share * _trace(part.left) * part.right
-        return _trace_preserving(left, right, self.rank)
+        return replace(_trace_preserving(left, right, self.rank), eigenvector_dtype=dtype)
 
     def basis(self, dtype: torch.dtype) -> BasisBlock:
         """Return the eigenvectors of both sides, by decreasing eigenvalue."""
@@ -89,7 +97,10 @@ class KroneckerFactors:
     def ranks(self) -> tuple[int, int]:
         """Number of eigenvectors of each side that the samples support; all for a side that keeps its axes."""
         sides = zip((self.left, self.right), self._eigenpairs, strict=True)
-        left, right = (len(side) if pairs is None else numerical_rank(pairs[0], _SUPPORTED) for side, pairs in sides)
+        left, right = (
+            len(side) if pairs is None else numerical_rank(pairs[0], _SUPPORTED[pairs[0].dtype])
+            for side, pairs in sides
+        )
         return left, right
 
     def averaged_over_null(self, values: Tensor) -> Tensor:
@@ -104,7 +115,8 @@ class KroneckerFactors:
 
     @cached_property
     def _eigenpairs(self) -> list[tuple[Tensor, Tensor] | None]:
-        return [None if side.ndim == 1 else _decreasing(side, self.rank) for side in (self.left, self.right)]
+        dtype = self.eigenvector_dtype or self.left.dtype
+        return [None if side.ndim == 1 else _decreasing(side, self.rank, dtype) for side in (self.left, self.right)]
 
     def diagonal_in(self, block: BasisBlock) -> Tensor:
         """Return the curvature along the vectors of a basis, (o · i,)."""
@@ -257,24 +269,29 @@ def _trace(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).sum()
 
 
-def _decreasing(factor: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return all eigenpairs; of a large factor of low rank, from its range, completed by any orthonormal vectors.
+def _decreasing(factor: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return all eigenpairs up to a scale; of a large factor of low rank, from its range, completed by any vectors.
 
     References:
         Halko, Martinsson & Tropp (2011), doi 10.1137/090771806, Algorithm 4.4 (the range, by random vectors).
     """
     n = len(factor)
-    if rank is None or n < _LARGE or 4 * rank > n:
+    if n >= _LARGE and rank is not None and 4 * rank <= n:
+        k = rank + 8
+        Q = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
+        for _ in range(2):
+            Q = torch.linalg.qr(factor @ Q)[0]
+        Q = torch.linalg.qr(Q, mode="complete")[0]
+        values, V = torch.linalg.eigh(Q[:, :k].mT @ factor @ Q[:, :k])
+        vectors = torch.cat([Q[:, :k] @ V.flip(1), Q[:, k:]], dim=1)
+        return torch.cat([values.flip(0), values.new_zeros(n - k)]), vectors
+    if n < _LARGE or dtype == factor.dtype:
         values, vectors = torch.linalg.eigh(factor)
         return values.flip(0), vectors.flip(1)
-    k = rank + 8
-    Q = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
-    for _ in range(2):
-        Q = torch.linalg.qr(factor @ Q)[0]
-    Q = torch.linalg.qr(Q, mode="complete")[0]
-    values, V = torch.linalg.eigh(Q[:, :k].mT @ factor @ Q[:, :k])
-    vectors = torch.cat([Q[:, :k] @ V.flip(1), Q[:, k:]], dim=1)
-    return torch.cat([values.flip(0), values.new_zeros(n - k)]), vectors
+    # without a scale that the precision could not hold
+    scale = factor.diagonal().mean().clamp_min(torch.finfo(factor.dtype).tiny)
+    values, vectors = torch.linalg.eigh((factor / scale).to(dtype))
+    return values.flip(0), vectors.flip(1)
 
 
 def _diagonal_in(factor: Tensor, basis: Tensor | None) -> Tensor:

@@ -298,7 +298,7 @@ class Layers:
         """Return the layers without the parameters whose rows are wrong, given the rows of all."""
         matrix = RowMatrix(tuple(rows.values()))
         n, r, _ = matrix.shape
-        return Layers(self.calls, self.names - set(wrong), matrix.n_bytes // (n * r * matrix.like.element_size()))
+        return Layers(self.calls, self.names - set(wrong), matrix.n_numbers // (n * r))
 
     def rows(
         self,

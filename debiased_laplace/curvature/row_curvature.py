@@ -33,10 +33,11 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.linalg.row_matrix import RowMatrix
+from debiased_laplace.linalg.row_matrix import OuterRows, RowMatrix
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
+_VALUES = 2**20  # directions along which moments are computed at once
 _FEATURES = 1024  # samples whose features are used at once
 _BYTES_OF_AN_OUTPUT = 64  # of what is computed from it: several numbers in double precision
 _HELD = 4  # bytes of a linearized batch, in bytes of its activations: 1 for linear layers, 4 with batch normalization
@@ -286,7 +287,7 @@ class RowCurvature(SubBatchCurvature):
         self, rows: RowMatrix, U: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
     ) -> list[DirectionalMoments]:
         projections = rows.projected(U)
-        moments, n = self._moments_of_rows(projections), len(rows)
+        moments, n = self._moments_of(_summed_squares(projections)), len(rows)
         found = []
         for request in requests:
             k, trace, diagonal = request.rank, None, None
@@ -336,7 +337,7 @@ class RowCurvature(SubBatchCurvature):
         if self.linear_layer is not None:
             return self._moments_of_outer_products(basis, self.linear_layer)
         if (held := self.rows_by_parameter) is not None:
-            parts = ((place, self._moments_of_rows(rows)) for place, rows in held.rotated(basis).columns(4))
+            parts = ((place, self._moments_of(values)) for place, values in _squared_columns(held.rotated(basis)))
             return joined_directions(parts, self.network.n_parameters)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         for n, blocks in self.row_groups("[Curvature along the basis]"):
@@ -346,10 +347,10 @@ class RowCurvature(SubBatchCurvature):
             sums.add(quadratics, self._draw_of(sums.n, n))
         return sums.moments()
 
-    def _moments_of_rows(self, rows: Float[Tensor, "n r k"]) -> DirectionalMoments:
-        """Return the moments of all samples' values along k directions, given their rows' projections."""
-        sums = RunningMoments(rows.shape[2], rows)
-        sums.add(rows.to(sums.first.dtype).square().sum(1), self._draw_of(0, len(rows)))
+    def _moments_of(self, values: OuterValues) -> DirectionalMoments:
+        """Return the moments of all samples' values."""
+        sums = RunningMoments(values.n_directions, self.network.like)
+        sums.add(values, self._draw_of(0, len(values)))
         return sums.moments()
 
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
@@ -377,8 +378,7 @@ class RowCurvature(SubBatchCurvature):
         """Return the sum of the squared norms of every sample's rows, in double precision on the CPU."""
         exact, groups = accumulation_dtype(self.network.like), []
         if (held := self.rows_by_parameter) is not None:
-            parts = [rows.square().sum((1, 2), dtype=exact) for _, rows in held.columns()]
-            groups = [torch.stack(parts).sum(0)]
+            groups = [held.squared_norms()]
         elif self.linear_layer is None:
             for n, blocks in self.row_groups():
                 zeros = self.network.like.new_zeros(n, dtype=exact)
@@ -430,6 +430,26 @@ class RowCurvature(SubBatchCurvature):
 
     def _progress(self, description: str) -> "tqdm[None]":
         return tqdm(total=self.n_samples, disable=not self.progress_bar, desc=description)
+
+
+def _summed_squares(rows: Float[Tensor, "n r k"]) -> OuterValues:
+    """Return the squares of entries of rows, summed over the rows of each sample, in double precision."""
+    return OuterValues.of(rows.to(accumulation_dtype(rows)).square().sum(1))
+
+
+def _squared_columns(rows: RowMatrix) -> Iterator[tuple[slice, OuterValues]]:
+    """Yield `_summed_squares` of chunks of columns, with their places; those of single outer products as such."""
+    exact = accumulation_dtype(rows.like)
+    for place, part in zip(rows.places, rows.parts, strict=True):
+        if isinstance(part, OuterRows) and part.positions == 1 and part.right.shape[1] == 1:
+            x, y = (factor[:, :, 0].to(exact).square().sum(1) for factor in (part.left, part.right))
+            step = max(1, _VALUES // y.shape[1])
+            for i, of_x in enumerate(x.split(step, dim=1)):
+                start = place.start + i * step * y.shape[1]
+                yield slice(start, start + of_x.shape[1] * y.shape[1]), OuterValues(((of_x, y),))
+            continue
+        for local, values in RowMatrix((part,)).columns(4):
+            yield slice(place.start + local.start, place.start + local.stop), _summed_squares(values)
 
 
 def _joined(found: list[tuple[Tensor, Tensor, Batch]]) -> tuple[Tensor, Tensor, Batch]:

@@ -273,6 +273,11 @@ class OuterValues:
     def __len__(self) -> int:
         return len(self.blocks[0][0])
 
+    @property
+    def n_directions(self) -> int:
+        """Number k of values of a sample."""
+        return sum(x.shape[1] * y.shape[1] for x, y in self.blocks)
+
     def summed(self, power: int, weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, " k"]:
         """Return the sum over samples of a power of the values, with weights."""
         parts = []

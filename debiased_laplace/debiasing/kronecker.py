@@ -75,7 +75,8 @@ def factors_without(
     # factors are sums over samples, and the fold has fewer samples than the others
     share = len(fold.held) / batch.n_samples
     held = factors_of(batch.part(fold.held), options)[0]
-    return [whole.without(part, share) for whole, part in zip(factors, held, strict=True)]
+    dtype = batch.network.like.dtype
+    return [whole.without(part, share, dtype) for whole, part in zip(factors, held, strict=True)]
 
 
 def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple[list[KroneckerFactors], str]:

@@ -9,7 +9,7 @@ $D^{1/2} (I + V \mathrm{diag}(s) V^\top) D^{1/2}$, where $V = Q Z$ is orthonorma
 $m^{-1}$, so zero and negative magnitudes are allowed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -166,10 +166,10 @@ class LowRankPlusDiagonal:
         return perpendicular.square().sum(-1) + ((1 + s) * parallel.square()).sum(-1)
 
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
-        r"""Return $X P^{-1} X^\top$ of a stack of row matrices, as a sum of two positive semi-definite terms."""
-        parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
-        scaled = parallel / (1 + self._inner.s).sqrt()
-        return perpendicular @ perpendicular.mT + scaled @ scaled.mT
+        r"""Return $X P^{-1} X^\top$ of a stack of row matrices."""
+        x, V = self._coordinates(rows) / self.diagonal.sqrt(), self._spectrum[0]
+        parallel = x @ V
+        return self._variance(x @ x.mT, parallel, lambda: _products(x - parallel @ V.mT))
 
     def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""Return $x P^{-1} x^\top$ of every row, without products of different rows."""
@@ -191,19 +191,35 @@ class LowRankPlusDiagonal:
         T = self._whitening
         U = self.directions if T is not None or self.rank == 0 else self._spectrum[0] * self.diagonal.sqrt()[:, None]
         whole, parallel = rows.weighted(inverse, U, pairs=covariances)
+        parallel = parallel if T is None else parallel @ T
+        squared = _products if covariances else _squares
+
+        def perpendicular() -> Tensor:
+            along = parallel if T is None else parallel @ T.mT
+            parts = (squared((part - along @ U[place].mT) * inverse[place].sqrt()) for place, part in rows.columns())
+            return sum(parts, start=torch.zeros_like(whole))
+
+        return self._variance(whole, parallel, perpendicular)
+
+    def _variance(
+        self, whole: Tensor, parallel: Float[Tensor, "*batch r k"], perpendicular: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the variances of whitened rows.
+
+        Args:
+            whole: products of the rows, of each with itself or of all pairs.
+            parallel: coordinates of the rows along V.
+            perpendicular: computes products of their residuals; called where they are not the difference of the two.
+        """
         if self.rank == 0:
             return whole
-
-        def squared(x: Tensor) -> Tensor:
-            return x @ x.mT if covariances else x.square().sum(-1)
-
-        parallel = parallel if T is None else parallel @ T
-        perpendicular = whole - squared(parallel)
-        if _least_share(perpendicular, whole) < _CANCELLED:
-            perpendicular, along = torch.zeros_like(whole), parallel if T is None else parallel @ T.mT
-            for place, part in rows.columns():
-                perpendicular += squared((part - along @ U[place].mT) * inverse[place].sqrt())
-        return perpendicular + squared(parallel / (1 + self._inner.s).sqrt())
+        pairs = whole.ndim == parallel.ndim
+        squared = _products if pairs else _squares
+        residual = whole - squared(parallel)
+        p, w = (x.diagonal(dim1=-2, dim2=-1) if pairs else x for x in (residual, whole))
+        if bool((p < _CANCELLED * w).any()):
+            residual = perpendicular()
+        return residual + squared(parallel / (1 + self._inner.s).sqrt())
 
     @cached_property
     def inverse_factor(self) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
@@ -315,10 +331,12 @@ class _Inner:
         return cls(s.clamp_min(lowest), triangle, rotation, orthonormal, int((s < lowest).sum()))
 
 
-def _least_share(part: Float[Tensor, "n r *_r"], whole: Float[Tensor, "n r *_r"]) -> float:
-    """Return the smallest share of a part in variances; of covariances, in their diagonals."""
-    p, w = (x.diagonal(dim1=-2, dim2=-1) if x.ndim == 3 else x for x in (part, whole))
-    return float((p / w.clamp_min(torch.finfo(w.dtype).tiny)).where(w > 0, 1.0).min()) if w.numel() else 1.0
+def _products(x: Float[Tensor, "*batch r n"]) -> Float[Tensor, "*batch r r"]:
+    return x @ x.mT
+
+
+def _squares(x: Float[Tensor, "*batch r n"]) -> Float[Tensor, "*batch r"]:
+    return x.square().sum(-1)
 
 
 def _condition(gram: Float[Tensor, "k k"]) -> float:

@@ -48,9 +48,14 @@ class OuterRows:
         return n, max(p, q), o * i
 
     @property
-    def n_bytes(self) -> int:
-        """Memory of the factors."""
-        return (self.left.numel() + self.right.numel()) * self.left.element_size()
+    def positions(self) -> int:
+        """Number of outer products that a row sums."""
+        return self.left.shape[2]
+
+    @property
+    def n_numbers(self) -> int:
+        """Number of entries of the factors."""
+        return self.left.numel() + self.right.numel()
 
     def dense(self) -> Float[Tensor, "n r p"]:
         """Return the rows."""
@@ -66,16 +71,19 @@ class OuterRows:
         return OuterRows(self.left[samples], self.right[samples])
 
     def scaled(self, factors: Float[Tensor, " n"]) -> "OuterRows":
-        """Return the rows times a number for each sample."""
-        f = factors.to(self.left)[:, None, None, None]
-        small = self.left.numel() <= self.right.numel()
-        return OuterRows(self.left * f, self.right) if small else OuterRows(self.left, self.right * f)
+        """Return the rows times a number for each sample; right factors stay as they are."""
+        return OuterRows(self.left * factors.to(self.left)[:, None, None, None], self.right)
 
     @property
     def products_are_cheaper(self) -> bool:
         """Whether inner products of pairs of rows cost less by their factors, which takes all pairs of positions."""
         (n, q, T, o), (_, p, _, i) = self.left.shape, self.right.shape
         return T * T * (o + i) <= o * i and (n * max(p, q) * T) ** 2 * 8 <= _PRODUCT_BYTES
+
+    def squared_norms(self, dtype: torch.dtype) -> Float[Tensor, " n"]:
+        r"""Return $\sum_{tt'} (g_t^\top g_{t'}) (a_t^\top a_{t'})$, summed over the rows of each sample."""
+        G, A = self.left.to(dtype), self.right.to(dtype)
+        return ((G @ G.mT) * (A @ A.mT)).sum((1, 2, 3))
 
     def products(self, dtype: torch.dtype) -> Float[Tensor, "R R"]:
         r"""Return the inner products $\sum_{tt'} (g_t^\top g'_{t'}) (a_t^\top a'_{t'})$ of all pairs of rows."""
@@ -157,9 +165,9 @@ class RowMatrix:
         return len(self.parts) > 1
 
     @property
-    def n_bytes(self) -> int:
-        """Memory of the rows as they are held."""
-        return sum(p.n_bytes if isinstance(p, OuterRows) else p.numel() * p.element_size() for p in self.parts)
+    def n_numbers(self) -> int:
+        """Number of entries as the rows are held."""
+        return sum(part.n_numbers if isinstance(part, OuterRows) else part.numel() for part in self.parts)
 
     @property
     def like(self) -> Tensor:
@@ -241,6 +249,21 @@ class RowMatrix:
         total = U.new_zeros(n, r, U.shape[1])
         for place, rows in self.columns():
             total += rows @ U[place]
+        return total
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """Return the sum of the squared norms of every sample's rows, in double precision."""
+        n = len(self)
+        exact = accumulation_dtype(self.like)
+        total = self.like.new_zeros(n, dtype=exact)
+        for part in self.parts:
+            if isinstance(part, OuterRows) and part.positions <= min(part.left.shape[-1], part.right.shape[-1]):
+                size = max(1, _chunk_bytes(self.like) // (exact.itemsize * part.n_numbers // max(n, 1)))
+                groups = [part.at(slice(start, start + size)) for start in range(0, n, size)]
+                total += torch.cat([group.squared_norms(exact) for group in groups])
+                continue
+            for _, rows in _columns_of(part, self._most_columns()):
+                total += rows.square().sum((1, 2), dtype=exact)
         return total
 
     def weighted(

@@ -1,6 +1,7 @@
 """Kronecker factors: of row matrices against loops, and K-FAC's against curvlinops and against loops."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,9 +142,27 @@ def test_factors_without_some_samples_are_those_of_the_others(side: int, monkeyp
     held, others = torch.arange(7), torch.arange(7, len(X))
     whole, part, expected = (row_matrix_factors(rows_of(network, X, y, some), shapes) for some in (None, held, others))
     for f, of_held, of_others in zip(whole, part, expected, strict=True):
-        found = f.without(of_held, len(held) / len(X))
+        found = f.without(of_held, len(held) / len(X), torch.float64)
         close(found.left, of_others.left)
         close(found.right, of_others.right)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1.0, 1e42])
+def test_eigenvectors_in_single_precision(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LARGE", 6)
+    generator = torch.Generator().manual_seed(3)
+    M = torch.randn(9, 6, generator=generator).double()
+    left, right = M @ M.T * scale, torch.diag(torch.arange(4.0, 0, -1).double())
+    factors = KroneckerFactors(left, right)
+    rounded = replace(factors, eigenvector_dtype=torch.float32)
+    assert rounded.ranks == factors.ranks == (6, 4)
+    bases = [kronecker_basis([f], torch.float64).blocks[0] for f in (factors, rounded)]
+    # eigenvectors of the null space are arbitrary
+    along = bases[0].left[:, :6].T @ bases[1].left[:, :6]
+    torch.testing.assert_close(along.abs(), torch.eye(6).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(bases[1].left.T @ bases[1].left, torch.eye(9).double(), rtol=0, atol=1e-5)
+    # small sides stay exact
+    close(bases[1].right, bases[0].right)
 
 
 def test_a_side_that_is_too_long_keeps_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,7 @@ def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, mon
         close(torch.cat(list(found.rows())).flatten(0, 1), V, rtol=1e-9, atol=1e-12)
         factor = found.stacked_rows()
         close(factor.gram, V @ V.mT / found.n_samples, rtol=1e-9, atol=1e-12)
+        close(found.squared_norms(), expected.squared_norms(), rtol=1e-9, atol=1e-12)
         W = torch.randn(len(V), 3).double()
         close(factor.rows.combined(W), V.mT @ W)
         shapes = matrix_shapes(flat.network.selection, layers_only=False)
