@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.contexts import at_weights
@@ -102,6 +103,8 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
     with at_weights(spec.model, spec.split.seed):
         timed = _timed(spec, samples)
         network, rows = timed.network, timed.rows
+        # few enough of a large network
+        some = rows.part(torch.arange(max(1, min(len(rows.samples), int(_MOST_SECONDS / timed.scoring)))))
         n, n_rows = _numbers(network, root, sampling, len(samples.indices))
         drawn = sampling.sampling == "curvature"
         planned = _Planned(network, rows.samples, rows.root if drawn else root)
@@ -114,9 +117,9 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         rank = _rank(planned, options, solver)
         seconds = {"tests": timed.tests, "scoring": n * timed.scoring}
         if solver != "lanczos" or options.complement != "none":
-            seconds["rows"] = n_rows * _seconds(rows.squared_norms) / rows.n_samples
+            seconds["rows"] = n_rows * _seconds(some.squared_norms) / some.n_samples
         if solver == "lanczos":
-            seconds["products"] = (1 + n_folds) * (3 * rank + 20) * planned.n_samples * _seconds_of_a_product(rows)
+            seconds["products"] = (1 + n_folds) * (3 * rank + 20) * planned.n_samples * _seconds_of_a_product(some)
     multiplications = _multiplications(planned, options, solver, rank, n_folds)
     seconds["linear algebra"] = multiplications * _seconds_of_a_multiplication(network)
     squares = sum(side**2 for _, sides in _sides(planned, options) for side in sides)
@@ -128,6 +131,10 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         "vectors of P": (_VECTORS if _is_in_basis(options) else _FEW_VECTORS) * P * 8,
     }
     return FitCost(n, n_rows, P, solver, seconds, n_bytes)
+
+
+_MOST_SECONDS = 1.0
+"""Seconds of forward passes over the samples that derivatives are timed with, each about ten times as long."""
 
 
 @dataclass(frozen=True, eq=False)
