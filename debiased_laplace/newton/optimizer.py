@@ -94,7 +94,8 @@ class DebiasedNewton(Optimizer):
         weight_decay: for groups without their own.
         n_data: size N of the training set whose mean loss is to be lowered: the samples of a step then count with their
             share of N, in the step and in the acceptance test. None: that share is taken as 0.
-        seed: of the splits of the batches.
+        n_rows: as in `newton_step`; the acceptance test takes all rows.
+        seed: of the splits of the batches and of the draws.
 
     Attributes:
         last_step: result of the last step; None before the first.
@@ -118,10 +119,11 @@ class DebiasedNewton(Optimizer):
         judging_share: float = 0.25,
         weight_decay: float = 0.0,
         n_data: int | None = None,
+        n_rows: int | None = None,
         seed: int = 0,
     ):
         self._options = checked_options(
-            damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, 1e-6, stopping)
+            damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, 1e-6, stopping, n_rows=n_rows)
         )
         number(damping, "damping", low=0, is_open=True)
         judging_share = number(judging_share, "judging_share", low=0, high=1, is_open=True)
@@ -183,7 +185,9 @@ class DebiasedNewton(Optimizer):
             second = None
             if self.curvature == "hessian":
                 second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
-            problem = StepProblem(network, penalty, self.curvature, second, self.n_data)
+            problem = StepProblem(
+                network, penalty, self.curvature, second, self.n_data, self.seed + self._memory["n_steps"]
+            )
             damped = replace(problem, penalty=penalty.damped(damping))
             step = step_on(damped, sets, self.magnitudes, self._options)
             quadratic = batch_quadratic(network, held_out, self.curvature, derivatives=second)

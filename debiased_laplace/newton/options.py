@@ -22,6 +22,7 @@ class StepOptions:
         stopping: "held_out": take no step along a direction whose slope is not beyond three standard errors, stop after
             two of these in a row, and combine directions into segments; "none": one step per direction, to the cap.
         preconditioner: of conjugate gradients.
+        n_rows: number of rows to draw of each set of samples for its curvature; None: all.
     """
 
     shrinkage: bool
@@ -29,6 +30,7 @@ class StepOptions:
     tolerance: float
     stopping: Stopping
     preconditioner: LinearMap | None = None
+    n_rows: int | None = None
 
 
 def check_n_data(n_data: int | None, n_samples: int) -> None:
@@ -53,6 +55,12 @@ def checked_options(
     one_of(magnitudes, StepMagnitudes, "magnitudes")
     one_of(options.stopping, Stopping, "stopping")
     number(damping, "damping", low=0)
+    if options.n_rows is not None:
+        integer(options.n_rows, "n_rows", minimum=1)
+        if curvature == "hessian":
+            raise ValueError(
+                "A Hessian has no rows to draw; expected curvature='ggn' or 'ef' with n_rows, or n_rows=None."
+            )
     if options.preconditioner is not None:
         function(options.preconditioner, "preconditioner")
     return replace(

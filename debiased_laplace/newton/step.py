@@ -30,7 +30,13 @@ from debiased_laplace.newton.options import (
     checked_options,
 )
 from debiased_laplace.newton.split import disjoint_halves
-from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
+from debiased_laplace.quadratics.batch_quadratic import (
+    BatchQuadratic,
+    batch_quadratic,
+    ready_for_many_products,
+    root_of,
+)
+from debiased_laplace.quadratics.drawn_rows import DrawnRowsQuadratic
 from debiased_laplace.quadratics.preparation import Curvature, check_outputs, prepare_network_and_batch
 from debiased_laplace.quadratics.regularizer import Penalty, Regularizer, RegularizerLike, as_penalty
 
@@ -155,6 +161,7 @@ def newton_step(
     stopping: Stopping = "held_out",
     tolerance: float = 1e-6,
     n_data: int | None = None,
+    n_rows: int | None = None,
     seed: int = 0,
 ) -> NewtonStep:
     r"""Compute a damped Newton step at the model's weights by debiased conjugate gradients.
@@ -184,7 +191,10 @@ def newton_step(
         n_data: size N of the training set that the batch is drawn from and whose mean loss the step is to lower: the
             samples of the directions then count with their share of N, the others for the rest. Also the N of the
             regularizer. None: the share is taken as 0, and the N of the regularizer is the size of the batch.
-        seed: of the split.
+        n_rows: about how many rows (sample, output) to draw of each half, or of the batch, where the curvature is; the
+            curvature is then theirs, and a product with it takes no pass over the network. They are held in memory.
+            None: all of them.
+        seed: of the split and of the draw.
 
     Returns:
         The step.
@@ -197,13 +207,17 @@ def newton_step(
         Tatzel et al. (2025), arXiv 2410.14325; Martens (2010), Deep learning via Hessian-free optimization, ICML.
     """
     options = checked_options(
-        damping, magnitudes, curvature, StepOptions(shrinkage, max_iterations, tolerance, stopping, preconditioner)
+        damping,
+        magnitudes,
+        curvature,
+        StepOptions(shrinkage, max_iterations, tolerance, stopping, preconditioner, n_rows),
     )
     damping, shrinkage, max_iterations = float(damping), options.shrinkage, options.max_iterations
+    seed = integer(seed, "seed")
     checked_batch = as_batch(batch, DEFAULT_KEYS).with_mean_weight_one()
     with at_weights(model):
         network, samples = prepare_network_and_batch(model, likelihood, checked_batch)
-        sets = index_sets(samples, magnitudes, integer(seed, "seed"), shrinkage=shrinkage)
+        sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
         check_n_data(n_data, len(samples))
         of_prior = regularizer.n_data if isinstance(regularizer, Regularizer) else None
@@ -213,7 +227,7 @@ def newton_step(
         second = None
         if curvature == "hessian":
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, samples)
-        problem = StepProblem(network, penalty.damped(damping), curvature, second, n_data)
+        problem = StepProblem(network, penalty.damped(damping), curvature, second, n_data, seed)
         return step_on(problem, [samples.at(indices) for indices in sets], magnitudes, options)
 
 
@@ -227,6 +241,7 @@ class StepProblem:
         curvature: "ggn", "ef" or "hessian".
         derivatives: second derivatives if the curvature is "hessian", else None.
         n_data: N; None: unknown or infinite.
+        seed: of draws of rows.
     """
 
     network: Network
@@ -234,6 +249,14 @@ class StepProblem:
     curvature: Curvature
     derivatives: SecondDerivatives | None
     n_data: int | None
+    seed: int = 0
+
+    def quadratic(self, samples: Batch, n_rows: int | None) -> BatchQuadratic:
+        """Return the quadratic models of samples; with the curvature of drawn rows, if their number is given."""
+        if n_rows is None:
+            return batch_quadratic(self.network, samples, self.curvature, derivatives=self.derivatives)
+        root = root_of(self.curvature, self.network.likelihood)
+        return DrawnRowsQuadratic(self.network, samples, root, n_rows=n_rows, seed=self.seed)
 
 
 def step_on(problem: StepProblem, sets: list[Batch], magnitudes: StepMagnitudes, options: StepOptions) -> NewtonStep:
@@ -245,7 +268,7 @@ def step_on(problem: StepProblem, sets: list[Batch], magnitudes: StepMagnitudes,
     """
     quadratics = []
     for samples in sets:
-        quadratic = batch_quadratic(problem.network, samples, problem.curvature, derivatives=problem.derivatives)
+        quadratic = problem.quadratic(samples, options.n_rows)
         check_outputs(problem.network, quadratic.outputs, samples)
         quadratics.append(quadratic)
     pairs = {

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
@@ -263,5 +264,9 @@ def batch_quadratic(
         if derivatives is None:
             derivatives = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
         return HessianQuadratic(network, batch, derivatives)
-    root = GaussNewton(network.likelihood) if curvature == "ggn" else EmpiricalFisher(network.likelihood)
-    return RootQuadratic(network, batch, root)
+    return RootQuadratic(network, batch, root_of(curvature, network.likelihood))
+
+
+def root_of(curvature: Curvature, likelihood: Likelihood) -> OutputRoot:
+    """Return the root of a GGN or an empirical Fisher."""
+    return GaussNewton(likelihood) if curvature == "ggn" else EmpiricalFisher(likelihood)
