@@ -3,9 +3,9 @@
     python -m benchmarks.newton_rows
 
 The gradient is that of a batch of 1,024 samples. The curvature is of all of them, of 64 random ones, or of 64 C rows
-drawn from the batch where its curvature is; the damped system is solved exactly. Then debiased steps of `newton_step`,
-with the curvature of all samples of each half and of 32 C rows drawn of each, and their processor time in seconds. A step
-is judged by the damped quadratic of all training data: the share of the largest possible decrease, 1 for a full-batch
+drawn from the batch where its curvature is; the damped system is solved exactly. Then debiased steps of `newton_step`:
+with the curvature of all samples of each half, and of 32 C rows drawn of each; seconds are processor time. A step is
+judged by the damped quadratic of all training data: the share of the largest possible decrease, 1 for a full-batch
 step, negative where it rises.
 """
 

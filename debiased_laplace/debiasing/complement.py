@@ -22,6 +22,9 @@ RESIDUAL_OF: dict[ComplementKind, Residual] = {
 """Residual that each kind is computed from."""
 
 
+_ROWS = 2**16  # rows of the directions that are changed at a time
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankCurvature:
     r"""Curvature $K (D + F \mathrm{diag}(m) F^\top) K^\top$, a mean per sample, $F = S U$.
@@ -101,14 +104,16 @@ def diagonal(
     The diagonal D also adds $u_i^\top D u_i$ along the directions. Subtracting that from the magnitudes would preserve
     the curvature along the directions instead of the trace.
     """
-    rotated = directions if basis is None else _without_traces(basis.coordinates(directions.T).T.contiguous())
+    rotated = directions if basis is None else _without_traces(basis.coordinates_of_columns(directions))
     # a Hessian's may be negative: floored after the mean over all samples, not in each fold
     return LowRankCurvature(residual.to(magnitudes.dtype).clamp_min(0), rotated, magnitudes, basis)
 
 
-def _without_traces(x: Tensor) -> Tensor:
-    """Replace entries whose products underflow by zeros, because arithmetic with subnormal numbers is slow."""
-    return x.masked_fill(x.abs() < torch.finfo(x.dtype).tiny ** 0.5, 0.0)
+def _without_traces(x: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+    """Replace entries whose products underflow by zeros, in place: arithmetic with subnormal numbers is slow."""
+    for part in x.split(_ROWS):
+        part.masked_fill_(part.abs() < torch.finfo(x.dtype).tiny ** 0.5, 0.0)
+    return x
 
 
 def second_order(

@@ -17,6 +17,8 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, numerical_rank
 from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
 
+_ROWS = 2**16  # rows of the directions that are orthonormalized at a time
+
 
 @dataclass(frozen=True, eq=False)
 class GramFactor:
@@ -130,4 +132,9 @@ def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
     if size > 0.05:
         Q, R = torch.linalg.qr(U)
         return torch.where(R.diagonal() < 0, -Q, Q)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, U, upper=True, left=False)
+    identity = torch.eye(k, dtype=U.dtype, device=U.device)
+    T = torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, identity, upper=True)
+    result = torch.empty_like(U)
+    for block, polished in zip(U.split(_ROWS), result.split(_ROWS), strict=True):
+        torch.matmul(block, T, out=polished)
+    return result

@@ -47,6 +47,15 @@ class BasisBlock:
             M = (M.mT.contiguous() @ (self.left.mT if back else self.left)).mT
         return M.reshape(x.shape)
 
+    def rotated_columns(self, U: Float[Tensor, "p k"]) -> Float[Tensor, "p k"]:
+        """Return the coordinates of column vectors, without a transposed copy of them."""
+        o, i, k = self.rows, self.columns, U.shape[1]
+        if self.left is not None:
+            U = self.left.mT @ U.reshape(o, i * k)
+        if self.right is not None:
+            U = torch.bmm(self.right.mT.expand(o, -1, -1), U.reshape(o, i, k))
+        return U.reshape(o * i, k)
+
     def summed_squares(self, x: Float[Tensor, "n r p"]) -> Float[Tensor, "n p"]:
         """Return the squared coordinates of vectors, summed over the second dimension."""
         if self.left is None and self.right is None:
@@ -86,6 +95,15 @@ class KroneckerBasis:
     def coordinates(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $x K$, the coordinates of row vectors."""
         return self._mapped(self.blocks, x, back=False)
+
+    def coordinates_of_columns(self, U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        r"""Return $K^\top U$, the coordinates of column vectors."""
+        result, start = torch.empty_like(U), 0
+        for block in self.blocks:
+            place = slice(start, start + block.size)
+            result[place] = block.rotated_columns(U[place])
+            start += block.size
+        return result
 
     def vectors(self, coordinates: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $x K^\top$, the row vectors of coordinates."""

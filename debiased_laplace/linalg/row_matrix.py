@@ -63,7 +63,9 @@ class OuterRows:
 
     def columns(self, start: int, stop: int) -> Float[Tensor, "n r w"]:
         """Return the entries of the rows `start` to `stop` of the parameter as a matrix."""
-        M = self.left[..., start:stop].mT @ self.right
+        G = self.left[..., start:stop].mT
+        # several times faster where nothing is summed
+        M = G * self.right if self.positions == 1 else G @ self.right
         return M.expand(-1, self.shape[1], -1, -1).flatten(2)
 
     def at(self, samples: Tensor | slice) -> "OuterRows":
@@ -317,7 +319,7 @@ class RowMatrix:
         most = self._most_columns()
         blocks = [None] * len(self.parts) if basis is None else list(basis.blocks)
         for place, part, block in zip(self.places, self.rotated(basis).parts, blocks, strict=True):
-            own = U[place] if block is None else block.rotated(U[place].mT.contiguous(), back=False).mT
+            own = U[place] if block is None else block.rotated_columns(U[place])
             for local, rows in _columns_of(part, most):
                 outside = rows - projections @ own[local].mT
                 total[place.start + local.start : place.start + local.stop] = outside.square().sum((0, 1))

@@ -70,6 +70,9 @@ def test_rows_to_coordinates_and_back(name: str, lead: tuple[int, ...]) -> None:
     torch.testing.assert_close(basis.coordinates(x), x @ K, rtol=0, atol=1e-13)
     torch.testing.assert_close(basis.vectors(x), x @ K.T, rtol=0, atol=1e-13)
     torch.testing.assert_close(basis.vectors(basis.coordinates(x)), x, rtol=0, atol=1e-13)
+    U = draw(len(K), 3, seed=12)
+    torch.testing.assert_close(basis.coordinates_of_columns(U), K.T @ U, rtol=0, atol=1e-13)
+    torch.testing.assert_close(basis.coordinates_of_columns(U[:, :0]), U[:, :0])
 
 
 @every_block
