@@ -63,9 +63,10 @@ class HeldOutRows:
     ) -> Float[Tensor, " P"]:
         """Return the squares of the residual in the coordinates of a basis, summed over the rows times their scales."""
         total = self.projections.new_zeros(factor.rows.shape[2])
+        combination = self._combination(rank, factor.rows.like)
         for place, rows in factor.rows.rotated(basis).columns():
             V = rows.flatten(0, 1)
-            outside = V[self.held] - self._combination(rank, V) @ V
+            outside = V[self.held] - combination @ V
             outside = outside if scales is None else outside * scales.to(outside)
             total[place] = outside.square().sum(0)
         return total
