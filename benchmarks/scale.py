@@ -258,6 +258,7 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "all_kron_512": partial(all_weights, "kron", 4_096, 512, n_test=64),
     "all_kron_bounded": partial(all_weights, "kron", 1_024, 64, memory=2**30),
     "all_lowrank_100": partial(all_weights, "lowrank", 4_096, 512, n_test=64, rank=100),
+    "all_lowrank_10": partial(all_weights, "lowrank", 1_024, 64, n_test=64, rank=10),
     "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
     "vit_lowrank_20": partial(all_weights, "lowrank", 64, 64, n_test=2, network=vit_b_16, rank=20),
     "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=2**30),

@@ -337,7 +337,10 @@ class RowCurvature(SubBatchCurvature):
         if self.linear_layer is not None:
             return self._moments_of_outer_products(basis, self.linear_layer)
         if (held := self.rows_by_parameter) is not None:
-            parts = ((place, self._moments_of(values)) for place, values in _squared_columns(held.rotated(basis)))
+            # totals of samples take equal right factors of their rows, which a transposed linear map does not have
+            outer = self.draw is None or self.draw.samples is None
+            columns = _squared_columns(held.rotated(basis), outer=outer)
+            parts = ((place, self._moments_of(values)) for place, values in columns)
             return joined_directions(parts, self.network.n_parameters)
         sums = RunningMoments(self.network.n_parameters, self.network.like)
         for n, blocks in self.row_groups("[Curvature along the basis]"):
@@ -437,11 +440,11 @@ def _summed_squares(rows: Float[Tensor, "n r k"]) -> OuterValues:
     return OuterValues.of(rows.to(accumulation_dtype(rows)).square().sum(1))
 
 
-def _squared_columns(rows: RowMatrix) -> Iterator[tuple[slice, OuterValues]]:
-    """Yield `_summed_squares` of chunks of columns, with their places; those of single outer products as such."""
+def _squared_columns(rows: RowMatrix, *, outer: bool) -> Iterator[tuple[slice, OuterValues]]:
+    """Yield `_summed_squares` of chunks of columns, with their places; with `outer`, single outer products as such."""
     exact = accumulation_dtype(rows.like)
     for place, part in zip(rows.places, rows.parts, strict=True):
-        if isinstance(part, OuterRows) and part.positions == 1 and part.right.shape[1] == 1:
+        if outer and isinstance(part, OuterRows) and part.positions == 1 and part.right.shape[1] == 1:
             x, y = (factor[:, :, 0].to(exact).square().sum(1) for factor in (part.left, part.right))
             step = max(1, _VALUES // y.shape[1])
             for i, of_x in enumerate(x.split(step, dim=1)):

@@ -27,7 +27,7 @@ _BLOCK = 1024  # rows of the directions converted to double precision at a time
 _GRAM_ACCURACY = 1e-8  # relative error of inner products, times condition number, up to which they replace QR
 
 
-_WELL_CONDITIONED = 1e4  # condition number of inner products up to which single precision loses two digits
+_WELL_CONDITIONED = 1e2  # condition number of inner products up to which single precision loses one digit
 _CANCELLED = 1e-2  # share of a variance, below which it is not computed as a difference
 
 

@@ -23,7 +23,7 @@ _CHUNK_BYTES = 4 * 2**20
 _CHUNK_BYTES_OF_ACCELERATORS = 64 * 2**20
 
 _PRODUCT_BYTES = 256 * 2**20
-"""Largest matrix of inner products of pairs of positions."""
+"""Largest array of products of pairs of positions."""
 
 _PANEL = 160  # rows per block of a Gram matrix: large enough for a fast product
 _PANEL_BYTES = 20 * 2**20  # bytes of the columns converted at a time
@@ -99,32 +99,33 @@ class OuterRows:
         """Whether `weighted` costs less by the factors than by the rows: few positions, one right factor a sample."""
         return self.right.shape[1] == 1 and self.right.shape[2] <= self.shape[1]
 
-    def weighted(
-        self, weights: Float[Tensor, " p"], U: Float[Tensor, "p k"], *, pairs: bool
-    ) -> tuple[Tensor, Float[Tensor, "n r k"]]:
-        r"""Return $\sum_{ij} w_{ij} M_{ij} M'_{ij}$ of a sample's rows, and $\sum_{ij} w_{ij} M_{ij} U_{ij}$.
+    def weighted_products(self, weights: Float[Tensor, " p"], *, pairs: bool) -> Tensor:
+        r"""Return $\sum_{ij} w_{ij} M_{ij} M'_{ij}$ of all pairs of a sample's rows, or of each row with itself.
 
-        Needs `contractions_are_cheaper`. The right factors are contracted first, with all rows of a sample at once.
-
-        Args:
-            weights: of the entries.
-            U: directions.
-            pairs: all pairs of a sample's rows, (n, r, r), not the squares of each, (n, r).
+        Needs `contractions_are_cheaper`. With several positions in double precision, because their sums may cancel.
         """
-        G, A = self.left, self.right[:, 0]
-        (n, _, T, o), i, r, k = G.shape, A.shape[-1], self.shape[1], U.shape[1]
-        G = G.expand(-1, r, -1, -1)
-        products = (A[:, :, None] * A[:, None]).flatten(0, 2) @ weights.reshape(o, i).mT
+        exact = self.left.dtype if self.positions == 1 else accumulation_dtype(self.left)
+        G, A = self.left.to(exact), self.right[:, 0].to(exact)
+        (n, _, T, o), i = G.shape, A.shape[-1]
+        G = G.expand(-1, self.shape[1], -1, -1)
+        products = (A[:, :, None] * A[:, None]).flatten(0, 2) @ weights.to(exact).reshape(o, i).mT
         half = torch.einsum("nrto,ntuo->nruo", G, products.unflatten(0, (n, T, T)))
         squares = half.flatten(2) @ G.flatten(2).mT if pairs else (half * G).sum((2, 3))
-        projections = U.new_zeros(n, r, k)
+        return squares.to(self.left.dtype)
+
+    def weighted_projections(self, weights: Float[Tensor, " p"], U: Float[Tensor, "p k"]) -> Float[Tensor, "n r k"]:
+        r"""Return $\sum_{ij} w_{ij} M_{ij} U_{ij}$, contracting right factors first, where that is cheaper."""
+        A = self.right[:, 0]
+        (n, T, i), o, r, k = A.shape, self.left.shape[-1], self.shape[1], U.shape[1]
+        G = self.left.expand(-1, r, -1, -1)
+        total = U.new_zeros(n, r, k)
         step = max(1, _chunk_bytes(U) // (U.element_size() * max(1, k) * (n * T + i)))
         for start in range(0, o if k else 0, step):
             stop = min(start + step, o)
             part = U[start * i : stop * i] * weights[start * i : stop * i, None]
             pushed = (A.flatten(0, 1) @ part.unflatten(0, (-1, i))).unflatten(1, (n, T))
-            projections += torch.einsum("nrto,ontk->nrk", G[..., start:stop], pushed)
-        return squares, projections
+            total += torch.einsum("nrto,ontk->nrk", G[..., start:stop], pushed)
+        return total
 
     def rotated(self, block: BasisBlock) -> "OuterRows":
         """Return the rows in the coordinates of a basis."""
@@ -284,9 +285,11 @@ class RowMatrix:
         for place, part in zip(self.places, self.parts, strict=True):
             w, u = weights[place], U[place]
             if isinstance(part, OuterRows) and part.contractions_are_cheaper:
-                of_part = part.weighted(w, u, pairs=pairs)
-                squares += of_part[0]
-                projections += of_part[1]
+                T, o, i = part.positions, part.left.shape[-1], part.right.shape[-1]
+                size = max(1, _PRODUCT_BYTES // (8 * T * (T * (o + i) + 2 * r * o)))
+                groups = [part.at(slice(start, start + size)) for start in range(0, n, size)]
+                squares += torch.cat([group.weighted_products(w, pairs=pairs) for group in groups])
+                projections += part.weighted_projections(w, u)
                 continue
             for local, rows in _columns_of(part, self._most_columns()):
                 scaled = rows * w[local]

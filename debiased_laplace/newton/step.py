@@ -192,8 +192,9 @@ def newton_step(
             samples of the directions then count with their share of N, the others for the rest. Also the N of the
             regularizer. None: the share is taken as 0, and the N of the regularizer is the size of the batch.
         n_rows: about how many rows (sample, output) to draw of each half, or of the batch, where the curvature is; the
-            curvature is then theirs, and a product with it takes no pass over the network. They are held in memory.
-            None: all of them.
+            curvature is then theirs, and a product with it takes no pass over the network. Along directions that few
+            rows miss it is the damping alone, which predicted decreases do not know: draw many more than there are
+            outputs. The rows are held in memory. None: all of them.
         seed: of the split and of the draw.
 
     Returns:

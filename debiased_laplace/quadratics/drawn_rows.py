@@ -19,11 +19,17 @@ from debiased_laplace.quadratics.batch_quadratic import BatchQuadratic, Position
 
 
 class DrawnRowsQuadratic(BatchQuadratic):
-    r"""Quadratic models with the curvature $n \sum_{r \in n} \hat v_r \hat v_r^\top$ of drawn rows for each sample.
+    r"""Quadratic models with the curvature $\sum_{r \in n} \hat v_r \hat v_r^\top$ of drawn rows for each sample.
+
+    The rows of equal samples are all given to the first of them.
 
     Attributes:
-        rows: $\hat v_r$ (R, 1, P), weighted so that the mean curvature is $\sum_r \hat v_r \hat v_r^\top$.
+        rows: (R, 1, P).
+        scale: factor of the rows that makes them $\hat v_r$.
         samples: sample of each row.
+
+    Raises:
+        ValueError: if no row was drawn although some have a curvature, or the rows do not fit into memory.
     """
 
     def __init__(self, network: Network, batch: Batch, root: OutputRoot, *, n_rows: int, seed: int):
@@ -32,17 +38,25 @@ class DrawnRowsQuadratic(BatchQuadratic):
         sampler.read([(torch.arange(len(batch)), batch)], total=None, progress_bar=False)
         drawn = sampler.drawn()
         self.samples = drawn.positions.to(network.like.device)
-        self.rows = RowMatrix((network.like.new_zeros(0, 1, network.n_parameters),))
-        if len(drawn):
-            curvature = drawn.curvature()
-            assert isinstance(curvature, RowCurvature)  # for the type checker
-            # of the mean over the samples, which need not have a mean weight of 1
-            share = drawn.scored.weight / (len(batch) * len(drawn))
-            self.rows = curvature.stacked_rows().rows.scaled(torch.full((len(drawn),), share**0.5))
+        self.rows, self.scale = RowMatrix((network.like.new_zeros(0, 1, network.n_parameters),)), 1.0
+        if len(drawn) == 0:
+            if sampler.drawers[0].population.n_positive:
+                raise ValueError(f"n_rows={n_rows} drew no row of {len(batch)} samples; expected more rows.")
+            return
+        curvature = drawn.curvature()
+        assert isinstance(curvature, RowCurvature)  # for the type checker
+        if curvature.bytes_of_rows > network.available_memory:
+            raise ValueError(
+                f"{len(drawn)} drawn rows take {curvature.bytes_of_rows / 2**30:.2g} GiB, and "
+                f"{network.available_memory / 2**30:.2g} GiB may be used; expected a smaller n_rows."
+            )
+        self.rows = curvature.stacked_rows().rows
+        # its mean is over rows, and the samples need not have a mean weight of 1
+        self.scale = (drawn.scored.weight / len(drawn)) ** 0.5
 
     def projections(self, directions: Float[Tensor, "P k"]) -> Float[Tensor, "R k"]:
-        r"""Return $\sqrt n\, \hat v_r^\top u_i$, whose squares are curvatures of the rows' samples."""
-        return len(self) ** 0.5 * self.rows.projected(directions)[:, 0]
+        r"""Return $\hat v_r^\top u_i$, whose squares are curvatures of the rows' samples."""
+        return self.scale * self.rows.projected(directions)[:, 0]
 
     def of_samples(self, of_rows: Float[Tensor, "R *k"]) -> Float[Tensor, "n *k"]:
         """Return the sums over the rows of each sample, in double precision."""
@@ -52,7 +66,7 @@ class DrawnRowsQuadratic(BatchQuadratic):
 
     def product(self, x: Float[Tensor, " P"], pushed: Float[Tensor, "n C 1"] | None = None) -> Float[Tensor, " P"]:  # noqa: ARG002
         """Return the mean curvature times x, without a pass over the network."""
-        return self.rows.combined(self.rows.projected(x[:, None])[:, 0])[:, 0]
+        return self.rows.combined(self.scale * self.projections(x[:, None]))[:, 0] / len(self)
 
     def curvatures(self, directions: Float[Tensor, "P k"], pushed: Float[Tensor, "n C k"]) -> Float[Tensor, "n k"]:  # noqa: ARG002
         """Return the curvature that each sample's drawn rows give it along the directions."""

@@ -12,7 +12,7 @@ from debiased_laplace.curvature.layer_rows import Layers, LayersDifferError
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
-from debiased_laplace.curvature.roots import GaussNewton
+from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import DrawErrors, ResidualRequest
 from debiased_laplace.data.batches import Batch
@@ -205,6 +205,43 @@ def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, mon
                 assert (a is None) == (b is None)
                 if a is not None:
                     close(b, a, rtol=1e-8, atol=1e-12)
+
+
+class Transposed(nn.Module):
+    """Maps x @ W, whose right factors are the cotangents."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.W, self.V = (nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((4, 5), (5, 3)))
+
+    def forward(self, x):
+        return (x @ self.W).tanh() @ self.V
+
+
+def test_several_drawn_rows_of_a_sample_have_factors_of_their_own(monkeypatch):
+    model, n = Transposed().double(), 6
+    X = torch.randn(n, 4, generator=torch.Generator().manual_seed(8)).double().repeat_interleave(2, dim=0)
+    y = torch.arange(2 * n) % 3
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    likelihood = likelihood_named("classification")
+    network = Network(selection, parameters, likelihood, 3, find_capabilities(selection, parameters, X))
+    draw = DrawErrors(
+        torch.linspace(0, 0.8, 2 * n).double(), torch.ones(2 * n).double(), torch.arange(2 * n) // 2, n, 0.4
+    )
+    found = []
+    for by_parameter in (False, True):
+        monkeypatch.setattr(RowCurvature, "_by_parameter", by_parameter)
+        samples = SubBatch(None, torch.arange(2 * n), torch.device("cpu"), 0, (Batch(X, y),), None)
+        curvature = RowCurvature(network, samples, EmpiricalFisher(likelihood), draw=draw)
+        curvature.keep_rows()
+        assert (curvature.rows_by_parameter is not None) == by_parameter
+        factors = row_matrix_factors(curvature, matrix_shapes(selection, layers_only=False))
+        found.append(curvature.coordinate_moments(kronecker_basis(factors, torch.float64)))
+    flat, held = found
+    for key in ("means", "standard_deviations", "third_moments", "draw_variances", "centers"):
+        torch.testing.assert_close(getattr(held, key), getattr(flat, key), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer"])

@@ -59,7 +59,7 @@ def test_positions_follow_the_quadratic_of_the_drawn_rows() -> None:
     model, X, y = built("MLP")
     network, samples = prepare_network_and_batch(model, "classification", Batch(X, y))
     drawn = DrawnRowsQuadratic(network, samples, GaussNewton(network.likelihood), n_rows=9, seed=2)
-    V = len(X) ** 0.5 * drawn.rows.dense()[:, 0]
+    V = drawn.scale * drawn.rows.dense()[:, 0]
     U = torch.randn(V.shape[1], 2, generator=torch.Generator().manual_seed(1)).double()
     position = drawn.position()
     position.prepare(U)
@@ -113,7 +113,7 @@ def test_an_optimizer_lowers_the_loss_with_few_rows(curvature: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_what_cannot_be_drawn() -> None:
+def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     model, X, y = built("MLP")
     with pytest.raises(ValueError, match="no rows to draw"):
         newton_step(model, "classification", (X, y), curvature="hessian", n_rows=10)
@@ -122,3 +122,13 @@ def test_what_cannot_be_drawn() -> None:
             newton_step(model, "classification", (X, y), n_rows=wrong)
     with pytest.raises(ValueError, match="n_rows"):
         DebiasedNewton(model.parameters(), model, "classification", n_rows=0)
+
+    def one_row_of_each_half() -> None:
+        for seed in range(50):
+            newton_step(model, "classification", (X, y), n_rows=1, seed=seed)
+
+    with pytest.raises(ValueError, match="drew no row"):
+        one_row_of_each_half()
+    monkeypatch.setattr("debiased_laplace.curvature.network.Network.available_memory", 100)
+    with pytest.raises(ValueError, match="expected a smaller n_rows"):
+        newton_step(model, "classification", (X, y), n_rows=10)
