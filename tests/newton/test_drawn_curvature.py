@@ -114,6 +114,7 @@ def test_an_optimizer_lowers_the_loss_with_few_rows(curvature: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.untyped
 def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     model, X, y = built("MLP")
     with pytest.raises(ValueError, match="no rows to draw"):
