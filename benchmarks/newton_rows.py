@@ -79,12 +79,15 @@ def shares(task: str, name: str, draws: int, cache: Path) -> dict[tuple[str, flo
     return found
 
 
-def debiased_shares(task: str, name: str, draws: int, cache: Path) -> dict[tuple[str, float], list[float]]:
-    """The same of debiased steps, and their seconds under a damping of 0."""
+def debiased_shares(
+    task: str, name: str, draws: int, cache: Path
+) -> tuple[dict[tuple[str, float], list[float]], dict[str, list[float]]]:
+    """The same of debiased steps, and their seconds."""
     X, y = newton_task(task, 0).train
     model = checkpoint(cache / task, task, name, 0)
     H, g = curvatures(model, X, y, 0)["the whole batch"], gradient_of(model, X, y)
     found: dict[tuple[str, float], list[float]] = {}
+    seconds: dict[str, list[float]] = {}
     for damping in DAMPINGS:
         damped = H + damping * torch.eye(len(H), dtype=H.dtype)
         best = 0.5 * g @ torch.linalg.solve(damped, g)
@@ -94,11 +97,11 @@ def debiased_shares(task: str, name: str, draws: int, cache: Path) -> dict[tuple
             for source, n_rows in (("newton_step", None), ("newton_step, drawn rows", N_CURVATURE // 2 * n_classes)):
                 start = time.process_time()
                 step = newton_step(model, "classification", batch, damping, n_data=len(y), n_rows=n_rows, seed=draw)
-                found.setdefault((source, 0.0), []).append(time.process_time() - start)
+                seconds.setdefault(source, []).append(time.process_time() - start)
                 d = step.update.double()
                 decrease = -(g @ d + 0.5 * d @ damped @ d)
                 found.setdefault((source, damping), []).append(float(decrease / best))
-    return found
+    return found, seconds
 
 
 def main() -> None:
@@ -112,11 +115,11 @@ def main() -> None:
     for task in TASKS:
         for name in CHECKPOINTS:
             arguments = task, name, options.draws, options.cache
-            found = shares(*arguments) | debiased_shares(*arguments)
+            debiased, seconds = debiased_shares(*arguments)
+            found = shares(*arguments) | debiased
             for source in dict.fromkeys(source for source, _ in found):
                 cells = " | ".join(shown(mean_of(found[source, damping])) for damping in DAMPINGS)
-                seconds = found.get((source, 0.0))
-                taken = "" if seconds is None else f"{median(seconds):.2f}"
+                taken = f"{median(seconds[source]):.2f}" if source in seconds else ""
                 print(f"| {TASKS[task]} | {name} | {source} | {cells} | {taken} |", flush=True)
 
 

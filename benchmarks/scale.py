@@ -102,20 +102,6 @@ def resnet18(n_classes: int, n: int, n_test: int = 32) -> Problem:
     )
 
 
-def vit_b_16(n_classes: int, n: int, n_test: int) -> Problem:
-    """ViT-B/16 with 224 x 224 inputs, 85.8 million weights."""
-    # not a dependency
-    from torchvision.models import vit_b_16 as network
-
-    torch.manual_seed(0)
-    model = network(num_classes=n_classes)
-    # torchvision's are zero, and all outputs with them
-    nn.init.normal_(model.heads.head.weight, std=0.02)
-    return Problem(
-        model.eval(), torch.randn(n, 3, 224, 224), torch.randint(0, n_classes, (n,)), torch.randn(n_test, 3, 224, 224)
-    )
-
-
 class Clock:
     """Costs of a problem, in forward passes that are measured beside them."""
 
@@ -203,16 +189,9 @@ def rows() -> list[Cost]:
     return clock.costs
 
 
-def all_weights(
-    structure: str,
-    n: int,
-    n_rows: int,
-    n_test: int = 8,
-    network: Callable[[int, int, int], Problem] = resnet18,
-    **options: Any,
-) -> list[Cost]:
-    """Fit of drawn rows and predictions of all weights."""
-    clock = Clock(network(10, n, n_test))
+def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options: Any) -> list[Cost]:
+    """Fit of drawn rows and predictions of all weights of ResNet-18."""
+    clock = Clock(resnet18(10, n, n_test))
     problem, x = clock.problem, clock.problem.test
 
     def posterior() -> Any:
@@ -260,7 +239,6 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "all_lowrank_100": partial(all_weights, "lowrank", 4_096, 512, n_test=64, rank=100),
     "all_lowrank_10": partial(all_weights, "lowrank", 1_024, 64, n_test=64, rank=10),
     "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
-    "vit_lowrank_20": partial(all_weights, "lowrank", 64, 64, n_test=2, network=vit_b_16, rank=20),
     "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=2**30),
 }
 """Functions that return the lines of a part of the table, by name."""

@@ -27,7 +27,7 @@ _LARGEST_SIDE = 4096
 """Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
 
 _LARGE = 512
-"""Side from which on eigenvectors of a factor of low rank are computed from its range."""
+"""Side from which on eigenvectors are computed from the range of a factor of low rank, or in another precision."""
 
 _SUPPORTED = {torch.float64: 1e-10, torch.float32: 2e-6}
 """Fraction of a factor's largest eigenvalue below which eigenvalues in a precision may be rounding errors."""

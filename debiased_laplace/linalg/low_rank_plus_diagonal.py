@@ -25,8 +25,6 @@ from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
 
 _BLOCK = 1024  # rows of the directions converted to double precision at a time
 _GRAM_ACCURACY = 1e-8  # relative error of inner products, times condition number, up to which they replace QR
-
-
 _WELL_CONDITIONED = 1e2  # condition number of inner products up to which single precision loses one digit
 _CANCELLED = 1e-2  # share of a variance, below which it is not computed as a difference
 
@@ -102,14 +100,17 @@ class LowRankPlusDiagonal:
         return V, inner.s
 
     @cached_property
-    def _whitening(self) -> Float[Tensor, "k k"] | None:
-        r"""The matrix T with $V = D^{-1/2} U T$; None where products with it would not be accurate."""
+    def _whitening(self) -> tuple[Float[Tensor, "P k"], Float[Tensor, "k k"]]:
+        r"""U and T with $V = D^{-1/2} U T$: the directions, or $D^{1/2} V$ where products with T would lose digits."""
         R, Z, Q = self._inner.triangle, self._inner.rotation, self._inner.orthonormal
+        identity = torch.eye(self.rank).to(self.directions)
+        if self.rank == 0:
+            return self.directions, identity
         if R is None or Z is None:
-            return self.diagonal.reshape(()).sqrt() * torch.eye(self.rank).to(self.directions) if self.rank else None
+            return self.directions, self.diagonal.reshape(()).sqrt() * identity
         if Q is not None or _condition(R.mT @ R) > _WELL_CONDITIONED:
-            return None
-        return torch.linalg.solve_triangular(R, Z, upper=True).to(self.directions.dtype)
+            return self._spectrum[0] * self.diagonal.sqrt()[:, None], identity
+        return self.directions, torch.linalg.solve_triangular(R, Z, upper=True).to(self.directions.dtype)
 
     def _whitened_blocks(self) -> Iterator[Tensor]:
         """Yield blocks of the rows of V, in the precision of sums."""
@@ -188,14 +189,12 @@ class LowRankPlusDiagonal:
             covariances: between the rows of a sample; otherwise the variance of every row.
         """
         rows, inverse = rows.rotated(self.basis), (1 / self.diagonal).expand(self.n_parameters)
-        T = self._whitening
-        U = self.directions if T is not None or self.rank == 0 else self._spectrum[0] * self.diagonal.sqrt()[:, None]
-        whole, parallel = rows.weighted(inverse, U, pairs=covariances)
-        parallel = parallel if T is None else parallel @ T
-        squared = _products if covariances else _squares
+        U, T = self._whitening
+        whole, along_U = rows.weighted(inverse, U, pairs=covariances)
+        parallel, squared = along_U @ T, _products if covariances else _squares
 
         def perpendicular() -> Tensor:
-            along = parallel if T is None else parallel @ T.mT
+            along = parallel @ T.mT
             parts = (squared((part - along @ U[place].mT) * inverse[place].sqrt()) for place, part in rows.columns())
             return sum(parts, start=torch.zeros_like(whole))
 

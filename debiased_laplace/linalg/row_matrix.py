@@ -96,7 +96,7 @@ class OuterRows:
 
     @property
     def contractions_are_cheaper(self) -> bool:
-        """Whether `weighted` costs less by the factors than by the rows: few positions, one right factor a sample."""
+        """Whether weighted sums cost less by the factors than by the rows: few positions, one right factor a sample."""
         return self.right.shape[1] == 1 and self.right.shape[2] <= self.shape[1]
 
     def weighted_products(self, weights: Float[Tensor, " p"], *, pairs: bool) -> Tensor:

@@ -169,7 +169,8 @@ def newton_step(
     The batch is split in two. Conjugate gradients on one half give directions; the other half, independent of them,
     gives the step along each and the stopping point. The step minimizes the quadratic model of the mean loss plus
     $\tfrac12 \lambda \|d\|^2$. Cost: a forward-mode derivative and a backward pass on one half per direction, and a
-    forward-mode derivative on the other half per step; with held-out stopping, steps are fewer than directions.
+    forward-mode derivative on the other half per step; with held-out stopping, steps are fewer than directions. With
+    `n_rows`, a forward pass over each half and a backward pass per row take the place of the products.
 
     Args:
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
