@@ -128,19 +128,21 @@ def layered_rows(
     cotangents: Cotangents,
     *,
     vmapped: bool,
+    names: tuple[str, ...] | None = None,
 ) -> tuple[RowMatrix, Tensor]:
-    """Compute the rows of every parameter, and the outputs (n, C), by layers where these are seen.
+    """Compute the rows of every parameter, or of those named, and the outputs (n, C), by layers where these are seen.
 
     Raises:
         LayersDifferError: if the batch calls other layers than those found.
     """
-    rows, outputs = layers.rows(selection, parameters, inputs, targets_or_noise, cotangents)
-    others = frozenset(selection.names) - layers.names
+    names = selection.names if names is None else names
+    rows, outputs = layers.rows(selection, parameters, inputs, targets_or_noise, cotangents, frozenset(names))
+    others = frozenset(names) - layers.names
     if others:
         of_others = _vmapped if vmapped else _looped
         found, _ = of_others(selection, parameters, others, inputs, targets_or_noise, cotangents)
         rows |= {name: value.detach().reshape(*value.shape[:2], -1) for name, value in found.items()}
-    return RowMatrix(tuple(rows[name] for name in selection.names)), outputs
+    return RowMatrix(tuple(rows[name] for name in names)), outputs
 
 
 def columns(

@@ -172,13 +172,15 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
     for block in groups:
         for part, shape, both in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
             _add_matrices(part, shape, both)
+    ranks: list[int | None] = []
     for part, shape, both in zip(held.parts, shapes, sums, strict=True) if held is not None else ():
+        ranks.append(_largest_rank(part))
         if isinstance(part, OuterRows):
             _add_outer_products(part, shape, both)
         else:
             for rows in part.split(max(1, CHUNK_BYTES // (8 * part[:1].numel()))):
                 _add_matrices(rows, shape, both)
-    ranks = [None] * len(sums) if held is None else [_largest_rank(part) for part in held.parts]
+    ranks = ranks or [None] * len(sums)
     return [
         _trace_preserving(left / curvature.n_samples, right, k) for (left, right), k in zip(sums, ranks, strict=True)
     ]

@@ -16,7 +16,7 @@ References:
 
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from debiased_laplace.curvature.as_found import raise_interrupt
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.inputs import Inputs, n_samples_of, on_each
-from debiased_laplace.linalg.row_matrix import OuterRows, RowMatrix, RowsOfParameter, flat
+from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter, flat
 
 Cotangents = Callable[[Tensor, Tensor], Tensor]
 """Map from the outputs (C,) of one sample and its targets or noise to the columns of a (C, r) matrix."""
@@ -257,12 +257,12 @@ class Layers:
     Attributes:
         calls: what every batch calls.
         names: parameters of which all uses are seen.
-        n_numbers: how many numbers a row takes in the samples that the layers were tested with.
+        n_numbers: how many numbers a row takes, for each of them, in the samples that the layers were tested with.
     """
 
     calls: tuple[_Layer, ...]
     names: frozenset[str]
-    n_numbers: int = 0
+    n_numbers: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> "Layers":
@@ -296,9 +296,13 @@ class Layers:
 
     def tested(self, rows: dict[str, RowsOfParameter], wrong: Iterable[str]) -> "Layers":
         """Return the layers without the parameters whose rows are wrong, given the rows of all."""
-        matrix = RowMatrix(tuple(rows.values()))
-        n, r, _ = matrix.shape
-        return Layers(self.calls, self.names - set(wrong), matrix.n_numbers // (n * r))
+        names = self.names - set(wrong)
+        n_numbers = {}
+        for name in names:
+            part = rows[name]
+            total = part.n_numbers if isinstance(part, OuterRows) else part.numel()
+            n_numbers[name] = total // (part.shape[0] * part.shape[1])
+        return Layers(self.calls, names, n_numbers)
 
     def rows(
         self,
@@ -307,13 +311,15 @@ class Layers:
         inputs: Inputs,
         targets_or_noise: Tensor,
         cotangents: Cotangents,
+        names: frozenset[str] | None = None,
     ) -> tuple[dict[str, RowsOfParameter], Tensor]:
-        """Compute the rows of each seen parameter, and the outputs (n, C), of a batch.
+        """Compute the rows of each seen parameter, or of those named, and the outputs (n, C), of a batch.
 
         Raises:
             LayersDifferError: if the batch calls other layers, or changes their inputs in place.
         """
-        leaves = {name: p.detach().requires_grad_(name in self.names) for name, p in parameters.items()}
+        names = self.names if names is None else self.names & names
+        leaves = {name: p.detach().requires_grad_(name in names) for name, p in parameters.items()}
         with torch.enable_grad():
             outputs, recorder = _recorded(selection, leaves, inputs)
         calls = recorder.calls
@@ -321,10 +327,10 @@ class Layers:
             raise LayersDifferError("other calls than at the samples that the layers were found with")
         n = len(outputs)
         columns = vmap(cotangents)(outputs.detach(), targets_or_noise).movedim(-1, 0)
-        used = [i for i, call in enumerate(calls) if call.edge is not None and self.names & set(call.names.values())]
+        used = [i for i, call in enumerate(calls) if call.edge is not None and names & set(call.names.values())]
         edges = [calls[i].edge for i in used]
         gradients = _pulled_back(outputs, edges, columns)
-        found: dict[str, list[RowsOfParameter]] = {name: [] for name in self.names}
+        found: dict[str, list[RowsOfParameter]] = {name: [] for name in names}
         for i, g in zip(used, gradients, strict=True):
             if g is not None:
                 for name, rows in _rows_of_call(calls[i], self.calls[i].axes, g, n).items():

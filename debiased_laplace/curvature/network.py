@@ -241,16 +241,34 @@ class Network:
         )
 
     def row_matrix(
-        self, inputs: Inputs, targets_or_noise: Tensor, cotangents: derivatives.Cotangents
+        self,
+        inputs: Inputs,
+        targets_or_noise: Tensor,
+        cotangents: derivatives.Cotangents,
+        chosen: range | None = None,
     ) -> tuple[RowMatrix, Tensor] | None:
-        """Compute rows by layers, and outputs (n, C), of a batch; None if the network has no layers that are seen."""
+        """Compute rows by layers, and outputs (n, C), of a batch; None if the network has no layers that are seen.
+
+        Args:
+            inputs: a batch.
+            targets_or_noise: input of the cotangents for each sample.
+            cotangents: of the outputs.
+            chosen: numbers of the parameters; None: all.
+        """
         layers = self.capabilities.layers
         if layers is None:
             return None
         vmapped = self.capabilities.vmapped_rows
         try:
             return derivatives.layered_rows(
-                self.selection, self.parameters, layers, inputs, targets_or_noise, cotangents, vmapped=vmapped
+                self.selection,
+                self.parameters,
+                layers,
+                inputs,
+                targets_or_noise,
+                cotangents,
+                vmapped=vmapped,
+                names=None if chosen is None else self.selection.names[chosen.start : chosen.stop],
             )
         except LayersDifferError:
             # data-dependent control flow
@@ -286,15 +304,14 @@ class Network:
     @property
     def bytes_of_factors(self) -> int:
         """Memory of a row as `row_matrix` returns it, in bytes."""
-        layers = self.capabilities.layers
-        if layers is None:
-            return self.bytes_of_a_row
-        others = sum(
-            size
-            for name, size in zip(self.selection.names, self.selection.sizes, strict=True)
-            if name not in layers.names
-        )
-        return (layers.n_numbers + others) * self.like.element_size()
+        return self.bytes_of_a_row if self.capabilities.layers is None else sum(self.bytes_by_parameter)
+
+    @property
+    def bytes_by_parameter(self) -> list[int]:
+        """Memory of a row as `row_matrix` returns it, in bytes, for each parameter."""
+        n_numbers = {} if self.capabilities.layers is None else self.capabilities.layers.n_numbers
+        numbers = (n_numbers.get(n, size) for n, size in zip(self.selection.names, self.selection.sizes, strict=True))
+        return [n * self.like.element_size() for n in numbers]
 
     def bytes_of_held_rows(self, n_rows: int) -> int:
         """Return the memory of rows in bytes: by parameter where there are many and that saves half of it or more."""

@@ -33,13 +33,15 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.linalg.row_matrix import OuterRows, RowMatrix
+from debiased_laplace.linalg.row_matrix import OuterRows, RecomputedRows, RowMatrix, RowsOfParameter
+from debiased_laplace.linalg.row_matrix import joined as joined_rows
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
 _VALUES = 2**20  # directions along which moments are computed at once
 _FEATURES = 1024  # samples whose features are used at once
 _BYTES_OF_AN_OUTPUT = 64  # of what is computed from it: several numbers in double precision
+_MOST_GROUPS = 8  # passes for rows as factors, above which forming all rows in one pass is cheaper
 _HELD = 4  # bytes of a linearized batch, in bytes of its activations: 1 for linear layers, 4 with batch normalization
 
 UNUSED = "unused"
@@ -132,7 +134,9 @@ class RowCurvature(SubBatchCurvature):
     def part(self, positions: Int64[Tensor, " m"]) -> "RowCurvature":
         """Return the mean curvature of a subset, with the same draws; rows held in memory are reused."""
         part = RowCurvature(self.network, self.samples.at(positions), self.root, seed=self.seed)
-        if self._stacked is not None:
+        if self._stacked is not None and self._stacked.rows.recomputed:
+            part._hold(part._recomputed_rows())
+        elif self._stacked is not None:
             part._hold(self._stacked.rows.at(positions.to(self._stacked.rows.like.device)))
             part._scales = None if self._scales is None else self._scales[positions]
         if self.is_random or self._drawn is not None:
@@ -169,7 +173,7 @@ class RowCurvature(SubBatchCurvature):
 
     def row_groups(self, description: str = "[Computing rows]") -> Iterator[tuple[int, RowBlocks]]:
         """Yield groups of samples: their number, and their rows in one or more blocks."""
-        if self._stacked is not None:
+        if self._stacked is not None and not self._stacked.rows.recomputed:
             size = max(1, self.network.rows_per_chunk(self.rows_per_sample))
             for start in range(0, self.n_samples, size):
                 rows = self._stacked.rows.at(slice(start, start + size)).dense()
@@ -190,12 +194,14 @@ class RowCurvature(SubBatchCurvature):
             yield from blocks
 
     def stacked_rows(self) -> GramFactor:
-        """Return all rows as one matrix, held in memory; the rows of a sample are adjacent."""
+        """Return all rows as one matrix, held in memory if they fit; the rows of a sample are adjacent."""
         if self._stacked is not None and self._scales is not None:
             scales, self._scales = self._scales, None
             return self._hold(self._stacked.rows.scaled(scales))
-        if self._stacked is None and self._by_parameter and (rows := self._rows_by_parameter()) is not None:
-            return self._hold(rows)
+        if self._stacked is None and self.bytes_of_rows > self.network.available_memory and self.parameter_groups:
+            return self._hold(self._recomputed_rows())
+        if self._stacked is None and self._by_parameter and (parts := self._rows_of(None)) is not None:
+            return self._hold(RowMatrix(tuple(parts)))
         if self._stacked is None:
             flat = self.network.like.new_empty(self.n_samples, self.rows_per_sample, self.network.n_parameters)
             start = 0
@@ -208,22 +214,62 @@ class RowCurvature(SubBatchCurvature):
             return self._hold(RowMatrix((flat,)))
         return self._stacked
 
-    def _rows_by_parameter(self) -> RowMatrix | None:
-        """Compute all rows by layers; None where a batch calls other layers."""
+    @property
+    def parameter_groups(self) -> tuple[range, ...]:
+        """Ranges of parameters whose rows fit together into half the available memory; none if some do not."""
+        backend = self.network.backend
+        offered = backend is not None and backend.offers_rows(self.root)
+        if offered or self.linear_layer is not None or self.network.capabilities.layers is None:
+            return ()
+        groups, start, size = [], 0, 0
+        most = self.network.available_memory // (2 * max(1, self.n_rows))
+        for i, own in enumerate(self.network.bytes_by_parameter):
+            if own > most:
+                return ()
+            if size + own > most:
+                groups.append(range(start, i))
+                start, size = i, 0
+            size += own
+        return (*groups, range(start, len(self.network.selection.names)))
+
+    def _recomputed_rows(self) -> RowMatrix:
+        network = self.network
+
+        def compute(group: range) -> list[RowsOfParameter]:
+            rows = self._rows_of(group)
+            if rows is None:
+                raise ValueError(
+                    "The model calls other layers for some samples than for others, and all rows together do not fit "
+                    "into memory; expected a larger memory or fewer rows."
+                )
+            return rows
+
+        shape = self.n_samples, self.rows_per_sample, network.n_parameters
+        sizes = tuple(network.selection.sizes)
+        return RowMatrix(RecomputedRows(shape, network.like, sizes, self.parameter_groups, compute))
+
+    def _rows_of(self, chosen: range | None) -> list[RowsOfParameter] | None:
+        """Compute the rows of some parameters, or of all, by layers; None where a batch calls other layers."""
         r = self.rows_per_sample
         size = max(1, min(_BATCH, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
-        groups = []
+        found: list[list[RowsOfParameter]] = [[] for _ in chosen or self.network.selection.names]
         with self._progress("[Computing rows]") as bar:
             for batch, targets_or_noise in self.batches():
                 for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
-                    found = self.network.row_matrix(chunk.inputs, part, self._cotangents)
-                    if found is None:
+                    of_chunk = self.network.row_matrix(chunk.inputs, part, self._cotangents, chosen)
+                    if of_chunk is None:
                         return None
-                    rows = found[0]
-                    groups.append(rows if chunk.weights is None else rows.scaled(chunk.weights.sqrt()))
+                    rows = of_chunk[0] if chunk.weights is None else of_chunk[0].scaled(chunk.weights.sqrt())
+                    for groups, new in zip(found, rows.parts, strict=True):
+                        groups.append(new)
                     bar.update(len(chunk))
         self._used.add(TORCH_ROWS)
-        return RowMatrix.joined(groups)
+        together = []
+        found.reverse()
+        while found:
+            # rows are let go once they are joined
+            together.append(joined_rows(found.pop()))
+        return together
 
     def _cotangents(self, outputs: Tensor, targets_or_noise: Tensor) -> Tensor:
         return self.root.columns(outputs, targets_or_noise, slice(None))
@@ -240,8 +286,11 @@ class RowCurvature(SubBatchCurvature):
         return self._stacked
 
     def keep_rows(self) -> None:
-        """Hold all rows in memory for repeated use, if they fit into the available memory."""
-        if self.linear_layer is None and self.bytes_of_rows <= self.network.available_memory:
+        """Hold all rows in memory for repeated use if they fit, or a few parameters' at a time as factors."""
+        if self.linear_layer is not None:
+            return
+        fits = self.bytes_of_rows <= self.network.available_memory
+        if fits or (self._by_parameter and 0 < len(self.parameter_groups) <= _MOST_GROUPS):
             self.stacked_rows()
 
     def dense(self) -> Float[Tensor, "P P"]:
@@ -361,7 +410,7 @@ class RowCurvature(SubBatchCurvature):
         if self._by_parameter:
             self.keep_rows()
         if (held := self.rows_by_parameter) is not None:
-            parts = (held.at(chosen) for chosen in torch.arange(len(held)).split(_BATCH))
+            parts = [held] if held.recomputed else [held.at(chosen) for chosen in torch.arange(len(held)).split(_BATCH)]
             return torch.cat([precision.variance_of(part, covariances=False).sum(1) for part in parts])
         zeros, groups = self.network.like.new_zeros, []
         covariance = (

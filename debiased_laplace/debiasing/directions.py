@@ -21,6 +21,7 @@ LANCZOS_RANK = 100
 """Number of directions for `rank=None` if only Lanczos is affordable."""
 
 _LARGEST_BLOCK = 16
+_SWEEPS = 4  # passes over all rows: inner products, directions, projections, norms
 _PRODUCT = 40  # multiplications for a parameter and sample, per half product: linear layers 20, convolutions 40 to 60
 _EIGENVECTORS = 5  # cost of all eigenvectors of a matrix, in products of two such matrices
 _LARGEST_SIDE = 12_000  # of a matrix with all eigenvectors (`rank=None`): a minute or more on all cores
@@ -86,8 +87,9 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None, n_folds: int =
         fits = budget >= 3 * 8 * P * P
         return "gram" if fits and (rank is None or 6 * rank + 40 >= P) else "lanczos"
     R, r = curvature.n_rows, curvature.rows_per_sample
-    gram_bytes = curvature.bytes_of_rows + 3 * 8 * R * R
-    if min(gram_bytes, 3 * 8 * P * P) > budget:
+    if min(curvature.bytes_of_rows + 3 * 8 * R * R, 3 * 8 * P * P) > budget and not _recomputes(
+        curvature, LANCZOS_RANK if rank is None else rank, n_folds
+    ):
         return "lanczos"
     if rank is None:
         return "gram" if min(R, P) <= _LARGEST_SIDE else "lanczos"
@@ -100,6 +102,14 @@ def choose_solver(curvature: SubBatchCurvature, rank: int | None, n_folds: int =
     sums = (2 if n_folds else 1) / (1 + n_folds)
     dense = sums * r * P + _EIGENVECTORS * P * P / curvature.n_samples
     return "gram" if dense <= _PRODUCT * (6 * rank + 40) else "lanczos"
+
+
+def _recomputes(curvature: RowCurvature, k: int, n_folds: int) -> bool:
+    """Return whether rows that do not fit are computed a few parameters at a time, which may take fewer passes."""
+    groups = len(curvature.parameter_groups)
+    if not groups or 2 * 3 * 8 * curvature.n_rows**2 > curvature.network.available_memory:
+        return False
+    return groups * (_SWEEPS + n_folds) * curvature.rows_per_sample <= 2 * (1 + n_folds) * (3 * k + 20)
 
 
 def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eigenpairs:

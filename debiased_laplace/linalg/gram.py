@@ -66,7 +66,8 @@ class GramFactor:
         k = k if rank is None else min(k, rank)
         values, W = values[:k], W[:, :k]
         dtype = self.rows.like.dtype
-        U = polish(self.rows.combined((W / (values * self.n_samples).sqrt()).to(dtype)))
+        U = self.rows.combined((W / (values * self.n_samples).sqrt()).to(dtype))
+        U = polish(U, out=U)
         rounding = torch.finfo(dtype).eps * values[:1].expand(k)
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
@@ -114,11 +115,15 @@ def dense_curvature(rows: Iterable[Float[Tensor, "_n _r P"]], n_parameters: int,
     return H
 
 
-def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+def polish(U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None) -> Float[Tensor, "P k"]:
     r"""Orthonormalize nearly orthonormal columns: return $U L^{-\top}$, where $U^\top U = L L^\top$.
 
     Each column is corrected by the columns before it. Cost: two matrix products, a fraction of a QR decomposition of a
     tall matrix; QR is the fallback for columns that are far from orthonormal.
+
+    Args:
+        U: the columns; returned if they are orthonormal to rounding.
+        out: where to write, which may be U; None: a new tensor.
     """
     # Rounding leaves components of the leading directions in the trailing ones. A symmetric correction would leave
     # half of each there: with a leading curvature many orders larger, that is many times the trailing one.
@@ -134,7 +139,7 @@ def polish(U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         return torch.where(R.diagonal() < 0, -Q, Q)
     identity = torch.eye(k, dtype=U.dtype, device=U.device)
     T = torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, identity, upper=True)
-    result = torch.empty_like(U)
-    for block, polished in zip(U.split(_ROWS), result.split(_ROWS), strict=True):
-        torch.matmul(block, T, out=polished)
-    return result
+    out = torch.empty_like(U) if out is None else out
+    for block, polished in zip(U.split(_ROWS), out.split(_ROWS), strict=True):
+        polished.copy_(block @ T)
+    return out

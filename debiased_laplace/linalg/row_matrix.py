@@ -2,11 +2,12 @@ r"""Rows of a curvature's root by parameter, as factors where they are sums of f
 
 The matrix of all rows (R, P) is never formed: what needs it goes over chunks of its columns. Where a parameter's rows
 are $\sum_t g_t a_t^\top$ with few positions t, the factors take a fraction of its memory, and a Kronecker basis rotates
-g and a instead of the rows.
+g and a instead of the rows. Rows that do not fit into memory together are computed again at every use, those of a few
+parameters at a time.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -138,9 +139,63 @@ RowsOfParameter = OuterRows | Float[Tensor, "_n _r _p"]
 """Rows of one parameter, as factors or flat."""
 
 
+def joined(groups: Sequence[RowsOfParameter]) -> RowsOfParameter:
+    """Return the rows of several groups of samples."""
+    outer = [part for part in groups if isinstance(part, OuterRows)]
+    if len(outer) < len(groups):
+        return torch.cat([flat(part) for part in groups])
+    # samples of other groups may have other numbers of positions
+    T = max(part.positions for part in outer)
+    left, right = (
+        torch.cat([pad(x, (0, 0, 0, T - x.shape[2])) for x in side])
+        for side in ([part.left for part in outer], [part.right for part in outer])
+    )
+    return OuterRows(left, right)
+
+
 def flat(rows: RowsOfParameter) -> Float[Tensor, "n r p"]:
     """Return the rows of one parameter as a tensor."""
     return rows.dense() if isinstance(rows, OuterRows) else rows
+
+
+@dataclass(frozen=True, eq=False)
+class RecomputedRows:
+    """Rows by parameter that are computed again at every use, those of a few parameters at a time.
+
+    Attributes:
+        shape: n, r and the number of parameters' entries, P.
+        like: a tensor of the rows' dtype and device.
+        sizes: number of entries of each parameter.
+        groups: ranges of parameters whose rows fit into memory together, in order.
+        compute: map from a range to the rows of its parameters.
+    """
+
+    shape: tuple[int, int, int]
+    like: Tensor
+    sizes: tuple[int, ...]
+    groups: tuple[range, ...]
+    compute: "Callable[[range], list[RowsOfParameter]]"
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> "Iterator[RowsOfParameter]":
+        for group in self.groups:
+            parts = self.compute(group)[::-1]
+            # each is let go before the next
+            while parts:
+                yield parts.pop()
+
+    def changed(self, change: "Callable[[int, RowsOfParameter], RowsOfParameter]") -> "RecomputedRows":
+        """Return the rows with a function applied to those of each parameter, given its number."""
+
+        def compute(group: range) -> list[RowsOfParameter]:
+            parts = self.compute(group)
+            for i, number in enumerate(group):
+                parts[i] = change(number, parts[i])
+            return parts
+
+        return replace(self, compute=compute)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,97 +206,101 @@ class RowMatrix:
         parts: one for each parameter, in order; or a single one for all.
     """
 
-    parts: tuple[RowsOfParameter, ...]
+    parts: tuple[RowsOfParameter, ...] | RecomputedRows
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """n, r and P."""
+        if isinstance(self.parts, RecomputedRows):
+            return self.parts.shape
         n, r, _ = self.parts[0].shape
-        return n, r, sum(part.shape[2] for part in self.parts)
+        return n, r, sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each parameter."""
+        if isinstance(self.parts, RecomputedRows):
+            return self.parts.sizes
+        return tuple(part.shape[2] for part in self.parts)
 
     def __len__(self) -> int:
-        return self.parts[0].shape[0]
+        return self.shape[0]
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether rows are computed again at every use."""
+        return isinstance(self.parts, RecomputedRows)
 
     @property
     def by_parameter(self) -> bool:
         """Whether there is a part for each parameter, not one for all."""
-        return len(self.parts) > 1
-
-    @property
-    def n_numbers(self) -> int:
-        """Number of entries as the rows are held."""
-        return sum(part.n_numbers if isinstance(part, OuterRows) else part.numel() for part in self.parts)
+        return self.recomputed or len(self.parts) > 1
 
     @property
     def like(self) -> Tensor:
         """A tensor of the rows' dtype and device."""
+        if isinstance(self.parts, RecomputedRows):
+            return self.parts.like
         part = self.parts[0]
         return part.left if isinstance(part, OuterRows) else part
 
     def dense(self) -> Float[Tensor, "n r P"]:
         """Return all rows as one tensor."""
-        return torch.cat([flat(part) for part in self.parts], dim=-1) if len(self.parts) > 1 else flat(self.parts[0])
+        return torch.cat([flat(part) for part in self.parts], dim=-1) if len(self.parts) > 1 else self._only
+
+    @property
+    def _only(self) -> Float[Tensor, "n r P"]:
+        (part,) = self.parts
+        return flat(part)
+
+    def _changed(self, change: Callable[[int, RowsOfParameter], RowsOfParameter]) -> "RowMatrix":
+        if isinstance(self.parts, RecomputedRows):
+            return RowMatrix(self.parts.changed(change))
+        return RowMatrix(tuple(change(i, part) for i, part in enumerate(self.parts)))
 
     def at(self, samples: Tensor | slice) -> "RowMatrix":
         """Return the rows of some samples, by their indices or a mask."""
-        return RowMatrix(
-            tuple(part.at(samples) if isinstance(part, OuterRows) else part[samples] for part in self.parts)
-        )
+        changed = self._changed(lambda _, part: part.at(samples) if isinstance(part, OuterRows) else part[samples])
+        if isinstance(changed.parts, RecomputedRows):
+            n, r, P = self.shape
+            n = len(torch.arange(n)[samples.cpu() if isinstance(samples, Tensor) else samples])
+            return RowMatrix(replace(changed.parts, shape=(n, r, P)))
+        return changed
 
     def scaled(self, factors: Float[Tensor, " n"]) -> "RowMatrix":
         """Return the rows times a number for each sample."""
-        return RowMatrix(
-            tuple(
-                part.scaled(factors) if isinstance(part, OuterRows) else part * factors.to(part)[:, None, None]
-                for part in self.parts
-            )
-        )
 
-    @staticmethod
-    def joined(groups: "Sequence[RowMatrix]") -> "RowMatrix":
-        """Return the rows of several groups of samples."""
-        parts: list[RowsOfParameter] = []
-        for of_parameter in zip(*(group.parts for group in groups), strict=True):
-            outer = [p for p in of_parameter if isinstance(p, OuterRows)]
-            if len(outer) == len(of_parameter):
-                # samples of other groups may have other numbers of positions
-                T = max(p.left.shape[2] for p in outer)
-                left, right = (
-                    torch.cat([pad(x, (0, 0, 0, T - x.shape[2])) for x in side])
-                    for side in ([p.left for p in outer], [p.right for p in outer])
-                )
-                parts.append(OuterRows(left, right))
-            else:
-                parts.append(torch.cat([flat(p) for p in of_parameter]))
-        return RowMatrix(tuple(parts))
+        def scaled(_: int, part: RowsOfParameter) -> RowsOfParameter:
+            return part.scaled(factors) if isinstance(part, OuterRows) else part * factors.to(part)[:, None, None]
+
+        return self._changed(scaled)
 
     def rotated(self, basis: KroneckerBasis | None) -> "RowMatrix":
         """Return the rows in the coordinates of a basis; None: as they are."""
         if basis is None:
             return self
         if len(self.parts) == 1 and len(basis.blocks) > 1:
-            return RowMatrix((basis.coordinates(flat(self.parts[0])),))
-        return RowMatrix(
-            tuple(
-                part.rotated(block) if isinstance(part, OuterRows) else block.rotated(part, back=False)
-                for part, block in zip(self.parts, basis.blocks, strict=True)
-            )
-        )
+            return RowMatrix((basis.coordinates(self._only),))
+        blocks = basis.blocks
+
+        def rotated(i: int, part: RowsOfParameter) -> RowsOfParameter:
+            return part.rotated(blocks[i]) if isinstance(part, OuterRows) else blocks[i].rotated(part, back=False)
+
+        return self._changed(rotated)
 
     @property
     def places(self) -> list[slice]:
         """Place of each parameter in the flat vector."""
-        ends = torch.tensor([0, *(part.shape[2] for part in self.parts)]).cumsum(0).tolist()
+        ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
         return [slice(a, b) for a, b in pairwise(ends)]
 
-    def columns(self, row_bytes: int = 1, at_least: int = 1) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:
+    def columns(self, row_bytes: int = 1) -> Iterator[tuple[slice, Float[Tensor, "n r w"]]]:
         """Yield chunks of the columns, with their places in the flat vector.
 
         Args:
             row_bytes: bytes that the caller needs for each entry, relative to those of the entry.
-            at_least: smallest number of columns of a chunk, where there are as many.
         """
-        most = max(at_least, self._most_columns(row_bytes))
+        most = self._most_columns(row_bytes)
         for place, part in zip(self.places, self.parts, strict=True):
             for local, rows in _columns_of(part, most):
                 yield slice(place.start + local.start, place.start + local.stop), rows
@@ -333,15 +392,13 @@ class RowMatrix:
         n, r, _ = self.shape
         exact = accumulation_dtype(self.like)
         total = self.like.new_zeros(n * r, n * r, dtype=exact)
-        others = []
+        # as many columns as rows: sums of products, which are held, cost less than products
+        most = max(n * r, self._most_columns(2))
         for part in self.parts:
             if isinstance(part, OuterRows) and part.products_are_cheaper:
                 total += part.products(exact)
-            else:
-                others.append(part)
-        if others:
-            # as many columns as rows: sums of products, which are held, cost less than products
-            for _, rows in RowMatrix(tuple(others)).columns(2, at_least=n * r):
+                continue
+            for _, rows in _columns_of(part, most):
                 total += row_products(rows.flatten(0, 1), exact)
         return total
 

@@ -120,7 +120,7 @@ def test_rows_of_a_linear_layer_stay_factors():
     able = find_capabilities(selection, parameters, X)
     rows, _ = layered_rows(selection, parameters, able.layers, X, torch.zeros(40), cotangents, vmapped=True)
     assert [isinstance(part, OuterRows) for part in rows.parts] == [True, False] * 3
-    assert able.layers.n_numbers < selection.n_parameters
+    assert sum(able.layers.n_numbers.values()) < selection.n_parameters
 
 
 def test_other_layers_than_found_take_another_way():
@@ -167,17 +167,29 @@ def curvature_of(name, weights=None):
     return RowCurvature(network, samples, GaussNewton(likelihood), draw=draw)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer", "many"])
-def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, monkeypatch):
+def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, recomputed, monkeypatch):
     weights = torch.linspace(0.5, 1.7, N).double()
     monkeypatch.setattr(RowCurvature, "_by_parameter", False)
     flat = curvature_of(name, weights)
     monkeypatch.setattr(RowCurvature, "_by_parameter", True)
     monkeypatch.setattr("debiased_laplace.linalg.row_matrix._CHUNK_BYTES", 3000)
     held = curvature_of(name, weights)
+    if recomputed:
+        least = 2 * held.n_rows * max(held.network.bytes_by_parameter)
+        monkeypatch.setattr(Network, "available_memory", min(least, held.bytes_of_rows - 1))
+        monkeypatch.setattr("debiased_laplace.curvature.row_curvature._MOST_GROUPS", 100)
+        assert len(held.parameter_groups) > 1
     factors = torch.linspace(2, 0.3, N).double()
     chosen = torch.tensor([1, 2, 5, 8])
-    for change in (lambda c: c, lambda c: c.reweighted(factors), lambda c: c.part(chosen)):
+    changes = {
+        "itself": lambda c: c,
+        "reweighted": lambda c: c.reweighted(factors),
+        "part": lambda c: c.part(chosen),
+        "part of reweighted": lambda c: c.reweighted(factors).part(chosen),
+    }
+    for change in changes.values():
         held.keep_rows()
         expected, found = change(flat), change(held)
         assert expected.rows_by_parameter is None
@@ -186,6 +198,9 @@ def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, mon
         V = torch.cat(list(expected.rows())).flatten(0, 1)
         close(torch.cat(list(found.rows())).flatten(0, 1), V, rtol=1e-9, atol=1e-12)
         factor = found.stacked_rows()
+        assert factor.rows.recomputed == recomputed
+        for some in (slice(1, 3), torch.arange(found.n_samples) % 2 == 0):
+            close(factor.rows.at(some).dense().flatten(0, 1), V.unflatten(0, (-1, 3))[some].flatten(0, 1))
         close(factor.gram, V @ V.mT / found.n_samples, rtol=1e-9, atol=1e-12)
         close(found.squared_norms(), expected.squared_norms(), rtol=1e-9, atol=1e-12)
         W = torch.randn(len(V), 3).double()
