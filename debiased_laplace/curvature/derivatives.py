@@ -5,7 +5,8 @@ fused kernels. `find_capabilities` tests once, on two samples, which modes a mod
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,16 @@ from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.batches import Batch
-from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, one_by_one
-from debiased_laplace.linalg.row_matrix import RowMatrix, flat
+from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, on_each, one_by_one
+from debiased_laplace.linalg.row_matrix import RowMatrix, RowsOfParameter, flat
 
 _VECTORS = 2  # random combinations of outputs, and tangents, that modes of differentiation are tested on
 _ASSUMED_BYTES = 2**20  # activations of a sample that could not be measured
 
 _LARGE = 4 * 2**20
 """Bytes of parameters above which modes are not tested that would only save time: each test holds several vectors."""
+
+_GROUP = 128 * 2**20  # bytes of the gradients that the rows of a large network are compared with at a time
 
 
 def identity_cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
@@ -342,14 +345,16 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         inputs: at least one sample.
 
     Returns:
-        The modes that work and agree with rows computed one at a time.
+        The modes that work and agree with rows computed one at a time; of a large network, those of one sample, a few
+        parameters at a time.
 
     Raises:
         ValueError: if the outputs do not depend on the parameters or cannot be differentiated, or a checkpoint leaves
             gradients out.
     """
     several, inputs = first(inputs, 3), first(inputs, 2)
-    unused = torch.zeros(n_samples_of(inputs))
+    n = n_samples_of(inputs)
+    unused = torch.zeros(n)
     reasons: dict[str, str] = {}
 
     def attempt(name: str, compute: Callable[[], bool]) -> bool:
@@ -364,7 +369,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         return False
 
     generator = torch.Generator().manual_seed(0)
-    like = selection.vector()
+    like = next(iter(parameters.values()))
     with torch.no_grad():
         n_outputs = selection.call_noting_buffers(parameters, inputs).shape[-1]
     # a few combinations test as much as all outputs, of which there may be thousands
@@ -375,12 +380,112 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     def cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
         return mixed
 
+    # not the first: there, positions taken for samples may go unnoticed
+    tested = slice(n - 1, n) if is_large else slice(0, n)
+    samples = on_each(inputs, lambda t: t[tested])
+
+    def gradients() -> Iterator[dict[str, Tensor]]:
+        return _gradients(selection, parameters, samples, mixed, _GROUP if is_large else None)
+
+    # not all at once of a large network, and where nothing catches errors
+    expected = [] if is_large else list(gradients())
+    if selection.last_layer is not None:
+        rows = selection.flatten({name: g for group in expected or gradients() for name, g in group.items()}, n_lead=2)
+        layer = LinearLayer.of(selection, parameters, samples, mixed, rows)
+        if layer is not None:
+            return Capabilities(vmapped_rows=True, columns=True, vmapped_columns=True, reasons={}, linear_layer=layer)
+
+    def tangents(chosen: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tangents of some parameters, (…, n_vectors), the same at every use."""
+        for i, (name, shape) in enumerate(zip(selection.names, selection.shapes, strict=True)):
+            if name in chosen:
+                of_parameter = torch.Generator().manual_seed(i + 1)
+                yield name, torch.randn(*shape, n_vectors, generator=of_parameter).to(like)
+
+    pushed, scale = mixed.new_zeros(()), mixed.new_zeros(())
+    for group in expected or gradients():
+        scale = torch.stack([scale, *(g.abs().max() for g in group.values() if g.numel())]).max()
+        for name, tangent in tangents(group):
+            pushed = pushed + _flat(group[name]) @ tangent.reshape(group[name][0, 0].numel(), n_vectors)
+
+    def different(rows: dict[str, RowsOfParameter]) -> set[str]:
+        """Return the parameters whose rows are not those expected."""
+        groups = (group.items() for group in expected or gradients())
+        named = ((name, g) for group in groups for name, g in group if name in rows)
+        return {name for name, g in named if not _close(flat(rows[name])[tested], _flat(g), scale)}
+
+    def rows_agree(names: frozenset[str]) -> bool:
+        rows, _ = _vmapped(selection, parameters, names, inputs, unused, cotangents)
+        return not different({name: _flat(g) for name, g in rows.items()})
+
+    layers: list[Layers] = []
+
+    def layers_agree() -> bool:
+        found = Layers.of(selection, parameters, several)
+        rows, _ = found.rows(selection, parameters, inputs, unused, cotangents)
+        wrong = different(rows)
+        layers.append(found.tested(rows, wrong))
+        return not wrong
+
+    def columns_agree(*, vmapped: bool) -> bool:
+        X = like.new_empty(n_vectors, selection.n_parameters)
+        for part, (_, tangent) in zip(X.split(selection.sizes, dim=1), tangents(selection.names), strict=True):
+            part.copy_(tangent.movedim(-1, 0).reshape(part.shape))
+        return _close(mixed.T @ columns(selection, parameters, samples, X.mT, vmapped=vmapped)[0], pushed)
+
+    attempt("layers", layers_agree)
+    seen = layers[0] if layers and layers[0].names else None
+    # of a large network, only the rows that layers do not give
+    others = frozenset(selection.names) - (seen.names if seen is not None and is_large else frozenset())
+    by_rows = bool(others) and attempt("vmapped rows", lambda: rows_agree(others))
+    by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
+    many = by_columns and not is_large and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
+    return Capabilities(by_rows, by_columns, many, reasons, layers=seen)
+
+
+def _gradients(
+    selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs, mixed: Tensor, n_bytes: int | None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the gradients (n, r, …) of combinations of the outputs, of about so many bytes of parameters at a time.
+
+    Raises:
+        ValueError: as `find_capabilities`.
+    """
+    groups: list[list[str]] = []
+    size = 0
+    for name, p in parameters.items():
+        own = p.numel() * p.element_size()
+        if not groups or (n_bytes is not None and size + own > n_bytes):
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += own
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    with _readable_errors(selection), torch.enable_grad():
+        outputs = [selection.call(leaves, as_one(x))[0] for x in one_by_one(inputs)]
+    for names in groups:
+        of_group = [leaves[name] for name in names]
+        with _readable_errors(selection):
+            rows = [
+                torch.autograd.grad(f, of_group, c, retain_graph=True, allow_unused=True, materialize_grads=True)
+                for f in outputs
+                for c in mixed.mT
+            ]
+        yield {
+            name: (torch.stack(parts) if len(parts) > 1 else parts[0][None]).unflatten(0, (len(outputs), -1))
+            for name, parts in zip(names, zip(*rows, strict=True), strict=True)
+        }
+
+
+@contextmanager
+def _readable_errors(selection: ParameterSelection) -> Iterator[None]:
+    """Turn torch's errors of differentiation into `ValueError`, as `find_capabilities` raises them."""
     try:
         with warnings.catch_warnings():
             if selection.last_layer is None:
                 # torch warns and leaves the gradients of what is in the checkpoint out
                 warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
-            expected, _ = looped_rows(selection, parameters, inputs, unused, cotangents)
+            yield
     except UserWarning as error:
         if "None of the inputs have requires_grad=True" not in str(error):
             raise
@@ -395,37 +500,11 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
                 "they depend on."
             ) from error
         raise ValueError(f"The model could not be differentiated with respect to its parameters: {error}") from error
-    layer = LinearLayer.of(selection, parameters, inputs, mixed, expected)
-    if layer is not None:
-        return Capabilities(vmapped_rows=True, columns=True, vmapped_columns=True, reasons={}, linear_layer=layer)
-    tangents = torch.randn(selection.n_parameters, n_vectors, generator=generator).to(like)
-    pushed = expected @ tangents
 
-    def rows_agree() -> bool:
-        return _close(vmapped_rows(selection, parameters, inputs, unused, cotangents)[0], expected)
 
-    layers: list[Layers] = []
-
-    def layers_agree() -> bool:
-        found = Layers.of(selection, parameters, several)
-        rows, _ = found.rows(selection, parameters, inputs, unused, cotangents)
-        of_name = dict(zip(selection.names, expected.split(selection.sizes, dim=-1), strict=True))
-        scale = expected.abs().max()
-        wrong = {name for name, part in rows.items() if not _close(flat(part), of_name[name], scale)}
-        layers.append(found.tested(rows, wrong))
-        return not wrong
-
-    def columns_agree(*, vmapped: bool) -> bool:
-        derivatives, _ = columns(selection, parameters, inputs, tangents, vmapped=vmapped)
-        return _close(mixed.T @ derivatives, pushed)
-
-    attempt("layers", layers_agree)
-    seen = layers[0] if layers and layers[0].names else None
-    needless = is_large and seen is not None and seen.names == set(selection.names)
-    by_rows = not needless and attempt("vmapped rows", rows_agree)
-    by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
-    many = by_columns and not is_large and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
-    return Capabilities(by_rows, by_columns, many, reasons, layers=seen)
+def _flat(gradients: Tensor) -> Tensor:
+    """Return gradients (n, r, …) as rows (n, r, p)."""
+    return gradients.flatten(2) if gradients.ndim > 2 else gradients[..., None]
 
 
 def allows_linearization(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> bool:

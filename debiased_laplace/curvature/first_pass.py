@@ -16,6 +16,9 @@ from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
+_LARGE = 2**20
+"""Parameters from which on fewer samples are evaluated before a fit."""
+
 
 @dataclass(frozen=True, eq=False)
 class FirstPass:
@@ -101,8 +104,8 @@ def prepare_network(
             other samples of the batch.
     """
     batch.check_finite()
-    parameters = {k: v.clone() for k, v in selection.unflatten(selection.vector()).items()}
-    few = batch.first(8)
+    parameters = selection.current()
+    few = batch.first(8 if selection.n_parameters < _LARGE else 2)
     with torch.no_grad():
         outputs = evaluated(selection, parameters, few)
         likelihood.check(outputs, few.targets)
@@ -121,7 +124,8 @@ def prepare_network(
             "The output of a sample depends on the other samples of its batch; expected samples along "
             "the first dimension, each on its own (batch_first=True for attention and recurrent layers)."
         )
-    capabilities = find_capabilities(selection, parameters, few.inputs)
+    capabilities = find_capabilities(selection, parameters, batch.first(3).inputs)
+    parameters = {name: p.clone() for name, p in parameters.items()}
     return Network(selection, parameters, likelihood, outputs.shape[1], capabilities, memory=memory)
 
 

@@ -154,15 +154,18 @@ class ParameterSelection:
             parts.append(f"{name}{tuple(shape)}{digest}")
         return "\n".join(parts)
 
+    def current(self) -> dict[str, Tensor]:
+        """Return the model's current values; whole parameters are not copied."""
+        current = dict(self.model.named_parameters())
+        chosen = {}
+        for name, entries in zip(self.names, self.entries, strict=True):
+            p = current[name].detach()
+            chosen[name] = p if entries is None else p.reshape(-1)[entries.to(p.device)]
+        return chosen
+
     def vector(self) -> Float[Tensor, " P"]:
         """Return a flat copy of the model's current values."""
-        current = dict(self.model.named_parameters())
-        flat = {name: current[name].detach().reshape(-1) for name in self.names}
-        parts = [
-            flat[name] if entries is None else flat[name][entries.to(flat[name].device)]
-            for name, entries in zip(self.names, self.entries, strict=True)
-        ]
-        return torch.cat(parts)
+        return torch.cat([p.reshape(-1) for p in self.current().values()])
 
     def check_finite(self) -> None:
         """Check that all weights are finite.
