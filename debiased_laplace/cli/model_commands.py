@@ -188,7 +188,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--n-rows", type=int, help="number of rows; a few thousand, or all, if not given")
     options.add_argument(
-        "--memory", type=int, metavar="BYTES", help="that a fit may take for rows and products of rows"
+        "--memory", type=int, metavar="BYTES", help="that a fit may take beyond the model, samples and directions"
     )
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")

@@ -122,6 +122,7 @@ class HessianCurvature(SubBatchCurvature):
         return [self._moments(directions[:, : request.rank], request) for request in requests]
 
     def _moments(self, directions: Float[Tensor, "P k"], request: ResidualRequest) -> DirectionalMoments:
+        directions = directions.to(self.network.like.dtype)
         sums = RunningMoments(directions.shape[1], directions)
         for chunk in self._chunks("[Curvature along directions]"):
             draw = None if self.draw is None else self.draw.at(slice(sums.n, sums.n + len(chunk)))
@@ -182,6 +183,6 @@ def hessian_traces(derivatives: SecondDerivatives, batch: Batch, precision: LowR
 
     A Hessian has no rows: the trace is the sum of quadratics along the P columns of a root of the covariance.
     """
-    like = precision.directions
+    like = precision.magnitudes
     units = torch.eye(precision.n_parameters, dtype=like.dtype, device=like.device).split(_PANEL)
     return torch.stack([derivatives.quadratics(batch, precision.root(unit).T).sum(1) for unit in units]).sum(0)

@@ -73,17 +73,17 @@ class LayerCovariance:
     def of(cls, layer: LinearLayer, precision: LowRankPlusDiagonal, memory: int) -> "LayerCovariance | None":
         """Return the Gaussian of a precision; None if its directions take more bytes of memory than there may be."""
         # single precision suffices where nothing is subtracted
-        like, exact = precision.directions, accumulation_dtype(precision.directions)
-        rows, weights, dtype = like.new_zeros(0, len(like)), like.new_zeros(0), like.dtype
+        like, exact, P = precision.magnitudes, accumulation_dtype(precision.magnitudes), precision.n_parameters
+        rows, weights, dtype = like.new_zeros(0, P), like.new_zeros(0), like.dtype
         if precision.rank:
-            if _COPIES * precision.rank * len(like) * exact.itemsize > memory:
+            if _COPIES * precision.rank * P * exact.itemsize > memory:
                 return None
             (rows, weights), dtype = precision.inverse_factor, exact
-        if precision.rank == len(like):
+        if precision.rank == P:
             return cls(layer, (), rows, weights)
         names, sizes = layer.selection.names, layer.selection.sizes
         shapes = dict(zip(names, layer.selection.shapes, strict=True))
-        inverses = (1 / precision.diagonal.to(dtype)).expand(len(like)).split(sizes)
+        inverses = (1 / precision.diagonal.to(dtype)).expand(P).split(sizes)
         blocks = []
         for i, (name, inverse) in enumerate(zip(names, inverses, strict=True)):
             o = shapes[name][0]

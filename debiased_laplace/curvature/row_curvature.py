@@ -33,8 +33,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.linalg.row_matrix import OuterRows, RecomputedRows, RowMatrix, RowsOfParameter
-from debiased_laplace.linalg.row_matrix import joined as joined_rows
+from debiased_laplace.linalg.row_matrix import OuterRows, RecomputedRows, RowMatrix, RowsOfParameter, placed
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
@@ -216,16 +215,17 @@ class RowCurvature(SubBatchCurvature):
 
     @property
     def parameter_groups(self) -> tuple[range, ...]:
-        """Ranges of parameters whose rows fit together into half the available memory; none if some do not."""
+        """Ranges of parameters whose rows fit together into the available memory; none if some do not."""
         backend = self.network.backend
         offered = backend is not None and backend.offers_rows(self.root)
         if offered or self.linear_layer is not None or self.network.capabilities.layers is None:
             return ()
         groups, start, size = [], 0, 0
-        most = self.network.available_memory // (2 * max(1, self.n_rows))
-        for i, own in enumerate(self.network.bytes_by_parameter):
-            if own > most:
-                return ()
+        sizes = self.network.bytes_by_parameter
+        most = self.network.available_memory // max(1, self.n_rows)
+        if most < max(sizes):
+            return ()
+        for i, own in enumerate(sizes):
             if size + own > most:
                 groups.append(range(start, i))
                 start, size = i, 0
@@ -252,7 +252,8 @@ class RowCurvature(SubBatchCurvature):
         """Compute the rows of some parameters, or of all, by layers; None where a batch calls other layers."""
         r = self.rows_per_sample
         size = max(1, min(_BATCH, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
-        found: list[list[RowsOfParameter]] = [[] for _ in chosen or self.network.selection.names]
+        found: list[RowsOfParameter | None] = [None for _ in chosen or self.network.selection.names]
+        start = 0
         with self._progress("[Computing rows]") as bar:
             for batch, targets_or_noise in self.batches():
                 for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
@@ -260,16 +261,12 @@ class RowCurvature(SubBatchCurvature):
                     if of_chunk is None:
                         return None
                     rows = of_chunk[0] if chunk.weights is None else of_chunk[0].scaled(chunk.weights.sqrt())
-                    for groups, new in zip(found, rows.parts, strict=True):
-                        groups.append(new)
+                    for i, (part_of_all, new) in enumerate(zip(found, rows.parts, strict=True)):
+                        found[i] = placed(new, start, self.n_samples, part_of_all)
+                    start += len(chunk)
                     bar.update(len(chunk))
         self._used.add(TORCH_ROWS)
-        together = []
-        found.reverse()
-        while found:
-            # rows are let go once they are joined
-            together.append(joined_rows(found.pop()))
-        return together
+        return [part for part in found if part is not None]
 
     def _cotangents(self, outputs: Tensor, targets_or_noise: Tensor) -> Tensor:
         return self.root.columns(outputs, targets_or_noise, slice(None))
@@ -312,7 +309,8 @@ class RowCurvature(SubBatchCurvature):
             return [moments.leading(request.rank, None, None) for request in requests]
         if (held := self.rows_by_parameter) is not None:
             return self._moments_of_held(held, U, requests)
-        sums = RunningMoments(U.shape[1], directions)
+        U = U.to(self.network.like.dtype)
+        sums = RunningMoments(U.shape[1], U)
         with_trace = any(request.residual == "trace" for request in requests)
         trace = sums.first.new_zeros(())
         residual = ResidualDiagonal(requests, sums.first.new_zeros(len(directions)))
@@ -341,7 +339,7 @@ class RowCurvature(SubBatchCurvature):
         for request in requests:
             k, trace, diagonal = request.rank, None, None
             if request.residual == "trace":
-                trace = rows.residual_squares(projections[..., :0], U[:, :0], None).sum() / n
+                trace = self.squared_norms().sum().to(moments.means) / n
             if request.residual == "diagonal":
                 diagonal = rows.residual_squares(projections[..., :k], U[:, :k], request.basis) / n
             found.append(moments.leading(k, trace, diagonal))
@@ -429,7 +427,11 @@ class RowCurvature(SubBatchCurvature):
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Return the sum of the squared norms of every sample's rows, in double precision on the CPU."""
         exact, groups = accumulation_dtype(self.network.like), []
-        if (held := self.rows_by_parameter) is not None:
+        if (held := self.rows_by_parameter) is not None and held.recomputed and self._stacked is not None:
+            # inner products are needed again, and take the same passes
+            norms = self._stacked.gram.diagonal().unflatten(0, (self.n_samples, -1)).sum(1) * self.n_samples
+            groups = [norms if self._scales is None else norms * self._scales.to(norms).square()]
+        elif held is not None:
             groups = [held.squared_norms()]
         elif self.linear_layer is None:
             for n, blocks in self.row_groups():
@@ -456,7 +458,7 @@ class RowCurvature(SubBatchCurvature):
 
     def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:
         self._used.add("torch.func products")
-        sums = RunningMoments(directions.shape[1], directions)
+        sums = RunningMoments(directions.shape[1], self.network.like)
         with self._progress("[Curvature along directions]") as bar:
             for batch, targets_or_noise in self.batches():
                 for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):

@@ -31,7 +31,8 @@ class LowRankCurvature:
 
     Attributes:
         diagonal: D; one number where it is isotropic.
-        directions: U, unit vectors in the coordinates of the basis, orthogonal in the metric: $U^\top S U$ is diagonal.
+        directions: U, unit vectors in the coordinates of the basis, orthogonal in the metric: $U^\top S U$ is diagonal;
+            possibly in a shorter format than m.
         weights: m; the curvature along the directions only if D is 0 and there is no metric.
         basis: K; None for the axes.
         metric: diagonal of S; None for the identity.
@@ -71,13 +72,13 @@ class LowRankCurvature:
         if len(weights) == 0:
             return prior + second_order(likelihood_weight * self.diagonal, variances, prior), weights
         # unit vectors: with one number D the precision of the rest along each of them is D
-        rest = diagonal if diagonal.ndim == 0 else 1 / ((1 / diagonal) @ self.factor.square())
+        rest = diagonal if diagonal.ndim == 0 else 1 / ((1 / diagonal) @ self.factor.to(diagonal.dtype).square())
         return diagonal, second_order(weights, variances, rest)
 
 
 def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"]) -> LowRankCurvature:
     """Return the low rank with no curvature outside its directions, where the posterior is the prior."""
-    return LowRankCurvature(directions.new_zeros(()), directions, magnitudes)
+    return LowRankCurvature(magnitudes.new_zeros(()), directions, magnitudes)
 
 
 def isotropic(

@@ -1,7 +1,10 @@
 """Leading eigenvectors of the direction samples' curvature, by the cheapest suitable solver."""
 
 import warnings
+from dataclasses import replace
 from typing import Literal
+
+import torch
 
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
@@ -20,8 +23,10 @@ REQUESTED = 1e-10
 LANCZOS_RANK = 100
 """Number of directions for `rank=None` if only Lanczos is affordable."""
 
+SWEEPS = 4
+"""Passes over all rows of an estimate: inner products or factors, directions or moments, projections, norms."""
+
 _LARGEST_BLOCK = 16
-_SWEEPS = 4  # passes over all rows: inner products, directions, projections, norms
 _PRODUCT = 40  # multiplications for a parameter and sample, per half product: linear layers 20, convolutions 40 to 60
 _EIGENVECTORS = 5  # cost of all eigenvectors of a matrix, in products of two such matrices
 _LARGEST_SIDE = 12_000  # of a matrix with all eigenvectors (`rank=None`): a minute or more on all cores
@@ -35,6 +40,7 @@ def find_directions(
     seed: int,
     threshold: float | None = None,
     n_folds: int = 0,
+    vectors_dtype: torch.dtype | None = None,
 ) -> Eigenpairs:
     """Compute the leading eigenpairs of a sub-batch's mean curvature.
 
@@ -46,6 +52,7 @@ def find_directions(
         seed: of Lanczos' start vectors.
         threshold: smallest eigenvalue that counts, relative to the largest; None: as the rank implies.
         n_folds: folds whose directions will be computed by the same solver, which "auto" considers.
+        vectors_dtype: of the directions; None: that of the network.
 
     Returns:
         The eigenpairs, of rank 0 if the curvature is zero.
@@ -59,7 +66,7 @@ def find_directions(
     if chosen == "lanczos":
         pairs = _by_lanczos(curvature, rank, threshold, seed)
     elif isinstance(curvature, RowCurvature):
-        pairs = _by_rows(curvature, rank, threshold)
+        pairs = _by_rows(curvature, rank, threshold, vectors_dtype)
     else:
         pairs = dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
     if rank is not None and len(pairs.values) < rank:
@@ -68,7 +75,7 @@ def find_directions(
             f"directions with more than {REQUESTED:g} of the largest curvature.",
             stacklevel=2,
         )
-    return pairs
+    return pairs if vectors_dtype is None else replace(pairs, vectors=pairs.vectors.to(vectors_dtype))
 
 
 def threshold_of(rank: int | None) -> float:
@@ -109,12 +116,14 @@ def _recomputes(curvature: RowCurvature, k: int, n_folds: int) -> bool:
     groups = len(curvature.parameter_groups)
     if not groups or 2 * 3 * 8 * curvature.n_rows**2 > curvature.network.available_memory:
         return False
-    return groups * (_SWEEPS + n_folds) * curvature.rows_per_sample <= 2 * (1 + n_folds) * (3 * k + 20)
+    return groups * (SWEEPS + n_folds) * curvature.rows_per_sample <= 2 * (1 + n_folds) * (3 * k + 20)
 
 
-def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float) -> Eigenpairs:
+def _by_rows(
+    curvature: RowCurvature, rank: int | None, threshold: float, vectors_dtype: torch.dtype | None
+) -> Eigenpairs:
     if curvature.n_rows < curvature.network.n_parameters:
-        return curvature.stacked_rows().eigenpairs(threshold, rank)
+        return curvature.stacked_rows().eigenpairs(threshold, rank, vectors_dtype)
     curvature.keep_rows()
     return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.kronecker import KroneckerFactors, kronecker_basis
@@ -50,7 +51,13 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
     rank = max(given) if len(given) == len(variants) else None
     n_folds = 0 if split.effective_folds is None else len(split.effective_folds.unique())
     pairs = find_directions(
-        a, rank=rank, solver=options.solver, seed=options.seed, threshold=min(thresholds), n_folds=n_folds
+        a,
+        rank=rank,
+        solver=options.solver,
+        seed=options.seed,
+        threshold=min(thresholds),
+        n_folds=n_folds,
+        vectors_dtype=torch.bfloat16 if options.directions_dtype == "bfloat16" else None,
     )
     requests = []
     for variant, kind, threshold in zip(variants, kinds, thresholds, strict=True):

@@ -16,6 +16,7 @@ KronBasis = Literal["row_matrices", "kfac"]
 KronMagnitudes = Literal["exact", "kronecker"]
 Metric = Literal["euclidean", "kron"]
 InverseCorrection = Literal["none", "second_order"]
+DirectionsDtype = Literal["model", "bfloat16"]
 
 _KINDS: dict[str, Any] = {
     "structure": Structure,
@@ -27,12 +28,14 @@ _KINDS: dict[str, Any] = {
     "kfac_approx": KfacApproximation,
     "metric": Metric,
     "inverse_correction": InverseCorrection,
+    "directions_dtype": DirectionsDtype,
 }
 _STRUCTURE_OF = {
     "rank": "lowrank",
     "complement": "lowrank",
     "metric": "lowrank",
     "solver": "lowrank",
+    "directions_dtype": "lowrank",
     "kron_basis": "kron",
     "kron_magnitudes": "kron",
     "kfac_approx": "kron",
@@ -64,6 +67,7 @@ class EstimatorOptions:
     kron_basis: KronBasis = "row_matrices"
     kron_magnitudes: KronMagnitudes = "exact"
     kfac_approx: KfacApproximation = "expand"
+    directions_dtype: DirectionsDtype = "model"
 
     def __post_init__(self) -> None:
         if self.complement is None and self.structure != "lowrank":
@@ -92,6 +96,10 @@ class EstimatorOptions:
             raise ValueError(
                 "inverse_correction needs standard errors, which kron_magnitudes='kronecker' does not have; expected "
                 "'exact'."
+            )
+        if self.directions_dtype != "model" and self.metric != "euclidean":
+            raise ValueError(
+                f"directions_dtype={self.directions_dtype!r} requires metric='euclidean'; got it with {self.metric!r}."
             )
         if self.kfac_approx != "expand" and self.kron_basis != "kfac":
             raise ValueError(f"kfac_approx requires kron_basis='kfac'; got it with {self.kron_basis!r}.")

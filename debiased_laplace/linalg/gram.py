@@ -47,7 +47,9 @@ class GramFactor:
         # cached, as the Gram matrices of folds are sub-blocks of it
         return self.rows.products() / self.n_samples
 
-    def eigenpairs(self, threshold: float, rank: int | None = None) -> Eigenpairs:
+    def eigenpairs(
+        self, threshold: float, rank: int | None = None, vectors_dtype: torch.dtype | None = None
+    ) -> Eigenpairs:
         r"""Return the eigenpairs of H from those of the Gram matrix.
 
         $V V^\top / n = W \Lambda W^\top$ gives $H = U \Lambda U^\top$ with $U = V^\top W \Lambda^{-1/2} / \sqrt n$.
@@ -55,6 +57,7 @@ class GramFactor:
         Args:
             threshold: eigenvalues below this fraction of the largest are dropped.
             rank: maximal number of pairs; None: all above the threshold.
+            vectors_dtype: of the vectors; None: that of the rows.
 
         Returns:
             The leading pairs; the residuals are an estimate of the rounding errors.
@@ -66,12 +69,12 @@ class GramFactor:
         k = k if rank is None else min(k, rank)
         values, W = values[:k], W[:, :k]
         dtype = self.rows.like.dtype
-        U = self.rows.combined((W / (values * self.n_samples).sqrt()).to(dtype))
+        U = self.rows.combined((W / (values * self.n_samples).sqrt()).to(dtype), vectors_dtype)
         U = polish(U, out=U)
         rounding = torch.finfo(dtype).eps * values[:1].expand(k)
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
-        return Eigenpairs(values.to(U.dtype), U, rounding.to(U.dtype), outcome, dropped, projections)
+        return Eigenpairs(values.to(dtype), U, rounding.to(dtype), outcome, dropped, projections)
 
 
 def dense_eigenpairs(
@@ -130,16 +133,17 @@ def polish(U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None) 
     k = U.shape[1]
     if k == 0:
         return U
-    gram = row_products(U.T, U.dtype)
-    size = float(torch.linalg.matrix_norm(gram - torch.eye(k, dtype=U.dtype, device=U.device)))
+    dtype = torch.promote_types(U.dtype, torch.float32)
+    gram = row_products(U.T, dtype)
+    size = float(torch.linalg.matrix_norm(gram - torch.eye(k, dtype=dtype, device=U.device)))
     if size < 8 * k**0.5 * torch.finfo(U.dtype).eps:
         return U
     if size > 0.05:
-        Q, R = torch.linalg.qr(U)
-        return torch.where(R.diagonal() < 0, -Q, Q)
-    identity = torch.eye(k, dtype=U.dtype, device=U.device)
+        Q, R = torch.linalg.qr(U.to(dtype))
+        return torch.where(R.diagonal() < 0, -Q, Q).to(U.dtype)
+    identity = torch.eye(k, dtype=dtype, device=U.device)
     T = torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, identity, upper=True)
     out = torch.empty_like(U) if out is None else out
     for block, polished in zip(U.split(_ROWS), out.split(_ROWS), strict=True):
-        polished.copy_(block @ T)
+        polished.copy_(block.to(dtype) @ T)
     return out

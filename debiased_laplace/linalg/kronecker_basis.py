@@ -101,7 +101,8 @@ class KroneckerBasis:
         result, start = torch.empty_like(U), 0
         for block in self.blocks:
             place = slice(start, start + block.size)
-            result[place] = block.rotated_columns(U[place])
+            sides = [side for side in (block.left, block.right) if side is not None]
+            result[place] = block.rotated_columns(U[place].to(sides[0]) if sides else U[place])
             start += block.size
         return result
 

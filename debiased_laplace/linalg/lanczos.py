@@ -20,7 +20,7 @@ from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome
 
 Matmat = Callable[[Tensor], Tensor]
 
-_SPARE = 30  # vectors of the basis beyond those asked for
+SPARE = 30  # vectors of the basis beyond those asked for
 _KEPT = 10  # of these, kept by a restart
 _CHUNK = 2**21  # numbers of the basis that are combined at a time
 
@@ -155,7 +155,7 @@ def lanczos(
     k, block_size = min(k, P), min(block_size, P)
     tolerance = tolerance or (1e-9 if like.dtype == torch.float64 else 1e-5)
     max_products = max_products or 30 * k + 500
-    capacity = min(P, k + max(_SPARE, 6 * block_size))
+    capacity = min(P, k + max(SPARE, 6 * block_size))
     basis = _KrylovBasis(matmat, like, capacity, block_size, seed)
     converged = _converge(basis, k, tolerance, max_products)
     while converged and not basis.exhausted:

@@ -23,6 +23,7 @@ from debiased_laplace.linalg.gram import polish
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
 
+_CONVERTED = 2**18  # rows of directions in a shorter format that are converted at a time
 _BLOCK = 1024  # rows of the directions converted to double precision at a time
 _GRAM_ACCURACY = 1e-8  # relative error of inner products, times condition number, up to which they replace QR
 _WELL_CONDITIONED = 1e2  # condition number of inner products up to which single precision loses one digit
@@ -35,7 +36,7 @@ class LowRankPlusDiagonal:
 
     Attributes:
         diagonal: $D > 0$: one number for $D = \delta I$, or one per coordinate.
-        directions: $U$, orthonormal columns, in the coordinates of the basis.
+        directions: $U$, orthonormal columns, in the coordinates of the basis; possibly in a shorter format than m.
         magnitudes: $m$, of any sign as long as $P$ is positive definite.
         basis: $K$; None: the identity.
 
@@ -70,7 +71,7 @@ class LowRankPlusDiagonal:
     @cached_property
     def _inner(self) -> "_Inner":
         r"""The eigenvalues s, and V as k x k matrices: all that the determinant and its gradients need."""
-        exact, m = accumulation_dtype(self.directions), self.magnitudes
+        exact, m = accumulation_dtype(self.magnitudes), self.magnitudes
         if self.rank == 0:
             return _Inner.of(m, None, None, None)
         if self.diagonal.numel() == 1:
@@ -81,7 +82,7 @@ class LowRankPlusDiagonal:
         R, info = torch.linalg.cholesky_ex(gram, upper=True)
         Q = None
         if bool(info > 0) or _condition(gram) * torch.finfo(exact).eps > _GRAM_ACCURACY:
-            Q, R = torch.linalg.qr(self.directions / self.diagonal.sqrt()[:, None])
+            Q, R = torch.linalg.qr(self.directions.to(m.dtype) / self.diagonal.sqrt()[:, None])
             R = R.to(exact)
         s, Z = torch.linalg.eigh((R * m.to(exact)) @ R.T)
         return _Inner.of(s.to(m.dtype), R, Z, Q)
@@ -103,19 +104,19 @@ class LowRankPlusDiagonal:
     def _whitening(self) -> tuple[Float[Tensor, "P k"], Float[Tensor, "k k"]]:
         r"""U and T with $V = D^{-1/2} U T$: the directions, or $D^{1/2} V$ where products with T would lose digits."""
         R, Z, Q = self._inner.triangle, self._inner.rotation, self._inner.orthonormal
-        identity = torch.eye(self.rank).to(self.directions)
+        identity = torch.eye(self.rank).to(self.magnitudes)
         if self.rank == 0:
             return self.directions, identity
         if R is None or Z is None:
             return self.directions, self.diagonal.reshape(()).sqrt() * identity
         if Q is not None or _condition(R.mT @ R) > _WELL_CONDITIONED:
             return self._spectrum[0] * self.diagonal.sqrt()[:, None], identity
-        return self.directions, torch.linalg.solve_triangular(R, Z, upper=True).to(self.directions.dtype)
+        return self.directions, torch.linalg.solve_triangular(R, Z, upper=True).to(self.magnitudes.dtype)
 
     def _whitened_blocks(self) -> Iterator[Tensor]:
         """Yield blocks of the rows of V, in the precision of sums."""
         R, Z, Q = self._inner.triangle, self._inner.rotation, self._inner.orthonormal
-        exact = accumulation_dtype(self.directions)
+        exact = accumulation_dtype(self.magnitudes)
         if R is None or Z is None:
             yield from (block.to(exact) for block in self.directions.split(_BLOCK))
         elif Q is not None:
@@ -134,10 +135,10 @@ class LowRankPlusDiagonal:
     @property
     def log_det(self) -> Float[Tensor, ""]:
         r"""$\log\det P = \sum \log D + \sum \log(1 + s)$."""
-        exact = accumulation_dtype(self.directions)
+        exact = accumulation_dtype(self.magnitudes)
         per_parameter = self.diagonal.to(exact).log()
         of_diagonal = per_parameter.sum() * (self.n_parameters / per_parameter.numel())
-        return (of_diagonal + self._inner.s.to(exact).log1p().sum()).to(self.directions.dtype)
+        return (of_diagonal + self._inner.s.to(exact).log1p().sum()).to(self.magnitudes.dtype)
 
     @property
     def direction_variances(self) -> Float[Tensor, " k"]:
@@ -157,7 +158,8 @@ class LowRankPlusDiagonal:
     def matmat(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
         """Return P X."""
         rows = self._coordinates(X.T)
-        product = rows * self.diagonal + ((rows @ self.directions) * self.magnitudes) @ self.directions.T
+        parallel = onto(rows, self.directions) * self.magnitudes
+        product = rows * self.diagonal + along(parallel, self.directions)
         return self._vectors(product).T
 
     def quadratic(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
@@ -169,8 +171,8 @@ class LowRankPlusDiagonal:
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
         r"""Return $X P^{-1} X^\top$ of a stack of row matrices."""
         x, V = self._coordinates(rows) / self.diagonal.sqrt(), self._spectrum[0]
-        parallel = x @ V
-        return self._variance(x @ x.mT, parallel, lambda: _products(x - parallel @ V.mT))
+        parallel = onto(x, V)
+        return self._variance(x @ x.mT, parallel, lambda: _products(x - along(parallel, V)))
 
     def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""Return $x P^{-1} x^\top$ of every row, without products of different rows."""
@@ -190,12 +192,12 @@ class LowRankPlusDiagonal:
         """
         rows, inverse = rows.rotated(self.basis), (1 / self.diagonal).expand(self.n_parameters)
         U, T = self._whitening
-        whole, along_U = rows.weighted(inverse, U, pairs=covariances)
-        parallel, squared = along_U @ T, _products if covariances else _squares
+        whole, projections = rows.weighted(inverse, U, pairs=covariances)
+        parallel, squared = projections @ T, _products if covariances else _squares
 
         def perpendicular() -> Tensor:
-            along = parallel @ T.mT
-            parts = (squared((part - along @ U[place].mT) * inverse[place].sqrt()) for place, part in rows.columns())
+            c = parallel @ T.mT
+            parts = (squared((V - along(c, U[place])) * inverse[place].sqrt()) for place, V in rows.columns())
             return sum(parts, start=torch.zeros_like(whole))
 
         return self._variance(whole, parallel, perpendicular)
@@ -226,7 +228,7 @@ class LowRankPlusDiagonal:
 
         With as many directions as parameters, $P^{-1} = F^\top \mathrm{diag}(w) F$ alone: nothing is subtracted.
         """
-        exact = accumulation_dtype(self.directions)
+        exact = accumulation_dtype(self.magnitudes)
         V, s = self._spectrum[0].to(exact), self._spectrum[1].to(exact)
         complete = self.rank == self.n_parameters
         # what is subtracted may be nearly all: V must be orthonormal in double precision
@@ -239,41 +241,42 @@ class LowRankPlusDiagonal:
         """Diagonal of the inverse."""
         # In double precision, with V orthonormal in it: where the directions span nearly the whole space, the residual
         # is a difference of nearly equal numbers, and a KL divergence multiplies it by the curvature.
-        exact = accumulation_dtype(self.directions)
+        exact = accumulation_dtype(self.magnitudes)
         V, s = polish(self._spectrum[0].to(exact)), self._inner.s.to(exact)
         prior = 1 / self.diagonal.to(exact).expand(self.n_parameters)
         if self.basis is None:
             outside = (1 - V.square().sum(1)).clamp_min(0)
-            return ((outside + (V.square() / (1 + s)).sum(1)) * prior).to(self.directions.dtype)
+            return ((outside + (V.square() / (1 + s)).sum(1)) * prior).to(self.magnitudes.dtype)
         basis = self.basis.to(exact)
         whole = basis.diagonal_of(prior)
         removed = basis.vectors((V * prior.sqrt()[:, None]).T).square()
         # no direction reduces the variance by more than the stiffest
         least = whole / (1 + max(float(s.max()), 0.0)) if self.rank else whole
-        return torch.maximum(whole - (s / (1 + s)) @ removed, least).to(self.directions.dtype)
+        return torch.maximum(whole - (s / (1 + s)) @ removed, least).to(self.magnitudes.dtype)
 
     @cached_property
     def coordinate_variances(self) -> Float[Tensor, " P"]:
         """Diagonal of the inverse in the coordinates of the basis."""
-        s = self._inner.s.to(accumulation_dtype(self.directions))
+        s = self._inner.s.to(accumulation_dtype(self.magnitudes))
         if self.rank == 0:
             return 1 / self.diagonal.expand(self.n_parameters)
         # no direction reduces the variance by more than the stiffest; entries far below the prior variance are less
         # accurate than in `covariance_diagonal`
         removed, least = s / (1 + s), 1 / (1 + max(float(s.max()), 0.0))
         kept = [(1 - V.square() @ removed).clamp_min(least) for V in self._whitened_blocks()]
-        return torch.cat(kept).to(self.directions.dtype) / self.diagonal
+        return torch.cat(kept).to(self.magnitudes.dtype) / self.diagonal
 
     def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$: draws with covariance $P^{-1}$ from standard normals."""
         V, s = self._spectrum
-        shrunk = noise + ((noise @ V) * ((1 + s).rsqrt() - 1)) @ V.T
+        shrunk = noise + along(onto(noise, V) * ((1 + s).rsqrt() - 1), V)
         return self._vectors(shrunk / self.diagonal.sqrt())
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return P as a dense matrix, for tests and small problems."""
         diagonal = self.diagonal.expand(self.n_parameters)
-        inner = torch.diag(diagonal) + (self.directions * self.magnitudes) @ self.directions.T
+        U = self.directions.to(self.magnitudes.dtype)
+        inner = torch.diag(diagonal) + (U * self.magnitudes) @ U.T
         if self.basis is None:
             return inner
         half = self.basis.vectors(inner)
@@ -300,8 +303,8 @@ class LowRankPlusDiagonal:
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split whitened rows into their coordinates along V and their residual."""
         V = self._spectrum[0]
-        parallel = x @ V
-        return parallel, x - parallel @ V.T
+        parallel = onto(x, V)
+        return parallel, x - along(parallel, V)
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +331,23 @@ class _Inner:
         # 1 + s is accurate to about eps; small true values occur with an isotropic part far above the prior
         lowest = 8 * torch.finfo(s.dtype).eps - 1
         return cls(s.clamp_min(lowest), triangle, rotation, orthonormal, int((s < lowest).sum()))
+
+
+def onto(x: Float[Tensor, "*batch P"], U: Float[Tensor, "P k"]) -> Float[Tensor, "*batch k"]:
+    """Return $x U$ in the precision of x, to which directions in a shorter format are converted block by block."""
+    if x.dtype == U.dtype:
+        return x @ U
+    total = x.new_zeros(*x.shape[:-1], U.shape[1])
+    for part, block in zip(x.split(_CONVERTED, dim=-1), U.split(_CONVERTED), strict=True):
+        total = total + part @ block.to(x.dtype)
+    return total
+
+
+def along(c: Float[Tensor, "*batch k"], U: Float[Tensor, "P k"]) -> Float[Tensor, "*batch P"]:
+    r"""Return $c\, U^\top$ in the precision of c, likewise."""
+    if c.dtype == U.dtype:
+        return c @ U.mT
+    return torch.cat([c @ block.to(c.dtype).mT for block in U.split(_CONVERTED)], dim=-1)
 
 
 def _products(x: Float[Tensor, "*batch r n"]) -> Float[Tensor, "*batch r r"]:
@@ -403,9 +423,9 @@ def kl_divergence(precision: LowRankPlusDiagonal, reference: LowRankPlusDiagonal
     """
     if reference.basis is not None:
         raise ValueError("Expected a reference without a Kronecker basis (low rank or full); got one with a basis.")
-    exact = accumulation_dtype(precision.directions)
-    along = precision.variances(reference.directions.T).to(exact)
+    exact = accumulation_dtype(precision.magnitudes)
+    variances = precision.variances(reference.directions.T.to(precision.magnitudes.dtype)).to(exact)
     trace = (precision.covariance_diagonal.to(exact) * reference.diagonal.to(exact)).sum()
-    trace = trace + (along * reference.magnitudes.to(exact)).sum()
+    trace = trace + (variances * reference.magnitudes.to(exact)).sum()
     log_dets = precision.log_det.to(exact) - reference.log_det.to(exact)
     return 0.5 * (trace - precision.n_parameters + log_dets)

@@ -6,7 +6,7 @@ g and a instead of the rows. Rows that do not fit into memory together are compu
 parameters at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 
-_CHUNK_BYTES = 4 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 """Approximate size of a chunk of columns on a CPU, whose caches and allocator make larger ones several times slower."""
 
 _CHUNK_BYTES_OF_ACCELERATORS = 64 * 2**20
@@ -57,6 +57,11 @@ class OuterRows:
     def n_numbers(self) -> int:
         """Number of entries of the factors."""
         return self.left.numel() + self.right.numel()
+
+    def padded(self, positions: int) -> "OuterRows":
+        """Return the same rows as sums of more outer products, the others being zero."""
+        missing = positions - self.positions
+        return OuterRows(pad(self.left, (0, 0, 0, missing)), pad(self.right, (0, 0, 0, missing))) if missing else self
 
     def dense(self) -> Float[Tensor, "n r p"]:
         """Return the rows."""
@@ -119,7 +124,7 @@ class OuterRows:
         A = self.right[:, 0]
         (n, T, i), o, r, k = A.shape, self.left.shape[-1], self.shape[1], U.shape[1]
         G = self.left.expand(-1, r, -1, -1)
-        total = U.new_zeros(n, r, k)
+        total = G.new_zeros(n, r, k)
         step = max(1, _chunk_bytes(U) // (U.element_size() * max(1, k) * (n * T + i)))
         for start in range(0, o if k else 0, step):
             stop = min(start + step, o)
@@ -139,18 +144,31 @@ RowsOfParameter = OuterRows | Float[Tensor, "_n _r _p"]
 """Rows of one parameter, as factors or flat."""
 
 
-def joined(groups: Sequence[RowsOfParameter]) -> RowsOfParameter:
-    """Return the rows of several groups of samples."""
-    outer = [part for part in groups if isinstance(part, OuterRows)]
-    if len(outer) < len(groups):
-        return torch.cat([flat(part) for part in groups])
-    # samples of other groups may have other numbers of positions
-    T = max(part.positions for part in outer)
-    left, right = (
-        torch.cat([pad(x, (0, 0, 0, T - x.shape[2])) for x in side])
-        for side in ([part.left for part in outer], [part.right for part in outer])
-    )
-    return OuterRows(left, right)
+def placed(part: RowsOfParameter, start: int, n_samples: int, into: RowsOfParameter | None = None) -> RowsOfParameter:
+    """Write the rows of some samples to their place among those of all.
+
+    Args:
+        part: rows of adjacent samples.
+        start: number of the first of them.
+        n_samples: number of all samples.
+        into: rows of all, which are written to where shapes allow that; None: new ones.
+
+    Returns:
+        The rows of all samples, undefined where nothing was written.
+    """
+    chosen = slice(start, start + part.shape[0])
+    if not isinstance(part, OuterRows) or isinstance(into, Tensor):
+        rows = flat(part)
+        total = rows.new_empty(n_samples, *rows.shape[1:]) if into is None else flat(into)
+        total[chosen] = rows
+        return total
+    if into is None:
+        into = OuterRows(*(x.new_empty(n_samples, *x.shape[1:]) for x in (part.left, part.right)))
+    # samples of other batches may have other numbers of positions
+    T = max(part.positions, into.positions)
+    part, into = part.padded(T), into.padded(T)
+    into.left[chosen], into.right[chosen] = part.left, part.right
+    return into
 
 
 def flat(rows: RowsOfParameter) -> Float[Tensor, "n r p"]:
@@ -308,9 +326,9 @@ class RowMatrix:
     def projected(self, U: Float[Tensor, "P k"]) -> Float[Tensor, "n r k"]:
         """Return the products with directions."""
         n, r, _ = self.shape
-        total = U.new_zeros(n, r, U.shape[1])
+        total = self.like.new_zeros(n, r, U.shape[1])
         for place, rows in self.columns():
-            total += rows @ U[place]
+            total += rows @ U[place].to(rows.dtype)
         return total
 
     def squared_norms(self) -> Float[Tensor, " n"]:
@@ -353,16 +371,16 @@ class RowMatrix:
             for local, rows in _columns_of(part, self._most_columns()):
                 scaled = rows * w[local]
                 squares += scaled @ rows.mT if pairs else (scaled * rows).sum(-1)
-                projections += scaled @ u[local]
+                projections += scaled @ u[local].to(scaled.dtype)
         return squares, projections
 
     def _most_columns(self, row_bytes: int = 1) -> int:
         n, r, _ = self.shape
         return max(1, _chunk_bytes(self.like) // (max(1, n * r) * self.like.element_size() * row_bytes))
 
-    def combined(self, W: Float[Tensor, "R k"]) -> Float[Tensor, "P k"]:
-        """Return $V^T W$ for all rows V (R, P), those of a sample adjacent."""
-        result = W.new_empty(self.shape[2], W.shape[1])
+    def combined(self, W: Float[Tensor, "R k"], dtype: torch.dtype | None = None) -> Float[Tensor, "P k"]:
+        """Return $V^T W$ for all rows V (R, P), those of a sample adjacent; dtype None: that of W."""
+        result = W.new_empty(self.shape[2], W.shape[1], dtype=dtype)
         for place, rows in self.columns():
             result[place] = rows.flatten(0, 1).mT @ W
         return result
@@ -381,7 +399,8 @@ class RowMatrix:
         most = self._most_columns()
         blocks = [None] * len(self.parts) if basis is None else list(basis.blocks)
         for place, part, block in zip(self.places, self.rotated(basis).parts, blocks, strict=True):
-            own = U[place] if block is None else block.rotated_columns(U[place])
+            own = U[place].to(projections.dtype)
+            own = own if block is None else block.rotated_columns(own)
             for local, rows in _columns_of(part, most):
                 outside = rows - projections @ own[local].mT
                 total[place.start + local.start : place.start + local.stop] = outside.square().sum((0, 1))

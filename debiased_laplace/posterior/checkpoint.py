@@ -20,7 +20,7 @@ from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.posterior.fit import FitResult
 
-VERSION = 6
+VERSION = 7
 _OTHER = {
     "cls_name": "Expected the state of a {expected}; got a {found}.",
     "likelihood": "Expected likelihood {expected!r}; the state has {found!r}.",
@@ -102,6 +102,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         state["curvature_metric"] = estimate.curvature.metric
     if estimate.curvature.error_variances is not None:
         state["curvature_error_variances"] = estimate.curvature.error_variances
+    # directions are large, and nothing changes them
     state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
     return {**state, "checksum": _checksum(state)}
 
@@ -225,9 +226,10 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
+    short = state["option_directions_dtype"] == "bfloat16"
     curvature = LowRankCurvature(
         _like(state["curvature_diagonal"], like),
-        _like(state["curvature_directions"], like),
+        _like(state["curvature_directions"], like.bfloat16() if short else like),
         _like(state["curvature_weights"], like),
         _basis(state, like),
         _like(state["curvature_metric"], like) if state["option_metric"] == "kron" else None,

@@ -10,21 +10,25 @@ from torch import Tensor
 
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import RowSampler
-from debiased_laplace.curvature.kronecker import matrix_shapes
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.source import SampleSource, training_samples
-from debiased_laplace.debiasing.directions import LANCZOS_RANK, choose_solver
+from debiased_laplace.debiasing.directions import LANCZOS_RANK, SWEEPS, choose_solver
+from debiased_laplace.debiasing.memory import (
+    bytes_beyond_rows,
+    bytes_of_directions,
+    leaving_room,
+    sides_with_eigenvectors,
+)
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.linalg.accumulation import accumulation_dtype
+from debiased_laplace.linalg.lanczos import SPARE as LANCZOS_SPARE
 from debiased_laplace.posterior.drawn_fit import SamplingOptions, default_rows
 from debiased_laplace.posterior.fit import FitSpec
 
 _EIGENVECTORS = 10  # multiplications for all eigenvectors of a matrix, in cubes of its side
 _ENTRIES = 50  # memory-bound operations for an entry of all rows, in multiplications
-_VECTORS, _FEW_VECTORS = 20, 4  # vectors of P in double precision that a fit takes, with a Kronecker basis and without
-_MATRICES = 4  # for each Kronecker factor: of all samples, of a fold, and their eigenvectors
 _ROWS = 64  # rows that are timed
 _COLUMNS = 4  # of the matrix whose product with their curvature is timed
 _SIDE = 768  # of the matrices whose product is timed
@@ -87,8 +91,8 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         The estimate; the model is as it was.
 
     Raises:
-        ValueError: if the number of samples is not known beforehand, two batches have no curvature, or the curvature
-            is a Hessian.
+        ValueError: if the number of samples is not known beforehand, two batches have no curvature, the curvature is a
+            Hessian, or the fit does not fit into memory.
     """
     root = spec.backend.root(spec.likelihood)
     if root is None:
@@ -105,11 +109,12 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         network, rows = timed.network, timed.rows
         # few enough of a large network
         some = rows.part(torch.arange(max(1, min(len(rows.samples), int(_MOST_SECONDS / timed.scoring)))))
-        n, n_rows = _numbers(network, root, sampling, len(samples.indices))
+        options = spec.request.options.resolved(prior_of_blocks=prior_of_blocks)
+        network = leaving_room(network, options)
+        n, n_rows = _numbers(network, root, sampling, options, len(samples.indices))
         drawn = sampling.sampling == "curvature"
         planned = _Planned(network, rows.samples, rows.root if drawn else root)
         planned.n_planned = n_rows if drawn else n
-        options = spec.request.options.resolved(prior_of_blocks=prior_of_blocks)
         n_folds = options.n_folds if options.magnitudes == "cross_fitted" else 0
         solver = "none"
         if options.structure != "kron":
@@ -117,18 +122,17 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         rank = _rank(planned, options, solver)
         seconds = {"tests": timed.tests, "scoring": n * timed.scoring}
         if solver != "lanczos" or options.complement != "none":
-            seconds["rows"] = n_rows * _seconds(some.squared_norms) / some.n_samples
+            again = SWEEPS * len(planned.parameter_groups) if planned.bytes_of_rows > network.available_memory else 1
+            seconds["rows"] = n_rows * max(again, 1) * _seconds(some.squared_norms) / some.n_samples
         if solver == "lanczos":
             seconds["products"] = (1 + n_folds) * (3 * rank + 20) * planned.n_samples * _seconds_of_a_product(some)
     multiplications = _multiplications(planned, options, solver, rank, n_folds)
     seconds["linear algebra"] = multiplications * _seconds_of_a_multiplication(network)
-    squares = sum(side**2 for _, sides in _sides(planned, options) for side in sides)
-    P, size = network.n_parameters, network.like.element_size()
+    P = network.n_parameters
     n_bytes = {
         "rows": min(planned.bytes_of_rows, network.available_memory),
-        "directions": (2 if solver == "gram" else 3) * rank * P * size,
-        "eigenvectors": _MATRICES * squares * 8,
-        "vectors of P": (_VECTORS if _is_in_basis(options) else _FEW_VECTORS) * P * 8,
+        "directions": bytes_of_directions(network, options, rank + (LANCZOS_SPARE if solver == "lanczos" else 0)),
+        **bytes_beyond_rows(network, options),
     }
     return FitCost(n, n_rows, P, solver, seconds, n_bytes)
 
@@ -178,11 +182,14 @@ def _timed(spec: FitSpec, samples: SampleSource) -> _Timed:
     return _Timed(network, tests, scoring, rows)
 
 
-def _numbers(network: Network, root: OutputRoot, sampling: SamplingOptions, n_samples: int) -> tuple[int, int]:
+def _numbers(
+    network: Network, root: OutputRoot, sampling: SamplingOptions, options: EstimatorOptions, n_samples: int
+) -> tuple[int, int]:
     """Return the number of samples and of rows that a fit uses."""
     r = root.n_columns(network.n_outputs)
     if sampling.sampling == "curvature":
-        return n_samples, min(n_samples * r, default_rows(network) if sampling.n_rows is None else sampling.n_rows)
+        n_rows = default_rows(network, options) if sampling.n_rows is None else sampling.n_rows
+        return n_samples, min(n_samples * r, n_rows)
     n = n_samples if sampling.n_rows is None else min(n_samples, max(2, sampling.n_rows // r))
     return n, n * r
 
@@ -209,23 +216,11 @@ def _multiplications(planned: RowCurvature, options: EstimatorOptions, solver: s
     elif solver == "gram":
         side = min(R, P)
         total += R * side * length + (1 + n_folds) * _EIGENVECTORS * side**3 + 3 * R * P * rank
-    for n_entries, sides in _sides(planned, options):
+    for n_entries, sides in sides_with_eigenvectors(network, options):
         total += (1 + n_folds) * _EIGENVECTORS * sum(side**3 for side in sides)
         # factors, and rows in coordinates of the basis
         total += 4 * R * (sum(side**2 for side in sides) if network.linear_layer else n_entries * sum(sides))
     return total
-
-
-def _is_in_basis(options: EstimatorOptions) -> bool:
-    return "kron" in (options.structure, options.complement)
-
-
-def _sides(planned: RowCurvature, options: EstimatorOptions) -> list[tuple[int, list[int]]]:
-    """Return the size of each parameter, and the lengths of its sides that have eigenvectors."""
-    if not _is_in_basis(options):
-        return []
-    shapes = matrix_shapes(planned.network.selection, layers_only=options.kron_basis == "kfac")
-    return [(shape.n_entries, [side.size for side in (shape.rows, shape.columns) if side.full]) for shape in shapes]
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -28,6 +28,7 @@ from debiased_laplace.data.splitting import SubBatches, deal
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose_by_rows
 from debiased_laplace.debiasing.estimate import estimate
 from debiased_laplace.debiasing.held_out_kl import KLTerms, is_all, prior_trace
+from debiased_laplace.debiasing.memory import bytes_of_directions, leaving_room
 from debiased_laplace.debiasing.options import EstimatorOptions, Trial
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stage, Stopping, stage_of_rows, stage_sizes
@@ -108,7 +109,7 @@ def fit_drawn_rows(
     n_data = earlier.n_data_given if n_data is None and earlier is not None else n_data
     samples = training_samples(loader, seed, spec.keys)
     with at_weights(spec.model, seed) as written:
-        sampler, network, first = _scored(spec, samples, earlier, n_rows, progress_bar=progress_bar)
+        sampler, network, first = _scored(spec, weighting_of, samples, earlier, n_rows, progress_bar=progress_bar)
         scored = sampler.scored
         if earlier is not None and earlier.drawn is None:
             _check_yields(scored, earlier.identities)
@@ -127,7 +128,7 @@ def fit_drawn_rows(
             )
         effect = fits.design_effect(of_judges=tolerance is not None)
         if earlier is None and isinstance(samples, SampleSource) and effect > _WORSE_THAN_EQUAL:
-            sampler = _scored(spec, samples, None, n_rows, scores="equal", progress_bar=progress_bar)[0]
+            sampler, *_ = _scored(spec, weighting_of, samples, None, n_rows, scores="equal", progress_bar=progress_bar)
             fits = replace(fits, sampler=sampler)
         found = fits.of_rows() if tolerance is None else fits.until_enough(tolerance)
         identities = _identities(samples, scored, earlier, seed)
@@ -145,7 +146,7 @@ def fit_drawn_rows(
         options=found.options,
         targets_are_flat=first.targets.ndim == 1,
         n_data_given=n_data,
-        network=network,
+        network=replace(network, memory=spec.memory),
         choice=found.choice,
         stopping=found.stopping,
         rows=found.rows,
@@ -169,6 +170,7 @@ def fit_rows_again(spec: FitSpec, weighting_of: WeightingOf, earlier: FitResult)
 
 def _scored(
     spec: FitSpec,
+    weighting_of: WeightingOf,
     samples: SampleSource | SampleStream,
     earlier: FitResult | None,
     n_rows: int | None,
@@ -193,8 +195,11 @@ def _scored(
     some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
     if before is None:
         network = spec.prepared(some)
+        of_blocks = weighting_of(network.selection, 1).of_blocks
+        options = spec.request.resolved(prior_of_blocks=of_blocks).options
+        network = leaving_room(network, options)
         seeds = (seed, seed + JUDGES)
-        n_rows = default_rows(network) if n_rows is None else n_rows
+        n_rows = default_rows(network, options) if n_rows is None else n_rows
         root = spec.backend.root(spec.likelihood)
         if isinstance(root, MonteCarloGaussNewton):
             # rows of the GGN itself take no more backward passes
@@ -437,11 +442,19 @@ def _not_built(what: str, instead: str) -> str:
     return f"sampling='curvature', the default, is not built for {what}; expected {instead}, or sampling='uniform'."
 
 
-def default_rows(network: Network) -> int:
-    """Return a number of rows that fits into the available memory, and takes about a minute."""
+def default_rows(network: Network, options: EstimatorOptions | None = None) -> int:
+    """Return a number of rows that takes about a minute and fits into the available memory, as do its directions.
+
+    Args:
+        network: the network.
+        options: of the estimate; None: rows without directions.
+    """
     P = network.n_parameters
     most = max(2, min(DEFAULT_ROWS, int((_PRODUCTS / P) ** 0.5)))
-    return max(2, min(most, most * network.available_memory // network.bytes_of_held_rows(most)))
+    needed = network.bytes_of_held_rows(most)
+    if options is not None and options.structure != "kron" and options.rank is None:
+        needed = max(needed, bytes_of_directions(network, options, most))
+    return max(2, min(most, most * network.available_memory // needed))
 
 
 def _identities(

@@ -109,6 +109,7 @@ def DebiasedLaplace(
     sampling: Literal["uniform", "curvature"] = "curvature",
     n_rows: int | None = None,
     memory: int | None = None,
+    directions_dtype: Literal["model", "bfloat16"] = "model",
 ) -> DebiasedParametricLaplace:
     """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.
 
@@ -178,15 +179,18 @@ def DebiasedLaplace(
             `direction_samples` is the share of the rows for the directions. "uniform": all rows of the samples.
         n_rows: expected number of rows; None: all of them, or a number that takes at most a minute or so and fits into
             `memory`. With sampling="uniform", rows of as many random samples as have that many; None: of all.
-        memory: bytes, at least 512 MiB, that a fit or a prediction may take for rows, matrices of rows and linearized
-            batches, beyond the model, the samples and the directions; None: a quarter of what is free. Vectors of P and
-            eigenvectors of Kronecker factors come on top; `cost` lists them.
+        memory: bytes, at least 512 MiB, that a fit or a prediction may take beyond the model, the samples and the
+            directions. Rows that do not fit into what vectors of P and eigenvectors leave are computed a few parameters
+            at a time, again at every use. None: a quarter of what is free for rows, their products and linearized
+            batches.
+        directions_dtype: (lowrank) "bfloat16" halves the memory of the directions, whose entries are rounded to three
+            digits; "model": that of the weights.
 
     Returns:
         The posterior, not fitted yet.
 
     Raises:
-        ValueError: if an option is out of its range.
+        ValueError: if an option is out of its range; from `fit`, if `memory` does not suffice, with what would.
 
     Warns:
         UserWarning: if `direction_samples` is given where it has no effect.

@@ -29,6 +29,7 @@ from debiased_laplace.data.splitting import Amount, SubBatches, draw_sub_batches
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose
 from debiased_laplace.debiasing.estimate import estimate
+from debiased_laplace.debiasing.memory import leaving_room
 from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stopping
@@ -230,7 +231,8 @@ def fit_curvature(
         The fit, and the curvature of each sub-batch; the model is as it was.
 
     Raises:
-        ValueError: if weights, loader, samples or amounts cannot be used; before any long work.
+        ValueError: if weights, loader, samples or amounts cannot be used, or the fit does not fit into memory; before
+            any long work.
     """
     seed, request = spec.split.seed, spec.request
     split = spec.split.draw(source.indices, request, n_data)
@@ -284,7 +286,7 @@ def fit_curvature(
         options=options,
         targets_are_flat=some.targets.ndim == 1,
         # without a backend's copies of the model, which are large and cannot always be pickled
-        network=replace(network, backend=None),
+        network=replace(network, backend=None, memory=spec.memory),
         choice=choice,
     )
     return result, curvatures
@@ -348,7 +350,7 @@ def _network_with_backend(
     spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions
 ) -> Network:
     """The network, with the backend's derivatives where they agree with torch.func on some samples."""
-    network = prepare_network(selection, spec.likelihood, some, spec.memory)
+    network = leaving_room(prepare_network(selection, spec.likelihood, some, spec.memory), options)
     uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
     return spec.backend.attached(network, some, spec.keys, kfac=options.kfac_approx if uses_kfac else None)
 

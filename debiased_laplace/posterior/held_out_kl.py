@@ -297,7 +297,7 @@ def _identify(candidate: Candidate, loader: Any) -> _Identified:
         if total == 0:
             raise ValueError("Expected a positive weight of at least one sample; got 0 for all of them.")
         samples = samples.at(kept.nonzero().flatten()).weighted(
-            (together[kept] / together[kept].mean()).to(candidate.precision.directions.dtype)
+            (together[kept] / together[kept].mean()).to(candidate.precision.magnitudes.dtype)
         )
     return _Identified(samples, identities.at(kept), total, weighs)
 

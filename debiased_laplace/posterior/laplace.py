@@ -563,7 +563,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 "A Kronecker posterior holds no matrix of directions; expected hessian_structure='lowrank' or 'full'. "
                 "`posterior_precision.basis` maps vectors to its coordinates, in which `directional_curvatures` stand."
             )
-        U, basis = curvature.directions, curvature.basis
+        U, basis = curvature.directions.to(self.fit_result.mean.dtype), curvature.basis
         return U if basis is None else basis.vectors(U.T).T
 
     @property

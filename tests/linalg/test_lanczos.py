@@ -155,7 +155,7 @@ def test_restarts_cost_few_products_beyond_those_of_a_large_basis(monkeypatch: p
     for spectrum in spectra:
         H = with_spectrum(spectrum).float()
         with monkeypatch.context() as patched:
-            patched.setattr(module, "_SPARE", 400)
+            patched.setattr(module, "SPARE", 400)
             large = lanczos(lambda X, H=H: H @ X, H[0], 40).outcome
         small = lanczos(lambda X, H=H: H @ X, H[0], 40).outcome
         assert small.converged

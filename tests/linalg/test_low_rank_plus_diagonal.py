@@ -103,6 +103,41 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, *, scale: 
     assert float((found.double() - expected).abs().max()) <= RTOL[dtype] * scale
 
 
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_directions_in_a_shorter_format_change_results_by_their_rounding(isotropic: bool) -> None:
+    n, k = 4_000, 6
+    basis = KroneckerBasis((BasisBlock(40, 50, orthonormal(40, n=40)), BasisBlock(2_000, 1)))
+    diagonal = tensor(0.7)[0] if isotropic else draw(n, seed=3).mul(0.5).exp()
+    m = tensor(300.0, 40.0, 9.0, 3.0, 0.5, 0.1)
+    U = orthonormal(k, n=n)
+    whole, short = (LowRankPlusDiagonal(diagonal, u, m, basis) for u in (U, U.bfloat16()))
+    X, e = U[:, :4].T.reshape(2, 2, n) + 0.1 * draw(2, 2, n, seed=5), draw(3, n, seed=6)
+    X = basis.vectors(X)
+    rows = RowMatrix((X[..., :2_000], X[..., 2_000:]))
+    results: dict[str, Callable[[LowRankPlusDiagonal], Tensor]] = {
+        "variance": lambda p: p.variance(X),
+        "variances": lambda p: p.variances(X),
+        "variance_of": lambda p: p.variance_of(rows),
+        "quadratic": lambda p: p.quadratic(X[0]),
+        "matmat": lambda p: p.matmat(X[0].T),
+        "root": lambda p: p.root(e),
+        "log_det": lambda p: p.log_det,
+        "covariance_diagonal": lambda p: p.covariance_diagonal,
+        "direction_variances": lambda p: p.direction_variances,
+    }
+    for name, of in results.items():
+        expected, found = of(whole), of(short)
+        assert found.dtype == torch.float64, name
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        # entries are rounded by up to 2^-9
+        assert difference <= 5e-3, name
+    assert short.directions.element_size() == 2
+    # as its own directions say
+    exact = LowRankPlusDiagonal(diagonal, U.bfloat16().double(), m, basis)
+    torch.testing.assert_close(short.matmat(X[0].T), exact.matmat(X[0].T))
+    torch.testing.assert_close(short.variance_of(rows), exact.variance_of(rows))
+
+
 contract = pytest.mark.parametrize("name", CASES)
 both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 

@@ -1,13 +1,17 @@
 """The limit of memory that a posterior is given."""
 
+import re
+
 import pytest
 import torch
+from laplace.curvature import CurvlinopsHessian
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.memory import LEAST
 from debiased_laplace.curvature.row_curvature import RowCurvature
+from debiased_laplace.debiasing.memory import bytes_beyond_rows
 
 FEW = 20_000
 """Bytes: less than the rows of the samples, and than a dense matrix of the parameters."""
@@ -26,6 +30,7 @@ def fitted(*, width=12, **options):
 @pytest.fixture
 def _tiny_limits(monkeypatch):
     monkeypatch.setattr("debiased_laplace.posterior.laplace.LEAST", 1)
+    monkeypatch.setattr("debiased_laplace.debiasing.memory.CHUNK_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_tiny_limits")
@@ -64,7 +69,8 @@ def test_rows_that_do_not_fit_are_computed_a_few_parameters_at_a_time(sampling, 
     groups = []
     compute = RowCurvature._rows_of
     monkeypatch.setattr(RowCurvature, "_rows_of", lambda self, chosen: groups.append(chosen) or compute(self, chosen))
-    little, _ = fitted(memory=rows * 8 * 500, **options)
+    taken = sum(bytes_beyond_rows(plenty.fit_result.network, plenty.fit_result.options).values())
+    little, _ = fitted(memory=taken + rows * 8 * 500, **options)
     assert len(set(groups) - {None}) > 1
     assert little.fit_result.estimate.outcome.solver == plenty.fit_result.estimate.outcome.solver
     # vectors of a Kronecker basis that a fold's other samples do not determine depend on the rounding
@@ -77,7 +83,7 @@ def test_rows_that_do_not_fit_are_computed_a_few_parameters_at_a_time(sampling, 
 
 @pytest.mark.usefixtures("_tiny_limits")
 def test_what_does_not_fit_is_refused_with_the_way_out():
-    la, _ = fitted(rank=6, memory=FEW)
+    la, _ = fitted(rank=6, complement="diagonal", memory=FEW)
     with pytest.raises(ValueError, match=r"available memory .*expected fewer parameters, more memory"):
         _ = la.posterior_covariance
     with pytest.raises(ValueError, match=r"hessian_structure='full' .* available memory"):
@@ -85,13 +91,38 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
 
 
 @pytest.mark.usefixtures("_tiny_limits")
+@pytest.mark.parametrize("sampling", ["uniform", "curvature"])
+def test_a_limit_below_what_every_fit_takes_is_refused_at_once_and_says_what_would_do(sampling, monkeypatch):
+    options = {"sampling": sampling, "rank": 6, "n_rows": 60}
+    ways = r"complement='isotropic' or 'none', or fewer parameters\.$"
+    with pytest.raises(ValueError, match=rf"111 parameters with complement='kron'.* memory=\d+, or {ways}") as error:
+        fitted(memory=FEW, **options)
+    least = int(re.search(r"at least memory=(\d+)", str(error.value))[1])
+    with pytest.raises(ValueError, match=f"at least memory={least}"):
+        fitted(memory=least - 1, **options)
+    fitted(memory=least, solver="lanczos", **options)
+    with pytest.raises(ValueError, match=r"hessian_structure='kron', which takes .* or fewer parameters\.$"):
+        fitted(memory=FEW, hessian_structure="kron", sampling=sampling)
+    monkeypatch.setattr("debiased_laplace.debiasing.memory.free_memory", lambda _: 100_000)
+    fitted(**options)
+    with pytest.raises(ValueError, match=rf"which the directions are .* are free; expected a smaller rank, {ways}"):
+        fitted(**{**options, "rank": 600})
+
+
+@pytest.mark.usefixtures("_tiny_limits")
 def test_fewer_rows_are_drawn_by_default():
     model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3))
     data = TensorDataset(torch.randn(200, 5), torch.arange(200) % 3)
     P = sum(p.numel() for p in model.parameters())
-    la = DebiasedLaplace(model, "classification", prior_precision=3.0, memory=50 * 4 * P)
-    la.fit(DataLoader(data, batch_size=50))
-    assert 25 < la.rows.n < 75
+    # directions take as much as rows
+    for options, n in (({"rank": 5}, 50), ({"rank": None}, 50), ({"hessian_structure": "kron"}, 100)):
+        options = {"complement": "none", **options} if "rank" in options else options
+        probe = DebiasedLaplace(model, "classification", prior_precision=3.0, **options)
+        cost = probe.cost(DataLoader(data, batch_size=50))
+        needed = cost.n_bytes["eigenvectors"] + cost.n_bytes["vectors of P"]
+        la = DebiasedLaplace(model, "classification", prior_precision=3.0, memory=needed + n * 4 * P, **options)
+        la.fit(DataLoader(data, batch_size=50))
+        assert n / 2 < la.rows.n < 1.5 * n
 
 
 def test_a_limit_belongs_to_the_machine_and_not_to_the_state():
@@ -109,3 +140,50 @@ def test_a_limit_belongs_to_the_machine_and_not_to_the_state():
 def test_other_limits_are_refused(memory):
     with pytest.raises(ValueError, match=r"memory must be an integer of at least 536870912 \(bytes; 512 MiB\)"):
         fitted(memory=memory)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "curvature"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"complement": "diagonal", "solver": "lanczos"},
+        {"complement": "isotropic", "magnitudes": "held_out"},
+        {"complement": "none", "magnitudes": "same_batch"},
+        {"subset_of_weights": "last_layer", "inverse_correction": "second_order", "complement": "diagonal"},
+        {"backend": CurvlinopsHessian, "complement": "diagonal"},
+    ],
+    ids=str,
+)
+def test_directions_in_bfloat16_take_a_part_of_the_memory_and_round_what_is_predicted(sampling, options):
+    options = {"rank": 4, "sampling": sampling, "n_rows": 60, "width": 100, **options}
+    whole, X = fitted(**options)
+    short, _ = fitted(directions_dtype="bfloat16", **options)
+    held = short.fit_result.estimate.curvature.directions
+    assert held.dtype == torch.bfloat16
+    assert short.directions.dtype == torch.float64
+    torch.testing.assert_close(short.directional_curvatures, whole.directional_curvatures, rtol=1e-2, atol=1e-6)
+    (_, found), (_, expected) = (la._glm_predictive_distribution(X) for la in (short, whole))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    assert 0 < difference < 1e-2
+
+
+def test_a_state_keeps_the_format_of_the_directions():
+    la, X = fitted(rank=4, directions_dtype="bfloat16")
+    other = DebiasedLaplace(la.model, "classification", prior_precision=3.0, rank=4, sampling="uniform")
+    other.load_state_dict(la.state_dict())
+    assert other.fit_result.estimate.curvature.directions.dtype == torch.bfloat16
+    torch.testing.assert_close(other(X), la(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hessian_structure": "kron"}, "requires hessian_structure='lowrank'"),
+        ({"metric": "kron"}, "requires metric='euclidean'"),
+        ({"directions_dtype": "float16"}, "directions_dtype must be one of"),
+    ],
+)
+def test_where_the_format_of_directions_has_no_effect_it_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(**{"directions_dtype": "bfloat16", **options})

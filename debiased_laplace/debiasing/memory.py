@@ -1,0 +1,76 @@
+"""Memory that an estimate takes beyond rows and directions, and what a limit leaves for rows."""
+
+from dataclasses import replace
+
+from debiased_laplace.curvature.kronecker import matrix_shapes
+from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
+from debiased_laplace.curvature.network import Network
+from debiased_laplace.debiasing.options import EstimatorOptions
+
+# vectors of P in double precision that a fit takes at once: the weights, and sums over samples and over folds
+_VECTORS_IN_BASIS = 20
+_VECTORS = {"none": 1, "isotropic": 1, "diagonal": 6}
+_MATRICES = 4  # for each Kronecker factor: of all samples, of a fold, and their eigenvectors
+
+
+def is_in_basis(options: EstimatorOptions) -> bool:
+    """Return whether the curvature, or the complement of its directions, is in a Kronecker basis."""
+    return "kron" in (options.structure, options.complement)
+
+
+def sides_with_eigenvectors(network: Network, options: EstimatorOptions) -> list[tuple[int, list[int]]]:
+    """Return the size of each parameter, and the lengths of its sides that have eigenvectors."""
+    if not is_in_basis(options):
+        return []
+    shapes = matrix_shapes(network.selection, layers_only=options.kron_basis == "kfac")
+    return [(shape.n_entries, [side.size for side in (shape.rows, shape.columns) if side.full]) for shape in shapes]
+
+
+def bytes_beyond_rows(network: Network, options: EstimatorOptions) -> dict[str, int]:
+    """Return the memory of the eigenvectors of Kronecker factors, and of vectors of all parameters, in bytes."""
+    squares = sum(side**2 for _, sides in sides_with_eigenvectors(network, options) for side in sides)
+    n_vectors = _VECTORS_IN_BASIS if is_in_basis(options) else _VECTORS[options.complement or "none"]
+    return {"eigenvectors": _MATRICES * squares * 8, "vectors of P": n_vectors * network.n_parameters * 8}
+
+
+def bytes_of_directions(network: Network, options: EstimatorOptions, rank: int) -> int:
+    """Return the memory of so many directions in bytes; of two copies where they are rotated into a basis."""
+    copies = 2 if is_in_basis(options) else 1
+    itemsize = 2 if options.directions_dtype == "bfloat16" else network.like.element_size()
+    return copies * rank * network.n_parameters * itemsize
+
+
+def leaving_room(network: Network, options: EstimatorOptions) -> Network:
+    """Return the network with the memory that an estimate leaves for rows and batches.
+
+    Raises:
+        ValueError: if the limit, or without one the device, does not have what the estimate takes in any case.
+    """
+    P, needed = network.n_parameters, sum(bytes_beyond_rows(network, options).values())
+    free, directions = free_memory(network.like.device), 0
+    if options.structure != "kron" and options.rank is not None:
+        directions = bytes_of_directions(network, options, min(options.rank, P))
+    smaller = "fewer parameters"
+    if options.structure == "lowrank" and is_in_basis(options):
+        smaller = f"complement='isotropic' or 'none', or {smaller}"
+    if needed + directions > free:
+        raise ValueError(
+            f"A fit of {P:,} parameters takes {(needed + directions) / 2**30:.2g} GiB beyond the model and rows, of "
+            f"which the directions are {directions / 2**30:.2g}, and {free / 2**30:.2g} GiB are free; expected "
+            f"{'a smaller rank, ' if directions else ''}{smaller}."
+        )
+    if network.memory is None:
+        return network
+    if needed + CHUNK_BYTES > network.memory:
+        raise ValueError(
+            f"memory={network.memory} bytes do not suffice for a fit of {P:,} parameters with "
+            f"{_described(options)}, which takes {needed / 2**30:.2g} GiB beyond the model, rows and directions; "
+            f"expected at least memory={needed + CHUNK_BYTES}, or {smaller}."
+        )
+    return replace(network, memory=network.memory - needed)
+
+
+def _described(options: EstimatorOptions) -> str:
+    if options.structure == "lowrank":
+        return f"complement={options.complement!r}"
+    return f"hessian_structure={options.structure!r}"
