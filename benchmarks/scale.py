@@ -6,7 +6,7 @@
 Every job runs in a process of its own with one thread. A fit is given in forward passes over its samples (fwd), a
 prediction in forward passes over its inputs (MAP), both in seconds of processor time measured in the same process.
 Memory is the peak beyond that of the model, its data and a forward pass. The weights are random, the inputs synthetic.
-ResNet-18 is torchvision's (`pip install --editable '.[benchmarks]'`).
+ResNet-18 and ViT-B/16 are torchvision's (`pip install --editable '.[benchmarks]'`).
 """
 
 import argparse
@@ -71,10 +71,11 @@ class Problem:
     X: Tensor
     y: Tensor
     test: Tensor
+    batch_size: int = 128
 
     def loader(self) -> DataLoader[Any]:
         """Batches of the samples."""
-        return DataLoader(TensorDataset(self.X, self.y), batch_size=128)
+        return DataLoader(TensorDataset(self.X, self.y), batch_size=self.batch_size)
 
     def forward(self) -> None:
         """Evaluate the model on all samples."""
@@ -100,6 +101,19 @@ def resnet18(n_classes: int, n: int, n_test: int = 32) -> Problem:
     return Problem(
         model.eval(), torch.randn(n, 3, 32, 32), torch.randint(0, n_classes, (n,)), torch.randn(n_test, 3, 32, 32)
     )
+
+
+def vit_b_16(n: int, n_test: int) -> Problem:
+    """ViT-B/16 with 224 x 224 inputs and 10 classes."""
+    # not a dependency
+    from torchvision.models import vit_b_16 as network
+
+    torch.manual_seed(0)
+    model = network(num_classes=10).eval()
+    # it begins with a head of zeros
+    nn.init.normal_(model.heads.head.weight, std=0.05)
+    X = torch.randn(n + n_test, 3, 224, 224)
+    return Problem(model, X[:n], torch.randint(0, 10, (n,)), X[n:], batch_size=16)
 
 
 class Clock:
@@ -189,10 +203,12 @@ def rows() -> list[Cost]:
     return clock.costs
 
 
-def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options: Any) -> list[Cost]:
-    """Fit of drawn rows and predictions of all weights of ResNet-18."""
-    clock = Clock(resnet18(10, n, n_test))
-    problem, x = clock.problem, clock.problem.test
+def all_weights(
+    structure: str, n: int, n_rows: int, n_test: int = 8, *, vit: bool = False, **options: Any
+) -> list[Cost]:
+    """Fit of drawn rows and predictions of all weights of ResNet-18, or of ViT-B/16."""
+    problem = vit_b_16(n, n_test) if vit else resnet18(10, n, n_test)
+    clock, x = Clock(problem), problem.test
 
     def posterior() -> Any:
         drawn = {"hessian_structure": structure, "n_rows": n_rows, "prior_precision": 30.0}
@@ -203,6 +219,10 @@ def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options:
         la.fit(problem.loader())
         return la
 
+    if vit:
+        batch = Batch(problem.X[:8], problem.y[:8])
+        selection, likelihood = ParameterSelection.all_weights(problem.model), likelihood_named("classification")
+        clock.measure("tests of a network before a fit", lambda: prepare_network(selection, likelihood, batch))
     estimated = sum(posterior().cost(problem.loader()).n_bytes.values()) / 2**20
     la = clock.measure(f"fit, {n_rows} rows of {n:,} samples (la.cost: {estimated:,.0f} MiB)", ours)
     if la is not None:
@@ -235,11 +255,26 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "rows": rows,
     "all_kron": partial(all_weights, "kron", 1_024, 64),
     "all_kron_512": partial(all_weights, "kron", 4_096, 512, n_test=64),
-    "all_kron_bounded": partial(all_weights, "kron", 1_024, 64, memory=2**30),
+    "all_kron_bounded": partial(all_weights, "kron", 1_024, 64, memory=3 * 2**30),
     "all_lowrank_100": partial(all_weights, "lowrank", 4_096, 512, n_test=64, rank=100),
     "all_lowrank_10": partial(all_weights, "lowrank", 1_024, 64, n_test=64, rank=10),
     "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
-    "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=2**30),
+    "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=3 * 2**30),
+    "vit_lowrank_20": partial(
+        all_weights, "lowrank", 64, 64, 2, vit=True, rank=20, complement="isotropic", memory=4 * 2**30
+    ),
+    "vit_lowrank_20_bfloat16": partial(
+        all_weights,
+        "lowrank",
+        64,
+        64,
+        2,
+        vit=True,
+        rank=20,
+        complement="isotropic",
+        memory=5 * 2**30,
+        directions_dtype="bfloat16",
+    ),
 }
 """Functions that return the lines of a part of the table, by name."""
 

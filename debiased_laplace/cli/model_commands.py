@@ -54,6 +54,7 @@ _LAPLACE_ARGUMENTS = (
     "sampling",
     "n_rows",
     "memory",
+    "directions_dtype",
     "kfac_approx",
     "prior_precision",
     "prior_mean",
@@ -190,6 +191,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--memory", type=int, metavar="BYTES", help="that a fit may take beyond the model, samples and directions"
     )
+    options.add_argument("--directions-dtype", choices=("model", "bfloat16"))
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
     options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")

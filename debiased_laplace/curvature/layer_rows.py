@@ -300,8 +300,8 @@ class Layers:
         n_numbers = {}
         for name in names:
             part = rows[name]
-            total = part.n_numbers if isinstance(part, OuterRows) else part.numel()
-            n_numbers[name] = total // (part.shape[0] * part.shape[1])
+            sides = part.left.shape[-1] + part.right.shape[-1] if isinstance(part, OuterRows) else part.shape[2]
+            n_numbers[name] = sides * (part.positions if isinstance(part, OuterRows) else 1)
         return Layers(self.calls, names, n_numbers)
 
     def rows(

@@ -15,7 +15,7 @@ from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, 
 from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import CHUNK_BYTES, KEEP_BYTES, available_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
@@ -24,7 +24,6 @@ from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
 _MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
-_WORTHWHILE = 32 * 2**20  # bytes of a sample's Jacobian above which it is kept by parameter
 _TANGENTS = 32  # directions pushed forward at once
 
 RowBlocks = Iterator[Tensor]
@@ -281,8 +280,7 @@ class Network:
             LayersDifferError: while iterating, if a chunk calls other layers than those that were found.
         """
         layers = self.capabilities.layers
-        few = self.n_outputs * self.bytes_of_a_row < _WORTHWHILE
-        if layers is None or few or 2 * self.bytes_of_factors > self.bytes_of_a_row:
+        if layers is None or 2 * self.bytes_of_factors > self.bytes_of_a_row:
             return None
         size = max(1, min(_MOST_SAMPLES, CHUNK_BYTES // (self.n_outputs * self.bytes_of_factors)))
 
@@ -314,10 +312,10 @@ class Network:
         return [n * self.like.element_size() for n in numbers]
 
     def bytes_of_held_rows(self, n_rows: int) -> int:
-        """Return the memory of rows in bytes: by parameter where there are many and that saves half of it or more."""
+        """Return the memory of rows in bytes: by parameter where that saves half of it or more."""
         dense = n_rows * self.n_parameters * self.like.element_size()
         by_parameter = n_rows * self.bytes_of_factors
-        return by_parameter if dense > KEEP_BYTES and 2 * by_parameter <= dense else dense
+        return by_parameter if 2 * by_parameter <= dense else dense
 
     def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
         r"""Return $\sqrt{m_n} S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""

@@ -109,7 +109,7 @@ class RowCurvature(SubBatchCurvature):
 
     @property
     def _by_parameter(self) -> bool:
-        """Whether rows are held by parameter: where that saves memory, and there are many."""
+        """Whether rows are held by parameter: where that saves half of their memory."""
         backend = self.network.backend
         if backend is not None and backend.offers_rows(self.root):
             return False

@@ -47,7 +47,10 @@ class WhitenedRowCurvature(RowCurvature):
         self._whitening_of = whitening_of
         self._used = inner._used
 
-    linear_layer = None  # whitened rows are not outer products
+    # whitened rows are not outer products, and come from all parameters at once
+    linear_layer = None
+    _by_parameter = False
+    parameter_groups = ()
 
     def in_coordinates_of(self, positions: Int64[Tensor, " m"]) -> "WhitenedRowCurvature":
         """Return the curvature in coordinates computed from a subset."""

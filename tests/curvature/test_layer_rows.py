@@ -271,7 +271,6 @@ def test_predictions_by_parameter_are_those_of_flat_rows(name, rank, monkeypatch
     precision = LowRankPlusDiagonal(diagonal, torch.linalg.qr(U)[0], torch.arange(1, rank + 1).double(), basis)
     expected, traces = predict(network, precision, X), curvature.traces(precision)
     monkeypatch.setattr("debiased_laplace.linalg.row_matrix._CHUNK_BYTES", 3000)
-    monkeypatch.setattr("debiased_laplace.curvature.network._WORTHWHILE", 0)
     monkeypatch.setattr(Network, "bytes_of_factors", 8)
     monkeypatch.setattr(RowCurvature, "_by_parameter", True)
     assert network.jacobians_by_parameter(X) is not None

@@ -218,20 +218,14 @@ def test_by_rows_every_row_is_computed_once() -> None:
     passes = {}
     for magnitudes, folds in (("same_batch", None), ("cross_fitted", dealt(20, 5))):
         batch = rows_of(network, X, y, ORDER[:20])
-        formed = batch.row_groups
+        computed = batch._rows_of
         count = passes[magnitudes] = []
 
-        def counted(
-            description: str = "",
-            batch: RowCurvature = batch,
-            formed: Callable[..., Iterator] = formed,
-            count: list[int] = count,
-        ) -> Iterator:
-            if batch._stacked is None:
-                count.append(1)
-            return formed(description)
+        def counted(chosen: range | None, computed: Callable[..., list] = computed, count: list[int] = count) -> list:
+            count.append(1)
+            return computed(chosen)
 
-        batch.row_groups = counted
+        batch._rows_of = counted
         estimate(SplitCurvature(batch, None, folds, N_DATA), options(magnitudes=magnitudes))
     assert passes["cross_fitted"] == passes["same_batch"] == [1]
 

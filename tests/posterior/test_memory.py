@@ -61,7 +61,6 @@ def test_products_take_the_place_of_rows_that_do_not_fit(magnitudes):
     ids=str,
 )
 def test_rows_that_do_not_fit_are_computed_a_few_parameters_at_a_time(sampling, options, monkeypatch):
-    monkeypatch.setattr("debiased_laplace.curvature.network.KEEP_BYTES", 0)
     options = {"width": 200, "sampling": sampling, "n_rows": 60, **options}
     plenty, X = fitted(**options)
     rows = plenty.rows.n if sampling == "curvature" else 60
@@ -113,14 +112,15 @@ def test_a_limit_below_what_every_fit_takes_is_refused_at_once_and_says_what_wou
 def test_fewer_rows_are_drawn_by_default():
     model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3))
     data = TensorDataset(torch.randn(200, 5), torch.arange(200) % 3)
-    P = sum(p.numel() for p in model.parameters())
-    # directions take as much as rows
-    for options, n in (({"rank": 5}, 50), ({"rank": None}, 50), ({"hessian_structure": "kron"}, 100)):
+    P, factors = sum(p.numel() for p in model.parameters()), (5 + 12) + 12 + (12 + 3) + 3
+    n = 50
+    # directions have no factors
+    for options, size in (({"rank": 5}, factors), ({"rank": None}, P), ({"hessian_structure": "kron"}, factors)):
         options = {"complement": "none", **options} if "rank" in options else options
         probe = DebiasedLaplace(model, "classification", prior_precision=3.0, **options)
         cost = probe.cost(DataLoader(data, batch_size=50))
         needed = cost.n_bytes["eigenvectors"] + cost.n_bytes["vectors of P"]
-        la = DebiasedLaplace(model, "classification", prior_precision=3.0, memory=needed + n * 4 * P, **options)
+        la = DebiasedLaplace(model, "classification", prior_precision=3.0, memory=needed + n * 4 * size, **options)
         la.fit(DataLoader(data, batch_size=50))
         assert n / 2 < la.rows.n < 1.5 * n
 
