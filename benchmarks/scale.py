@@ -230,6 +230,35 @@ def all_weights(
     return clock.costs
 
 
+def bfloat16() -> list[Cost]:
+    """Directions in bfloat16 against those in the model's format: ResNet-18, all weights, rank 20."""
+    clock = Clock(resnet18(10, 256))
+    problem, posteriors = clock.problem, []
+    for dtype in ("model", "bfloat16"):
+        la: Any = DebiasedLaplace(
+            problem.model,
+            "classification",
+            prior_precision=3.0,
+            rank=20,
+            n_rows=64,
+            complement="isotropic",
+            directions_dtype=dtype,
+        )
+        clock.measure(f"fit, directions_dtype={dtype!r}", partial(la.fit, problem.loader()))
+        posteriors.append(la)
+    variances, probabilities = zip(
+        *((la._glm_predictive_distribution(problem.test)[1], la(problem.test)) for la in posteriors), strict=True
+    )
+    largest = float(((variances[1] - variances[0]).abs() / variances[0].abs().amax((1, 2), keepdim=True)).max())
+    shift = float((probabilities[1] - probabilities[0]).abs().max())
+    clock.measure(
+        f"variances change by at most {largest:.1e} of the largest of an input, probabilities by {shift:.1e}",
+        lambda: posteriors[1](problem.test),
+        "MAP",
+    )
+    return clock.costs
+
+
 def _predictions(clock: Clock, name: str, la: Any, link: str) -> None:
     """Measure predictions of a posterior."""
     x, draws = clock.problem.test, 20
@@ -253,6 +282,7 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "last_layer_lowrank_10": partial(last_layer, 10, 128, hessian_structure="lowrank"),
     "last_layer_full_10": partial(last_layer, 10, 128, hessian_structure="full"),
     "rows": rows,
+    "bfloat16": bfloat16,
     "all_kron": partial(all_weights, "kron", 1_024, 64),
     "all_kron_512": partial(all_weights, "kron", 4_096, 512, n_test=64),
     "all_kron_bounded": partial(all_weights, "kron", 1_024, 64, memory=3 * 2**30),

@@ -105,6 +105,11 @@ def _looped(
         for x, aux in zip(one_by_one(inputs), targets_or_noise, strict=True):
             outputs = selection.call(leaves, as_one(x))[0]
             at = cotangents(outputs if create_graph else outputs.detach(), aux).mT
+            if not outputs.requires_grad and not create_graph:
+                # the outputs of this sample depend on none of these parameters
+                stacked.append({name: leaves[name].new_zeros(len(at), *leaves[name].shape) for name in chosen})
+                collected.append(outputs)
+                continue
             rows = [
                 torch.autograd.grad(
                     outputs,

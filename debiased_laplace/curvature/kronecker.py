@@ -21,7 +21,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
-from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter
+from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter, flat
 
 _LARGEST_SIDE = 4096
 """Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
@@ -174,12 +174,16 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
             _add_matrices(part, shape, both)
     ranks: list[int | None] = []
     for part, shape, both in zip(held.parts, shapes, sums, strict=True) if held is not None else ():
-        ranks.append(_largest_rank(part))
-        if isinstance(part, OuterRows):
+        # a parameter without a basis of its own is a vector
+        as_factors = isinstance(part, OuterRows) and part.matrix_shape == (shape.rows.size, shape.columns.size)
+        ranks.append(_largest_rank(part) if as_factors else None)
+        if as_factors and isinstance(part, OuterRows):
             _add_outer_products(part, shape, both)
-        else:
-            for rows in part.split(max(1, CHUNK_BYTES // (8 * part[:1].numel()))):
-                _add_matrices(rows, shape, both)
+            continue
+        size = max(1, CHUNK_BYTES // (8 * max(1, part.shape[1] * part.shape[2])))
+        for start in range(0, part.shape[0], size):
+            chosen = slice(start, start + size)
+            _add_matrices(flat(part.at(chosen)) if isinstance(part, OuterRows) else part[chosen], shape, both)
     ranks = ranks or [None] * len(sums)
     return [
         _trace_preserving(left / curvature.n_samples, right, k) for (left, right), k in zip(sums, ranks, strict=True)

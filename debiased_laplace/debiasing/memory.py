@@ -40,8 +40,13 @@ def bytes_of_directions(network: Network, options: EstimatorOptions, rank: int) 
     return copies * rank * network.n_parameters * itemsize
 
 
-def leaving_room(network: Network, options: EstimatorOptions) -> Network:
+def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Network:
     """Return the network with the memory that an estimate leaves for rows and batches.
+
+    Args:
+        network: the network.
+        options: of the estimate.
+        n_rows: largest number of rows, and so of directions.
 
     Raises:
         ValueError: if the limit, or without one the device, does not have what the estimate takes in any case.
@@ -49,15 +54,14 @@ def leaving_room(network: Network, options: EstimatorOptions) -> Network:
     P, needed = network.n_parameters, sum(bytes_beyond_rows(network, options).values())
     free, directions = free_memory(network.like.device), 0
     if options.structure != "kron" and options.rank is not None:
-        directions = bytes_of_directions(network, options, min(options.rank, P))
-    smaller = "fewer parameters"
-    if options.structure == "lowrank" and is_in_basis(options):
-        smaller = f"complement='isotropic' or 'none', or {smaller}"
+        directions = bytes_of_directions(network, options, min(options.rank, n_rows, P))
+    in_basis = options.structure == "lowrank" and is_in_basis(options)
+    smaller = "complement='isotropic' or 'none', or fewer parameters" if in_basis else "fewer parameters"
     if needed + directions > free:
         raise ValueError(
             f"A fit of {P:,} parameters takes {(needed + directions) / 2**30:.2g} GiB beyond the model and rows, of "
             f"which the directions are {directions / 2**30:.2g}, and {free / 2**30:.2g} GiB are free; expected "
-            f"{'a smaller rank, ' if directions else ''}{smaller}."
+            f"{'a smaller rank, ' if in_basis else 'a smaller rank or ' if directions else ''}{smaller}."
         )
     if network.memory is None:
         return network

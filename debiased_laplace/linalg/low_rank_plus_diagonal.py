@@ -74,11 +74,12 @@ class LowRankPlusDiagonal:
         exact, m = accumulation_dtype(self.magnitudes), self.magnitudes
         if self.rank == 0:
             return _Inner.of(m, None, None, None)
-        if self.diagonal.numel() == 1:
+        if self.diagonal.numel() == 1 and not self._is_short:
             return _Inner.of(m / self.diagonal, None, None, None)
         # in double precision the inner products of the columns are as good as a QR decomposition of single ones, for a
         # fraction of its cost, unless the columns are nearly dependent
-        gram = row_products(self.directions.T, exact, weights=1 / self.diagonal.to(exact))
+        weights = (1 / self.diagonal.to(exact)).expand(self.n_parameters)
+        gram = row_products(self.directions.T, exact, weights=weights)
         R, info = torch.linalg.cholesky_ex(gram, upper=True)
         Q = None
         if bool(info > 0) or _condition(gram) * torch.finfo(exact).eps > _GRAM_ACCURACY:
@@ -93,7 +94,7 @@ class LowRankPlusDiagonal:
         inner = self._inner
         if inner.rotation is None:
             return self.directions, inner.s
-        V = torch.empty_like(self.directions)
+        V = torch.empty_like(self.directions, dtype=self.magnitudes.dtype)
         start = 0
         for block in self._whitened_blocks():
             V[start : start + len(block)] = block
@@ -109,7 +110,7 @@ class LowRankPlusDiagonal:
             return self.directions, identity
         if R is None or Z is None:
             return self.directions, self.diagonal.reshape(()).sqrt() * identity
-        if Q is not None or _condition(R.mT @ R) > _WELL_CONDITIONED:
+        if Q is not None or (not self._is_short and _condition(R.mT @ R) > _WELL_CONDITIONED):
             return self._spectrum[0] * self.diagonal.sqrt()[:, None], identity
         return self.directions, torch.linalg.solve_triangular(R, Z, upper=True).to(self.magnitudes.dtype)
 
@@ -124,7 +125,8 @@ class LowRankPlusDiagonal:
         else:
             # products of two matrices in column order take three times as long
             T = torch.linalg.solve_triangular(R, Z, upper=True).contiguous()
-            for u, d in zip(self.directions.split(_BLOCK), self.diagonal.split(_BLOCK), strict=True):
+            diagonal = self.diagonal.expand(self.n_parameters)
+            for u, d in zip(self.directions.split(_BLOCK), diagonal.split(_BLOCK), strict=True):
                 yield (u.to(exact) / d.to(exact).sqrt()[:, None]) @ T
 
     @property
@@ -170,9 +172,9 @@ class LowRankPlusDiagonal:
 
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
         r"""Return $X P^{-1} X^\top$ of a stack of row matrices."""
-        x, V = self._coordinates(rows) / self.diagonal.sqrt(), self._spectrum[0]
-        parallel = onto(x, V)
-        return self._variance(x @ x.mT, parallel, lambda: _products(x - along(parallel, V)))
+        x = self._coordinates(rows) / self.diagonal.sqrt()
+        parallel = self._onto(x)
+        return self._variance(x @ x.mT, parallel, lambda: _products(x - self._along(parallel)))
 
     def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""Return $x P^{-1} x^\top$ of every row, without products of different rows."""
@@ -268,8 +270,7 @@ class LowRankPlusDiagonal:
 
     def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$: draws with covariance $P^{-1}$ from standard normals."""
-        V, s = self._spectrum
-        shrunk = noise + along(onto(noise, V) * ((1 + s).rsqrt() - 1), V)
+        shrunk = noise + self._along(self._onto(noise) * ((1 + self._inner.s).rsqrt() - 1))
         return self._vectors(shrunk / self.diagonal.sqrt())
 
     def to_dense(self) -> Float[Tensor, "P P"]:
@@ -302,9 +303,26 @@ class LowRankPlusDiagonal:
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split whitened rows into their coordinates along V and their residual."""
-        V = self._spectrum[0]
-        parallel = onto(x, V)
-        return parallel, x - along(parallel, V)
+        parallel = self._onto(x)
+        return parallel, x - self._along(parallel)
+
+    @property
+    def _is_short(self) -> bool:
+        return self.directions.dtype != self.magnitudes.dtype
+
+    def _onto(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch k"]:
+        """Return the coordinates of whitened rows along V, which is not formed of directions in a shorter format."""
+        if not self._is_short:
+            return x @ self._spectrum[0]
+        U, T = self._whitening
+        return onto(x / self.diagonal.sqrt(), U) @ T
+
+    def _along(self, c: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
+        """Return the vectors of coordinates along V, likewise."""
+        if not self._is_short:
+            return c @ self._spectrum[0].mT
+        U, T = self._whitening
+        return along(c @ T.mT, U) / self.diagonal.sqrt()
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,11 @@ class OuterRows:
         return n, max(p, q), o * i
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the parameter."""
+        return self.left.shape[-1], self.right.shape[-1]
+
+    @property
     def positions(self) -> int:
         """Number of outer products that a row sums."""
         return self.left.shape[2]
@@ -125,7 +130,7 @@ class OuterRows:
         (n, T, i), o, r, k = A.shape, self.left.shape[-1], self.shape[1], U.shape[1]
         G = self.left.expand(-1, r, -1, -1)
         total = G.new_zeros(n, r, k)
-        step = max(1, _chunk_bytes(U) // (U.element_size() * max(1, k) * (n * T + i)))
+        step = max(1, _chunk_bytes(U) // max(1, U.element_size() * k * (n * T + i)))
         for start in range(0, o if k else 0, step):
             stop = min(start + step, o)
             part = U[start * i : stop * i] * weights[start * i : stop * i, None]
@@ -338,7 +343,7 @@ class RowMatrix:
         total = self.like.new_zeros(n, dtype=exact)
         for part in self.parts:
             if isinstance(part, OuterRows) and part.positions <= min(part.left.shape[-1], part.right.shape[-1]):
-                size = max(1, _chunk_bytes(self.like) // (exact.itemsize * part.n_numbers // max(n, 1)))
+                size = max(1, _chunk_bytes(self.like) // max(1, exact.itemsize * part.n_numbers // max(n, 1)))
                 groups = [part.at(slice(start, start + size)) for start in range(0, n, size)]
                 total += torch.cat([group.squared_norms(exact) for group in groups])
                 continue
@@ -363,7 +368,7 @@ class RowMatrix:
             w, u = weights[place], U[place]
             if isinstance(part, OuterRows) and part.contractions_are_cheaper:
                 T, o, i = part.positions, part.left.shape[-1], part.right.shape[-1]
-                size = max(1, _PRODUCT_BYTES // (8 * T * (T * (o + i) + 2 * r * o)))
+                size = max(1, _PRODUCT_BYTES // max(1, 8 * T * (T * (o + i) + 2 * r * o)))
                 groups = [part.at(slice(start, start + size)) for start in range(0, n, size)]
                 squares += torch.cat([group.weighted_products(w, pairs=pairs) for group in groups])
                 projections += part.weighted_projections(w, u)
@@ -434,7 +439,7 @@ def _columns_of(part: RowsOfParameter, most: int) -> Iterator[tuple[slice, Float
             yield slice(first, last), part[..., first:last]
         return
     o, i = part.left.shape[-1], part.right.shape[-1]
-    step = max(1, most // i)
+    step = max(1, most // max(i, 1))
     for first in range(0, o, step):
         last = min(first + step, o)
         yield slice(first * i, last * i), part.columns(first, last)

@@ -24,7 +24,7 @@ from debiased_laplace.debiasing.memory import (
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.lanczos import SPARE as LANCZOS_SPARE
-from debiased_laplace.posterior.drawn_fit import SamplingOptions, default_rows
+from debiased_laplace.posterior.drawn_fit import DEFAULT_ROWS, SamplingOptions, default_rows
 from debiased_laplace.posterior.fit import FitSpec
 
 _EIGENVECTORS = 10  # multiplications for all eigenvectors of a matrix, in cubes of its side
@@ -110,7 +110,10 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         # few enough of a large network
         some = rows.part(torch.arange(max(1, min(len(rows.samples), int(_MOST_SECONDS / timed.scoring)))))
         options = spec.request.options.resolved(prior_of_blocks=prior_of_blocks)
-        network = leaving_room(network, options)
+        most = sampling.n_rows or DEFAULT_ROWS
+        if sampling.sampling == "uniform":
+            most = len(samples.indices) * network.n_outputs
+        network = leaving_room(network, options, most)
         n, n_rows = _numbers(network, root, sampling, options, len(samples.indices))
         drawn = sampling.sampling == "curvature"
         planned = _Planned(network, rows.samples, rows.root if drawn else root)

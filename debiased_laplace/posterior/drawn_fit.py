@@ -197,7 +197,7 @@ def _scored(
         network = spec.prepared(some)
         of_blocks = weighting_of(network.selection, 1).of_blocks
         options = spec.request.resolved(prior_of_blocks=of_blocks).options
-        network = leaving_room(network, options)
+        network = leaving_room(network, options, n_rows or DEFAULT_ROWS)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network, options) if n_rows is None else n_rows
         root = spec.backend.root(spec.likelihood)

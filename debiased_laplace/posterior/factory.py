@@ -184,7 +184,8 @@ def DebiasedLaplace(
             at a time, again at every use. None: a quarter of what is free for rows, their products and linearized
             batches.
         directions_dtype: (lowrank) "bfloat16" halves the memory of the directions, whose entries are rounded to three
-            digits; "model": that of the weights.
+            digits; where the data outweigh the prior ten thousand times, that makes variances too large, with a
+            warning. "model": that of the weights.
 
     Returns:
         The posterior, not fitted yet.

@@ -241,7 +241,7 @@ def fit_curvature(
         selection = spec.subset.select_by(spec.model, some.inputs)
         weighting = weighting_of(selection, split.n_data)
         request = request.resolved(prior_of_blocks=weighting.of_blocks)
-        network = _network_with_backend(spec, selection, some, request.options)
+        network = _network_with_backend(spec, selection, some, request.options, len(source.indices))
         augmented = source.augments(seed)
         passes = [
             load(network, source, indices, seed, keep=first, progress_bar=progress_bar)
@@ -347,10 +347,11 @@ def first_samples(spec: FitSpec, source: SampleSource, indices: Tensor) -> Batch
 
 
 def _network_with_backend(
-    spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions
+    spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions, n_samples: int
 ) -> Network:
     """The network, with the backend's derivatives where they agree with torch.func on some samples."""
-    network = leaving_room(prepare_network(selection, spec.likelihood, some, spec.memory), options)
+    network = prepare_network(selection, spec.likelihood, some, spec.memory)
+    network = leaving_room(network, options, n_samples * network.n_outputs)
     uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
     return spec.backend.attached(network, some, spec.keys, kfac=options.kfac_approx if uses_kfac else None)
 

@@ -636,12 +636,18 @@ class DebiasedParametricLaplace(ParametricLaplace):
 
     @property
     def posterior_precision(self) -> LowRankPlusDiagonal:
-        r"""Posterior precision $N \tau H + P_0$ as an operator with `@`, `logdet()`, `to_matrix()` and more."""
+        r"""Posterior precision $N \tau H + P_0$ as an operator with `@`, `logdet()`, `to_matrix()` and more.
+
+        Warns:
+            UserWarning: if directions are in bfloat16, and their rounding widens the posterior by some per cent.
+        """
         self._check_H_init()
         if self._precision is None:
             curvature = self.fit_result.estimate.curvature
             with torch.inference_mode(False), full_precision():
                 diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
+            if curvature.directions.dtype == torch.bfloat16 and self.rank:
+                _check_rounding(float(weights.max() * (1 / diagonal).mean()))
             self._precision = LowRankPlusDiagonal(diagonal, curvature.factor, weights, curvature.basis)
         return self._precision
 
@@ -1248,3 +1254,20 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._noise_is_open = "sigma_noise" in opened
         self._adopt(fit)
         self.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
+
+
+def _check_rounding(ratio: float) -> None:
+    """Warn if rounded directions leave much of the prior's variance along a direction.
+
+    Args:
+        ratio: largest precision that the data add along a direction, relative to that of the rest.
+    """
+    # of a unit vector whose entries are rounded to 8 bits, this share lies outside the rounded one
+    outside = 2.0**-18 / 3
+    if ratio * outside > 0.02:
+        warnings.warn(
+            f"The data outweigh the prior {ratio:.1e} times along a direction: rounded to bfloat16, directions make "
+            f"variances along it about {ratio * outside:.0%} too large. Expected directions_dtype='model', or a larger "
+            "prior precision.",
+            stacklevel=3,
+        )

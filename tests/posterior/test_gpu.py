@@ -64,3 +64,32 @@ def test_every_structure_and_subset_on_a_gpu_equals_the_cpu(likelihood: str, str
         found[device] = first.cpu(), la.log_marginal_likelihood().detach().cpu()
     for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"directions_dtype": "bfloat16"}], ids=str)
+def test_rows_of_few_parameters_at_a_time_on_a_gpu_equal_the_cpu(options, monkeypatch):
+    monkeypatch.setattr("debiased_laplace.posterior.laplace.LEAST", 1)
+    monkeypatch.setattr("debiased_laplace.debiasing.memory.CHUNK_BYTES", 0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 200), torch.nn.Tanh(), torch.nn.Linear(200, 3)).double()
+    X, n_rows, P = torch.randn(40, 5, dtype=torch.float64), 60, sum(p.numel() for p in model.parameters())
+    data = TensorDataset(X, targets("classification", 40))
+    found = []
+    for device in ("cpu", "cuda"):
+        la = posterior_of(
+            copy.deepcopy(model).to(device),
+            "classification",
+            rank=6,
+            complement="diagonal",
+            prior_precision=0.4,
+            sampling="curvature",
+            n_rows=n_rows,
+            # what vectors of P take, and fewer rows than there are
+            memory=6 * 8 * P + n_rows * 8 * 500,
+            **options,
+        )
+        la.fit(DataLoader(data, batch_size=16))
+        assert la.fit_result.estimate.curvature.directions.device.type == device
+        found.append((la.directional_curvatures.cpu(), la(X).cpu()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)

@@ -187,3 +187,50 @@ def test_a_state_keeps_the_format_of_the_directions():
 def test_where_the_format_of_directions_has_no_effect_it_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fitted(**{"directions_dtype": "bfloat16", **options})
+
+
+def test_where_the_data_outweigh_the_prior_rounded_directions_are_warned_of():
+    options = {"rank": 4, "directions_dtype": "bfloat16", "complement": "none"}
+    la, _ = fitted(**options)
+    whole, _ = fitted(**{**options, "directions_dtype": "model"})
+    stiffest = float(la.directional_curvatures.max()) * 40
+    for ratio, wide in ((1e3, False), (1e6, True)):
+        la.prior_precision = whole.prior_precision = stiffest / ratio
+        if wide:
+            with pytest.warns(UserWarning, match=r"about \d+% too large. Expected directions_dtype='model'"):
+                variance = la.posterior_precision.variances(whole.directions.T)
+        else:
+            variance = la.posterior_precision.variances(whole.directions.T)
+        expected = whole.posterior_precision.variances(whole.directions.T)
+        assert (float((variance / expected)[0]) > 1.1) == wide
+
+
+class Unused(nn.Module):
+    """A recurrent layer, which vmap refuses, and a large parameter that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.randn(30, 40))
+        self.embedding, self.recurrent = nn.Embedding(20, 16), nn.GRU(16, 16, batch_first=True)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.recurrent(self.embedding(x))[0].mean(1))
+
+
+@pytest.mark.usefixtures("_tiny_limits")
+def test_parameters_that_no_output_depends_on_may_be_a_group_of_their_own(monkeypatch):
+    torch.manual_seed(0)
+    model, X = Unused().double().eval(), torch.randint(0, 20, (40, 6))
+    loader = DataLoader(TensorDataset(X, torch.arange(40) % 3), batch_size=16)
+    options = {"sampling": "uniform", "rank": 10, "complement": "diagonal", "solver": "gram", "prior_precision": 3.0}
+    plenty = DebiasedLaplace(model, "classification", **options)
+    plenty.fit(loader)
+    taken = sum(bytes_beyond_rows(plenty.fit_result.network, plenty.fit_result.options).values())
+    little = DebiasedLaplace(model, "classification", memory=taken + 1250 * 8 * 120, **options)
+    groups = []
+    compute = RowCurvature._rows_of
+    monkeypatch.setattr(RowCurvature, "_rows_of", lambda self, chosen: groups.append(chosen) or compute(self, chosen))
+    little.fit(loader)
+    assert range(1) in groups
+    torch.testing.assert_close(little(X), plenty(X), rtol=1e-6, atol=1e-9)
