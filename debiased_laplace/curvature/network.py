@@ -162,6 +162,21 @@ class Network:
         groups = self._grouped(Batch(inputs, order), order, _difference_columns, order.shape[1] - 1, leading=leading)
         return (blocks for _, blocks in groups)
 
+    @property
+    def factors_save_memory(self) -> bool:
+        """Whether rows by parameter take at most half the memory of flat ones."""
+        return self.capabilities.layers is not None and 2 * self.bytes_of_factors <= self.bytes_of_a_row
+
+    def differences_by_parameter(self, inputs: Inputs, order: Tensor, chosen: slice | None) -> RowMatrix | None:
+        """Return the rows of some of these differences, or of their sum; None where a batch calls other layers."""
+
+        def columns(outputs: Tensor, order: Tensor) -> Tensor:
+            every = _difference_columns(outputs, order, slice(None) if chosen is None else chosen)
+            return every.sum(-1, keepdim=True) if chosen is None else every
+
+        found = self.row_matrix(inputs, order, columns)
+        return None if found is None else found[0]
+
     def root_rows(
         self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor
     ) -> Iterator[tuple[int, RowBlocks, str]]:
@@ -280,7 +295,7 @@ class Network:
             LayersDifferError: while iterating, if a chunk calls other layers than those that were found.
         """
         layers = self.capabilities.layers
-        if layers is None or 2 * self.bytes_of_factors > self.bytes_of_a_row:
+        if layers is None or not self.factors_save_memory:
             return None
         size = max(1, min(_MOST_SAMPLES, CHUNK_BYTES // (self.n_outputs * self.bytes_of_factors)))
 

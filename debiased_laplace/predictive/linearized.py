@@ -105,12 +105,37 @@ def predict_logits(
         return GaussianLogits.of_covariance(*predict(network, precision, inputs, create_graph=create_graph))
     means, order = sorted_differences(network.outputs(inputs))
     # rows of the leading classes are in memory at once
-    leading = max(_FEWEST_LEADING, min(LEADING, CHUNK_BYTES // network.bytes_of_a_row)) - 1
-    parts = [
+    n_bytes = network.bytes_of_factors if network.factors_save_memory else network.bytes_of_a_row
+    leading = max(_FEWEST_LEADING, min(LEADING, CHUNK_BYTES // n_bytes)) - 1
+    parts = _spreads_by_parameter(network, precision, inputs, order, leading) or [
         _spread_of_differences(precision, blocks, leading)
         for blocks in network.difference_blocks(inputs, order, leading=leading)
     ]
     return GaussianLogits(order, means, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def _spreads_by_parameter(
+    network: Network, precision: LowRankPlusDiagonal, inputs: Inputs, order: Tensor, n_leading: int
+) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+    """Compute what `_spread_of_differences` does by layers; None where the network does not allow that."""
+    if not network.factors_save_memory:
+        return None
+    C = order.shape[1]
+    step = max(1, CHUNK_BYTES // network.bytes_of_factors)
+    size = max(1, step // n_leading)
+    blocks = [slice(start, min(start + step, C - 1)) for start in range(n_leading, C - 1, step)]
+    parts = []
+    for chunk, own in zip(split(inputs, size), order.split(size), strict=True):
+        found = []
+        for chosen in (slice(n_leading), None, *blocks):
+            rows = network.differences_by_parameter(chunk, own, chosen)
+            if rows is None:
+                return None
+            found.append(precision.variance_of(rows, covariances=chosen == slice(n_leading)))
+        covariance, total, others = found[0], found[1][:, 0], torch.cat(found[2:], dim=1)
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + others.sum(-1) - total / C
+        parts.append((covariance, others, trace.clamp_min(0)))
+    return parts
 
 
 def _spread_of_differences(

@@ -71,6 +71,30 @@ def test_rows_in_blocks(rows, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["all weights", "all weights, Kronecker complement"])
+@pytest.mark.parametrize("rows", [1, 150, 10_000])
+def test_rows_as_factors_in_blocks(case, rows, monkeypatch):
+    la, X = posterior(case)
+    n_bytes = la.fit_result.network.bytes_of_factors
+    monkeypatch.setattr(linearized, "CHUNK_BYTES", rows * n_bytes)
+    monkeypatch.setattr(network_module.Network, "bytes_of_a_row", n_bytes)
+    monkeypatch.setattr(network_module.Network, "factors_save_memory", False)
+    expected = la.gaussian_logits(X)
+    monkeypatch.setattr(network_module.Network, "factors_save_memory", True)
+    calls, computed = [], network_module.Network.differences_by_parameter
+    monkeypatch.setattr(
+        network_module.Network,
+        "differences_by_parameter",
+        lambda *arguments: calls.append(arguments[-1]) or computed(*arguments),
+    )
+    found = la.gaussian_logits(X)
+    leading = found.covariance.shape[-1]
+    # a block of leading rows, the sum, and blocks of the others, for each chunk of samples
+    assert len(calls) == -(-6 // max(1, rows // leading)) * (2 + -(-(C - 1 - leading) // rows))
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", ["last layer, Kronecker", "last layer without bias"])
 def test_a_kronecker_last_layer_needs_features_alone(case, monkeypatch):
     la, X = posterior(case)
