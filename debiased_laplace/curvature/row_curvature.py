@@ -133,8 +133,8 @@ class RowCurvature(SubBatchCurvature):
     def part(self, positions: Int64[Tensor, " m"]) -> "RowCurvature":
         """Return the mean curvature of a subset, with the same draws; rows held in memory are reused."""
         part = RowCurvature(self.network, self.samples.at(positions), self.root, seed=self.seed)
-        if self._stacked is not None and self._stacked.rows.recomputed:
-            part._hold(part._recomputed_rows())
+        if self._stacked is not None and isinstance(self._stacked.rows.parts, RecomputedRows):
+            part._hold(part._recomputed_rows(part.parameter_groups or self._stacked.rows.parts.groups))
         elif self._stacked is not None:
             part._hold(self._stacked.rows.at(positions.to(self._stacked.rows.like.device)))
             part._scales = None if self._scales is None else self._scales[positions]
@@ -197,8 +197,10 @@ class RowCurvature(SubBatchCurvature):
         if self._stacked is not None and self._scales is not None:
             scales, self._scales = self._scales, None
             return self._hold(self._stacked.rows.scaled(scales))
-        if self._stacked is None and self.bytes_of_rows > self.network.available_memory and self.parameter_groups:
-            return self._hold(self._recomputed_rows())
+        # free memory may change between two questions
+        fits = self._stacked is not None or self.bytes_of_rows <= self.network.available_memory
+        if not fits and (groups := self.parameter_groups):
+            return self._hold(self._recomputed_rows(groups))
         if self._stacked is None and self._by_parameter and (parts := self._rows_of(None)) is not None:
             return self._hold(RowMatrix(tuple(parts)))
         if self._stacked is None:
@@ -232,7 +234,7 @@ class RowCurvature(SubBatchCurvature):
             size += own
         return (*groups, range(start, len(self.network.selection.names)))
 
-    def _recomputed_rows(self) -> RowMatrix:
+    def _recomputed_rows(self, groups: tuple[range, ...]) -> RowMatrix:
         network = self.network
 
         def compute(group: range) -> list[RowsOfParameter]:
@@ -246,7 +248,7 @@ class RowCurvature(SubBatchCurvature):
 
         shape = self.n_samples, self.rows_per_sample, network.n_parameters
         sizes = tuple(network.selection.sizes)
-        return RowMatrix(RecomputedRows(shape, network.like, sizes, self.parameter_groups, compute))
+        return RowMatrix(RecomputedRows(shape, network.like, sizes, groups, compute))
 
     def _rows_of(self, chosen: range | None) -> list[RowsOfParameter] | None:
         """Compute the rows of some parameters, or of all, by layers; None where a batch calls other layers."""
