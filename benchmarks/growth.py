@@ -130,21 +130,21 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for axes, panel in zip(panels[-1], VARIED, strict=True):
         axes.set_xlabel(panel)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, [s.split(":")[0] for s in labels], loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def _panel(axes: Axes, results: list[dict[str, Any]], measure: str) -> None:
-    for line, (_, title, colour) in LINES.items():
+    for (line, (_, title, colour)), shift in zip(LINES.items(), (6, -12, -3), strict=True):
         own = [r for r in results if r["line"] == line]
         if not own:
             continue
         xs, ys = [r["x"] for r in own], [max(r[measure], 1e-3) for r in own]
         axes.plot(xs, ys, color=colour, marker="o", ms=4, lw=1.6, label=title)
-        axes.annotate(
-            f"{slope(xs, ys):.1f}", (xs[-1], ys[-1]), (5, 0), textcoords="offset points", color=colour, fontsize=9
-        )
+        # no minus sign before a zero
+        text = f"{round(slope(xs, ys), 1) + 0.0:.1f}"
+        axes.annotate(text, (xs[-1], ys[-1]), (5, shift), textcoords="offset points", color=colour, fontsize=9)
     axes.set(xscale="log", yscale="log")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
