@@ -142,6 +142,7 @@ def test_other_limits_are_refused(memory):
         fitted(memory=memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["uniform", "curvature"])
 @pytest.mark.parametrize(
     "options",
