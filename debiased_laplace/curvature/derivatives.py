@@ -31,6 +31,11 @@ _LARGE = 4 * 2**20
 _GROUP = 128 * 2**20  # bytes of the gradients that the rows of a large network are compared with at a time
 
 
+def is_large_network(selection: ParameterSelection) -> bool:
+    """Return whether few samples and vectors are tested, because each vector of the parameters is large."""
+    return selection.n_parameters * next(iter(selection.current().values())).element_size() > _LARGE
+
+
 def identity_cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
     """Return the cotangents of the Jacobian itself."""
     return torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
@@ -378,7 +383,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     with torch.no_grad():
         n_outputs = selection.call_noting_buffers(parameters, inputs).shape[-1]
     # a few combinations test as much as all outputs, of which there may be thousands
-    is_large = selection.n_parameters * like.element_size() > _LARGE
+    is_large = is_large_network(selection)
     n_vectors = 1 if is_large else _VECTORS
     mixed = torch.randn(n_outputs, min(n_outputs, n_vectors), generator=generator).to(like)
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.derivatives import find_capabilities, is_large_network
 from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, Likelihood, are_probabilities
 from debiased_laplace.curvature.memory import KEEP_BYTES
 from debiased_laplace.curvature.network import Network
@@ -15,9 +15,6 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
-
-_LARGE = 2**20
-"""Parameters from which on fewer samples are evaluated before a fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +102,7 @@ def prepare_network(
     """
     batch.check_finite()
     parameters = selection.current()
-    few = batch.first(8 if selection.n_parameters < _LARGE else 2)
+    few = batch.first(2 if is_large_network(selection) else 8)
     with torch.no_grad():
         outputs = evaluated(selection, parameters, few)
         likelihood.check(outputs, few.targets)

@@ -21,7 +21,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
-from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter, flat
+from debiased_laplace.linalg.row_matrix import OuterRows, flat
 
 _LARGEST_SIDE = 4096
 """Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
@@ -175,11 +175,11 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
     ranks: list[int | None] = []
     for part, shape, both in zip(held.parts, shapes, sums, strict=True) if held is not None else ():
         # a parameter without a basis of its own is a vector
-        as_factors = isinstance(part, OuterRows) and part.matrix_shape == (shape.rows.size, shape.columns.size)
-        ranks.append(_largest_rank(part) if as_factors else None)
-        if as_factors and isinstance(part, OuterRows):
+        if isinstance(part, OuterRows) and part.matrix_shape == (shape.rows.size, shape.columns.size):
+            ranks.append(_largest_rank(part))
             _add_outer_products(part, shape, both)
             continue
+        ranks.append(None)
         size = max(1, CHUNK_BYTES // (8 * max(1, part.shape[1] * part.shape[2])))
         for start in range(0, part.shape[0], size):
             chosen = slice(start, start + size)
@@ -190,9 +190,9 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
     ]
 
 
-def _largest_rank(rows: RowsOfParameter) -> int | None:
+def _largest_rank(rows: OuterRows) -> int:
     """Return a bound on the rank of both factors: the number of outer products."""
-    return rows.shape[0] * rows.shape[1] * rows.left.shape[2] if isinstance(rows, OuterRows) else None
+    return rows.shape[0] * rows.shape[1] * rows.positions
 
 
 def _add_matrices(rows: Tensor, shape: MatrixShape, sums: tuple[Tensor, ...]) -> None:

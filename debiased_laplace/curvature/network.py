@@ -165,7 +165,12 @@ class Network:
     @property
     def factors_save_memory(self) -> bool:
         """Whether rows by parameter take at most half the memory of flat ones."""
-        return self.capabilities.layers is not None and 2 * self.bytes_of_factors <= self.bytes_of_a_row
+        return self.capabilities.layers is not None and 2 * self.bytes_of_factors <= self.bytes_of_a_flat_row
+
+    @property
+    def bytes_of_a_flat_row(self) -> int:
+        """Memory of a row as it is held, in bytes; for a subnetwork, of the selected entries."""
+        return self.n_parameters * self.like.element_size()
 
     def differences_by_parameter(self, inputs: Inputs, order: Tensor, chosen: slice | None) -> RowMatrix | None:
         """Return the rows of some of these differences, or of their sum; None where a batch calls other layers."""
@@ -328,9 +333,7 @@ class Network:
 
     def bytes_of_held_rows(self, n_rows: int) -> int:
         """Return the memory of rows in bytes: by parameter where that saves half of it or more."""
-        dense = n_rows * self.n_parameters * self.like.element_size()
-        by_parameter = n_rows * self.bytes_of_factors
-        return by_parameter if 2 * by_parameter <= dense else dense
+        return n_rows * (self.bytes_of_factors if self.factors_save_memory else self.bytes_of_a_flat_row)
 
     def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:
         r"""Return $\sqrt{m_n} S_n^\top J_n u_i$ as (n, r, k) for directions (P, k)."""

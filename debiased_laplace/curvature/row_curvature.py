@@ -101,19 +101,14 @@ class RowCurvature(SubBatchCurvature):
     @property
     def bytes_of_rows(self) -> int:
         """Memory of all rows together as they are held, in bytes."""
-        return self.n_rows * (self.network.bytes_of_factors if self._by_parameter else self._bytes_of_a_row)
-
-    @property
-    def _bytes_of_a_row(self) -> int:
-        return self.network.n_parameters * self.network.like.element_size()
+        return self.n_rows * (self.network.bytes_of_factors if self._by_parameter else self.network.bytes_of_a_flat_row)
 
     @property
     def _by_parameter(self) -> bool:
         """Whether rows are held by parameter: where that saves half of their memory."""
         backend = self.network.backend
-        if backend is not None and backend.offers_rows(self.root):
-            return False
-        return self.network.bytes_of_held_rows(self.n_rows) < self.n_rows * self._bytes_of_a_row
+        offered = backend is not None and backend.offers_rows(self.root)
+        return not offered and self.network.factors_save_memory
 
     @property
     def is_random(self) -> bool:

@@ -116,6 +116,7 @@ def _recomputes(curvature: RowCurvature, k: int, n_folds: int) -> bool:
     groups = len(curvature.parameter_groups)
     if not groups or 2 * 3 * 8 * curvature.n_rows**2 > curvature.network.available_memory:
         return False
+    # passes of all rows, against those of Lanczos' products, two each
     return groups * (SWEEPS + n_folds) * curvature.rows_per_sample <= 2 * (1 + n_folds) * (3 * k + 20)
 
 

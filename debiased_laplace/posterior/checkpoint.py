@@ -102,7 +102,6 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         state["curvature_metric"] = estimate.curvature.metric
     if estimate.curvature.error_variances is not None:
         state["curvature_error_variances"] = estimate.curvature.error_variances
-    # directions are large, and nothing changes them
     state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
     return {**state, "checksum": _checksum(state)}
 
