@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,17 @@ class Problem:
             self.model(self.test)
 
 
-def resnet18(n_classes: int, n: int, n_test: int = 32) -> Problem:
-    """ResNet-18 with 32 x 32 inputs."""
+def resnet18(n_classes: int, n: int, n_test: int = 32, *, side: int = 32) -> Problem:
+    """ResNet-18 with square inputs."""
     # not a dependency
     from torchvision.models import resnet18 as network
 
     torch.manual_seed(0)
     model = network(num_classes=n_classes)
     # running statistics of the inputs, without which outputs of random weights are all the same
-    model(torch.randn(64, 3, 32, 32))
-    return Problem(
-        model.eval(), torch.randn(n, 3, 32, 32), torch.randint(0, n_classes, (n,)), torch.randn(n_test, 3, 32, 32)
-    )
+    model(torch.randn(64, 3, side, side))
+    X = torch.randn(n + n_test, 3, side, side)
+    return Problem(model.eval(), X[:n], torch.randint(0, n_classes, (n,)), X[n:])
 
 
 def vit_b_16(n: int, n_test: int) -> Problem:
@@ -114,6 +113,47 @@ def vit_b_16(n: int, n_test: int) -> Problem:
     nn.init.normal_(model.heads.head.weight, std=0.05)
     X = torch.randn(n + n_test, 3, 224, 224)
     return Problem(model, X[:n], torch.randint(0, 10, (n,)), X[n:], batch_size=16)
+
+
+def mnist_pretrained() -> Problem:
+    """The pretrained network of digit-recognizer-py (390,410 weights) and 5,000 images of MNIST."""
+    from benchmarks.drawn_rows_pretrained import network
+    from benchmarks.fidelity_tasks import mnist_images
+
+    X, y = mnist_images()
+    X = (X - 0.1307) / 0.3081
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
+    return Problem(network(), X[order[64:]], y[order[64:]], X[order[:64]])
+
+
+class Logits(nn.Module):
+    """A model of Hugging Face on token ids without padding."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits
+
+
+def gpt2_lora(n: int, n_test: int, length: int = 256) -> Problem:
+    """A sequence classifier of the size of GPT-2 (124 million weights) with LoRA of rank 8: 297,984 trainable ones."""
+    # not dependencies
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(GPT2Config(num_labels=4, pad_token_id=50_256))
+    lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(model, lora)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02)
+    X = torch.randint(0, 50_000, (n + n_test, length))
+    return Problem(Logits(model).eval(), X[:n], torch.randint(0, 4, (n,)), X[n:], batch_size=8)
 
 
 class Clock:
@@ -203,11 +243,8 @@ def rows() -> list[Cost]:
     return clock.costs
 
 
-def all_weights(
-    structure: str, n: int, n_rows: int, n_test: int = 8, *, vit: bool = False, **options: Any
-) -> list[Cost]:
-    """Fit of drawn rows and predictions of all weights of ResNet-18, or of ViT-B/16."""
-    problem = vit_b_16(n, n_test) if vit else resnet18(10, n, n_test)
+def drawn_rows(problem: Problem, structure: str, n_rows: int, *, tests: bool = False, **options: Any) -> list[Cost]:
+    """Fit of drawn rows of all trainable weights, and predictions; with tests: the tests of the network alone too."""
     clock, x = Clock(problem), problem.test
 
     def posterior() -> Any:
@@ -219,15 +256,26 @@ def all_weights(
         la.fit(problem.loader())
         return la
 
-    if vit:
+    if tests:
         batch = Batch(problem.X[:8], problem.y[:8])
         selection, likelihood = ParameterSelection.all_weights(problem.model), likelihood_named("classification")
         clock.measure("tests of a network before a fit", lambda: prepare_network(selection, likelihood, batch))
     estimated = sum(posterior().cost(problem.loader()).n_bytes.values()) / 2**20
+    n = len(problem.X)
     la = clock.measure(f"fit, {n_rows} rows of {n:,} samples (la.cost: {estimated:,.0f} MiB)", ours)
     if la is not None:
-        clock.measure(f"la(x), {n_test} inputs", lambda: la(x), "MAP")
+        if structure == "lowrank":
+            width = 2 if options.get("directions_dtype") == "bfloat16" else 4
+            directions = la.rank * la.n_params * width / 2**20
+            fit = clock.costs[-1]
+            clock.costs[-1] = replace(fit, job=f"{fit.job}; directions: {directions:,.0f} MiB")
+        clock.measure(f"la(x), {len(x)} inputs", lambda: la(x), "MAP")
     return clock.costs
+
+
+def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options: Any) -> list[Cost]:
+    """All weights of ResNet-18."""
+    return drawn_rows(resnet18(10, n, n_test), structure, n_rows, **options)
 
 
 def bfloat16() -> list[Cost]:
@@ -274,6 +322,8 @@ def _predictions(clock: Clock, name: str, la: Any, link: str) -> None:
     )
 
 
+_VIT: dict[str, Any] = {"rank": 20, "complement": "isotropic"}
+
 JOBS: dict[str, Callable[[], list[Cost]]] = {
     "last_layer_kron_10": partial(last_layer, 10, 512, hessian_structure="kron"),
     "last_layer_kron_10_uniform": partial(last_layer, 10, 512, hessian_structure="kron", sampling="uniform"),
@@ -290,21 +340,16 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "all_lowrank_10": partial(all_weights, "lowrank", 1_024, 64, n_test=64, rank=10),
     "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
     "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=3 * 2**30),
-    "vit_lowrank_20": partial(
-        all_weights, "lowrank", 64, 64, 2, vit=True, rank=20, complement="isotropic", memory=4 * 2**30
+    "all_lowrank_10_224": lambda: drawn_rows(resnet18(10, 64, 8, side=224), "lowrank", 64, rank=10),
+    "vit_lowrank_20": lambda: drawn_rows(vit_b_16(64, 2), "lowrank", 64, tests=True, **_VIT, memory=4 * 2**30),
+    "vit_lowrank_20_bfloat16": lambda: drawn_rows(
+        vit_b_16(64, 2), "lowrank", 64, tests=True, **_VIT, memory=5 * 2**30, directions_dtype="bfloat16"
     ),
-    "vit_lowrank_20_bfloat16": partial(
-        all_weights,
-        "lowrank",
-        64,
-        64,
-        2,
-        vit=True,
-        rank=20,
-        complement="isotropic",
-        memory=5 * 2**30,
-        directions_dtype="bfloat16",
+    "mnist_every_direction": lambda: drawn_rows(mnist_pretrained(), "lowrank", 4_096, complement="isotropic"),
+    "mnist_every_direction_bounded": lambda: drawn_rows(
+        mnist_pretrained(), "lowrank", 4_096, complement="isotropic", memory=3 * 2**30
     ),
+    "gpt2_lora": lambda: drawn_rows(gpt2_lora(8, 8), "lowrank", 32, rank=4),
 }
 """Functions that return the lines of a part of the table, by name."""
 

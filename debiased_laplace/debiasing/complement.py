@@ -99,13 +99,22 @@ def diagonal(
     magnitudes: Float[Tensor, " k"],
     residual: Float[Tensor, " P"],
     basis: KroneckerBasis | None = None,
+    *,
+    out: Float[Tensor, "P k"] | None = None,
 ) -> LowRankCurvature:
     r"""Add the diagonal of $(I - UU^\top) H (I - UU^\top)$, in a basis; the trace of H is preserved.
 
     The diagonal D also adds $u_i^\top D u_i$ along the directions. Subtracting that from the magnitudes would preserve
     the curvature along the directions instead of the trace.
+
+    Args:
+        directions: U, not in the coordinates of the basis.
+        magnitudes: of the directions.
+        residual: the diagonal, in the coordinates of the basis.
+        basis: K; None for the axes.
+        out: where to write the coordinates of the directions, which may be these; None: a new tensor.
     """
-    rotated = directions if basis is None else _without_traces(basis.coordinates_of_columns(directions))
+    rotated = directions if basis is None else _without_traces(basis.coordinates_of_columns(directions, out=out))
     # a Hessian's may be negative: floored after the mean over all samples, not in each fold
     return LowRankCurvature(residual.to(magnitudes.dtype).clamp_min(0), rotated, magnitudes, basis)
 

@@ -74,7 +74,9 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
         magnitudes = _magnitudes(split, leading, own, others)
         of_own, of_others = split.weights
         weighted = [(of_own if others is not None else 1.0, own), (of_others, others)]
-        curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis)
+        # nothing else reads the directions of a single estimate
+        out = leading.vectors if len(variants) == 1 else None
+        curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis, out)
         source = (a if split.magnitudes is None else split.magnitudes).source
         estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
     return estimates
@@ -151,15 +153,16 @@ def _with_complement(
     kind: ComplementKind,
     weighted: list[tuple[float, DirectionalMoments | None]],
     basis: KroneckerBasis | None,
+    out: Tensor | None,
 ) -> LowRankCurvature:
-    """Complete the low rank with the weighted sum of the residuals."""
+    """Complete the low rank with the weighted sum of the residuals; see `complement.diagonal` for `out`."""
     U, m = pairs.vectors, magnitudes.values
     parts = [(weight, part) for weight, part in weighted if part is not None]
     if kind == "none":
         return complement.without_complement(U, m)
     if kind == "isotropic":
         return complement.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]))
-    return complement.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), basis)
+    return complement.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), basis, out=out)
 
 
 def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor:

@@ -34,10 +34,9 @@ def bytes_beyond_rows(network: Network, options: EstimatorOptions) -> dict[str, 
 
 
 def bytes_of_directions(network: Network, options: EstimatorOptions, rank: int) -> int:
-    """Return the memory of so many directions in bytes; of two copies where they are rotated into a basis."""
-    copies = 2 if is_in_basis(options) else 1
+    """Return the memory of so many directions in bytes."""
     itemsize = 2 if options.directions_dtype == "bfloat16" else network.like.element_size()
-    return copies * rank * network.n_parameters * itemsize
+    return rank * network.n_parameters * itemsize
 
 
 def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Network:

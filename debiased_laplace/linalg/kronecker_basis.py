@@ -13,6 +13,8 @@ from torch import Tensor
 
 from debiased_laplace.linalg.outer_products import outer_factors
 
+_ROTATED = 2**24  # entries of column vectors that are rotated at a time
+
 
 @dataclass(frozen=True, eq=False)
 class BasisBlock:
@@ -47,9 +49,23 @@ class BasisBlock:
             M = (M.mT.contiguous() @ (self.left.mT if back else self.left)).mT
         return M.reshape(x.shape)
 
-    def rotated_columns(self, U: Float[Tensor, "p k"]) -> Float[Tensor, "p k"]:
-        """Return the coordinates of column vectors, without a transposed copy of them."""
+    def rotated_columns(self, U: Float[Tensor, "p k"], *, out: Float[Tensor, "p k"] | None = None) -> Tensor:
+        """Return the coordinates of column vectors, some of them at a time, without a transposed copy of them.
+
+        Args:
+            U: the vectors.
+            out: where to write, which may be U; None: a new tensor.
+        """
+        out = torch.empty_like(U) if out is None else out
+        width = max(1, _ROTATED // max(1, self.size))
+        for vectors, coordinates in zip(U.split(width, dim=1), out.split(width, dim=1), strict=True):
+            coordinates.copy_(self._rotated_columns(vectors))
+        return out
+
+    def _rotated_columns(self, U: Float[Tensor, "p k"]) -> Float[Tensor, "p k"]:
         o, i, k = self.rows, self.columns, U.shape[1]
+        sides = [side for side in (self.left, self.right) if side is not None]
+        U = U.to(sides[0]) if sides else U
         if self.left is not None:
             U = self.left.mT @ U.reshape(o, i * k)
         if self.right is not None:
@@ -96,15 +112,20 @@ class KroneckerBasis:
         r"""Return $x K$, the coordinates of row vectors."""
         return self._mapped(self.blocks, x, back=False)
 
-    def coordinates_of_columns(self, U: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        r"""Return $K^\top U$, the coordinates of column vectors."""
-        result, start = torch.empty_like(U), 0
-        for block in self.blocks:
-            place = slice(start, start + block.size)
-            sides = [side for side in (block.left, block.right) if side is not None]
-            result[place] = block.rotated_columns(U[place].to(sides[0]) if sides else U[place])
-            start += block.size
-        return result
+    def coordinates_of_columns(
+        self, U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None
+    ) -> Float[Tensor, "P k"]:
+        r"""Return $K^\top U$, the coordinates of column vectors.
+
+        Args:
+            U: the vectors.
+            out: where to write, which may be U; None: a new tensor.
+        """
+        out = torch.empty_like(U) if out is None else out
+        sizes = [block.size for block in self.blocks]
+        for block, vectors, coordinates in zip(self.blocks, U.split(sizes), out.split(sizes), strict=True):
+            block.rotated_columns(vectors, out=coordinates)
+        return out
 
     def vectors(self, coordinates: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $x K^\top$, the row vectors of coordinates."""

@@ -76,6 +76,17 @@ def test_rows_to_coordinates_and_back(name: str, lead: tuple[int, ...]) -> None:
 
 
 @every_block
+def test_columns_to_coordinates_in_their_own_place_and_few_at_a_time(name: str, monkeypatch) -> None:
+    basis, K = make(name)
+    U = draw(len(K), 5, seed=12)
+    expected = K.T @ U
+    monkeypatch.setattr("debiased_laplace.linalg.kronecker_basis._ROTATED", 2 * max(b.size for b in basis.blocks))
+    coordinates = basis.coordinates_of_columns(U, out=U)
+    assert coordinates is U
+    torch.testing.assert_close(U, expected, rtol=0, atol=1e-13)
+
+
+@every_block
 def test_diagonal_of_a_diagonal_in_coordinates(name: str) -> None:
     basis, K = make(name)
     d = draw(len(K), seed=9).exp()
