@@ -3,8 +3,9 @@ r"""Rows by layers: one backward pass for the rows of all samples of a batch, wh
 A row is the gradient, with respect to the parameters, of one sample's outputs times a cotangent. Samples do not meet in
 the network, so the backward pass of a whole batch, each sample with a cotangent of its own, gives at every layer the
 cotangents of the layer's outputs for each sample; with the layer's inputs they give the sample's rows. A linear map
-with inputs $a_t$ and cotangents $g_t$ at positions t has the row $\sum_t g_t a_t^\top$ (`OuterRows`); other functions
-(normalization, embedding, a product with a raw parameter) are differentiated on their own.
+with inputs $a_t$ and cotangents $g_t$ at positions t has the row $\sum_t g_t a_t^\top$ (`OuterRows`); recurrent layers
+are linear maps too (`recurrent_layers`); other functions (normalization, embedding, a product with a raw parameter) are
+differentiated on their own.
 
 Layers are found where torch's functions are called with a selected parameter, so that modules, functional calls and
 shared parameters are all seen. Of each call, the axis that counts samples is the one that changes with their number.
@@ -14,6 +15,7 @@ References:
     (convolutions); Yousefpour et al. (2021), arXiv 2109.12298 (per-sample gradients by hooks).
 """
 
+import math
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from debiased_laplace.curvature.as_found import raise_interrupt
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.recurrent_layers import as_steps
 from debiased_laplace.data.inputs import Inputs, n_samples_of, on_each
 from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter, flat
 
@@ -217,20 +220,39 @@ class _Recorder(TorchFunctionMode):
                 return _OPENED[func](*args, **kwargs)
         arguments: dict[int | str, Any] = dict(enumerate(args))
         arguments.update(kwargs)
-        names = {key: self._names[id(v)] for key, v in arguments.items() if id(v) in self._names}
-        nested = [self._names[id(v)] for v in _nested(arguments.values()) if id(v) in self._names]
-        result = func(*args, **kwargs)
-        if not names and not nested:
+        direct = self._named(arguments)
+        nested = self._named(dict(enumerate(_nested(arguments.values()))))
+        if not direct and not nested:
+            return func(*args, **kwargs)
+        steps = as_steps(func, args)
+        if steps is not None:
+            result, maps = steps
+            seen = [self._note(functional.linear, dict(enumerate(m.arguments)), m.output, m.edge) for m in maps]
+            self.unseen.update({*direct.values(), *nested.values()} - {name for names in seen for name in names})
             return result
-        self.unseen.update(nested)
+        result = func(*args, **kwargs)
+        self.unseen.update(nested.values())
         if func in _SEEN and isinstance(result, Tensor) and "out" not in kwargs:
+            edge = torch.autograd.graph.get_gradient_edge(result) if result.requires_grad else None
+            self._note(func, arguments, result, edge)
+        elif any(isinstance(v, Tensor) for v in (result, *_nested([result]))):
+            self.unseen.update(direct.values())
+        return result
+
+    def _named(self, values: dict[int | str, Any]) -> dict[int | str, str]:
+        """Return the names of the parameters among some values."""
+        return {key: self._names[id(v)] for key, v in values.items() if id(v) in self._names}
+
+    def _note(
+        self, function: Callable[..., Tensor], arguments: dict[int | str, Any], output: Tensor, edge: Any
+    ) -> set[str]:
+        """Note a call, and return the names of its parameters; without any, there is nothing to note."""
+        names = self._named(arguments)
+        if names:
             kept = {key: v.detach() if isinstance(v, Tensor) else v for key, v in arguments.items()}
             self._versions += [(v, v._version) for v in kept.values() if isinstance(v, Tensor)]
-            edge = torch.autograd.graph.get_gradient_edge(result) if result.requires_grad else None
-            self.calls.append(_Call(func, kept, names, result.detach(), edge))
-        elif any(isinstance(v, Tensor) for v in (result, *_nested([result]))):
-            self.unseen.update(names.values())
-        return result
+            self.calls.append(_Call(function, kept, names, output.detach(), edge))
+        return set(names.values())
 
 
 def _nested(values: Iterable[Any]) -> list[Tensor]:
@@ -369,7 +391,7 @@ def _summed(parts: list[RowsOfParameter]) -> RowsOfParameter:
         sides = [(p.left, p.right) for p in parts if isinstance(p, OuterRows)]
         if len({(g.shape[1], a.shape[1]) for g, a in sides}) == 1:
             left, right = (torch.cat(side, dim=2) for side in zip(*sides, strict=True))
-            return OuterRows(left, right)
+            return _fewer_numbers(OuterRows(left, right))
     dense = [flat(p) for p in parts]
     return sum(dense[1:], start=dense[0])
 
@@ -413,10 +435,13 @@ def _by_formula(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict
         a, g = (t.unflatten(-1, (groups, -1)) for t in (a, g))
         rows[call.names[weight]] = torch.einsum("nrtgo,ntgi->nrgoi", g, a[:, 0]).flatten(2)
         return rows
-    outer = OuterRows(a, g) if slots.transposed else OuterRows(g, a)
-    few = a.numel() + g.numel() <= g.shape[0] * g.shape[1] * a.shape[-1] * g.shape[-1]
-    rows[call.names[weight]] = outer if few else outer.dense()
+    rows[call.names[weight]] = _fewer_numbers(OuterRows(a, g) if slots.transposed else OuterRows(g, a))
     return rows
+
+
+def _fewer_numbers(rows: OuterRows) -> RowsOfParameter:
+    """Return the factors, or the rows where these have fewer entries."""
+    return rows if rows.n_numbers <= math.prod(rows.shape) else rows.dense()
 
 
 def _positions_of_convolution(call: _Call, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int] | None:

@@ -18,7 +18,7 @@ from debiased_laplace.curvature.sub_batch import DrawErrors, ResidualRequest
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
-from debiased_laplace.linalg.row_matrix import OuterRows
+from debiased_laplace.linalg.row_matrix import OuterRows, flat
 from debiased_laplace.predictive.linearized import predict, predict_variances
 
 N = 9
@@ -101,8 +101,7 @@ def test_rows_are_those_of_single_samples(name):
         able = find_capabilities(selection, parameters, X[:8])
         # PReLU is not among the layers: torch's derivative of it is wrong under vmap
         unseen = set(selection.names) - able.layers.names
-        recurrent = {name for name in selection.names if name.startswith("recurrent")}
-        assert unseen == recurrent | ({"transposed", "act.weight"} if name == "many" else set())
+        assert unseen == ({"transposed", "act.weight"} if name == "many" else set())
         aux = torch.arange(N) / 4
         arguments = (selection, parameters)
         expected, outputs = looped_rows(*arguments, X[:N], aux, cotangents)
@@ -111,6 +110,102 @@ def test_rows_are_those_of_single_samples(name):
     torch.testing.assert_close(found, outputs)
     assert not rows.dense().requires_grad
     assert all(p.grad is None for p in model.parameters())
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer with an initial state that is learned, for inputs (n, 5, 3) read at the last step."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.batch_first = layer, layer.batch_first
+        n = layer.num_layers * (2 if layer.bidirectional else 1)
+        self.start = nn.Parameter(torch.randn(n, 1, getattr(layer, "proj_size", 0) or layer.hidden_size))
+        self.memory = nn.Parameter(torch.randn(n, 1, layer.hidden_size)) if isinstance(layer, nn.LSTM) else None
+
+    def forward(self, x):
+        state = self.start.expand(-1, len(x), -1).contiguous()
+        if self.memory is not None:
+            state = state, self.memory.expand(-1, len(x), -1).contiguous()
+        outputs, last = self.layer(x if self.batch_first else x.mT.movedim(-1, 0), state)
+        last = last[1] if self.memory is not None else last
+        return torch.cat([outputs.movedim(0 if self.batch_first else 1, 0)[:, -1], last[-1]], dim=-1).sin()
+
+
+class Cells(nn.Module):
+    """Cells that are called one after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.ModuleList(
+            [nn.LSTMCell(3, 4), nn.GRUCell(4, 4), nn.RNNCell(4, 3, nonlinearity="relu", bias=False)]
+        )
+
+    def forward(self, x):
+        long, gated, plain = self.cells
+        state, h, last = None, None, None
+        for step in x.unbind(1):
+            state = long(step, state)
+            h = gated(state[0], h)
+            last = plain(h, last)
+        return last
+
+
+RECURRENT = {
+    "LSTM, two layers, both ways": lambda: Recurrent(nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)),
+    "LSTM with projections": lambda: Recurrent(nn.LSTM(3, 4, 2, batch_first=True, proj_size=2)),
+    "LSTM without biases, steps first": lambda: Recurrent(nn.LSTM(3, 4, bias=False)),
+    "GRU, two layers, both ways, steps first": lambda: Recurrent(nn.GRU(3, 4, 2, bidirectional=True, dropout=0.5)),
+    "tanh": lambda: Recurrent(nn.RNN(3, 2, batch_first=True)),
+    "ReLU": lambda: Recurrent(nn.RNN(3, 2, 2, batch_first=True, nonlinearity="relu", bidirectional=True)),
+    "cells": Cells,
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_seen(name):
+    torch.manual_seed(5)
+    model, X = RECURRENT[name]().double().eval(), torch.randn(40, 5, 3).double()
+    with at_weights(model):
+        selection = ParameterSelection.all_weights(model)
+        parameters = selection.unflatten(selection.vector())
+        able = find_capabilities(selection, parameters, X[:8])
+        assert able.layers.names == set(selection.names)
+        arguments, aux = (selection, parameters), torch.arange(N) / 4
+        # sequences of other lengths than those that the layers were found with
+        for steps in (5, 3) if name != "cells" else (5,):
+            expected, outputs = looped_rows(*arguments, X[:N, :steps], aux, cotangents)
+            rows, found = able.layers.rows(*arguments, X[:N, :steps], aux, cotangents)
+            dense = torch.cat([flat(rows[name]) for name in selection.names], dim=-1)
+            torch.testing.assert_close(dense, expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found, outputs, rtol=1e-9, atol=1e-12)
+
+
+def test_packed_sequences_take_another_way():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            lengths = torch.full((len(x),), 3)
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return self.head(self.layer(packed)[1][-1])
+
+    model, X = Packed().double().eval(), torch.randn(N, 5, 3).double()
+    selection = ParameterSelection.all_weights(model)
+    with at_weights(model):
+        layers = Layers.of(selection, selection.unflatten(selection.vector()), X)
+    assert layers.names == {"head.weight", "head.bias"}
+
+
+def test_many_positions_of_a_layer_that_is_used_again_are_summed():
+    torch.manual_seed(5)
+    model, X = Cells().double().eval(), torch.randn(3, 20, 3).double()
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    layers = Layers.of(selection, parameters, X)
+    rows, _ = layers.rows(selection, parameters, X, torch.zeros(3), cotangents)
+    assert all(isinstance(part, Tensor) for part in rows.values())
 
 
 def test_rows_of_a_linear_layer_stay_factors():
