@@ -7,10 +7,10 @@ fused kernels. `find_capabilities` tests once, on two samples, which modes a mod
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, linearize, vjp, vmap
 
 from debiased_laplace.curvature.as_found import raise_interrupt, uninterrupted
@@ -26,14 +26,14 @@ _VECTORS = 2  # random combinations of outputs, and tangents, that modes of diff
 _ASSUMED_BYTES = 2**20  # activations of a sample that could not be measured
 
 _LARGE = 4 * 2**20
-"""Bytes of parameters above which modes are not tested that would only save time: each test holds several vectors."""
+"""Bytes of a model above which modes are not tested that would only save time: each test holds several vectors."""
 
 _GROUP = 128 * 2**20  # bytes of the gradients that the rows of a large network are compared with at a time
 
 
-def is_large_network(selection: ParameterSelection) -> bool:
-    """Return whether few samples and vectors are tested, because each vector of the parameters is large."""
-    return selection.n_parameters * next(iter(selection.current().values())).element_size() > _LARGE
+def is_large_network(model: nn.Module) -> bool:
+    """Return whether few samples and vectors are tested, because each pass or each vector of parameters is large."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) > _LARGE
 
 
 def identity_cotangents(outputs: Tensor, targets_or_noise: Tensor) -> Tensor:  # noqa: ARG001
@@ -335,6 +335,7 @@ class Capabilities:
             takes longer than all other tests together.
         linear_layer: the layer whose features give all derivatives without differentiation, if there is one; other
             modes are then not tested.
+        activation_bytes: what a graph of the outputs holds for a sample.
     """
 
     vmapped_rows: bool
@@ -344,6 +345,7 @@ class Capabilities:
     linearized: bool = False
     layers: Layers | None = None
     linear_layer: LinearLayer | None = None
+    activation_bytes: int = _ASSUMED_BYTES
 
 
 def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> Capabilities:
@@ -383,7 +385,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     with torch.no_grad():
         n_outputs = selection.call_noting_buffers(parameters, inputs).shape[-1]
     # a few combinations test as much as all outputs, of which there may be thousands
-    is_large = is_large_network(selection)
+    is_large = is_large_network(selection.model)
     n_vectors = 1 if is_large else _VECTORS
     mixed = torch.randn(n_outputs, min(n_outputs, n_vectors), generator=generator).to(like)
 
@@ -403,7 +405,8 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         rows = selection.flatten({name: g for group in expected or gradients() for name, g in group.items()}, n_lead=2)
         layer = LinearLayer.of(selection, parameters, samples, mixed, rows)
         if layer is not None:
-            return Capabilities(vmapped_rows=True, columns=True, vmapped_columns=True, reasons={}, linear_layer=layer)
+            able = Capabilities(vmapped_rows=True, columns=True, vmapped_columns=True, reasons={}, linear_layer=layer)
+            return replace(able, activation_bytes=activation_bytes(selection, parameters, inputs))
 
     def tangents(chosen: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tangents of some parameters, (…, n_vectors), the same at every use."""
@@ -450,7 +453,8 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     by_rows = bool(others) and attempt("vmapped rows", lambda: rows_agree(others))
     by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
     many = by_columns and not is_large and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
-    return Capabilities(by_rows, by_columns, many, reasons, layers=seen)
+    held = activation_bytes(selection, parameters, inputs)
+    return Capabilities(by_rows, by_columns, many, reasons, layers=seen, activation_bytes=held)
 
 
 def _gradients(

@@ -102,7 +102,7 @@ def prepare_network(
     """
     batch.check_finite()
     parameters = selection.current()
-    few = batch.first(2 if is_large_network(selection) else 8)
+    few = batch.first(2 if is_large_network(selection.model) else 8)
     with torch.no_grad():
         outputs = evaluated(selection, parameters, few)
         likelihood.check(outputs, few.targets)

@@ -22,7 +22,8 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, shape_of, split
 from debiased_laplace.linalg.row_matrix import RowMatrix
 
-_MOST_SAMPLES = 256  # in a chunk, whose byte count does not include activations
+_MOST_SAMPLES = 256  # in a chunk
+_ACTIVATION_BYTES = 512 * 2**20  # on a CPU, where larger batches save no time
 _MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
 _TANGENTS = 32  # directions pushed forward at once
 
@@ -77,9 +78,22 @@ class Network:
         """Memory of a row while it is computed, in bytes; for a subnetwork, of whole parameters."""
         return max(self.selection.n_differentiated, self.n_outputs) * self.like.element_size()
 
+    @property
+    def samples_per_pass(self) -> int:
+        """Number of samples whose activations are held for a backward pass."""
+        most = self.available_memory // 4
+        if self.like.device.type == "cpu":
+            most = min(most, _ACTIVATION_BYTES)
+        return max(1, min(_MOST_SAMPLES, most // self.capabilities.activation_bytes))
+
+    @property
+    def bytes_of_activations(self) -> int:
+        """Memory of the activations that are held for a backward pass, in bytes."""
+        return self.samples_per_pass * self.capabilities.activation_bytes
+
     def rows_per_chunk(self, n_rows: int) -> int:
         """Return how many samples with `n_rows` rows each fit into one chunk; 0 if a single one does not."""
-        return min(_MOST_SAMPLES, CHUNK_BYTES // (n_rows * self.bytes_of_a_row))
+        return min(self.samples_per_pass, CHUNK_BYTES // (n_rows * self.bytes_of_a_row))
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """Return the outputs (n, C) of a batch, without a graph."""
@@ -302,7 +316,7 @@ class Network:
         layers = self.capabilities.layers
         if layers is None or not self.factors_save_memory:
             return None
-        size = max(1, min(_MOST_SAMPLES, CHUNK_BYTES // (self.n_outputs * self.bytes_of_factors)))
+        size = max(1, min(self.samples_per_pass, CHUNK_BYTES // (self.n_outputs * self.bytes_of_factors)))
 
         def chunks() -> Iterator[tuple[RowMatrix, Tensor]]:
             for chunk in split(inputs, size):
@@ -362,10 +376,6 @@ class Network:
             return self
         linear = derivatives.allows_linearization(self.selection, self.parameters, inputs)
         return replace(self, capabilities=replace(self.capabilities, linearized=linear))
-
-    def activation_bytes(self, inputs: Inputs) -> int:
-        """Return the bytes of a sample that a graph of the outputs holds."""
-        return derivatives.activation_bytes(self.selection, self.parameters, inputs)
 
     def unlinearized(self) -> "Network":
         """Return the network with products that keep nothing but the batch."""

@@ -248,7 +248,7 @@ class RowCurvature(SubBatchCurvature):
     def _rows_of(self, chosen: range | None) -> list[RowsOfParameter] | None:
         """Compute the rows of some parameters, or of all, by layers; None where a batch calls other layers."""
         r = self.rows_per_sample
-        size = max(1, min(_BATCH, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
+        size = max(1, min(_BATCH, self.network.samples_per_pass, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
         found: list[RowsOfParameter | None] = [None for _ in chosen or self.network.selection.names]
         start = 0
         with self._progress("[Computing rows]") as bar:
@@ -526,7 +526,7 @@ class RowProducts:
         inputs = next(iter(curvature.samples)).inputs
         network = curvature.network.ready_for_products(inputs)
         self._network = network.unlinearized()
-        n_bytes = network.activation_bytes(inputs)
+        n_bytes = network.capabilities.activation_bytes
         budget = network.available_memory
         self._size = max(1, min(_BATCH, budget // n_bytes), CHUNK_BYTES // n_bytes)
         n_kept, held = 0, n_bytes * (_HELD if network.capabilities.linearized else 1)

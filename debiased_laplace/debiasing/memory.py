@@ -64,13 +64,15 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
         )
     if network.memory is None:
         return network
-    if needed + CHUNK_BYTES > network.memory:
+    least = needed + network.capabilities.activation_bytes + CHUNK_BYTES
+    if least > network.memory:
         raise ValueError(
             f"memory={network.memory} bytes do not suffice for a fit of {P:,} parameters with "
             f"{_described(options)}, which takes {needed / 2**30:.2g} GiB beyond the model, rows and directions; "
-            f"expected at least memory={needed + CHUNK_BYTES}, or {smaller}."
+            f"expected at least memory={least}, or {smaller}."
         )
-    return replace(network, memory=network.memory - needed)
+    left = replace(network, memory=network.memory - needed)
+    return replace(network, memory=network.memory - needed - left.bytes_of_activations)
 
 
 def _described(options: EstimatorOptions) -> str:

@@ -45,8 +45,8 @@ class FitCost:
         solver: of the directions: "gram" or "lanczos"; "none" for a Kronecker posterior.
         seconds: wall time of the "tests" of the network, forward passes ("scoring"), backward passes ("rows"),
             "products" with the curvature (Lanczos) and other "linear algebra".
-        n_bytes: memory of the "rows", the "directions", "eigenvectors" of Kronecker factors and "vectors of P", beyond
-            the model and the samples.
+        n_bytes: memory of the "rows", the "directions", the "activations" of a backward pass, "eigenvectors" of
+            Kronecker factors and "vectors of P", beyond the model and the samples.
     """
 
     n_samples: int
@@ -135,6 +135,7 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
     n_bytes = {
         "rows": min(planned.bytes_of_rows, network.available_memory),
         "directions": bytes_of_directions(network, options, rank + (LANCZOS_SPARE if solver == "lanczos" else 0)),
+        "activations": network.bytes_of_activations,
         **bytes_beyond_rows(network, options),
     }
     return FitCost(n, n_rows, P, solver, seconds, n_bytes)

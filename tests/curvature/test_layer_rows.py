@@ -377,6 +377,33 @@ def test_predictions_by_parameter_are_those_of_flat_rows(name, rank, monkeypatch
     torch.testing.assert_close(curvature.traces(precision), traces, rtol=1e-9, atol=1e-12)
 
 
+def test_the_rank_of_factors_is_bounded_by_the_number_of_outer_products_and_by_the_shorter_side():
+    # many positions of a narrow map, few of a wide one, dense rows of a third
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.wide, self.head = nn.Linear(2, 80), nn.Linear(80, 90), nn.Linear(90, 3, bias=False)
+
+        def forward(self, x):
+            return self.head(self.wide(self.narrow(x).tanh().mean(1)).tanh())
+
+    model, X = Wide().double(), torch.randn(4, 30, 2).double()
+    selection = ParameterSelection.all_weights(model)
+    likelihood = likelihood_named("classification")
+    parameters = selection.unflatten(selection.vector())
+    network = Network(selection, parameters, likelihood, 3, find_capabilities(selection, parameters, X))
+    samples = SubBatch(None, torch.arange(4), torch.device("cpu"), 0, (Batch(X, torch.arange(4) % 3),), None)
+    curvature = RowCurvature(network, samples, GaussNewton(likelihood))
+    curvature.keep_rows()
+    shapes = matrix_shapes(selection, layers_only=False)
+    factors = dict(zip(selection.names, row_matrix_factors(curvature, shapes), strict=True))
+    assert factors["narrow.weight"].rank == 4 * 3 * 2
+    assert factors["wide.weight"].rank == 4 * 3
+    for found in factors.values():
+        for side in (found.left, found.right):
+            assert side.ndim == 1 or torch.linalg.matrix_rank(side) <= found.rank
+
+
 @pytest.mark.parametrize("rank", [3, 20])
 def test_eigenvectors_of_a_factor_of_low_rank(rank, monkeypatch):
     monkeypatch.setattr("debiased_laplace.curvature.kronecker._LARGE", 40)

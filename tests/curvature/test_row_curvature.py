@@ -291,7 +291,7 @@ def test_products_keep_what_fits_into_memory_and_compute_the_rest_again(
 ) -> None:
     fitting, linearized = PRODUCTS[case]
     c = curvature("MLP", root=root)
-    memory = 4 * fitting * c.network.activation_bytes(next(iter(c.samples)).inputs)
+    memory = 4 * fitting * c.network.capabilities.activation_bytes
     c.samples = c.samples.weighted(torch.linspace(0.5, 1.5, 16, dtype=torch.float64))
     rows = torch.cat(list(c.rows())).flatten(0, 1)
     monkeypatch.setattr("debiased_laplace.curvature.memory.free_memory", lambda device: memory)

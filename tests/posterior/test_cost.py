@@ -69,7 +69,7 @@ def test_memory_of_rows_and_directions():
     # inputs and cotangents of weights, and biases
     numbers = (6 + 8) + 8 + (8 + 8) + 8 + (8 + 3) + 3
     assert cost.n_bytes["rows"] == 60 * numbers * 4
-    assert cost.n_bytes["directions"] == 2 * 7 * P * 4
+    assert cost.n_bytes["directions"] == 7 * P * 4
 
 
 def test_a_prior_for_every_parameter_has_no_kronecker_basis():
