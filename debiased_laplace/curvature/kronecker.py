@@ -21,7 +21,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
-from debiased_laplace.linalg.row_matrix import OuterRows, RowsOfParameter, flat
+from debiased_laplace.linalg.row_matrix import OuterRows, flat
 
 _LARGEST_SIDE = 4096
 """Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
@@ -172,28 +172,27 @@ def row_matrix_factors(curvature: RowCurvature, shapes: list[MatrixShape]) -> li
     for block in groups:
         for part, shape, both in zip(block.split(sizes, dim=-1), shapes, sums, strict=True):
             _add_matrices(part, shape, both)
-    ranks = []
+    ranks = [] if held is not None else [_largest_rank(curvature.n_rows, shape) for shape in shapes]
     for part, shape, both in zip(held.parts, shapes, sums, strict=True) if held is not None else ():
         # a parameter without a basis of its own is a vector
         if isinstance(part, OuterRows) and part.matrix_shape == (shape.rows.size, shape.columns.size):
-            ranks.append(_largest_rank(part, shape))
+            ranks.append(_largest_rank(curvature.n_rows, shape, part.positions))
             _add_outer_products(part, shape, both)
             continue
-        ranks.append(_largest_rank(part, shape))
+        ranks.append(_largest_rank(curvature.n_rows, shape))
         size = max(1, CHUNK_BYTES // (8 * max(1, part.shape[1] * part.shape[2])))
         for start in range(0, part.shape[0], size):
             chosen = slice(start, start + size)
             _add_matrices(flat(part.at(chosen)) if isinstance(part, OuterRows) else part[chosen], shape, both)
-    bounds: list[int | None] = [*ranks] or [None] * len(sums)
     return [
-        _trace_preserving(left / curvature.n_samples, right, k) for (left, right), k in zip(sums, bounds, strict=True)
+        _trace_preserving(left / curvature.n_samples, right, k) for (left, right), k in zip(sums, ranks, strict=True)
     ]
 
 
-def _largest_rank(rows: RowsOfParameter, shape: MatrixShape) -> int:
+def _largest_rank(n_rows: int, shape: MatrixShape, positions: int | None = None) -> int:
     """Return a bound on the rank of both factors: the number of outer products, each row being a matrix."""
-    positions = rows.positions if isinstance(rows, OuterRows) else shape.n_entries
-    return rows.shape[0] * rows.shape[1] * min(positions, shape.rows.size, shape.columns.size)
+    shorter = min(shape.rows.size, shape.columns.size)
+    return n_rows * (shorter if positions is None else min(shorter, positions))
 
 
 def _add_matrices(rows: Tensor, shape: MatrixShape, sums: tuple[Tensor, ...]) -> None:
