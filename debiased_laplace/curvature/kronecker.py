@@ -282,22 +282,21 @@ def _decreasing(factor: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[T
         Halko, Martinsson & Tropp (2011), doi 10.1137/090771806, Algorithm 4.4 (the range, by random vectors).
     """
     n = len(factor)
-    if n >= _LARGE and rank is not None and 4 * rank <= n:
-        k = rank + 8
-        Q = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
-        for _ in range(2):
-            Q = torch.linalg.qr(factor @ Q)[0]
-        Q = torch.linalg.qr(Q, mode="complete")[0]
-        values, V = torch.linalg.eigh(Q[:, :k].mT @ factor @ Q[:, :k])
-        vectors = torch.cat([Q[:, :k] @ V.flip(1), Q[:, k:]], dim=1)
-        return torch.cat([values.flip(0), values.new_zeros(n - k)]), vectors
-    if n < _LARGE or dtype == factor.dtype:
+    if n >= _LARGE and dtype != factor.dtype:
+        # without a scale that the precision could not hold
+        scale = factor.diagonal().mean().clamp_min(torch.finfo(factor.dtype).tiny)
+        factor = (factor / scale).to(dtype)
+    if n < _LARGE or rank is None or 4 * rank > n:
         values, vectors = torch.linalg.eigh(factor)
         return values.flip(0), vectors.flip(1)
-    # without a scale that the precision could not hold
-    scale = factor.diagonal().mean().clamp_min(torch.finfo(factor.dtype).tiny)
-    values, vectors = torch.linalg.eigh((factor / scale).to(dtype))
-    return values.flip(0), vectors.flip(1)
+    k = rank + 8
+    Q = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
+    for _ in range(2):
+        Q = torch.linalg.qr(factor @ Q)[0]
+    Q = torch.linalg.qr(Q, mode="complete")[0]
+    values, V = torch.linalg.eigh(Q[:, :k].mT @ factor @ Q[:, :k])
+    vectors = torch.cat([Q[:, :k] @ V.flip(1), Q[:, k:]], dim=1)
+    return torch.cat([values.flip(0), values.new_zeros(n - k)]), vectors
 
 
 def _diagonal_in(factor: Tensor, basis: Tensor | None) -> Tensor:

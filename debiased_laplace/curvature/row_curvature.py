@@ -394,6 +394,26 @@ class RowCurvature(SubBatchCurvature):
             sums.add(quadratics, self._draw_of(sums.n, n))
         return sums.moments()
 
+    def coordinate_means(
+        self, basis: KroneckerBasis, factors: Sequence[Float[Tensor, " n"]]
+    ) -> list[Float[Tensor, " P"]]:
+        """Measure the curvature along every vector of a basis, with each sample multiplied by each of its factors."""
+        zeros = self.network.like.new_zeros(self.network.n_parameters, dtype=accumulation_dtype(self.network.like))
+        sums, weights = [torch.zeros_like(zeros) for _ in factors], [f.to(zeros) for f in factors]
+        if self.linear_layer is not None:
+            start = 0
+            for values in self._values_of_layer(basis, self.linear_layer):
+                for total, w in zip(sums, weights, strict=True):
+                    total += values.summed(1, w[start : start + len(values)])
+                start += len(values)
+        elif (held := self.rows_by_parameter) is not None:
+            for place, values in _squared_columns(held.rotated(basis), outer=True):
+                for total, w in zip(sums, weights, strict=True):
+                    total[place] = values.summed(1, w)
+        else:
+            return super().coordinate_means(basis, factors)
+        return [total / self.n_samples for total in sums]
+
     def _moments_of(self, values: OuterValues) -> DirectionalMoments:
         """Return the moments of all samples' values."""
         sums = RunningMoments(values.n_directions, self.network.like)
@@ -441,8 +461,13 @@ class RowCurvature(SubBatchCurvature):
         return torch.cat(groups).cpu().double()
 
     def _moments_of_outer_products(self, basis: KroneckerBasis, layer: LinearLayer) -> DirectionalMoments:
-        r"""Measure the curvature of rows $s \varphi^\top$ as $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
         sums = RunningMoments(self.network.n_parameters, self.network.like)
+        for values in self._values_of_layer(basis, layer):
+            sums.add(values, self._draw_of(sums.n, len(values)))
+        return sums.moments()
+
+    def _values_of_layer(self, basis: KroneckerBasis, layer: LinearLayer) -> Iterator[OuterValues]:
+        r"""Yield the curvature of rows $s \varphi^\top$, $\sum (Q_L^\top s)^2 \otimes (Q_R^\top \varphi)^2$."""
         for features, outputs, batch in self.features("[Curvature along the basis]"):
             blocks = []
             for part, block in zip(layer.parts, basis.blocks, strict=True):
@@ -450,8 +475,7 @@ class RowCurvature(SubBatchCurvature):
                 y = features if part == "weight" else torch.ones_like(features[:, :1])
                 y = y if block.right is None else y @ block.right
                 blocks.append((x, y.to(x.dtype).square()))
-            sums.add(OuterValues(tuple(blocks)), self._draw_of(sums.n, len(batch)))
-        return sums.moments()
+            yield OuterValues(tuple(blocks))
 
     def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:
         self._used.add("torch.func products")
@@ -485,7 +509,8 @@ class RowCurvature(SubBatchCurvature):
 
 def _summed_squares(rows: Float[Tensor, "n r k"]) -> OuterValues:
     """Return the squares of entries of rows, summed over the rows of each sample, in double precision."""
-    return OuterValues.of(rows.to(accumulation_dtype(rows)).square().sum(1))
+    squares = rows.to(accumulation_dtype(rows), copy=True).square_()
+    return OuterValues.of(squares[:, 0] if rows.shape[1] == 1 else squares.sum(1))
 
 
 def _squared_columns(rows: RowMatrix, *, outer: bool) -> Iterator[tuple[slice, OuterValues]]:

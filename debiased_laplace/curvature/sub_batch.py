@@ -195,6 +195,12 @@ class SubBatchCurvature(ABC):
     def coordinate_moments(self, basis: KroneckerBasis) -> DirectionalMoments:
         """Measure the curvature along every vector of a basis, and its spread over samples."""
 
+    def coordinate_means(
+        self, basis: KroneckerBasis, factors: Sequence[Float[Tensor, " n"]]
+    ) -> list[Float[Tensor, " P"]]:
+        """Measure the curvature along every vector of a basis, with each sample multiplied by each of its factors."""
+        return [self.reweighted(f).coordinate_moments(basis).means for f in factors]
+
     @abstractmethod
     def traces(self, precision: LowRankPlusDiagonal) -> Float[Tensor, " n"]:
         r"""Return $\mathrm{tr}(P^{-1} H_n)$ of every sample, in order."""
@@ -282,7 +288,7 @@ class OuterValues:
         """Return the sum over samples of a power of the values, with weights."""
         parts = []
         for x, y in self.blocks:
-            of_x, of_y = (t if power == 1 else t.square() if power == 2 else t.square() * t for t in (x, y))
+            of_x, of_y = (t if power == 1 else t.square() if power == 2 else t.square().mul_(t) for t in (x, y))
             of_y = of_y if weights is None else of_y * weights[:, None]
             parts.append((of_x.T @ of_y).flatten())
         return torch.cat(parts)
@@ -365,15 +371,15 @@ class _DrawnSums:
 
     def add(self, values: OuterValues, draw: DrawErrors) -> None:
         """Add the values of n more rows."""
-        left_out, expanded = draw.left_out.to(self.squares), values.scaled(draw.factors.to(self.squares))
+        left_out, factors = (t.to(self.squares) for t in (draw.left_out, draw.factors))
         self.n_uncertain += int((left_out > 0).sum())
-        self.squares += expanded.summed(2, left_out)
-        self.cubes += expanded.summed(3, left_out * (2 * left_out - 1))
+        self.squares += values.summed(2, left_out * factors.square())
+        self.cubes += values.summed(3, left_out * (2 * left_out - 1) * factors.pow(3))
         if draw.samples is None or len(values) == 0:
             return
         self.n_samples, self.sampled_share = self.n_samples + draw.n_samples, draw.sampled_share
         samples, which = torch.unique_consecutive(draw.samples, return_inverse=True)
-        totals = expanded.totals(which.cpu(), len(samples))
+        totals = values.scaled(factors).totals(which.cpu(), len(samples))
         if self.open is not None and self.open[0] == int(samples[0]):
             # the rows of a sample may come in two parts
             for (x, _), (before, _) in zip(totals.blocks, self.open[1].blocks, strict=True):

@@ -123,14 +123,16 @@ def _exact(
     split: SplitCurvature, factors: list[KroneckerFactors], basis: KroneckerBasis, options: EstimatorOptions
 ) -> Magnitudes:
     a, b, n_data = split.directions, split.magnitudes, split.n_data
+    has_others = b is not None or split.effective_folds is not None
+    if has_others and split.known_factors is not None:
+        in_sample, known = a.coordinate_means(basis, [torch.ones_like(split.known_factors), split.known_factors])
+        others = b.coordinate_moments(basis) if b is not None else _folds_along_others(split, factors, options)
+        return of_drawn_rows(in_sample, known, others, decreasing=False)
     own = a.coordinate_moments(basis)
     in_sample = own.means
-    if b is None and split.effective_folds is None:
+    if not has_others:
         drawn = a.draw is not None
         return same_batch(in_sample, own, n_data=n_data, drawn=a.is_random or drawn)
-    if split.known is not None:
-        others = b.coordinate_moments(basis) if b is not None else _folds_along_others(split, factors, options)
-        return of_drawn_rows(in_sample, split.known.coordinate_moments(basis), others, decreasing=False)
     redrawn = a.redrawn().coordinate_moments(basis) if a.is_random else None
     if b is not None:
         return held_out(in_sample, b.coordinate_moments(basis), n_a=a.n_samples, n_data=n_data, a_redrawn=redrawn)

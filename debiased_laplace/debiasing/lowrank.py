@@ -99,7 +99,7 @@ def _own_moments(
     a = split.directions
     has_others = split.magnitudes is not None or split.effective_folds is not None
     # the directions depend on the draws that they were computed from
-    again = (a.redrawn() if split.known is None else split.known) if has_others else a
+    again = (split.known or a.redrawn()) if has_others else a
     requests = [request for request in requests if request.residual != "none" or again is not a]
     moments = again.nested_moments(pairs.vectors, requests) if requests else []
     return dict(zip(requests, moments, strict=True))
@@ -132,8 +132,8 @@ def _magnitudes(
     split: SplitCurvature, pairs: Eigenpairs, own: DirectionalMoments | None, others: DirectionalMoments | None
 ) -> Magnitudes:
     a = split.directions
-    if split.known is not None and own is not None and others is not None:
-        return of_drawn_rows(pairs.values, own, others, decreasing=split.magnitudes is None)
+    if split.known_factors is not None and own is not None and others is not None:
+        return of_drawn_rows(pairs.values, own.means, others, decreasing=split.magnitudes is None)
     redrawn = own if a.is_random else None
     if split.magnitudes is not None and others is not None:
         return held_out(pairs.values, others, n_a=a.n_samples, n_data=split.n_data, a_redrawn=redrawn)

@@ -132,7 +132,7 @@ def cross_fitted(
 
 def of_drawn_rows(
     in_sample: Float[Tensor, " k"],
-    known: DirectionalMoments,
+    known: Float[Tensor, " k"],
     others: DirectionalMoments,
     *,
     decreasing: bool,
@@ -141,7 +141,7 @@ def of_drawn_rows(
 
     Args:
         in_sample: $u_i^\top \hat H u_i$ of the rows that the directions come from.
-        known: moments of the rows with the weights $k_r = 1/N$, which they have in the full batch.
+        known: the same with the weights $k_r = 1/N$, which they have in the full batch.
         others: moments of rows that the directions do not depend on, weighted for those not drawn.
         decreasing: whether the sum is made non-increasing by isotonic regression, as in `cross_fitted`.
 
@@ -151,14 +151,14 @@ def of_drawn_rows(
     rest = others.means
     if decreasing and others.draw_variances is not None:
         rest = _non_increasing(rest)
-    values = known.means + rest
+    values = known + rest
     if decreasing and others.draw_variances is None:
         # the sum and not the others alone: known rows are large ones, so that the others need not decrease
         values = _non_increasing(values)
     errors = _error_of_draw(others)
     mismatch = torch.zeros_like(errors)
     if others.n_folds > 1:
-        mismatch = mismatch_of_folds(rest, (in_sample - known.means).to(errors), others.n_folds)
+        mismatch = mismatch_of_folds(rest, (in_sample - known).to(errors), others.n_folds)
     shape = _error_shape([(1.0, others)], mismatch, others.sampled_share)
     return floored(values.to(in_sample.dtype), errors, in_sample, shape)
 

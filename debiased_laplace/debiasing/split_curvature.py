@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
@@ -20,8 +20,8 @@ class SplitCurvature:
         magnitudes: curvature of the magnitude samples, disjoint from them; None if there are none.
         folds: fold of each direction sample; None without cross-fitting.
         n_data: size N of the data set, as a number of samples with their mean weight.
-        known: of drawn rows, what the full batch contains of the direction samples exactly; None for samples, of whose
-            curvature it is the share f.
+        known_factors: of drawn rows, what the curvature of each direction sample is multiplied by to be its part of
+            the full batch; None for samples, of whose curvature that is the share f.
         rest: of drawn rows dealt to folds, what they stand for of the rows that were not drawn; None likewise.
     """
 
@@ -29,26 +29,31 @@ class SplitCurvature:
     magnitudes: SubBatchCurvature | None
     folds: Int64[Tensor, " a"] | None
     n_data: float
-    known: SubBatchCurvature | None = None
+    known_factors: Float[Tensor, " a"] | None = None
     rest: SubBatchCurvature | None = None
+
+    @property
+    def known(self) -> SubBatchCurvature | None:
+        """Of drawn rows, what the full batch contains of the direction samples exactly; None for samples."""
+        return None if self.known_factors is None else self.directions.reweighted(self.known_factors)
 
     @property
     def effective_folds(self) -> Int64[Tensor, " a"] | None:
         """Fold of each sample; None if the samples are all the data, whose in-sample curvature is exact."""
-        if self.known is not None:
-            draw = self.known.draw
+        if (known := self.known) is not None:
+            draw = known.draw
             return None if draw is not None and draw.is_exact else self.folds
         return self.folds if self.share < 1 or self.directions.is_random else None
 
     @property
     def own(self) -> SubBatchCurvature:
         """Curvature of the direction samples that enters the estimate."""
-        return self.directions if self.known is None else self.known
+        return self.known or self.directions
 
     @property
     def weights(self) -> tuple[float, float]:
         """Weights of the direction samples' own curvature and of the others' in the estimate."""
-        return (1.0, 1.0) if self.known is not None else (self.share, 1 - self.share)
+        return (1.0, 1.0) if self.known_factors is not None else (self.share, 1 - self.share)
 
     @property
     def share(self) -> float:

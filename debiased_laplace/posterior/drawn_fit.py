@@ -392,8 +392,8 @@ def deal_rows(
         folds = deal(n_units, min(options.n_folds, n_units), generator)[unit]
         # not every fold of the samples has drawn rows
         folds = folds.unique(return_inverse=True)[1]
-        known, rest = (curvature.reweighted(factors.to(dtype)) for factors in (p, 1 - p))
-        return SplitCurvature(curvature, None, folds, n_data, known=known, rest=rest), folds
+        rest = curvature.reweighted((1 - p).to(dtype))
+        return SplitCurvature(curvature, None, folds, n_data, known_factors=p.to(dtype), rest=rest), folds
     in_b, q = _in_second_part(n_units, direction_share, generator, exactly=by_sample)
     in_b = in_b[unit]
     a, b = (~in_b).nonzero().flatten(), in_b.nonzero().flatten()
@@ -402,13 +402,13 @@ def deal_rows(
     directions, magnitudes = curvature.part(a), curvature.part(b)
     # in units of the parts' means, whose weights are R / (N p)
     chance = chances_of_the_rest(p[b], 1 - q, q)
-    known = directions.reweighted((p[a] * len(a) / R).to(dtype))
+    known_factors = (p[a] * len(a) / R).to(dtype)
     others = magnitudes.reweighted((p[b] / chance * len(b) / R).to(dtype))
     others.draw = DrawErrors.of(chance)
     if by_sample:
         sampled = q * share / (1 - (1 - q) * share)
         others.draw = DrawErrors(left_out[b], torch.ones_like(chance), unit[b], q * n_units, sampled)
-    return SplitCurvature(directions, others, None, n_data, known=known), in_b.long()
+    return SplitCurvature(directions, others, None, n_data, known_factors=known_factors), in_b.long()
 
 
 def _in_second_part(

@@ -306,6 +306,9 @@ def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, rec
             close(other.left, one.left, rtol=1e-9, atol=1e-12)
             close(other.right, one.right, rtol=1e-9, atol=1e-12)
         basis = kronecker_basis([one for one, _ in pairs], torch.float64)
+        several = [torch.ones(found.n_samples).double(), torch.linspace(0.3, 2, found.n_samples).double()]
+        for f, means in zip(several, found.coordinate_means(basis, several), strict=True):
+            close(means, expected.reweighted(f).coordinate_moments(basis).means, rtol=1e-9, atol=1e-12)
         U = torch.linalg.qr(V.mT @ W)[0]
         requests = [ResidualRequest(2, "diagonal", basis), ResidualRequest(3, "diagonal"), ResidualRequest(1, "trace")]
         moments = zip(expected.nested_moments(U, requests), found.nested_moments(U, requests), strict=True)

@@ -70,6 +70,10 @@ def test_factors_and_moments_are_those_of_the_rows(case, kind, root, chunk, monk
     basis = kronecker_basis(expected, torch.float64)
     one, other = fast.coordinate_moments(basis), slow.coordinate_moments(basis)
     assert one.n_samples == other.n_samples
+    factors = [torch.linspace(0.3, 2, one.n_samples).double()]
+    means = zip(fast.coordinate_means(basis, factors), slow.coordinate_means(basis, factors), strict=True)
+    for of_layer, of_rows in means:
+        torch.testing.assert_close(of_layer, of_rows, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(one.means, other.means, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(one.standard_deviations, other.standard_deviations, rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(one.third_moments, other.third_moments, rtol=1e-7, atol=1e-10)
