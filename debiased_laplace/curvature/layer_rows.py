@@ -263,7 +263,7 @@ def _nested(values: Iterable[Any]) -> list[Tensor]:
 def _recorded(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, _Recorder]:
     recorder = _Recorder(parameters)
     with recorder:
-        outputs = selection.call(parameters, inputs)
+        outputs = selection.call_with_tensors(parameters, inputs)
     recorder.check_inputs()
     return outputs, recorder
 
@@ -387,13 +387,18 @@ def _summed(parts: list[RowsOfParameter]) -> RowsOfParameter:
     """Return the rows of a parameter that several calls use."""
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(p, OuterRows) for p in parts):
-        sides = [(p.left, p.right) for p in parts if isinstance(p, OuterRows)]
-        if len({(g.shape[1], a.shape[1]) for g, a in sides}) == 1:
-            left, right = (torch.cat(side, dim=2) for side in zip(*sides, strict=True))
-            return _fewer_numbers(OuterRows(left, right))
+    outer = [p for p in parts if isinstance(p, OuterRows)]
+    if len(outer) == len(parts):
+        left, right = (_joined_positions(side) for side in zip(*((p.left, p.right) for p in outer), strict=True))
+        return _fewer_numbers(OuterRows(left, right))
     dense = [flat(p) for p in parts]
     return sum(dense[1:], start=dense[0])
+
+
+def _joined_positions(factors: tuple[Float[Tensor, "n _ _ o"], ...]) -> Float[Tensor, "n _ _ o"]:
+    """Return the factors of several calls, for as many rows as the one that has most."""
+    r = max(x.shape[1] for x in factors)
+    return torch.cat([x.expand(-1, r, -1, -1) for x in factors], dim=2)
 
 
 def _rows_of_call(call: _Call, axes: dict[int | str, _Axis], g: Tensor, n: int) -> dict[str, RowsOfParameter]:
@@ -409,7 +414,9 @@ def _rows_of_call(call: _Call, axes: dict[int | str, _Axis], g: Tensor, n: int) 
 
 
 def _by_formula(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict[str, RowsOfParameter]:
-    """Return the rows of linear maps and convolutions; nothing for other functions."""
+    """Return the rows of linear maps, convolutions and embeddings; nothing for other functions."""
+    if call.function is functional.embedding:
+        return _by_tokens(call, inputs, g)
     slots = _LINEAR_MAPS.get(call.function)
     if slots is None:
         return {}
@@ -437,6 +444,26 @@ def _by_formula(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict
         return rows
     rows[call.names[weight]] = _fewer_numbers(OuterRows(a, g) if slots.transposed else OuterRows(g, a))
     return rows
+
+
+def _by_tokens(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict[str, RowsOfParameter]:
+    """Return the rows of an embedding, a linear map of indicators of tokens; nothing where it is differentiated."""
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    options = {names[k] if isinstance(k, int) else k: value for k, value in call.arguments.items()}
+    found = [x for key, x in inputs.items() if key in (0, "input")]
+    if not found or options.get("max_norm") is not None or options.get("scale_grad_by_freq"):
+        return {}
+    (name,), tokens, g = call.names.values(), found[0].flatten(1), g.flatten(2, -2)
+    n, r, T, d = g.shape
+    V = len(options["weight"])
+    if (padding := options.get("padding_idx")) is not None:
+        # it has no gradient
+        g = g.masked_fill((tokens == padding % V)[:, None, :, None], 0)
+    if T * V + r * T * d <= r * V * d:
+        indicators = g.new_zeros(n, 1, T, V).scatter_(3, tokens[:, None, :, None], 1)
+        return {name: OuterRows(indicators, g)}
+    places = tokens[:, None, :, None].expand(-1, r, -1, d)
+    return {name: g.new_zeros(n, r, V, d).scatter_add_(2, places, g).flatten(2)}
 
 
 def _fewer_numbers(rows: OuterRows) -> RowsOfParameter:

@@ -213,6 +213,14 @@ class ParameterSelection:
         """
         return logits_of(self._returned(parameters, inputs, model_kwargs))
 
+    def call_with_tensors(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the same as `call`, where the model's functions take these very tensors.
+
+        An embedding's padding is a constant in the derivative of `torch.nn.functional.embedding`, but not in that by
+        the tensor.
+        """
+        return logits_of(self._returned(parameters, inputs, None, {}))
+
     def call_noting_buffers(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the same as `call`, and note the buffers that the model writes to."""
         before = {name: (b, b._version) for name, b in self.model.named_buffers() if not b.is_inference()}
@@ -236,8 +244,15 @@ class ParameterSelection:
             ) from error
         return logits_of(returned)
 
-    def _returned(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None) -> object:
-        placed = {place: self._placed(place, name, parameters) for place, name in self._places.items()}
+    def _returned(
+        self,
+        parameters: dict[str, Tensor],
+        inputs: Inputs,
+        model_kwargs: dict[str, Any] | None,
+        padding_rows: dict[str, int] | None = None,
+    ) -> object:
+        rows = self._padding_rows if padding_rows is None else padding_rows
+        placed = {place: self._placed(name, parameters, rows.get(place)) for place, name in self._places.items()}
         # torch's transformations refuse to write to tensors that were made outside of them
         placed |= {name: self.model.get_buffer(name).clone() for name in self.written}
 
@@ -259,9 +274,9 @@ class ParameterSelection:
         }
         return {place: row for place, row in rows.items() if place in self._places}
 
-    def _placed(self, place: str, name: str, parameters: dict[str, Tensor]) -> Tensor:
-        """Return a parameter as its place in the model takes it: of an embedding, the padding's row is a constant."""
-        values, row = self._whole(name, parameters), self._padding_rows.get(place)
+    def _placed(self, name: str, parameters: dict[str, Tensor], row: int | None) -> Tensor:
+        """Return a parameter as a place in the model takes it: of an embedding, the padding's row is a constant."""
+        values = self._whole(name, parameters)
         if row is None or name not in parameters:
             return values
         is_padding = torch.arange(len(values), device=values.device)[:, None] == row

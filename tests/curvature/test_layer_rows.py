@@ -67,6 +67,20 @@ class Embedded(nn.Module):
         return nn.functional.linear(self.scale * h.sum(1), self.embed.weight)
 
 
+class Tokens(nn.Module):
+    """Embeddings with a token for padding: of many tokens and of few, tied to an output layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.many = nn.Embedding(70, 9, padding_idx=0)
+        self.few, self.head = nn.Embedding(2, 9), nn.Linear(9, 70)
+        self.head.weight = self.many.weight
+
+    def forward(self, x):
+        h = self.many(x) + nn.functional.embedding(x % 2, self.few.weight, padding_idx=-1)
+        return self.head(h.sin().sum(1))[:, :3]
+
+
 class Steered(nn.Module):
     """Other layers for other inputs."""
 
@@ -84,6 +98,8 @@ def built(name):
     torch.manual_seed(3)
     if name == "embedding":
         return Embedded().double().eval(), torch.randint(6, (40, 4))
+    if name == "tokens":
+        return Tokens().double().eval(), torch.randint(70, (40, 4)) * (torch.arange(4) < 3)
     return Many().double().eval(), torch.randn(40, 6).double()
 
 
@@ -92,7 +108,7 @@ def cotangents(outputs: Tensor, aux: Tensor) -> Tensor:
     return W * (1 + aux)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "embedding", "many"])
+@pytest.mark.parametrize("name", [*MODELS, "embedding", "tokens", "many"])
 def test_rows_are_those_of_single_samples(name):
     model, X = built(name)
     with at_weights(model):
@@ -263,7 +279,7 @@ def curvature_of(name, weights=None):
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer", "many"])
+@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer", "tokens", "many"])
 def test_curvatures_that_hold_rows_by_parameter_are_those_of_flat_rows(name, recomputed, monkeypatch):
     weights = torch.linspace(0.5, 1.7, N).double()
     monkeypatch.setattr(RowCurvature, "_by_parameter", False)
@@ -357,13 +373,14 @@ def test_several_drawn_rows_of_a_sample_have_factors_of_their_own(monkeypatch):
         torch.testing.assert_close(getattr(held, key), getattr(flat, key), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer"])
+@pytest.mark.parametrize("name", ["MLP", "convolutions and pooling", "GRU", "transformer", "tokens"])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_predictions_by_parameter_are_those_of_flat_rows(name, rank, monkeypatch):
     curvature = curvature_of(name)
     network, X = curvature.network, built(name)[1]
     P = network.n_parameters
-    basis = kronecker_basis(row_matrix_factors(curvature, matrix_shapes(network.selection, layers_only=False)), X.dtype)
+    shapes = matrix_shapes(network.selection, layers_only=False)
+    basis = kronecker_basis(row_matrix_factors(curvature, shapes), network.like.dtype)
     generator = torch.Generator().manual_seed(4)
     diagonal, U = torch.rand(P, generator=generator).double() + 0.3, torch.randn(P, rank, generator=generator).double()
     precision = LowRankPlusDiagonal(diagonal, torch.linalg.qr(U)[0], torch.arange(1, rank + 1).double(), basis)
