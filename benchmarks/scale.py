@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -28,10 +29,12 @@ warnings.filterwarnings("ignore")
 
 import torch
 from laplace import Laplace
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.scale_problems import Problem, gpt2_lora, mnist_pretrained, resnet18, smollm2, vit_b_16
 from debiased_laplace import DebiasedLaplace
+from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.derivatives import vmapped_rows
 from debiased_laplace.curvature.first_pass import prepare_network
 from debiased_laplace.curvature.likelihoods import likelihood_named
@@ -61,99 +64,6 @@ class Cost:
     unit: str
     grew: int | None = None
     failed: str | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network, samples to fit and inputs to predict."""
-
-    model: nn.Module
-    X: Tensor
-    y: Tensor
-    test: Tensor
-    batch_size: int = 128
-
-    def loader(self) -> DataLoader[Any]:
-        """Batches of the samples."""
-        return DataLoader(TensorDataset(self.X, self.y), batch_size=self.batch_size)
-
-    def forward(self) -> None:
-        """Evaluate the model on all samples."""
-        with torch.no_grad():
-            for inputs, _ in self.loader():
-                self.model(inputs)
-
-    def predict(self) -> None:
-        """Evaluate the model on the inputs to predict."""
-        with torch.no_grad():
-            self.model(self.test)
-
-
-def resnet18(n_classes: int, n: int, n_test: int = 32, *, side: int = 32) -> Problem:
-    """ResNet-18 with square inputs."""
-    # not a dependency
-    from torchvision.models import resnet18 as network
-
-    torch.manual_seed(0)
-    model = network(num_classes=n_classes)
-    # running statistics of the inputs, without which outputs of random weights are all the same
-    model(torch.randn(64, 3, side, side))
-    X = torch.randn(n + n_test, 3, side, side)
-    return Problem(model.eval(), X[:n], torch.randint(0, n_classes, (n,)), X[n:])
-
-
-def vit_b_16(n: int, n_test: int) -> Problem:
-    """ViT-B/16 with 224 x 224 inputs and 10 classes."""
-    # not a dependency
-    from torchvision.models import vit_b_16 as network
-
-    torch.manual_seed(0)
-    model = network(num_classes=10).eval()
-    # it begins with a head of zeros
-    nn.init.normal_(model.heads.head.weight, std=0.05)
-    X = torch.randn(n + n_test, 3, 224, 224)
-    return Problem(model, X[:n], torch.randint(0, 10, (n,)), X[n:], batch_size=16)
-
-
-def mnist_pretrained() -> Problem:
-    """The pretrained network of digit-recognizer-py (390,410 weights) and 5,000 images of MNIST."""
-    from benchmarks.drawn_rows_pretrained import network
-    from benchmarks.fidelity_tasks import mnist_images
-
-    X, y = mnist_images()
-    X = (X - 0.1307) / 0.3081
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
-    return Problem(network(), X[order[64:]], y[order[64:]], X[order[:64]])
-
-
-class Logits(nn.Module):
-    """A model of Hugging Face on token ids without padding."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.model(input_ids=tokens).logits
-        return logits
-
-
-def gpt2_lora(n: int, n_test: int, length: int = 256) -> Problem:
-    """A sequence classifier of the size of GPT-2 (124 million weights) with LoRA of rank 8: 297,984 trainable ones."""
-    # not dependencies
-    from peft import LoraConfig, get_peft_model
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    torch.manual_seed(0)
-    model = GPT2ForSequenceClassification(GPT2Config(num_labels=4, pad_token_id=50_256))
-    lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["c_attn"], fan_in_fan_out=True)
-    model = get_peft_model(model, lora)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.02)
-    X = torch.randint(0, 50_000, (n + n_test, length))
-    return Problem(Logits(model).eval(), X[:n], torch.randint(0, 4, (n,)), X[n:], batch_size=8)
 
 
 class Clock:
@@ -225,7 +135,7 @@ def rows() -> list[Cost]:
     batch = Batch(problem.X, problem.y)
 
     def prepared() -> Network:
-        return prepare_network(ParameterSelection.all_weights(problem.model), likelihood_named("classification"), batch)
+        return _prepared(problem, batch)
 
     def gradients() -> None:
         loss = nn.functional.cross_entropy(problem.model(problem.X), problem.y)
@@ -243,8 +153,19 @@ def rows() -> list[Cost]:
     return clock.costs
 
 
-def drawn_rows(problem: Problem, structure: str, n_rows: int, *, tests: bool = False, **options: Any) -> list[Cost]:
-    """Fit of drawn rows of all trainable weights, and predictions; with tests: the tests of the network alone too."""
+def drawn_rows(
+    problem: Problem, structure: str, n_rows: int, *, tests: bool = False, state: bool = False, **options: Any
+) -> list[Cost]:
+    """Fit of drawn rows of all trainable weights, and predictions.
+
+    Args:
+        problem: network and data.
+        structure: of the curvature.
+        n_rows: number of rows.
+        tests: also the tests of the network alone.
+        state: also a state, written to a file and loaded again.
+        options: of the posterior.
+    """
     clock, x = Clock(problem), problem.test
 
     def posterior() -> Any:
@@ -258,8 +179,7 @@ def drawn_rows(problem: Problem, structure: str, n_rows: int, *, tests: bool = F
 
     if tests:
         batch = Batch(problem.X[:8], problem.y[:8])
-        selection, likelihood = ParameterSelection.all_weights(problem.model), likelihood_named("classification")
-        clock.measure("tests of a network before a fit", lambda: prepare_network(selection, likelihood, batch))
+        clock.measure("tests of a network before a fit", lambda: _prepared(problem, batch))
     estimated = sum(posterior().cost(problem.loader()).n_bytes.values()) / 2**20
     n = len(problem.X)
     la = clock.measure(f"fit, {n_rows} rows of {n:,} samples (la.cost: {estimated:,.0f} MiB)", ours)
@@ -270,7 +190,28 @@ def drawn_rows(problem: Problem, structure: str, n_rows: int, *, tests: bool = F
             fit = clock.costs[-1]
             clock.costs[-1] = replace(fit, job=f"{fit.job}; directions: {directions:,.0f} MiB")
         clock.measure(f"la(x), {len(x)} inputs", lambda: la(x), "MAP")
+    if la is not None and state:
+        _state(clock, la, posterior())
     return clock.costs
+
+
+def _state(clock: Clock, la: Any, other: Any) -> None:
+    """Measure a state that is written to a file, and one that is loaded from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.pt"
+        clock.measure("state, written to a file", lambda: torch.save(la.state_dict(), path))
+        size = path.stat().st_size / 2**20
+
+        def loaded() -> None:
+            other.load_state_dict(torch.load(path, mmap=True, weights_only=True))
+
+        clock.measure(f"state of {size:,.0f} MiB, loaded", loaded)
+
+
+def _prepared(problem: Problem, batch: Batch) -> Network:
+    """Test the network."""
+    with at_weights(problem.model):
+        return prepare_network(ParameterSelection.all_weights(problem.model), likelihood_named("classification"), batch)
 
 
 def all_weights(structure: str, n: int, n_rows: int, n_test: int = 8, **options: Any) -> list[Cost]:
@@ -322,7 +263,7 @@ def _predictions(clock: Clock, name: str, la: Any, link: str) -> None:
     )
 
 
-_VIT: dict[str, Any] = {"rank": 20, "complement": "isotropic"}
+_LARGE: dict[str, Any] = {"rank": 20, "complement": "isotropic"}
 
 JOBS: dict[str, Callable[[], list[Cost]]] = {
     "last_layer_kron_10": partial(last_layer, 10, 512, hessian_structure="kron"),
@@ -341,13 +282,16 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "all_lowrank_20": partial(all_weights, "lowrank", 1_024, 64, rank=20),
     "all_lowrank_20_bounded": partial(all_weights, "lowrank", 1_024, 64, rank=20, memory=3 * 2**30),
     "all_lowrank_10_224": lambda: drawn_rows(resnet18(10, 64, 8, side=224), "lowrank", 64, rank=10),
-    "vit_lowrank_20": lambda: drawn_rows(vit_b_16(64, 2), "lowrank", 64, tests=True, **_VIT, memory=4 * 2**30),
+    "vit_lowrank_20": lambda: drawn_rows(vit_b_16(64, 2), "lowrank", 64, tests=True, **_LARGE, memory=4 * 2**30),
     "vit_lowrank_20_bfloat16": lambda: drawn_rows(
-        vit_b_16(64, 2), "lowrank", 64, tests=True, **_VIT, memory=5 * 2**30, directions_dtype="bfloat16"
+        vit_b_16(64, 2), "lowrank", 64, tests=True, **_LARGE, memory=5 * 2**30, directions_dtype="bfloat16"
     ),
     "mnist_every_direction": lambda: drawn_rows(mnist_pretrained(), "lowrank", 4_096, complement="isotropic"),
     "mnist_every_direction_bounded": lambda: drawn_rows(
         mnist_pretrained(), "lowrank", 4_096, complement="isotropic", memory=3 * 2**30
+    ),
+    "smollm2_lowrank_20": lambda: drawn_rows(
+        smollm2(64, 2), "lowrank", 64, tests=True, **_LARGE, memory=4 * 2**30, directions_dtype="bfloat16", state=True
     ),
     "gpt2_lora": lambda: drawn_rows(gpt2_lora(8, 8), "lowrank", 32, rank=4),
 }

@@ -16,7 +16,7 @@ from torch.func import jvp, linearize, vjp, vmap
 from debiased_laplace.curvature.as_found import raise_interrupt, uninterrupted
 from debiased_laplace.curvature.layer_rows import Cotangents, Layers
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.parameters import ParameterSelection, rounding_of
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, as_one, first, n_samples_of, on_each, one_by_one
@@ -27,6 +27,9 @@ _ASSUMED_BYTES = 2**20  # activations of a sample that could not be measured
 
 _LARGE = 4 * 2**20
 """Bytes of a model above which modes are not tested that would only save time: each test holds several vectors."""
+
+_HALF = 1e-4  # rounding errors above which a network is in half precision
+_ROUNDED = 10  # rounding errors by which two ways to differentiate such a network may differ
 
 _GROUP = 128 * 2**20  # bytes of the gradients that the rows of a large network are compared with at a time
 
@@ -385,7 +388,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     with torch.no_grad():
         n_outputs = selection.call_noting_buffers(parameters, inputs).shape[-1]
     # a few combinations test as much as all outputs, of which there may be thousands
-    is_large = is_large_network(selection.model)
+    is_large, eps = is_large_network(selection.model), rounding_of(selection.model)
     n_vectors = 1 if is_large else _VECTORS
     mixed = torch.randn(n_outputs, min(n_outputs, n_vectors), generator=generator).to(like)
 
@@ -425,7 +428,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         """Return the parameters whose rows are not those expected."""
         groups = (group.items() for group in expected or gradients())
         named = ((name, g) for group in groups for name, g in group if name in rows)
-        return {name for name, g in named if not _close(flat(rows[name])[tested], _flat(g), scale)}
+        return {name for name, g in named if not _close(flat(rows[name])[tested], _flat(g), eps, scale)}
 
     def rows_agree(names: frozenset[str]) -> bool:
         rows, _ = _vmapped(selection, parameters, names, inputs, unused, cotangents)
@@ -444,7 +447,7 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         X = like.new_empty(n_vectors, selection.n_parameters)
         for part, (_, tangent) in zip(X.split(selection.sizes, dim=1), tangents(selection.names), strict=True):
             part.copy_(tangent.movedim(-1, 0).reshape(part.shape))
-        return _close(mixed.T @ columns(selection, parameters, samples, X.mT, vmapped=vmapped)[0], pushed)
+        return _close(mixed.T @ columns(selection, parameters, samples, X.mT, vmapped=vmapped)[0], pushed, eps)
 
     attempt("layers", layers_agree)
     seen = layers[0] if layers and layers[0].names else None
@@ -531,14 +534,17 @@ def allows_linearization(selection: ParameterSelection, parameters: dict[str, Te
         _, push = _linearize(lambda p: selection.call(p, inputs), parameters)
         # torch's linearization of in-place layers overwrites its own constants at the first use
         uses = (0, 1, 0)
-        return all(_close(push(selection.unflatten(tangents[:, i])), expected[..., i]) for i in uses)
+        eps = rounding_of(selection.model)
+        return all(_close(push(selection.unflatten(tangents[:, i])), expected[..., i], eps) for i in uses)
     # torch raises many types for operations that it cannot trace
     except Exception as error:
         raise_interrupt(error)
         return False
 
 
-def _close(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool:
-    """Return whether tensors are equal up to rounding, relative to a scale; None: the largest entry."""
-    rounding = 1000 * torch.finfo(expected.dtype).eps * (expected.abs().max() if scale is None else scale)
-    return bool(((found - expected).abs() <= rounding + 1e-3 * expected.abs()).all())
+def _close(found: Tensor, expected: Tensor, eps: float, scale: Tensor | None = None) -> bool:
+    """Return whether tensors are equal up to rounding by eps, relative to a scale; None: the largest entry."""
+    # one operation of a network in half precision loses what a thousand in single precision do
+    relative = max(1000 * torch.finfo(expected.dtype).eps, _ROUNDED * eps if eps > _HALF else 0)
+    rounding = relative * (expected.abs().max() if scale is None else scale)
+    return bool(((found - expected).abs() <= rounding + max(1e-3, relative) * expected.abs()).all())

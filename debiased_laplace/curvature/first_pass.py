@@ -11,7 +11,7 @@ from debiased_laplace.curvature.derivatives import find_capabilities, is_large_n
 from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, Likelihood, are_probabilities
 from debiased_laplace.curvature.memory import KEEP_BYTES
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.parameters import ParameterSelection, rounding_of
 from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -116,7 +116,8 @@ def prepare_network(
             "The model gives different outputs for the same inputs in evaluation mode (a random layer "
             "that does not respect eval()?); expected a deterministic network."
         )
-    if not torch.allclose(outputs[:1], single, rtol=1e-3, atol=1e-3 * scale):
+    rounding = max(1e-3, 10 * rounding_of(selection.model))
+    if not torch.allclose(outputs[:1], single, rtol=rounding, atol=rounding * scale):
         raise ValueError(
             "The output of a sample depends on the other samples of its batch; expected samples along "
             "the first dimension, each on its own (batch_first=True for attention and recurrent layers)."

@@ -298,7 +298,7 @@ class Layers:
         for m in (2, 3):
             chosen = on_each(inputs, partial(_samples, indices=torch.arange(m) % n))
             with torch.no_grad():
-                recorders.append(_recorded(selection, parameters, chosen)[1])
+                recorders.append(_recorded(selection, selection.as_placed(parameters), chosen)[1])
         two, three = recorders
         if [call.kind for call in two.calls] != [call.kind for call in three.calls]:
             raise LayersDifferError("other calls for two samples than for three")
@@ -341,7 +341,8 @@ class Layers:
             LayersDifferError: if the batch calls other layers, or changes their inputs in place.
         """
         names = self.names if names is None else self.names & names
-        leaves = {name: p.detach().requires_grad_(name in names) for name, p in parameters.items()}
+        placed = selection.as_placed(parameters)
+        leaves = {name: p.detach().requires_grad_(name in names) for name, p in placed.items()}
         with torch.enable_grad():
             outputs, recorder = _recorded(selection, leaves, inputs)
         calls = recorder.calls
@@ -352,13 +353,13 @@ class Layers:
         used = [i for i, call in enumerate(calls) if call.edge is not None and names & set(call.names.values())]
         edges = [calls[i].edge for i in used]
         gradients = _pulled_back(outputs, edges, columns)
+        like = next(iter(parameters.values()))
         found: dict[str, list[RowsOfParameter]] = {name: [] for name in names}
         for i, g in zip(used, gradients, strict=True):
             if g is not None:
-                for name, rows in _rows_of_call(calls[i], self.calls[i].axes, g, n).items():
+                for name, rows in _rows_of_call(calls[i], self.calls[i].axes, g, n, like.dtype).items():
                     if name in found:
                         found[name].append(rows)
-        like = next(iter(parameters.values()))
         shapes = {name: (n, len(columns), p.numel()) for name, p in parameters.items()}
         return {
             name: _summed(rows) if rows else like.new_zeros(shapes[name]) for name, rows in found.items()
@@ -401,16 +402,21 @@ def _joined_positions(factors: tuple[Float[Tensor, "n _ _ o"], ...]) -> Float[Te
     return torch.cat([x.expand(-1, r, -1, -1) for x in factors], dim=2)
 
 
-def _rows_of_call(call: _Call, axes: dict[int | str, _Axis], g: Tensor, n: int) -> dict[str, RowsOfParameter]:
-    """Compute the rows of a call's parameters from cotangents (r, …) of its output."""
+def _rows_of_call(
+    call: _Call, axes: dict[int | str, _Axis], g: Tensor, n: int, dtype: torch.dtype
+) -> dict[str, RowsOfParameter]:
+    """Compute the rows of a call's parameters, in a precision, from cotangents (r, …) of its output."""
     output = axes[""]
     g = _Axis(output.number + 1, output.positions, output.sample_first).by_sample(g, n)
     if call.function in _EXPANSIONS:
         ((key, name),) = call.names.items()
-        shape = call.arguments[key].shape
+        shape, g = call.arguments[key].shape, g.to(dtype)
         return {name: torch.stack([x.sum_to_size(shape).flatten() for x in g.flatten(0, 1)]).unflatten(0, g.shape[:2])}
     inputs = {key: axis.by_sample(call.arguments[key], n) for key, axis in axes.items() if key != ""}
-    return _by_formula(call, inputs, g) or _by_differentiation(call, inputs, g)
+    # sums over positions in the precision of the rows
+    converted = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    found = _by_formula(call, converted, g.to(dtype))
+    return found or {name: rows.to(dtype) for name, rows in _by_differentiation(call, inputs, g).items()}
 
 
 def _by_formula(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict[str, RowsOfParameter]:
@@ -503,7 +509,7 @@ def _positions_of_convolution(call: _Call, x: Tensor, g: Tensor) -> tuple[Tensor
     return a[:, None], g, options["groups"]
 
 
-def _by_differentiation(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict[str, RowsOfParameter]:
+def _by_differentiation(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict[str, Tensor]:
     """Rows of any function, by its own derivative for each sample."""
     parameters = {name: call.arguments[key] for key, name in call.names.items()}
 

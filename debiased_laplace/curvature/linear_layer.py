@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.parameters import ParameterSelection, working_dtype
 from debiased_laplace.data.inputs import Inputs
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
@@ -68,8 +68,11 @@ class LinearLayer:
         # the layer may not be the only use of its weights
         expected = result.rows(features, cotangents.expand(len(features), -1, -1))
         tolerance = 1000 * torch.finfo(rows.dtype).eps * float(rows.abs().max())
-        same = torch.equal(result.outputs(parameters, features), outputs)
-        return result if same and torch.allclose(expected, rows, rtol=1e-3, atol=tolerance) else None
+        again = result.outputs(parameters, features)
+        # the layer itself may be in half precision
+        eps = 4 * torch.finfo(layer.weight.dtype).eps if layer.weight.dtype != rows.dtype else 0.0
+        same = torch.allclose(again, outputs, rtol=0, atol=eps * float(outputs.abs().max()))
+        return result if same and torch.allclose(expected, rows, rtol=max(1e-3, eps), atol=tolerance) else None
 
     def features(
         self, parameters: Mapping[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None = None
@@ -81,8 +84,8 @@ class LinearLayer:
         """Return the outputs at features."""
         own = dict(zip(self.parts, (parameters[name] for name in self.selection.names), strict=True))
         bias = self.layer.bias
-        weight = own.get("weight", self.layer.weight.detach())
-        return linear(features, weight, own.get("bias", None if bias is None else bias.detach()))
+        weight = own.get("weight", self.layer.weight.detach().to(features))
+        return linear(features, weight, own.get("bias", None if bias is None else bias.detach().to(features)))
 
     def rows(self, features: Float[Tensor, "n d"], columns: Float[Tensor, "n C r"]) -> Float[Tensor, "n r P"]:
         r"""Return the rows $s \varphi^\top$ and s of columns s."""
@@ -136,8 +139,8 @@ def features_of(
         handle.remove()
     if len(seen) != 1 or seen[0][0].ndim != 2 or len(seen[0][0]) != len(outputs):
         return None
-    features, own = seen[0]
-    return (features.detach(), outputs) if own.dtype == outputs.dtype and torch.equal(own, outputs) else None
+    features, own = (x.detach().to(working_dtype(x.dtype)) for x in seen[0])
+    return (features, outputs) if own.dtype == outputs.dtype and torch.equal(own, outputs) else None
 
 
 def output_layer(selection: ParameterSelection, parameters: Mapping[str, Tensor], inputs: Inputs) -> nn.Linear | None:

@@ -64,10 +64,10 @@ class ParameterSelection:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             raise ValueError(f"Expected trainable parameters of one dtype on one device; got {found}.")
         (dtype,) = {dtype for dtype, _ in kinds}
-        if dtype not in (torch.float32, torch.float64):
+        if dtype not in (torch.bfloat16, torch.float32, torch.float64):
             names = ", ".join(list(selected)[:3]) + (", …" if len(selected) > 3 else "")
             raise ValueError(
-                f"Expected trainable parameters in torch.float32 or torch.float64; got {dtype} ({names}): fit "
+                f"Expected trainable parameters in torch.float32, float64 or bfloat16; got {dtype} ({names}): fit "
                 "model.float(), whose weights are the same, or leave only float32 parameters with requires_grad=True."
             )
         shapes = tuple(p.shape for p in selected.values())
@@ -155,12 +155,12 @@ class ParameterSelection:
         return "\n".join(parts)
 
     def current(self) -> dict[str, Tensor]:
-        """Return the model's current values; whole parameters are not copied."""
+        """Return the model's current values in the working precision; whole parameters of that are not copied."""
         current = dict(self.model.named_parameters())
         chosen = {}
         for name, entries in zip(self.names, self.entries, strict=True):
             p = current[name].detach()
-            chosen[name] = p if entries is None else p.reshape(-1)[entries.to(p.device)]
+            chosen[name] = (p if entries is None else p.reshape(-1)[entries.to(p.device)]).to(working_dtype(p.dtype))
         return chosen
 
     def vector(self) -> Float[Tensor, " P"]:
@@ -212,6 +212,10 @@ class ParameterSelection:
             ValueError: if the model returns anything but a tensor or an output with logits.
         """
         return logits_of(self._returned(parameters, inputs, model_kwargs))
+
+    def as_placed(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return parameters in the precision that the model holds them in."""
+        return {name: p.to(self._by_name[name].dtype) for name, p in parameters.items()}
 
     def call_with_tensors(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the same as `call`, where the model's functions take these very tensors.
@@ -288,6 +292,8 @@ class ParameterSelection:
         if name not in parameters:
             return p
         entries, values = self._entries_by_name[name], parameters[name]
+        if values.dtype != p.dtype:
+            values = values.to(p.dtype)
         if entries is None:
             return values
         return p.reshape(-1).index_put((entries.to(p.device),), values).reshape(p.shape)
@@ -316,6 +322,16 @@ class ParameterSelection:
     def matches(self, fingerprint: str) -> bool:
         """Return whether weights and buffers are those of a fingerprint, except for buffers that do not count."""
         return self.fingerprint(fingerprint.split("\n")[1:]) == fingerprint
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of vectors and matrices of parameters: single, for those in bfloat16."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def rounding_of(model: nn.Module) -> float:
+    """Return the rounding error of a network's coarsest weights, relative to a number."""
+    return max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
 
 
 def logits_of(returned: object) -> Tensor:

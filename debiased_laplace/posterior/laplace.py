@@ -33,7 +33,7 @@ from debiased_laplace.curvature.derivatives import find_capabilities
 from debiased_laplace.curvature.likelihoods import Regression, likelihood_named, shown_class_weights
 from debiased_laplace.curvature.memory import LEAST, available_memory
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.parameters import ParameterSelection, working_dtype
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
 from debiased_laplace.data.batches import check_inputs
 from debiased_laplace.data.drawing import Rows
@@ -163,6 +163,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
             self._take(self._selection)
         else:
             self.__dict__.update(n_params=None, n_layers=None, mean=None)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        # of the trained parameters, which may be more precise than frozen ones
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return working_dtype(trained[0].dtype if trained else super()._dtype)
 
     @property
     def _structure(self) -> Structure:

@@ -257,10 +257,55 @@ def test_a_network_whose_layers_are_in_half_precision_agrees_within_its_rounding
         assert (found - expected).norm() < 0.1 * expected.norm(), name
 
 
-def test_parameters_in_half_precision_are_refused_by_name() -> None:
-    for model in (_network().bfloat16(), _network().half()):
-        dtype = model[0].weight.dtype
-        with pytest.raises(
-            ValueError, match=rf"float32 or torch.float64; got {dtype} \(0.weight, 0.bias, 3.weight, …\)"
-        ):
-            PATHS["newton_step"](model)
+class Rounded(nn.Module):
+    """A network in bfloat16 that is given single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _network().bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(self.inner[0].weight.dtype))
+
+
+@pytest.mark.parametrize(
+    "path",
+    # of a last layer, draws are turned with eigenvectors of nearly equal eigenvalues
+    [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PATHS if "last layer" not in p],
+)
+def test_a_network_in_bfloat16_agrees_with_the_same_weights_in_single_precision(path: str) -> None:
+    found, expected = PATHS[path](Rounded()), PATHS[path](Rounded().float())
+    assert found.dtype == expected.dtype
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(("subset", "structure"), [("all", "lowrank"), ("last_layer", "kron"), ("last_layer", "full")])
+def test_of_a_network_in_bfloat16_vectors_are_in_single_precision(subset: str, structure: str) -> None:
+    model, (X, y) = Rounded(), _images()
+    la, other = (
+        DebiasedLaplace(m, "classification", subset, structure, prior_precision=0.3) for m in (model, Rounded().float())
+    )
+    for posterior in (la, other):
+        posterior.fit([(X, y)])
+    capabilities, selection = la.fit_result.network.capabilities, la.fit_result.network.selection
+    if subset == "all":
+        assert capabilities.layers is not None
+        assert capabilities.layers.names == set(selection.names)
+    else:
+        assert capabilities.linear_layer is not None
+    assert la.mean.dtype == la.sample(2).dtype == la(X).dtype == torch.float32
+    assert float(la.prior_precision) == pytest.approx(0.3, rel=1e-7)
+    mean, covariance = la._glm_predictive_distribution(X)
+    with torch.no_grad():
+        assert torch.equal(mean, model(X).float())
+    expected = other._glm_predictive_distribution(X)[1]
+    assert 0 < (covariance - expected).norm() < 0.05 * expected.norm()
+    again = DebiasedLaplace(model, "classification", subset, structure)
+    again.load_state_dict(la.state_dict())
+    assert torch.equal(again(X), la(X))
+
+
+def test_parameters_of_float16_are_refused_by_name() -> None:
+    message = r"float64 or bfloat16; got torch.float16 \(0.weight, 0.bias, 3.weight, …\)"
+    with pytest.raises(ValueError, match=message):
+        PATHS["newton_step"](_network().half())
