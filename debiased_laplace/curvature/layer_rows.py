@@ -72,6 +72,11 @@ class _Call:
         tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor) and k not in self.names}
         return {**tensors, "": self.output}
 
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether an output that is the same for all samples has an axis that can count them."""
+        return self.function is functional.embedding and self.output.shape[0] == 1
+
     def __call__(self, values: dict[int | str, Any]) -> Tensor:
         """Call the function with other values of some arguments."""
         arguments = {**self.arguments, **values}
@@ -131,12 +136,26 @@ class _Axis:
         return x.unflatten(self.number, (self.positions, n)).movedim(self.number + 1, 0)
 
 
+def _axes_of(two: _Call, three: _Call) -> dict[int | str, _Axis]:
+    """Return the axes of a call with two samples, and with three, that count them."""
+    found = {key: _Axis.of(x, three.tensors[key]) for key, x in two.tensors.items()}
+    return {key: axis for key, axis in found.items() if axis is not None}
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """A call that every batch makes, and the axes of its arguments and of its output that count samples."""
+    """A call that every batch makes.
+
+    Attributes:
+        kind: what is called.
+        axes: of its arguments and of its output that count samples.
+        is_shared: whether it is called once for all samples, as an embedding of positions is, with an output that is
+            repeated for each of them.
+    """
 
     kind: tuple[Any, ...]
     axes: dict[int | str, _Axis]
+    is_shared: bool = False
 
 
 def _body(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,10 +212,14 @@ _LINEAR_MAPS: dict[Callable[..., Any], _LinearMap] = {
 
 
 class _Recorder(TorchFunctionMode):
-    """Note every call with a selected parameter, and the parameters that other functions take."""
+    """Note every call with a selected parameter, and the parameters that other functions take.
 
-    def __init__(self, parameters: dict[str, Tensor]):
+    Outputs of shared calls, given by their numbers, are repeated for each of n samples.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], n: int, shared: frozenset[int]):
         super().__init__()
+        self._n, self._shared = n, shared
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[_Call] = []
         self.unseen: set[str] = set()
@@ -233,6 +256,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         self.unseen.update(nested.values())
         if func in _SEEN and isinstance(result, Tensor) and "out" not in kwargs:
+            if direct and len(self.calls) in self._shared:
+                result = result.expand(self._n, *result.shape[1:])
             edge = torch.autograd.graph.get_gradient_edge(result) if result.requires_grad else None
             self._note(func, arguments, result, edge)
         elif any(isinstance(v, Tensor) for v in (result, *_nested([result]))):
@@ -260,12 +285,34 @@ def _nested(values: Iterable[Any]) -> list[Tensor]:
     return [t for v in values if isinstance(v, list | tuple) for t in v if isinstance(t, Tensor)]
 
 
-def _recorded(selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, _Recorder]:
-    recorder = _Recorder(parameters)
+def _recorded(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    inputs: Inputs,
+    shared: frozenset[int] = frozenset(),
+) -> tuple[Tensor, _Recorder]:
+    recorder = _Recorder(parameters, n_samples_of(inputs), shared)
     with recorder:
         outputs = selection.call_with_tensors(parameters, inputs)
     recorder.check_inputs()
     return outputs, recorder
+
+
+def _repeats(
+    selection: ParameterSelection,
+    parameters: dict[str, Tensor],
+    inputs: Inputs,
+    shared: frozenset[int],
+    outputs: Tensor,
+) -> bool:
+    """Return whether the outputs stay the same where those of shared calls are repeated for each sample."""
+    try:
+        with torch.no_grad():
+            return torch.equal(_recorded(selection, parameters, inputs, shared)[0], outputs)
+    # a model that takes the shape of what is not repeated may fail in many ways
+    except Exception as error:
+        raise_interrupt(error)
+        return False
 
 
 def _samples(x: Tensor, indices: Tensor) -> Tensor:
@@ -293,26 +340,27 @@ class Layers:
         Raises:
             LayersDifferError: if the calls are not the same for two samples and for three.
         """
-        recorders = []
-        n = n_samples_of(inputs)
-        for m in (2, 3):
-            chosen = on_each(inputs, partial(_samples, indices=torch.arange(m) % n))
-            with torch.no_grad():
-                recorders.append(_recorded(selection, selection.as_placed(parameters), chosen)[1])
-        two, three = recorders
+        placed, n = selection.as_placed(parameters), n_samples_of(inputs)
+        few = [on_each(inputs, partial(_samples, indices=torch.arange(m) % n)) for m in (2, 3)]
+        with torch.no_grad():
+            (outputs, two), (_, three) = (_recorded(selection, placed, chosen) for chosen in few)
         if [call.kind for call in two.calls] != [call.kind for call in three.calls]:
             raise LayersDifferError("other calls for two samples than for three")
-        calls, unseen = [], two.unseen | three.unseen
+        found = [_axes_of(a, b) for a, b in zip(two.calls, three.calls, strict=True)]
+        once = frozenset(i for i, axes in enumerate(found) if "" not in axes)
+        shared = frozenset(i for i in once if not found[i] and two.calls[i].may_be_repeated)
+        if shared and not _repeats(selection, placed, few[0], shared, outputs):
+            shared = frozenset()
+        unseen = two.unseen | three.unseen
         unseen |= {
             name for name, entries in zip(selection.names, selection.entries, strict=True) if entries is not None
         }
-        for a, b in zip(two.calls, three.calls, strict=True):
-            found = {key: _Axis.of(two, b.tensors[key]) for key, two in a.tensors.items()}
-            axes = {key: axis for key, axis in found.items() if axis is not None}
-            if "" not in axes:
-                # computed once for all samples
-                unseen |= set(a.names.values())
-            calls.append(_Layer(a.kind, axes))
+        # of what is computed once for all samples, no sample has rows of its own
+        unseen |= {name for i in once - shared for name in two.calls[i].names.values()}
+        calls = [
+            _Layer(call.kind, {"": _Axis(0)} if i in shared else axes, i in shared)
+            for i, (call, axes) in enumerate(zip(two.calls, found, strict=True))
+        ]
         seen = {name for call in two.calls for name in call.names.values()} - unseen
         return cls(tuple(calls), frozenset(seen))
 
@@ -344,7 +392,8 @@ class Layers:
         placed = selection.as_placed(parameters)
         leaves = {name: p.detach().requires_grad_(name in names) for name, p in placed.items()}
         with torch.enable_grad():
-            outputs, recorder = _recorded(selection, leaves, inputs)
+            shared = frozenset(i for i, layer in enumerate(self.calls) if layer.is_shared)
+            outputs, recorder = _recorded(selection, leaves, inputs, shared)
         calls = recorder.calls
         if [call.kind for call in calls] != [layer.kind for layer in self.calls]:
             raise LayersDifferError("other calls than at the samples that the layers were found with")
@@ -357,7 +406,7 @@ class Layers:
         found: dict[str, list[RowsOfParameter]] = {name: [] for name in names}
         for i, g in zip(used, gradients, strict=True):
             if g is not None:
-                for name, rows in _rows_of_call(calls[i], self.calls[i].axes, g, n, like.dtype).items():
+                for name, rows in _rows_of_call(calls[i], self.calls[i], g, n, like.dtype).items():
                     if name in found:
                         found[name].append(rows)
         shapes = {name: (n, len(columns), p.numel()) for name, p in parameters.items()}
@@ -402,17 +451,18 @@ def _joined_positions(factors: tuple[Float[Tensor, "n _ _ o"], ...]) -> Float[Te
     return torch.cat([x.expand(-1, r, -1, -1) for x in factors], dim=2)
 
 
-def _rows_of_call(
-    call: _Call, axes: dict[int | str, _Axis], g: Tensor, n: int, dtype: torch.dtype
-) -> dict[str, RowsOfParameter]:
+def _rows_of_call(call: _Call, layer: _Layer, g: Tensor, n: int, dtype: torch.dtype) -> dict[str, RowsOfParameter]:
     """Compute the rows of a call's parameters, in a precision, from cotangents (r, …) of its output."""
-    output = axes[""]
+    axes, output = layer.axes, layer.axes[""]
     g = _Axis(output.number + 1, output.positions, output.sample_first).by_sample(g, n)
     if call.function in _EXPANSIONS:
         ((key, name),) = call.names.items()
         shape, g = call.arguments[key].shape, g.to(dtype)
         return {name: torch.stack([x.sum_to_size(shape).flatten() for x in g.flatten(0, 1)]).unflatten(0, g.shape[:2])}
-    inputs = {key: axis.by_sample(call.arguments[key], n) for key, axis in axes.items() if key != ""}
+    if layer.is_shared:
+        inputs = {k: x.expand(n, *x.shape[1:]) for k, x in call.tensors.items() if k != ""}
+    else:
+        inputs = {key: axis.by_sample(call.arguments[key], n) for key, axis in axes.items() if key != ""}
     # sums over positions in the precision of the rows
     converted = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     found = _by_formula(call, converted, g.to(dtype))

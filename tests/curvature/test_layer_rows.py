@@ -73,11 +73,12 @@ class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
         self.many = nn.Embedding(70, 9, padding_idx=0)
-        self.few, self.head = nn.Embedding(2, 9), nn.Linear(9, 70)
+        self.few, self.place, self.head = nn.Embedding(2, 9), nn.Embedding(5, 9), nn.Linear(9, 70)
         self.head.weight = self.many.weight
 
     def forward(self, x):
         h = self.many(x) + nn.functional.embedding(x % 2, self.few.weight, padding_idx=-1)
+        h = h * self.place(torch.arange(x.shape[1])[None])
         return self.head(h.sin().sum(1))[:, :3]
 
 
@@ -222,6 +223,30 @@ def test_many_positions_of_a_layer_that_is_used_again_are_summed():
     layers = Layers.of(selection, parameters, X)
     rows, _ = layers.rows(selection, parameters, X, torch.zeros(3), cotangents)
     assert all(isinstance(part, Tensor) for part in rows.values())
+
+
+class OwnShape(nn.Module):
+    """An embedding of positions whose shape the model takes for that of a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.head = nn.Embedding(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        places = self.place(torch.arange(4)[None]).view(4, 3)
+        return self.head(x) + (x @ places).sin()
+
+
+def test_what_cannot_be_repeated_for_each_sample_takes_another_way():
+    model, X = OwnShape().double().eval(), torch.randn(6, 4).double()
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    with at_weights(model):
+        able = find_capabilities(selection, parameters, X)
+        assert able.layers.names == {"head.weight", "head.bias"}
+        expected, _ = looped_rows(selection, parameters, X, torch.zeros(6), cotangents)
+        rows, _ = layered_rows(selection, parameters, able.layers, X, torch.zeros(6), cotangents, vmapped=True)
+    torch.testing.assert_close(rows.dense(), expected)
 
 
 def test_rows_of_a_linear_layer_stay_factors():
