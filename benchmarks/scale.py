@@ -191,21 +191,16 @@ def drawn_rows(
             clock.costs[-1] = replace(fit, job=f"{fit.job}; directions: {directions:,.0f} MiB")
         clock.measure(f"la(x), {len(x)} inputs", lambda: la(x), "MAP")
     if la is not None and state:
-        _state(clock, la, posterior())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.pt"
+            clock.measure("state, written to a file", lambda: torch.save(la.state_dict(), path))
+            # a new process would not have it
+            la, other = None, posterior()
+            job = f"state of {path.stat().st_size / 2**20:,.0f} MiB, loaded"
+            clock.measure(job, lambda: other.load_state_dict(torch.load(path, mmap=True, weights_only=True)))
+            if other.rank:
+                clock.measure(f"la(x), {len(x)} inputs, loaded", lambda: other(x), "MAP")
     return clock.costs
-
-
-def _state(clock: Clock, la: Any, other: Any) -> None:
-    """Measure a state that is written to a file, and one that is loaded from it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.pt"
-        clock.measure("state, written to a file", lambda: torch.save(la.state_dict(), path))
-        size = path.stat().st_size / 2**20
-
-        def loaded() -> None:
-            other.load_state_dict(torch.load(path, mmap=True, weights_only=True))
-
-        clock.measure(f"state of {size:,.0f} MiB, loaded", loaded)
 
 
 def _prepared(problem: Problem, batch: Batch) -> Network:
