@@ -93,3 +93,25 @@ def test_rows_of_few_parameters_at_a_time_on_a_gpu_equal_the_cpu(options, monkey
         found.append((la.directional_curvatures.cpu(), la(X).cpu()))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("structure", ["lowrank", "kron"])
+def test_a_network_in_bfloat16_on_a_gpu_agrees_with_the_cpu_within_its_rounding(structure):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3)).bfloat16()
+    X = torch.randn(40, 5).bfloat16()
+    data = TensorDataset(X, targets("classification", 40))
+    found = []
+    for device in ("cpu", "cuda"):
+        la = posterior_of(
+            copy.deepcopy(model).to(device),
+            "classification",
+            hessian_structure=structure,
+            prior_precision=0.4,
+            sampling="curvature",
+            n_rows=60,
+        )
+        la.fit(DataLoader(data, batch_size=16))
+        assert la.mean.dtype == torch.float32
+        found.append(la._glm_predictive_distribution(X.to(device))[1].cpu())
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
