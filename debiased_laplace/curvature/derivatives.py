@@ -279,7 +279,9 @@ def activation_bytes(selection: ParameterSelection, parameters: dict[str, Tensor
         sizes: dict[tuple[int, int], int] = {}
 
         def note(t: Tensor) -> Tensor:
-            sizes[t.data_ptr(), t.numel()] = t.numel() * t.element_size()
+            # others have no address
+            if t.layout is torch.strided:
+                sizes[t.data_ptr(), t.numel()] = t.numel() * t.element_size()
             return t
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):

@@ -296,7 +296,7 @@ def _decreasing(factor: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[T
     Q = torch.linalg.qr(Q, mode="complete")[0]
     values, V = torch.linalg.eigh(Q[:, :k].mT @ factor @ Q[:, :k])
     vectors = torch.cat([Q[:, :k] @ V.flip(1), Q[:, k:]], dim=1)
-    return torch.cat([values.flip(0), values.new_zeros(n - k)]), vectors
+    return torch.cat([values.flip(0).clamp_min(0), values.new_zeros(n - k)]), vectors
 
 
 def _diagonal_in(factor: Tensor, basis: Tensor | None) -> Tensor:

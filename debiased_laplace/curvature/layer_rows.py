@@ -72,11 +72,6 @@ class _Call:
         tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor) and k not in self.names}
         return {**tensors, "": self.output}
 
-    @property
-    def may_be_repeated(self) -> bool:
-        """Whether an output that is the same for all samples has an axis that can count them."""
-        return self.function is functional.embedding and self.output.shape[0] == 1
-
     def __call__(self, values: dict[int | str, Any]) -> Tensor:
         """Call the function with other values of some arguments."""
         arguments = {**self.arguments, **values}
@@ -136,6 +131,11 @@ class _Axis:
         return x.unflatten(self.number, (self.positions, n)).movedim(self.number + 1, 0)
 
 
+def _may_be_repeated(function: Callable[..., Any], output: Tensor) -> bool:
+    """Return whether an output that is the same for all samples has an axis that can count them."""
+    return function is functional.embedding and output.shape[0] == 1
+
+
 def _axes_of(two: _Call, three: _Call) -> dict[int | str, _Axis]:
     """Return the axes of a call with two samples, and with three, that count them."""
     found = {key: _Axis.of(x, three.tensors[key]) for key, x in two.tensors.items()}
@@ -171,6 +171,7 @@ _ADDMM = (torch.addmm, Tensor.addmm)
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 _EXPANSIONS = (Tensor.expand, Tensor.expand_as)
 _OPENED = {functional.multi_head_attention_forward: _body(functional.multi_head_attention_forward)}
+_UNCHANGED = 1e-3  # change of a sample's outputs, relative to that of another's, that is rounding
 _LOOPED = 4  # backward passes that are done one after another
 
 _TRANSPOSED = "conv_transpose1d conv_transpose2d conv_transpose3d"
@@ -214,12 +215,12 @@ _LINEAR_MAPS: dict[Callable[..., Any], _LinearMap] = {
 class _Recorder(TorchFunctionMode):
     """Note every call with a selected parameter, and the parameters that other functions take.
 
-    Outputs of shared calls, given by their numbers, are repeated for each of n samples.
+    Outputs of shared calls, given by their numbers, are repeated for each sample, by a function.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], n: int, shared: frozenset[int]):
+    def __init__(self, parameters: dict[str, Tensor], shared: frozenset[int], repeated: Callable[[Tensor], Tensor]):
         super().__init__()
-        self._n, self._shared = n, shared
+        self._shared, self._repeated = shared, repeated
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[_Call] = []
         self.unseen: set[str] = set()
@@ -257,7 +258,9 @@ class _Recorder(TorchFunctionMode):
         self.unseen.update(nested.values())
         if func in _SEEN and isinstance(result, Tensor) and "out" not in kwargs:
             if direct and len(self.calls) in self._shared:
-                result = result.expand(self._n, *result.shape[1:])
+                if not _may_be_repeated(func, result):
+                    raise LayersDifferError("another call where one was shared by all samples")
+                result = self._repeated(result)
             edge = torch.autograd.graph.get_gradient_edge(result) if result.requires_grad else None
             self._note(func, arguments, result, edge)
         elif any(isinstance(v, Tensor) for v in (result, *_nested([result]))):
@@ -290,25 +293,30 @@ def _recorded(
     parameters: dict[str, Tensor],
     inputs: Inputs,
     shared: frozenset[int] = frozenset(),
+    repeated: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, _Recorder]:
-    recorder = _Recorder(parameters, n_samples_of(inputs), shared)
+    n = n_samples_of(inputs)
+    recorder = _Recorder(parameters, shared, repeated or (lambda x: x.expand(n, *x.shape[1:])))
     with recorder:
         outputs = selection.call_with_tensors(parameters, inputs)
     recorder.check_inputs()
     return outputs, recorder
 
 
-def _repeats(
-    selection: ParameterSelection,
-    parameters: dict[str, Tensor],
-    inputs: Inputs,
-    shared: frozenset[int],
-    outputs: Tensor,
+def _belongs_to_one_sample(
+    selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs, shared: int, outputs: Tensor
 ) -> bool:
-    """Return whether the outputs stay the same where those of shared calls are repeated for each sample."""
+    """Return whether of two samples, with what a call gives repeated for each, one has the same outputs as before.
+
+    That of the other is changed, and its outputs have to change.
+    """
     try:
         with torch.no_grad():
-            return torch.equal(_recorded(selection, parameters, inputs, shared)[0], outputs)
+            again, _ = _recorded(
+                selection, parameters, inputs, frozenset({shared}), lambda x: torch.cat([1.3 * x + 1, x])
+            )
+        of_other, own = (again - outputs).abs().flatten(1).amax(1)
+        return bool(own < _UNCHANGED * of_other)
     # a model that takes the shape of what is not repeated may fail in many ways
     except Exception as error:
         raise_interrupt(error)
@@ -348,9 +356,13 @@ class Layers:
             raise LayersDifferError("other calls for two samples than for three")
         found = [_axes_of(a, b) for a, b in zip(two.calls, three.calls, strict=True)]
         once = frozenset(i for i, axes in enumerate(found) if "" not in axes)
-        shared = frozenset(i for i in once if not found[i] and two.calls[i].may_be_repeated)
-        if shared and not _repeats(selection, placed, few[0], shared, outputs):
-            shared = frozenset()
+        shared = frozenset(
+            i
+            for i in once
+            if not found[i]
+            and _may_be_repeated(two.calls[i].function, two.calls[i].output)
+            and _belongs_to_one_sample(selection, placed, few[0], i, outputs)
+        )
         unseen = two.unseen | three.unseen
         unseen |= {
             name for name, entries in zip(selection.names, selection.entries, strict=True) if entries is not None
@@ -509,8 +521,9 @@ def _by_tokens(call: _Call, inputs: dict[int | str, Tensor], g: Tensor) -> dict[
     found = [x for key, x in inputs.items() if key in (0, "input")]
     if not found or options.get("max_norm") is not None or options.get("scale_grad_by_freq"):
         return {}
-    (name,), tokens, g = call.names.values(), found[0].flatten(1), g.flatten(2, -2)
-    n, r, T, d = g.shape
+    (n, r), d = g.shape[:2], g.shape[-1]
+    (name,), tokens, g = call.names.values(), found[0].reshape(n, -1), g.reshape(n, r, -1, d)
+    T = tokens.shape[1]
     V = len(options["weight"])
     if (padding := options.get("padding_idx")) is not None:
         # it has no gradient

@@ -86,10 +86,9 @@ class Network:
             most = min(most, _ACTIVATION_BYTES)
         return max(1, min(_MOST_SAMPLES, most // self.capabilities.activation_bytes))
 
-    @property
-    def bytes_of_activations(self) -> int:
-        """Memory of the activations that are held for a backward pass, in bytes."""
-        return self.samples_per_pass * self.capabilities.activation_bytes
+    def bytes_of_activations(self, n_samples: int) -> int:
+        """Return the memory of the activations that are held for a backward pass over so many samples, in bytes."""
+        return min(self.samples_per_pass, n_samples) * self.capabilities.activation_bytes
 
     def rows_per_chunk(self, n_rows: int) -> int:
         """Return how many samples with `n_rows` rows each fit into one chunk; 0 if a single one does not."""

@@ -72,7 +72,7 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
             f"expected at least memory={least}, or {smaller}."
         )
     left = replace(network, memory=network.memory - needed)
-    return replace(network, memory=network.memory - needed - left.bytes_of_activations)
+    return replace(left, memory=network.memory - needed - left.bytes_of_activations(n_rows))
 
 
 def _described(options: EstimatorOptions) -> str:

@@ -135,7 +135,7 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
     n_bytes = {
         "rows": min(planned.bytes_of_rows, network.available_memory),
         "directions": bytes_of_directions(network, options, rank + (LANCZOS_SPARE if solver == "lanczos" else 0)),
-        "activations": network.bytes_of_activations,
+        "activations": network.bytes_of_activations(n_rows),
         **bytes_beyond_rows(network, options),
     }
     return FitCost(n, n_rows, P, solver, seconds, n_bytes)

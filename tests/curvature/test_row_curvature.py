@@ -340,6 +340,20 @@ def test_activation_bytes_of_a_sample() -> None:
     parameters = {name: p.detach() for name, p in Force().named_parameters()}
     assert activation_bytes(force, parameters, torch.randn(4, 5)) == 2**20
 
+    class Sparse(nn.Module):
+        """Its graph holds a matrix that has no address."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.sparse.mm(torch.eye(5).to_sparse(), (x * self.inner[0].weight.mean()).T).T)
+
+    sparse = ParameterSelection.all_weights(Sparse())
+    parameters = {name: p.detach() for name, p in Sparse().named_parameters()}
+    assert activation_bytes(sparse, parameters, torch.randn(7, 5)) > 0
+
 
 def test_the_spread_of_a_single_sample_is_zero() -> None:
     c = curvature(indices=torch.tensor([3]))
