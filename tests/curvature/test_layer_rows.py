@@ -254,8 +254,9 @@ def test_what_is_not_repeated_for_each_sample_takes_another_way(use, dtype):
     selection = ParameterSelection.all_weights(model)
     parameters = selection.current()
     with at_weights(model):
+        # without a comparison of rows, which may be too small to count
+        assert Layers.of(selection, parameters, X).names == {"head.weight", "head.bias"}
         able = find_capabilities(selection, parameters, X)
-        assert able.layers.names == {"head.weight", "head.bias"}
         expected, _ = looped_rows(selection, parameters, X, torch.zeros(6), cotangents)
         rows, _ = layered_rows(selection, parameters, able.layers, X, torch.zeros(6), cotangents, vmapped=True)
     tolerance = 1e-9 if dtype == torch.float64 else 0.02
