@@ -1,5 +1,6 @@
 """State of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from hashlib import sha256
@@ -21,6 +22,7 @@ from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.posterior.fit import FitResult
 
 VERSION = 7
+_CHECKED = 2**24  # entries of a tensor that are tested at a time
 _OTHER = {
     "cls_name": "Expected the state of a {expected}; got a {found}.",
     "likelihood": "Expected likelihood {expected!r}; the state has {found!r}.",
@@ -221,7 +223,7 @@ def _on_cpu(positions: Tensor) -> Tensor:
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
-    return value.detach().clone().to(like)
+    return value.detach().to(like, copy=True)
 
 
 def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
@@ -316,8 +318,15 @@ def _check_entries(state: dict[str, Any]) -> None:
             raise ValueError(f"Expected the state's {name!r} as {kind.__name__}; got {value!r}.")
         if name in _INTEGER_TENSORS and (not isinstance(value, Tensor) or value.dtype != torch.int64):
             raise ValueError(f"Expected the state's {name!r} as a tensor of torch.int64.")
-        if isinstance(value, Tensor | float) and not bool(torch.as_tensor(value).isfinite().all()):
+        if isinstance(value, Tensor | float) and not _is_finite(torch.as_tensor(value)):
             raise ValueError(f"Expected finite numbers in the state; {name!r} has NaN or infinity.")
+
+
+def _is_finite(value: Tensor) -> bool:
+    # the test itself takes several bytes for each entry
+    step = max(1, _CHECKED // max(1, math.prod(value.shape[1:])))
+    parts = value.split(step) if value.ndim else [value]
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _check_parameters(state: dict[str, Any], selection: ParameterSelection) -> None:
