@@ -126,19 +126,12 @@ def smollm2(n: int, n_test: int, length: int = 48) -> Problem:
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=name)
     with lzma.open(data / "_data" / "modeldata" / "training_data.pkl.compress") as file:
         table = pickle.load(file)
-    question, answers = (
-        tokenizer("\nOverall it was").input_ids,
-        [tokenizer(f" {w}").input_ids[0] for w in ("bad", "great")],
-    )
-    reviews = [
-        (tokenizer(text).input_ids[: length - len(question)], score)
-        for text, score in zip(table.review, table.score, strict=True)
-    ]
-    chosen = [(tokens + question, score) for tokens, score in reviews if len(tokens) + len(question) == length][
-        : n + n_test
-    ]
-    X, y = torch.tensor([tokens for tokens, _ in chosen]), torch.tensor([int(score == "great") for _, score in chosen])
-    return Problem(NextToken(model, answers).eval(), X[:n], y[:n], X[n:], batch_size=8)
+    question = tokenizer("\nOverall it was").input_ids
+    answers = [tokenizer(f" {word}").input_ids[0] for word in ("bad", "great")]
+    begun = [tokenizer(text).input_ids[: length - len(question)] for text in table.review]
+    long = [i for i, tokens in enumerate(begun) if len(tokens) + len(question) == length][: n + n_test]
+    X, y = torch.tensor([begun[i] + question for i in long]), torch.tensor((table.score == "great").to_numpy()[long])
+    return Problem(NextToken(model, answers).eval(), X[:n], y[:n].long(), X[n:], batch_size=8)
 
 
 def gpt2_lora(n: int, n_test: int, length: int = 256) -> Problem:

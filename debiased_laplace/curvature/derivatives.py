@@ -28,8 +28,7 @@ _ASSUMED_BYTES = 2**20  # activations of a sample that could not be measured
 _LARGE = 4 * 2**20
 """Bytes of a model above which modes are not tested that would only save time: each test holds several vectors."""
 
-_HALF = 1e-4  # rounding errors above which a network is in half precision
-_ROUNDED = 10  # rounding errors by which two ways to differentiate such a network may differ
+_ROUNDED = 10  # rounding errors of a network's weights by which two ways to differentiate it may differ
 
 _GROUP = 128 * 2**20  # bytes of the gradients that the rows of a large network are compared with at a time
 
@@ -545,8 +544,14 @@ def allows_linearization(selection: ParameterSelection, parameters: dict[str, Te
 
 
 def _close(found: Tensor, expected: Tensor, eps: float, scale: Tensor | None = None) -> bool:
-    """Return whether tensors are equal up to rounding by eps, relative to a scale; None: the largest entry."""
-    # one operation of a network in half precision loses what a thousand in single precision do
-    relative = max(1000 * torch.finfo(expected.dtype).eps, _ROUNDED * eps if eps > _HALF else 0)
+    """Return whether tensors are equal up to rounding, relative to a scale.
+
+    Args:
+        found: one of them.
+        expected: the other.
+        eps: rounding error of the network's weights, which may be in a lower precision than the tensors.
+        scale: None: the largest expected entry.
+    """
+    relative = max(1000 * torch.finfo(expected.dtype).eps, _ROUNDED * eps)
     rounding = relative * (expected.abs().max() if scale is None else scale)
     return bool(((found - expected).abs() <= rounding + max(1e-3, relative) * expected.abs()).all())

@@ -4,8 +4,8 @@ A row is the gradient, with respect to the parameters, of one sample's outputs t
 the network, so the backward pass of a whole batch, each sample with a cotangent of its own, gives at every layer the
 cotangents of the layer's outputs for each sample; with the layer's inputs they give the sample's rows. A linear map
 with inputs $a_t$ and cotangents $g_t$ at positions t has the row $\sum_t g_t a_t^\top$ (`OuterRows`); recurrent layers
-are linear maps too (`recurrent_layers`); other functions (normalization, embedding, a product with a raw parameter) are
-differentiated on their own.
+(`recurrent_layers`) and embeddings are linear maps too; other functions (normalization, a product with a raw parameter)
+are differentiated on their own.
 
 Layers are found where torch's functions are called with a selected parameter, so that modules, functional calls and
 shared parameters are all seen. Of each call, the axis that counts samples is the one that changes with their number.
@@ -215,7 +215,10 @@ _LINEAR_MAPS: dict[Callable[..., Any], _LinearMap] = {
 class _Recorder(TorchFunctionMode):
     """Note every call with a selected parameter, and the parameters that other functions take.
 
-    Outputs of shared calls, given by their numbers, are repeated for each sample, by a function.
+    Args:
+        parameters: the selected parameters, as the model takes them.
+        shared: numbers of the calls whose output is repeated for each sample.
+        repeated: map from such an output to its copies.
     """
 
     def __init__(self, parameters: dict[str, Tensor], shared: frozenset[int], repeated: Callable[[Tensor], Tensor]):
@@ -306,9 +309,9 @@ def _recorded(
 def _belongs_to_one_sample(
     selection: ParameterSelection, parameters: dict[str, Tensor], inputs: Inputs, shared: int, outputs: Tensor
 ) -> bool:
-    """Return whether of two samples, with what a call gives repeated for each, one has the same outputs as before.
+    """Return whether an output that all samples share, repeated for each, affects its own sample's outputs only.
 
-    That of the other is changed, and its outputs have to change.
+    Checked on two samples: changing the first copy has to change the outputs of the first sample, and of no other.
     """
     try:
         with torch.no_grad():

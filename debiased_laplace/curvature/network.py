@@ -23,7 +23,7 @@ from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, s
 from debiased_laplace.linalg.row_matrix import RowMatrix
 
 _MOST_SAMPLES = 256  # in a chunk
-_ACTIVATION_BYTES = 512 * 2**20  # on a CPU, where larger batches save no time
+_ACTIVATION_BYTES = 512 * 2**20  # of a backward pass on a CPU
 _MOST_SAMPLES_OF_A_BACKEND = 32  # the cost of a backend's Jacobians may be quadratic
 _TANGENTS = 32  # directions pushed forward at once
 

@@ -1,9 +1,9 @@
-r"""Recurrent layers as linear maps: what torch computes in one call, step by step.
+r"""Recurrent layers as linear maps, computed step by step instead of in one call of torch.
 
 A recurrent layer maps its inputs $x_t$ and its state $h_{t-1}$ linearly; cells differ in what they make of the two
 images $W x_t + b$ and $V h_{t-1} + c$. Over all steps both are linear maps at T positions of a sample, whose cotangents
-give the rows of W, V, b and c. Those of the second are taken at a zero that is added to its image, as inputs of all
-steps do not exist before the first.
+give the rows of W, V, b and c. The cotangents of the second map are gradients with respect to zeros that are added to
+its images, because its inputs become known one step at a time.
 
 References:
     Hochreiter & Schmidhuber (1997), Neural Computation 9(8); Cho et al. (2014), arXiv 1406.1078, with the reset gate

@@ -71,8 +71,8 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
             f"{_described(options)}, which takes {needed / 2**30:.2g} GiB beyond the model, rows and directions; "
             f"expected at least memory={least}, or {smaller}."
         )
-    left = replace(network, memory=network.memory - needed)
-    return replace(left, memory=network.memory - needed - left.bytes_of_activations(n_rows))
+    left = network.memory - needed
+    return replace(network, memory=left - replace(network, memory=left).bytes_of_activations(n_rows))
 
 
 def _described(options: EstimatorOptions) -> str:

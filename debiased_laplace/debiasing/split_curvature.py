@@ -40,15 +40,10 @@ class SplitCurvature:
     @property
     def effective_folds(self) -> Int64[Tensor, " a"] | None:
         """Fold of each sample; None if the samples are all the data, whose in-sample curvature is exact."""
-        if (known := self.known) is not None:
-            draw = known.draw
+        if self.known_factors is not None:
+            draw = self.directions.draw
             return None if draw is not None and draw.is_exact else self.folds
         return self.folds if self.share < 1 or self.directions.is_random else None
-
-    @property
-    def own(self) -> SubBatchCurvature:
-        """Curvature of the direction samples that enters the estimate."""
-        return self.known or self.directions
 
     @property
     def weights(self) -> tuple[float, float]:
