@@ -14,7 +14,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.kfac_layers import kfac_layers
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.curvature.memory import CHUNK_BYTES, LARGEST_SIDE
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -22,9 +22,6 @@ from debiased_laplace.linalg.eigenpairs import numerical_rank
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.outer_products import outer_factors
 from debiased_laplace.linalg.row_matrix import OuterRows, flat
-
-_LARGEST_SIDE = 4096
-"""Longest side that gets eigenvectors, which cost its cube; longer ones keep their axes."""
 
 _LARGE = 512
 """Side from which on eigenvectors are computed from the range of a factor of low rank, or in another precision."""
@@ -123,13 +120,16 @@ class KroneckerFactors:
         return torch.outer(_diagonal_in(self.left, block.left), _diagonal_in(self.right, block.right)).flatten()
 
 
-def matrix_shapes(selection: ParameterSelection, *, layers_only: bool) -> list[MatrixShape]:
+def matrix_shapes(
+    selection: ParameterSelection, *, layers_only: bool, largest_side: int = LARGEST_SIDE
+) -> list[MatrixShape]:
     """Return the shape of each parameter as a matrix, and which sides get an eigenbasis.
 
     Args:
         selection: the parameters; a partly selected one keeps its axes.
         layers_only: whether only weights and biases of layers that K-FAC supports get a basis. Otherwise every
             parameter of two or more dimensions does, and the biases of such layers.
+        largest_side: longest side that gets an eigenbasis.
     """
     parameters = dict(selection.model.named_parameters())
     layers = kfac_layers(selection.model)
@@ -141,9 +141,9 @@ def matrix_shapes(selection: ParameterSelection, *, layers_only: bool) -> list[M
         matrix = id(p) in weights if layers_only else p.ndim >= 2
         if entries is None and matrix and shape.numel():
             o, i = shape[0], shape.numel() // shape[0]
-            shapes.append(MatrixShape(Side(o, 1 < o <= _LARGEST_SIDE), Side(i, 1 < i <= _LARGEST_SIDE)))
+            shapes.append(MatrixShape(Side(o, 1 < o <= largest_side), Side(i, 1 < i <= largest_side)))
         else:
-            full = entries is None and id(p) in biases and 1 < shape.numel() <= _LARGEST_SIDE
+            full = entries is None and id(p) in biases and 1 < shape.numel() <= largest_side
             shapes.append(MatrixShape(Side(shape.numel(), full), Side(1, False)))
     return shapes
 

@@ -11,6 +11,8 @@ KEEP_BYTES = 256 * 2**20
 CHUNK_BYTES = 128 * 2**20
 """Approximate size of the chunks in which per-sample rows are computed."""
 
+LARGEST_SIDE = 4096
+"""Longest side of a parameter as a matrix that gets eigenvectors, which take its cube; longer ones keep their axes."""
 
 LEAST = 512 * 2**20
 """Smallest limit of memory: what chunks and samples that are held take."""

@@ -15,7 +15,7 @@ from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, 
 from debiased_laplace.curvature.layer_rows import LayersDifferError
 from debiased_laplace.curvature.likelihoods import Likelihood
 from debiased_laplace.curvature.linear_layer import LinearLayer
-from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
+from debiased_laplace.curvature.memory import CHUNK_BYTES, LARGEST_SIDE, available_memory
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
@@ -47,6 +47,7 @@ class Network:
         capabilities: modes of differentiation that work.
         backend: another library's derivatives to use; None for torch.func's.
         memory: bytes that computations may take beyond the model and the directions; None: a quarter of what is free.
+        largest_side: longest side of a parameter as a matrix that gets eigenvectors; longer ones keep their axes.
     """
 
     selection: ParameterSelection
@@ -56,6 +57,7 @@ class Network:
     capabilities: Capabilities
     backend: CurvatureBackend | None = None
     memory: int | None = None
+    largest_side: int = LARGEST_SIDE
 
     @property
     def available_memory(self) -> int:

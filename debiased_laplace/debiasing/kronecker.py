@@ -81,8 +81,9 @@ def factors_without(
 
 def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple[list[KroneckerFactors], str]:
     """Return the factors of every parameter, in order, and the engine or backend that computed them."""
-    selection = curvature.network.selection
-    shapes = matrix_shapes(selection, layers_only=options.kron_basis == "kfac")
+    network = curvature.network
+    selection, layers_only = network.selection, options.kron_basis == "kfac"
+    shapes = matrix_shapes(selection, layers_only=layers_only, largest_side=network.largest_side)
     if not isinstance(curvature, RowCurvature):
         return partial_trace_factors(curvature.dense(), shapes), curvature.source
     if options.kron_basis == "row_matrices":

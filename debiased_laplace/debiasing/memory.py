@@ -1,5 +1,6 @@
 """Memory that an estimate takes beyond rows and directions, and what a limit leaves for rows."""
 
+import warnings
 from dataclasses import replace
 
 from debiased_laplace.curvature.kronecker import matrix_shapes
@@ -22,7 +23,8 @@ def sides_with_eigenvectors(network: Network, options: EstimatorOptions) -> list
     """Return the size of each parameter, and the lengths of its sides that have eigenvectors."""
     if not is_in_basis(options):
         return []
-    shapes = matrix_shapes(network.selection, layers_only=options.kron_basis == "kfac")
+    layers_only = options.kron_basis == "kfac"
+    shapes = matrix_shapes(network.selection, layers_only=layers_only, largest_side=network.largest_side)
     return [(shape.n_entries, [side.size for side in (shape.rows, shape.columns) if side.full]) for shape in shapes]
 
 
@@ -49,11 +51,17 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
 
     Raises:
         ValueError: if the limit, or without one the device, does not have what the estimate takes in any case.
+
+    Warns:
+        UserWarning: if sides of parameters keep their axes, because their eigenvectors do not fit.
     """
-    P, needed = network.n_parameters, sum(bytes_beyond_rows(network, options).values())
-    free, directions = free_memory(network.like.device), 0
+    P, free, directions = network.n_parameters, free_memory(network.like.device), 0
     if options.structure != "kron" and options.rank is not None:
         directions = bytes_of_directions(network, options, min(options.rank, n_rows, P))
+    least = network.capabilities.activation_bytes + CHUNK_BYTES
+    limit = free - directions if network.memory is None else min(network.memory - least, free - directions)
+    network = _with_sides_within(network, options, limit)
+    needed = sum(bytes_beyond_rows(network, options).values())
     in_basis = options.structure == "lowrank" and is_in_basis(options)
     smaller = "complement='isotropic' or 'none', or fewer parameters" if in_basis else "fewer parameters"
     if needed + directions > free:
@@ -64,7 +72,7 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
         )
     if network.memory is None:
         return network
-    least = needed + network.capabilities.activation_bytes + CHUNK_BYTES
+    least += needed
     if least > network.memory:
         raise ValueError(
             f"memory={network.memory} bytes do not suffice for a fit of {P:,} parameters with "
@@ -73,6 +81,30 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
         )
     left = network.memory - needed
     return replace(network, memory=left - replace(network, memory=left).bytes_of_activations(n_rows))
+
+
+def _with_sides_within(network: Network, options: EstimatorOptions, limit: int) -> Network:
+    """Return the network with axes for the longest sides, as many as have eigenvectors that do not fit into a limit."""
+    # K-FAC's layers have complete factors
+    if options.kron_basis == "kfac":
+        return network
+    sides = sorted({side for _, sides in sides_with_eigenvectors(network, options) for side in sides}, reverse=True)
+    taken = bytes_beyond_rows(network, options)
+    for largest in [network.largest_side, *sides[1:], 1]:
+        smaller = replace(network, largest_side=largest)
+        if sum(bytes_beyond_rows(smaller, options).values()) <= limit:
+            break
+    else:
+        # too little without any as well
+        return smaller
+    if smaller.largest_side < network.largest_side:
+        warnings.warn(
+            f"Eigenvectors of all Kronecker factors take {taken['eigenvectors'] / 2**30:.2g} GiB, for which there is "
+            f"not enough memory: sides of weight matrices longer than {largest:,} keep their axes. Expected a larger "
+            "memory.",
+            stacklevel=2,
+        )
+    return smaller
 
 
 def _described(options: EstimatorOptions) -> str:

@@ -135,10 +135,9 @@ def test_scaled_factors_are_the_scaled_curvature() -> None:
 
 
 @pytest.mark.parametrize("side", [5, 4096], ids=["some sides keep their axes", "every side has a basis"])
-def test_factors_without_some_samples_are_those_of_the_others(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LARGEST_SIDE", side)
+def test_factors_without_some_samples_are_those_of_the_others(side: int) -> None:
     network, X, y = small_network("MLP")
-    shapes = matrix_shapes(network.selection, layers_only=False)
+    shapes = matrix_shapes(network.selection, layers_only=False, largest_side=side)
     held, others = torch.arange(7), torch.arange(7, len(X))
     whole, part, expected = (row_matrix_factors(rows_of(network, X, y, some), shapes) for some in (None, held, others))
     for f, of_held, of_others in zip(whole, part, expected, strict=True):
@@ -165,10 +164,9 @@ def test_eigenvectors_in_single_precision(scale: float, monkeypatch: pytest.Monk
     close(bases[1].right, bases[0].right)
 
 
-def test_a_side_that_is_too_long_keeps_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LARGEST_SIDE", 5)
+def test_a_side_that_is_too_long_keeps_its_axes() -> None:
     network, X, y = small_network("MLP")  # 4-7-5-3
-    shapes = matrix_shapes(network.selection, layers_only=False)
+    shapes = matrix_shapes(network.selection, layers_only=False, largest_side=5)
     full = [(s.rows.full, s.columns.full) for s in shapes]
     assert full == [(False, True), (False, False), (True, False), (True, False), (True, True), (True, False)]
     H = dense_ggn(network.selection.model, X[SOME], "classification")[1]

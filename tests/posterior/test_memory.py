@@ -90,18 +90,37 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
 
 
 @pytest.mark.usefixtures("_tiny_limits")
+@pytest.mark.parametrize("options", [{"rank": 6}, {"hessian_structure": "kron"}], ids=str)
+def test_sides_whose_eigenvectors_do_not_fit_keep_their_axes(options):
+    with pytest.warns(UserWarning, match=r"Eigenvectors .* longer than 5 keep their axes"):
+        little, _ = fitted(memory=FEW, **options)
+    basis = little.fit_result.estimate.curvature.basis
+    assert [(block.left is None, block.right is None) for block in basis.blocks] == [
+        (True, False),  # 12 x 5
+        (True, True),
+        (False, True),  # 3 x 12
+        (False, True),
+    ]
+    # the trace of the curvature is that of any other basis
+    plenty, _ = fitted(**options)
+    traces = [la.posterior_precision.to_dense().trace() for la in (little, plenty)]
+    torch.testing.assert_close(traces[0], traces[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.usefixtures("_tiny_limits")
 @pytest.mark.parametrize("sampling", ["uniform", "curvature"])
 def test_a_limit_below_what_every_fit_takes_is_refused_at_once_and_says_what_would_do(sampling, monkeypatch):
     options = {"sampling": sampling, "rank": 6, "n_rows": 60}
     ways = r"complement='isotropic' or 'none', or fewer parameters\.$"
     with pytest.raises(ValueError, match=rf"111 parameters with complement='kron'.* memory=\d+, or {ways}") as error:
-        fitted(memory=FEW, **options)
+        fitted(memory=FEW // 2, **options)
     least = int(re.search(r"at least memory=(\d+)", str(error.value))[1])
     with pytest.raises(ValueError, match=f"at least memory={least}"):
         fitted(memory=least - 1, **options)
-    fitted(memory=least, solver="lanczos", **options)
+    with pytest.warns(UserWarning, match="longer than 1 keep their axes"):
+        fitted(memory=least, solver="lanczos", **options)
     with pytest.raises(ValueError, match=r"hessian_structure='kron', which takes .* or fewer parameters\.$"):
-        fitted(memory=FEW, hessian_structure="kron", sampling=sampling)
+        fitted(memory=FEW // 2, hessian_structure="kron", sampling=sampling)
     monkeypatch.setattr("debiased_laplace.debiasing.memory.free_memory", lambda _: 60_000)
     fitted(**options)
     with pytest.raises(ValueError, match=rf"which the directions are .* are free; expected a smaller rank, {ways}"):
