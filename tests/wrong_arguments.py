@@ -179,7 +179,7 @@ CASES = {
         "model": MODEL[:5], "likelihood": LIKELIHOOD, "subset_of_weights": CHOICE, "hessian_structure": CHOICE,
         "rank": without(COUNT, None), "magnitudes": CHOICE, "n_folds": COUNT, "complement": without(CHOICE, None),
         "sampling": CHOICE, "n_rows": without(COUNT, None), "memory": without(COUNT, None), "directions_dtype": CHOICE,
-        "metric": CHOICE, "inverse_correction": CHOICE,
+        "directions_device": CHOICE, "metric": CHOICE, "inverse_correction": CHOICE,
         "solver": CHOICE, "seed": without(COUNT, -1),
         "direction_samples": SHARE, "magnitude_samples": without(SHARE, None), "kron_basis": CHOICE,
         "kron_magnitudes": CHOICE, "kfac_approx": CHOICE, "sigma_noise": without(POSITIVE, None),

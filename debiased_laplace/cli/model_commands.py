@@ -55,6 +55,7 @@ _LAPLACE_ARGUMENTS = (
     "n_rows",
     "memory",
     "directions_dtype",
+    "directions_device",
     "kfac_approx",
     "prior_precision",
     "prior_mean",
@@ -192,6 +193,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--memory", type=int, metavar="BYTES", help="that a fit may take beyond the model, samples and directions"
     )
     options.add_argument("--directions-dtype", choices=("model", "bfloat16"))
+    options.add_argument("--directions-device", choices=("model", "cpu", "disk"))
     options.add_argument("--temperature", type=float)
     options.add_argument("--last-layer-name")
     options.add_argument("--subnetwork-indices", type=Path, help="file of a LongTensor, written by torch.save")

@@ -355,7 +355,7 @@ class Network:
         features = self.features_of(batch)
         parts = []
         for tangents in directions.split(_TANGENTS, dim=1):
-            pushed, outputs = self._pushed(batch.inputs, features, tangents.to(self.like.dtype))
+            pushed, outputs = self._pushed(batch.inputs, features, tangents.to(self.like))
             parts.append(root.transposed(outputs, targets_or_noise, pushed))
         return batch.scaled(torch.cat(parts, dim=-1), 0.5)
 

@@ -32,7 +32,7 @@ from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
-from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, along, onto
 from debiased_laplace.linalg.row_matrix import OuterRows, RecomputedRows, RowMatrix, RowsOfParameter, placed
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
@@ -306,20 +306,19 @@ class RowCurvature(SubBatchCurvature):
             return [moments.leading(request.rank, None, None) for request in requests]
         if (held := self.rows_by_parameter) is not None:
             return self._moments_of_held(held, U, requests)
-        U = U.to(self.network.like.dtype)
-        sums = RunningMoments(U.shape[1], U)
+        sums = RunningMoments(U.shape[1], self.network.like)
         with_trace = any(request.residual == "trace" for request in requests)
         trace = sums.first.new_zeros(())
         residual = ResidualDiagonal(requests, sums.first.new_zeros(len(directions)))
         for n, blocks in self.row_groups("[Curvature along directions]"):
             quadratics = sums.first.new_zeros(n, U.shape[1])
             for rows in blocks:
-                projections = rows @ U
+                projections = onto(rows, U)
                 quadratics += projections.to(quadratics.dtype).square().sum(1)
                 if with_trace:
                     trace += rows.to(trace.dtype).square().sum()
                 for k in residual.ranks:
-                    residual.add(k, rows - projections[..., :k] @ U[:, :k].T)
+                    residual.add(k, rows - along(projections[..., :k], U[:, :k]))
             sums.add(quadratics, self._draw_of(sums.n, n))
         moments = sums.moments()
         return [

@@ -32,7 +32,7 @@ class LowRankCurvature:
     Attributes:
         diagonal: D; one number where it is isotropic.
         directions: U, unit vectors in the coordinates of the basis, orthogonal in the metric: $U^\top S U$ is diagonal;
-            possibly in a shorter format than m.
+            possibly in a shorter format than m, on another device, or on disk.
         weights: m; the curvature along the directions only if D is 0 and there is no metric.
         basis: K; None for the axes.
         metric: diagonal of S; None for the identity.
@@ -72,7 +72,7 @@ class LowRankCurvature:
         if len(weights) == 0:
             return prior + second_order(likelihood_weight * self.diagonal, variances, prior), weights
         # unit vectors: with one number D the precision of the rest along each of them is D
-        rest = diagonal if diagonal.ndim == 0 else 1 / ((1 / diagonal) @ self.factor.to(diagonal.dtype).square())
+        rest = diagonal if diagonal.ndim == 0 else 1 / ((1 / diagonal) @ self.factor.to(diagonal).square())
         return diagonal, second_order(weights, variances, rest)
 
 

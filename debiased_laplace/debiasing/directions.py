@@ -4,13 +4,12 @@ import warnings
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
 from debiased_laplace.linalg.gram import dense_eigenpairs
 from debiased_laplace.linalg.lanczos import lanczos
+from debiased_laplace.linalg.vector_format import AS_COMPUTED, VectorFormat
 
 Solver = Literal["auto", "gram", "lanczos"]
 
@@ -40,7 +39,7 @@ def find_directions(
     seed: int,
     threshold: float | None = None,
     n_folds: int = 0,
-    vectors_dtype: torch.dtype | None = None,
+    vector_format: VectorFormat = AS_COMPUTED,
 ) -> Eigenpairs:
     """Compute the leading eigenpairs of a sub-batch's mean curvature.
 
@@ -52,7 +51,7 @@ def find_directions(
         seed: of Lanczos' start vectors.
         threshold: smallest eigenvalue that counts, relative to the largest; None: as the rank implies.
         n_folds: folds whose directions will be computed by the same solver, which "auto" considers.
-        vectors_dtype: of the directions; None: that of the network.
+        vector_format: of the directions.
 
     Returns:
         The eigenpairs, of rank 0 if the curvature is zero.
@@ -66,7 +65,7 @@ def find_directions(
     if chosen == "lanczos":
         pairs = _by_lanczos(curvature, rank, threshold, seed)
     elif isinstance(curvature, RowCurvature):
-        pairs = _by_rows(curvature, rank, threshold, vectors_dtype)
+        pairs = _by_rows(curvature, rank, threshold, vector_format)
     else:
         pairs = dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
     if rank is not None and len(pairs.values) < rank:
@@ -75,7 +74,7 @@ def find_directions(
             f"directions with more than {REQUESTED:g} of the largest curvature.",
             stacklevel=2,
         )
-    return pairs if vectors_dtype is None else replace(pairs, vectors=pairs.vectors.to(vectors_dtype))
+    return replace(pairs, vectors=vector_format.stored(pairs.vectors))
 
 
 def threshold_of(rank: int | None) -> float:
@@ -120,11 +119,9 @@ def _recomputes(curvature: RowCurvature, k: int, n_folds: int) -> bool:
     return groups * (SWEEPS + n_folds) * curvature.rows_per_sample <= 2 * (1 + n_folds) * (3 * k + 20)
 
 
-def _by_rows(
-    curvature: RowCurvature, rank: int | None, threshold: float, vectors_dtype: torch.dtype | None
-) -> Eigenpairs:
+def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float, vector_format: VectorFormat) -> Eigenpairs:
     if curvature.n_rows < curvature.network.n_parameters:
-        return curvature.stacked_rows().eigenpairs(threshold, rank, vectors_dtype)
+        return curvature.stacked_rows().eigenpairs(threshold, rank, vector_format)
     curvature.keep_rows()
     return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from debiased_laplace.curvature.kronecker import KroneckerFactors, kronecker_basis
@@ -57,7 +56,7 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
         seed=options.seed,
         threshold=min(thresholds),
         n_folds=n_folds,
-        vectors_dtype=torch.bfloat16 if options.directions_dtype == "bfloat16" else None,
+        vector_format=options.vector_format,
     )
     requests = []
     for variant, kind, threshold in zip(variants, kinds, thresholds, strict=True):

@@ -3,6 +3,8 @@
 import warnings
 from dataclasses import replace
 
+import torch
+
 from debiased_laplace.curvature.kronecker import matrix_shapes
 from debiased_laplace.curvature.memory import CHUNK_BYTES, free_memory
 from debiased_laplace.curvature.network import Network
@@ -56,7 +58,7 @@ def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Ne
         UserWarning: if sides of parameters keep their axes, because their eigenvectors do not fit.
     """
     P, free, directions = network.n_parameters, free_memory(network.like.device), 0
-    if options.structure != "kron" and options.rank is not None:
+    if options.structure != "kron" and options.rank is not None and _take_memory(options, network.like.device):
         directions = bytes_of_directions(network, options, min(options.rank, n_rows, P))
     least = network.capabilities.activation_bytes + CHUNK_BYTES
     limit = free - directions if network.memory is None else min(network.memory - least, free - directions)
@@ -105,6 +107,12 @@ def _with_sides_within(network: Network, options: EstimatorOptions, limit: int) 
             stacklevel=2,
         )
     return smaller
+
+
+def _take_memory(options: EstimatorOptions, device: torch.device) -> bool:
+    """Return whether directions are held in the memory of a device."""
+    where = options.directions_device
+    return where == "model" or (where == "cpu" and device.type == "cpu")
 
 
 def _described(options: EstimatorOptions) -> str:

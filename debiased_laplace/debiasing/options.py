@@ -5,10 +5,13 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
+import torch
+
 from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.kfac import KfacApproximation
 from debiased_laplace.debiasing.complement import ComplementKind
 from debiased_laplace.debiasing.directions import Solver
+from debiased_laplace.linalg.vector_format import VectorDevice, VectorFormat
 
 Structure = Literal["lowrank", "kron", "full"]
 MagnitudesKind = Literal["held_out", "cross_fitted", "same_batch"]
@@ -29,6 +32,7 @@ _KINDS: dict[str, Any] = {
     "metric": Metric,
     "inverse_correction": InverseCorrection,
     "directions_dtype": DirectionsDtype,
+    "directions_device": VectorDevice,
 }
 _STRUCTURE_OF = {
     "rank": "lowrank",
@@ -36,6 +40,7 @@ _STRUCTURE_OF = {
     "metric": "lowrank",
     "solver": "lowrank",
     "directions_dtype": "lowrank",
+    "directions_device": "lowrank",
     "kron_basis": "kron",
     "kron_magnitudes": "kron",
     "kfac_approx": "kron",
@@ -68,6 +73,7 @@ class EstimatorOptions:
     kron_magnitudes: KronMagnitudes = "exact"
     kfac_approx: KfacApproximation = "expand"
     directions_dtype: DirectionsDtype = "model"
+    directions_device: VectorDevice = "model"
 
     def __post_init__(self) -> None:
         if self.complement is None and self.structure != "lowrank":
@@ -97,12 +103,18 @@ class EstimatorOptions:
                 "inverse_correction needs standard errors, which kron_magnitudes='kronecker' does not have; expected "
                 "'exact'."
             )
-        if self.directions_dtype != "model" and self.metric != "euclidean":
-            raise ValueError(
-                f"directions_dtype={self.directions_dtype!r} requires metric='euclidean'; got it with {self.metric!r}."
-            )
+        for name in ("directions_dtype", "directions_device"):
+            if getattr(self, name) != "model" and self.metric != "euclidean":
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} requires metric='euclidean'; got it with {self.metric!r}."
+                )
         if self.kfac_approx != "expand" and self.kron_basis != "kfac":
             raise ValueError(f"kfac_approx requires kron_basis='kfac'; got it with {self.kron_basis!r}.")
+
+    @property
+    def vector_format(self) -> VectorFormat:
+        """How directions are held."""
+        return VectorFormat(torch.bfloat16 if self.directions_dtype == "bfloat16" else None, self.directions_device)
 
     def resolved(self, *, prior_of_blocks: bool) -> "EstimatorOptions":
         """Return the options with the default complement: "kron", or "diagonal" under a prior per parameter.

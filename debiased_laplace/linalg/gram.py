@@ -16,6 +16,7 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, numerical_rank
 from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
+from debiased_laplace.linalg.vector_format import AS_COMPUTED, VectorFormat
 
 _ROWS = 2**16  # rows of the directions that are orthonormalized at a time
 
@@ -48,7 +49,7 @@ class GramFactor:
         return self.rows.products() / self.n_samples
 
     def eigenpairs(
-        self, threshold: float, rank: int | None = None, vectors_dtype: torch.dtype | None = None
+        self, threshold: float, rank: int | None = None, vector_format: VectorFormat = AS_COMPUTED
     ) -> Eigenpairs:
         r"""Return the eigenpairs of H from those of the Gram matrix.
 
@@ -57,7 +58,7 @@ class GramFactor:
         Args:
             threshold: eigenvalues below this fraction of the largest are dropped.
             rank: maximal number of pairs; None: all above the threshold.
-            vectors_dtype: of the vectors; None: that of the rows.
+            vector_format: of the vectors.
 
         Returns:
             The leading pairs; the residuals are an estimate of the rounding errors.
@@ -69,8 +70,9 @@ class GramFactor:
         k = k if rank is None else min(k, rank)
         values, W = values[:k], W[:, :k]
         dtype = self.rows.like.dtype
-        U = self.rows.combined((W / (values * self.n_samples).sqrt()).to(dtype), vectors_dtype)
-        U = polish(U, out=U)
+        W_scaled = (W / (values * self.n_samples).sqrt()).to(dtype)
+        U = self.rows.combined(W_scaled, out=vector_format.empty(W_scaled, self.rows.shape[2], k))
+        U = polish(U, out=U, device=W.device)
         rounding = torch.finfo(dtype).eps * values[:1].expand(k)
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
@@ -118,7 +120,9 @@ def dense_curvature(rows: Iterable[Float[Tensor, "_n _r P"]], n_parameters: int,
     return H
 
 
-def polish(U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None) -> Float[Tensor, "P k"]:
+def polish(
+    U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None, device: torch.device | None = None
+) -> Float[Tensor, "P k"]:
     r"""Orthonormalize nearly orthonormal columns: return $U L^{-\top}$, where $U^\top U = L L^\top$.
 
     Each column is corrected by the columns before it. Cost: two matrix products, a fraction of a QR decomposition of a
@@ -127,6 +131,7 @@ def polish(U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None) 
     Args:
         U: the columns; returned if they are orthonormal to rounding.
         out: where to write, which may be U; None: a new tensor.
+        device: of the computation; None: that of U.
     """
     # Rounding leaves components of the leading directions in the trailing ones. A symmetric correction would leave
     # half of each there: with a leading curvature many orders larger, that is many times the trailing one.
@@ -134,16 +139,16 @@ def polish(U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None) 
     if k == 0:
         return U
     dtype = torch.promote_types(U.dtype, torch.float32)
-    gram = row_products(U.T, dtype)
-    size = float(torch.linalg.matrix_norm(gram - torch.eye(k, dtype=dtype, device=U.device)))
+    gram = row_products(U.T, dtype, device=device)
+    identity = torch.eye(k, dtype=dtype, device=gram.device)
+    size = float(torch.linalg.matrix_norm(gram - identity))
     if size < 8 * k**0.5 * torch.finfo(U.dtype).eps:
         return U
     if size > 0.05:
         Q, R = torch.linalg.qr(U.to(dtype))
         return torch.where(R.diagonal() < 0, -Q, Q).to(U.dtype)
-    identity = torch.eye(k, dtype=dtype, device=U.device)
     T = torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, identity, upper=True)
     out = torch.empty_like(U) if out is None else out
     for block, polished in zip(U.split(_ROWS), out.split(_ROWS), strict=True):
-        polished.copy_(block.to(dtype) @ T)
+        polished.copy_(block.to(T) @ T)
     return out

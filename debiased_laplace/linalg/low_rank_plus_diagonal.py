@@ -22,6 +22,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import polish
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
+from debiased_laplace.linalg.vector_format import is_on_disk
 
 _CONVERTED = 2**18  # rows of directions in a shorter format that are converted at a time
 _BLOCK = 1024  # rows of the directions converted to double precision at a time
@@ -36,7 +37,8 @@ class LowRankPlusDiagonal:
 
     Attributes:
         diagonal: $D > 0$: one number for $D = \delta I$, or one per coordinate.
-        directions: $U$, orthonormal columns, in the coordinates of the basis; possibly in a shorter format than m.
+        directions: $U$, orthonormal columns, in the coordinates of the basis; possibly in a shorter format than m, on
+            another device, or on disk.
         magnitudes: $m$, of any sign as long as $P$ is positive definite.
         basis: $K$; None: the identity.
 
@@ -74,16 +76,16 @@ class LowRankPlusDiagonal:
         exact, m = accumulation_dtype(self.magnitudes), self.magnitudes
         if self.rank == 0:
             return _Inner.of(m, None, None, None)
-        if self.diagonal.numel() == 1 and not self._is_short:
+        if self.diagonal.numel() == 1 and not self._are_stored:
             return _Inner.of(m / self.diagonal, None, None, None)
         # in double precision the inner products of the columns are as good as a QR decomposition of single ones, for a
         # fraction of its cost, unless the columns are nearly dependent
         weights = (1 / self.diagonal.to(exact)).expand(self.n_parameters)
-        gram = row_products(self.directions.T, exact, weights=weights)
+        gram = row_products(self.directions.T, exact, weights=weights, device=m.device)
         R, info = torch.linalg.cholesky_ex(gram, upper=True)
         Q = None
         if bool(info > 0) or _condition(gram) * torch.finfo(exact).eps > _GRAM_ACCURACY:
-            Q, R = torch.linalg.qr(self.directions.to(m.dtype) / self.diagonal.sqrt()[:, None])
+            Q, R = torch.linalg.qr(self.directions.to(m) / self.diagonal.sqrt()[:, None])
             R = R.to(exact)
         s, Z = torch.linalg.eigh((R * m.to(exact)) @ R.T)
         return _Inner.of(s.to(m.dtype), R, Z, Q)
@@ -94,7 +96,7 @@ class LowRankPlusDiagonal:
         inner = self._inner
         if inner.rotation is None:
             return self.directions, inner.s
-        V = torch.empty_like(self.directions, dtype=self.magnitudes.dtype)
+        V = self.magnitudes.new_empty(self.directions.shape)
         start = 0
         for block in self._whitened_blocks():
             V[start : start + len(block)] = block
@@ -110,7 +112,7 @@ class LowRankPlusDiagonal:
             return self.directions, identity
         if R is None or Z is None:
             return self.directions, self.diagonal.reshape(()).sqrt() * identity
-        if Q is not None or (not self._is_short and _condition(R.mT @ R) > _WELL_CONDITIONED):
+        if Q is not None or (not self._are_stored and _condition(R.mT @ R) > _WELL_CONDITIONED):
             return self._spectrum[0] * self.diagonal.sqrt()[:, None], identity
         return self.directions, torch.linalg.solve_triangular(R, Z, upper=True).to(self.magnitudes.dtype)
 
@@ -127,7 +129,7 @@ class LowRankPlusDiagonal:
             T = torch.linalg.solve_triangular(R, Z, upper=True).contiguous()
             diagonal = self.diagonal.expand(self.n_parameters)
             for u, d in zip(self.directions.split(_BLOCK), diagonal.split(_BLOCK), strict=True):
-                yield (u.to(exact) / d.to(exact).sqrt()[:, None]) @ T
+                yield (u.to(T) / d.to(exact).sqrt()[:, None]) @ T
 
     @property
     def n_floored(self) -> int:
@@ -276,7 +278,7 @@ class LowRankPlusDiagonal:
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return P as a dense matrix, for tests and small problems."""
         diagonal = self.diagonal.expand(self.n_parameters)
-        U = self.directions.to(self.magnitudes.dtype)
+        U = self.directions.to(self.magnitudes)
         inner = torch.diag(diagonal) + (U * self.magnitudes) @ U.T
         if self.basis is None:
             return inner
@@ -307,19 +309,19 @@ class LowRankPlusDiagonal:
         return parallel, x - self._along(parallel)
 
     @property
-    def _is_short(self) -> bool:
-        return self.directions.dtype != self.magnitudes.dtype
+    def _are_stored(self) -> bool:
+        return _differ(self.directions, self.magnitudes) or is_on_disk(self.directions)
 
     def _onto(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch k"]:
-        """Return the coordinates of whitened rows along V, which is not formed of directions in a shorter format."""
-        if not self._is_short:
+        """Return the coordinates of whitened rows along V, which is not formed of stored directions."""
+        if not self._are_stored:
             return x @ self._spectrum[0]
         U, T = self._whitening
         return onto(x / self.diagonal.sqrt(), U) @ T
 
     def _along(self, c: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
         """Return the vectors of coordinates along V, likewise."""
-        if not self._is_short:
+        if not self._are_stored:
             return c @ self._spectrum[0].mT
         U, T = self._whitening
         return along(c @ T.mT, U) / self.diagonal.sqrt()
@@ -352,20 +354,25 @@ class _Inner:
 
 
 def onto(x: Float[Tensor, "*batch P"], U: Float[Tensor, "P k"]) -> Float[Tensor, "*batch k"]:
-    """Return $x U$ in the precision of x, to which directions in a shorter format are converted block by block."""
-    if x.dtype == U.dtype:
+    """Return $x U$ like x, to whose precision and device stored directions are converted block by block."""
+    if not _differ(x, U):
         return x @ U
     total = x.new_zeros(*x.shape[:-1], U.shape[1])
     for part, block in zip(x.split(_CONVERTED, dim=-1), U.split(_CONVERTED), strict=True):
-        total = total + part @ block.to(x.dtype)
+        total = total + part @ block.to(x)
     return total
 
 
 def along(c: Float[Tensor, "*batch k"], U: Float[Tensor, "P k"]) -> Float[Tensor, "*batch P"]:
-    r"""Return $c\, U^\top$ in the precision of c, likewise."""
-    if c.dtype == U.dtype:
+    r"""Return $c\, U^\top$ like c, likewise."""
+    if not _differ(c, U):
         return c @ U.mT
-    return torch.cat([c @ block.to(c.dtype).mT for block in U.split(_CONVERTED)], dim=-1)
+    return torch.cat([c @ block.to(c).mT for block in U.split(_CONVERTED)], dim=-1)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors have another precision or device."""
+    return a.dtype != b.dtype or a.device != b.device
 
 
 def _products(x: Float[Tensor, "*batch r n"]) -> Float[Tensor, "*batch r r"]:
@@ -442,7 +449,7 @@ def kl_divergence(precision: LowRankPlusDiagonal, reference: LowRankPlusDiagonal
     if reference.basis is not None:
         raise ValueError("Expected a reference without a Kronecker basis (low rank or full); got one with a basis.")
     exact = accumulation_dtype(precision.magnitudes)
-    variances = precision.variances(reference.directions.T.to(precision.magnitudes.dtype)).to(exact)
+    variances = precision.variances(reference.directions.T.to(precision.magnitudes)).to(exact)
     trace = (precision.covariance_diagonal.to(exact) * reference.diagonal.to(exact)).sum()
     trace = trace + (variances * reference.magnitudes.to(exact)).sum()
     log_dets = precision.log_det.to(exact) - reference.log_det.to(exact)

@@ -133,7 +133,7 @@ class OuterRows:
         step = max(1, _chunk_bytes(U) // max(1, U.element_size() * k * (n * T + i)))
         for start in range(0, o if k else 0, step):
             stop = min(start + step, o)
-            part = U[start * i : stop * i] * weights[start * i : stop * i, None]
+            part = U[start * i : stop * i].to(weights) * weights[start * i : stop * i, None]
             pushed = (A.flatten(0, 1) @ part.unflatten(0, (-1, i))).unflatten(1, (n, T))
             total += torch.einsum("nrto,ontk->nrk", G[..., start:stop], pushed)
         return total
@@ -333,7 +333,7 @@ class RowMatrix:
         n, r, _ = self.shape
         total = self.like.new_zeros(n, r, U.shape[1])
         for place, rows in self.columns():
-            total += rows @ U[place].to(rows.dtype)
+            total += rows @ U[place].to(rows)
         return total
 
     def squared_norms(self) -> Float[Tensor, " n"]:
@@ -376,16 +376,16 @@ class RowMatrix:
             for local, rows in _columns_of(part, self._most_columns()):
                 scaled = rows * w[local]
                 squares += scaled @ rows.mT if pairs else (scaled * rows).sum(-1)
-                projections += scaled @ u[local].to(scaled.dtype)
+                projections += scaled @ u[local].to(scaled)
         return squares, projections
 
     def _most_columns(self, row_bytes: int = 1) -> int:
         n, r, _ = self.shape
         return max(1, _chunk_bytes(self.like) // (max(1, n * r) * self.like.element_size() * row_bytes))
 
-    def combined(self, W: Float[Tensor, "R k"], dtype: torch.dtype | None = None) -> Float[Tensor, "P k"]:
-        """Return $V^T W$ for all rows V (R, P), those of a sample adjacent; dtype None: that of W."""
-        result = W.new_empty(self.shape[2], W.shape[1], dtype=dtype)
+    def combined(self, W: Float[Tensor, "R k"], *, out: Float[Tensor, "P k"] | None = None) -> Float[Tensor, "P k"]:
+        """Return $V^T W$ for all rows V (R, P), those of a sample adjacent; out None: in a new tensor."""
+        result = W.new_empty(self.shape[2], W.shape[1]) if out is None else out
         for place, rows in self.columns():
             result[place] = rows.flatten(0, 1).mT @ W
         return result
@@ -404,7 +404,7 @@ class RowMatrix:
         most = self._most_columns()
         blocks = [None] * len(self.parts) if basis is None else list(basis.blocks)
         for place, part, block in zip(self.places, self.rotated(basis).parts, blocks, strict=True):
-            own = U[place].to(projections.dtype)
+            own = U[place].to(projections)
             own = own if block is None else block.rotated_columns(own)
             for local, rows in _columns_of(part, most):
                 outside = rows - projections @ own[local].mT
@@ -446,20 +446,25 @@ def _columns_of(part: RowsOfParameter, most: int) -> Iterator[tuple[slice, Float
 
 
 def row_products(
-    rows: Float[Tensor, "R P"], dtype: torch.dtype, *, weights: Float[Tensor, " P"] | None = None
+    rows: Float[Tensor, "R P"],
+    dtype: torch.dtype,
+    *,
+    weights: Float[Tensor, " P"] | None = None,
+    device: torch.device | None = None,
 ) -> Float[Tensor, "R R"]:
     """Return the inner products of all pairs of rows in the given precision, computing one triangle only.
 
     Args:
         rows: the vectors.
         dtype: precision of products and sums.
-        weights: of the entries, in that precision; None: 1.
+        weights: of the entries, in that precision, on the device; None: 1.
+        device: of the computation; None: that of the vectors.
     """
     R, P = rows.shape
-    lower = rows.new_zeros(R, R, dtype=dtype)
+    lower = rows.new_zeros(R, R, dtype=dtype, device=device)
     width = max(1, min(P, _PANEL_BYTES // (8 * max(R, 1))))
     for start in range(0, P, width):
-        V = rows[:, start : start + width].to(dtype)
+        V = rows[:, start : start + width].to(lower)
         weighted = V if weights is None else V * weights[start : start + width]
         for i in range(0, R, _PANEL):
             stop = min(i + _PANEL, R)

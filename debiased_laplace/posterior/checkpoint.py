@@ -18,6 +18,7 @@ from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
+from debiased_laplace.linalg.vector_format import VectorDevice, VectorFormat
 from debiased_laplace.posterior.fit import FitResult
 
 VERSION = 7
@@ -43,6 +44,9 @@ _INTEGER_TENSORS = (
     "samples_hashes",
     "samples_positions",
 )
+_OF_THE_MACHINE = {"directions_device"}
+"""Options that are no part of a state."""
+
 HYPER_PARAMETERS = ("prior_mean", "prior_precision", "sigma_noise", "temperature", "enable_backprop")
 
 
@@ -67,7 +71,7 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "targets_are_flat": fit.targets_are_flat,
         # None is -1, as some loaders of states do not know None
         "n_data_given": -1 if fit.n_data_given is None else fit.n_data_given,
-        **{f"option_{name}": -1 if value is None else value for name, value in asdict(fit.options).items()},
+        **{f"option_{name}": -1 if value is None else value for name, value in _options(fit).items()},
         "curvature_diagonal": estimate.curvature.diagonal,
         "curvature_directions": estimate.curvature.directions,
         "curvature_weights": estimate.curvature.weights,
@@ -146,8 +150,17 @@ def _basis_entries(basis: KroneckerBasis | None) -> dict[str, Any]:
     return entries
 
 
+def _options(fit: FitResult) -> dict[str, Any]:
+    """Return the options of a fit that a state keeps."""
+    return {name: value for name, value in asdict(fit.options).items() if name not in _OF_THE_MACHINE}
+
+
 def from_state(
-    state: dict[str, Any], model: nn.Module, selection: ParameterSelection | None, expected: Mapping[str, str]
+    state: dict[str, Any],
+    model: nn.Module,
+    selection: ParameterSelection | None,
+    expected: Mapping[str, str],
+    directions_device: VectorDevice,
 ) -> FitResult:
     """Return the fit that a state holds.
 
@@ -156,6 +169,7 @@ def from_state(
         model: the trained network.
         selection: parameters of the posterior; None where the state is to tell the last layer.
         expected: entries that have to agree.
+        directions_device: where directions are held.
 
     Raises:
         ValueError: if entries are missing or damaged, or belong to another posterior, other parameters or weights.
@@ -167,7 +181,7 @@ def from_state(
             if selection is None:
                 selection = ParameterSelection.all_weights(model).layer(state["last_layer_name"])
             _check_parameters(state, selection)
-            return _fit(state, selection)
+            return _fit(state, selection, directions_device)
     except ValueError:
         raise
     except KeyError as error:
@@ -176,10 +190,12 @@ def from_state(
         raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
 
 
-def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
+def _fit(state: dict[str, Any], selection: ParameterSelection, directions_device: VectorDevice) -> FitResult:
     like = selection.vector()
-    options = {field.name: state[f"option_{field.name}"] for field in fields(EstimatorOptions)}
-    options["rank"] = None if options["rank"] < 0 else options["rank"]
+    names = {field.name for field in fields(EstimatorOptions)} - _OF_THE_MACHINE
+    given = {name: state[f"option_{name}"] for name in names}
+    given["rank"] = None if given["rank"] < 0 else given["rank"]
+    options = EstimatorOptions(**given, directions_device=directions_device)
     split = SubBatches(
         _on_cpu(state["split_direction_indices"]),
         _on_cpu(state["split_magnitude_indices"]),
@@ -207,10 +223,10 @@ def _fit(state: dict[str, Any], selection: ParameterSelection) -> FitResult:
         fingerprint=state["weights_fingerprint"],
         split=split,
         identities=identities,
-        estimate=_estimate(state, like),
+        estimate=_estimate(state, like, options.vector_format),
         loss=state["loss"],
         n_outputs=state["n_outputs"],
-        options=EstimatorOptions(**options),
+        options=options,
         targets_are_flat=state["targets_are_flat"],
         n_data_given=None if state["n_data_given"] < 0 else state["n_data_given"],
     )
@@ -224,11 +240,11 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
     return value.detach().to(like, copy=True)
 
 
-def _estimate(state: dict[str, Any], like: Tensor) -> CurvatureEstimate:
-    short = state["option_directions_dtype"] == "bfloat16"
+def _estimate(state: dict[str, Any], like: Tensor, vector_format: VectorFormat) -> CurvatureEstimate:
+    directions = state["curvature_directions"].detach()
     curvature = LowRankCurvature(
         _like(state["curvature_diagonal"], like),
-        _like(state["curvature_directions"], like.bfloat16() if short else like),
+        vector_format.empty(like, *directions.shape).copy_(directions),
         _like(state["curvature_weights"], like),
         _basis(state, like),
         _like(state["curvature_metric"], like) if state["option_metric"] == "kron" else None,

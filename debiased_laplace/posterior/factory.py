@@ -110,6 +110,7 @@ def DebiasedLaplace(
     n_rows: int | None = None,
     memory: int | None = None,
     directions_dtype: Literal["model", "bfloat16"] = "model",
+    directions_device: Literal["model", "cpu", "disk"] = "model",
 ) -> DebiasedParametricLaplace:
     """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.
 
@@ -186,6 +187,8 @@ def DebiasedLaplace(
         directions_dtype: (lowrank) "bfloat16" halves the memory of the directions, whose entries are rounded to three
             digits; where the data outweigh the prior ten thousand times, that makes variances too large, with a
             warning. "model": that of the weights.
+        directions_device: (lowrank) where the directions are held. From "cpu" (memory), or "disk" (a temporary file, in
+            the folder that TMPDIR names), some are taken to the model's device at a time, with the same results.
 
     Returns:
         The posterior, not fitted yet.

@@ -219,7 +219,7 @@ def _from_rows(candidate: Candidate, loader: Any, n_rows: int | None, seed: int,
         first = next(numbered, None)
         if first is None:
             raise ValueError("The loader yields no samples; expected at least 2.")
-        some = first[1].first(8).to(candidate.precision.directions.device).weighted(None)
+        some = first[1].first(8).to(candidate.precision.magnitudes.device).weighted(None)
         network = candidate.network(some)
         most = default_rows(network) if n_rows is None else n_rows
         sampler = RowSampler(network, target.root, some, n_rows=most, seeds=(seed + JUDGES,))
@@ -275,7 +275,7 @@ def _identify(candidate: Candidate, loader: Any) -> _Identified:
     """Load the samples of a loader once, and identify them."""
     seed = candidate.seed
     source = sample_source(loader, seed, candidate.keys)
-    samples = SubBatch(source, source.indices, candidate.precision.directions.device, seed)
+    samples = SubBatch(source, source.indices, candidate.precision.magnitudes.device, seed)
     root, positions = source.root()
     augmented = source.augments(seed)
     hashes: list[Tensor] = []

@@ -569,7 +569,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 "A Kronecker posterior holds no matrix of directions; expected hessian_structure='lowrank' or 'full'. "
                 "`posterior_precision.basis` maps vectors to its coordinates, in which `directional_curvatures` stand."
             )
-        U, basis = curvature.directions.to(self.fit_result.mean.dtype), curvature.basis
+        U, basis = curvature.directions.to(self.fit_result.mean), curvature.basis
         return U if basis is None else basis.vectors(U.T).T
 
     @property
@@ -1233,7 +1233,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
             "likelihood": self.likelihood + shown_class_weights(self._spec.likelihood),
             "curvature": self._spec.backend.kind,
         }
-        fit = checkpoint.from_state(state_dict, self.model, self._selection, expected)
+        device = self._spec.request.options.directions_device
+        fit = checkpoint.from_state(state_dict, self.model, self._selection, expected, device)
         before = dict(self.__dict__)
         try:
             with torch.inference_mode(False), full_precision():

@@ -66,7 +66,11 @@ def test_every_structure_and_subset_on_a_gpu_equals_the_cpu(likelihood: str, str
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{}, {"directions_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"directions_dtype": "bfloat16"}, {"directions_device": "cpu"}, {"directions_device": "disk"}],
+    ids=str,
+)
 def test_rows_of_few_parameters_at_a_time_on_a_gpu_equal_the_cpu(options, monkeypatch):
     monkeypatch.setattr("debiased_laplace.posterior.laplace.LEAST", 1)
     monkeypatch.setattr("debiased_laplace.debiasing.memory.CHUNK_BYTES", 0)
@@ -89,7 +93,8 @@ def test_rows_of_few_parameters_at_a_time_on_a_gpu_equal_the_cpu(options, monkey
             **options,
         )
         la.fit(DataLoader(data, batch_size=16))
-        assert la.fit_result.estimate.curvature.directions.device.type == device
+        expected = device if "directions_device" not in options else "cpu"
+        assert la.fit_result.estimate.curvature.directions.device.type == expected
         found.append((la.directional_curvatures.cpu(), la(X).cpu()))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)

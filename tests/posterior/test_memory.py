@@ -12,6 +12,7 @@ from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.memory import LEAST
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.debiasing.memory import bytes_beyond_rows
+from debiased_laplace.linalg.vector_format import is_on_disk
 
 FEW = 20_000
 """Bytes: less than the rows of the samples, and than a dense matrix of the parameters."""
@@ -196,17 +197,63 @@ def test_a_state_keeps_the_format_of_the_directions():
     torch.testing.assert_close(other(X), la(X))
 
 
+@pytest.mark.parametrize("dtype", ["model", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"complement": "diagonal", "solver": "lanczos", "sampling": "uniform"},
+        {"complement": "isotropic", "magnitudes": "held_out"},
+        {"complement": "none", "magnitudes": "same_batch", "sampling": "uniform"},
+        {"subset_of_weights": "last_layer", "inverse_correction": "second_order", "complement": "diagonal"},
+        {"backend": CurvlinopsHessian, "complement": "diagonal", "sampling": "uniform"},
+    ],
+    ids=str,
+)
+def test_directions_on_disk_give_the_same_posterior(dtype, options):
+    options = {"rank": 4, "sampling": "curvature", "n_rows": 60, "directions_dtype": dtype, **options}
+    here, X = fitted(**options)
+    away, _ = fitted(directions_device="disk", **options)
+    held = away.fit_result.estimate.curvature.directions
+    assert is_on_disk(held)
+    assert held.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float64)
+    torch.testing.assert_close(held, here.fit_result.estimate.curvature.directions)
+    for la in (here, away):
+        la.prior_precision = 0.3
+    P = here.n_params
+    noise = torch.randn(5, P, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        [la(X), p.log_det, p.root(noise), p.variances(noise), p @ noise.T]
+        for la, p in ((la, la.posterior_precision) for la in (away, here))
+    )
+    torch.testing.assert_close(found, expected)
+    # up to here without a copy of the whole, but for the closed forms of a last layer
+    assert ("_spectrum" in vars(away.posterior_precision)) == ("subset_of_weights" in options)
+    torch.testing.assert_close(away.posterior_variance, here.posterior_variance)
+
+
+def test_where_directions_are_held_belongs_to_the_machine_and_not_to_the_state():
+    la, X = fitted(rank=4, directions_device="disk")
+    for device, on_disk in (("disk", True), ("cpu", False), ("model", False)):
+        other = DebiasedLaplace(la.model, "classification", prior_precision=3.0, rank=4, directions_device=device)
+        other.load_state_dict(la.state_dict())
+        assert is_on_disk(other.fit_result.estimate.curvature.directions) == on_disk
+        torch.testing.assert_close(other(X), la(X))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"hessian_structure": "kron"}, "requires hessian_structure='lowrank'"),
         ({"metric": "kron"}, "requires metric='euclidean'"),
         ({"directions_dtype": "float16"}, "directions_dtype must be one of"),
+        ({"directions_device": "cuda"}, "directions_device must be one of"),
+        ({"directions_device": "disk", "metric": "kron"}, "directions_device='disk' requires metric='euclidean'"),
     ],
 )
 def test_where_the_format_of_directions_has_no_effect_it_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        fitted(**{"directions_dtype": "bfloat16", **options})
+        fitted(**({} if "directions_device" in options else {"directions_dtype": "bfloat16"}) | options)
 
 
 def test_where_the_data_outweigh_the_prior_rounded_directions_are_warned_of():
