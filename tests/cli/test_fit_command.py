@@ -329,7 +329,7 @@ def test_options_have_the_choices_of_the_constructor():
     annotations = {name: p.annotation for name, p in keywords().items()}
     annotations["complement"] = get_args(annotations["complement"])[0]
     literals = {name: get_args(a) for name, a in annotations.items() if get_origin(a) is Literal}
-    assert len(literals) == 10
+    assert len(literals) == 11
     for name, values in literals.items():
         assert set(choices[name]) == set(values), name
     for name in ("rank", "direction_samples"):
