@@ -444,6 +444,14 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
         layers.append(found.tested(rows, wrong))
         return not wrong
 
+    def columns_of_groups_agree() -> bool:
+        total = mixed.new_zeros(())
+        for names in _groups(parameters, _GROUP):
+            own = {name: parameters[name] for name in names}
+            tangent = {name: t[..., 0] for name, t in tangents(names)}
+            total = total + jvp(lambda p: selection.call({**parameters, **p}, samples), (own,), (tangent,))[1]
+        return _close(mixed.T @ total[..., None], pushed, eps)
+
     def columns_agree(*, vmapped: bool) -> bool:
         X = like.new_empty(n_vectors, selection.n_parameters)
         for part, (_, tangent) in zip(X.split(selection.sizes, dim=1), tangents(selection.names), strict=True):
@@ -455,10 +463,24 @@ def find_capabilities(selection: ParameterSelection, parameters: dict[str, Tenso
     # of a large network, only the rows that layers do not give
     others = frozenset(selection.names) - (seen.names if seen is not None and is_large else frozenset())
     by_rows = bool(others) and attempt("vmapped rows", lambda: rows_agree(others))
-    by_columns = attempt("columns", lambda: columns_agree(vmapped=False))
+    by_columns = attempt("columns", columns_of_groups_agree if is_large else lambda: columns_agree(vmapped=False))
     many = by_columns and not is_large and attempt("vmapped columns", lambda: columns_agree(vmapped=True))
     held = activation_bytes(selection, parameters, inputs)
     return Capabilities(by_rows, by_columns, many, reasons, layers=seen, activation_bytes=held)
+
+
+def _groups(parameters: dict[str, Tensor], n_bytes: int | None) -> list[list[str]]:
+    """Return the names of the parameters in groups of at most about so many bytes; None: in one."""
+    groups: list[list[str]] = []
+    size = 0
+    for name, p in parameters.items():
+        own = p.numel() * p.element_size()
+        if not groups or (n_bytes is not None and size + own > n_bytes):
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += own
+    return groups
 
 
 def _gradients(
@@ -469,19 +491,10 @@ def _gradients(
     Raises:
         ValueError: as `find_capabilities`.
     """
-    groups: list[list[str]] = []
-    size = 0
-    for name, p in parameters.items():
-        own = p.numel() * p.element_size()
-        if not groups or (n_bytes is not None and size + own > n_bytes):
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += own
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with _readable_errors(selection), torch.enable_grad():
         outputs = [selection.call(leaves, as_one(x))[0] for x in one_by_one(inputs)]
-    for names in groups:
+    for names in _groups(parameters, n_bytes):
         of_group = [leaves[name] for name in names]
         with _readable_errors(selection):
             rows = [

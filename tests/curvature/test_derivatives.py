@@ -242,6 +242,22 @@ def test_modes_that_run_but_give_wrong_numbers_are_refused(function: type, refus
     assert found.columns == (refused != "columns")
 
 
+@pytest.mark.parametrize("name", [*KNOWN, "wrong columns"])
+def test_a_large_network_is_tested_a_few_parameters_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("debiased_laplace.curvature.derivatives._LARGE", 0)
+    monkeypatch.setattr("debiased_laplace.curvature.derivatives._GROUP", 100)
+    wrong = name == "wrong columns"
+    model, X = drawn(lambda: Applied(_WrongForward), real) if wrong else ALL[name]()
+    selection = ParameterSelection.all_weights(model)
+    parameters = selection.unflatten(selection.vector())
+    found = find_capabilities(selection, parameters, X)
+    assert found.columns == (not wrong), found.reasons
+    assert not found.vmapped_columns
+    usual = find_capabilities(selection, parameters, X)
+    assert (found.layers is None) == (usual.layers is None)
+    assert found.layers is None or found.layers.names == usual.layers.names
+
+
 def test_finding_capabilities_changes_neither_the_random_state_nor_the_model() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
