@@ -24,9 +24,9 @@ from benchmarks.drawn_rows import shown
 from benchmarks.fidelity_results import mean_of
 from benchmarks.newton_tasks import CHECKPOINTS, TASKS, checkpoint, newton_task
 from debiased_laplace import newton_step
+from debiased_laplace.curvature.classification import Classification
 from debiased_laplace.curvature.drawn_rows import RowSampler
 from debiased_laplace.curvature.first_pass import prepare_network
-from debiased_laplace.curvature.likelihoods import Classification
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton
 from debiased_laplace.data.batches import Batch

@@ -7,6 +7,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script")
     from debiased_laplace.calibration import CalibrationReport, calibration_report
     from debiased_laplace.calibration.evaluate import evaluate
+    from debiased_laplace.curvature.likelihood import Likelihood
     from debiased_laplace.diagnosis import diagnose
     from debiased_laplace.linalg.conjugate_gradients import conjugate_gradients
     from debiased_laplace.newton.optimizer import DebiasedNewton
@@ -21,6 +22,7 @@ __all__ = [
     "CalibrationReport",
     "DebiasedLaplace",
     "DebiasedNewton",
+    "Likelihood",
     "Regularizer",
     "calibration_report",
     "conjugate_gradients",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.first_pass import prepare_network
-from debiased_laplace.curvature.likelihoods import Likelihood, likelihood_named
+from debiased_laplace.curvature.likelihood import Likelihood
+from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot

@@ -28,7 +28,7 @@ from debiased_laplace.calibration.predict import (
 )
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
-from debiased_laplace.checks import boolean, shown, text
+from debiased_laplace.checks import boolean, name_of, shown, text
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
 from debiased_laplace.predictive.predictive import Link
@@ -153,7 +153,10 @@ def evaluate(  # noqa: D417 - further options are those of the report
     known: Any = next(iter(laplace.values()), DEFAULT_KEYS)
     keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
     noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
-    options = PredictionOptions(task, pred_type, link_approx, n_samples, settings.seed, keys, progress_bar)
+    two_outputs = any(name_of(m.likelihood) == "heteroscedastic" for m in laplace.values())
+    options = PredictionOptions(
+        task, pred_type, link_approx, n_samples, settings.seed, keys, progress_bar, two_outputs=two_outputs
+    )
 
     def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}

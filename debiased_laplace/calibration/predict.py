@@ -18,8 +18,8 @@ from debiased_laplace.calibration.inputs import as_tensor, check_whole_number
 from debiased_laplace.calibration.probabilities import PosteriorPredictive, read_probabilities, uncertainty_scores
 from debiased_laplace.checks import name_of, one_of, shown
 from debiased_laplace.curvature.as_found import modules_reached
+from debiased_laplace.curvature.classification import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.contexts import keeping_buffers
-from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.parameters import call_with, logits_of
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
@@ -39,7 +39,10 @@ MOST_JOINT_OUTPUTS = 32  # covariances (n, d, d) between more outputs would outg
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """Options of the predictions, as of `evaluate`; a link of None becomes its default."""
+    """Options of the predictions, as of `evaluate`; a link of None becomes its default.
+
+    `two_outputs` says whether networks give means and log variances of the targets.
+    """
 
     task: Task
     pred_type: PredictionType = "glm"
@@ -48,6 +51,7 @@ class PredictionOptions:
     seed: int = 0
     keys: MappingKeys = DEFAULT_KEYS
     progress_bar: bool = False
+    two_outputs: bool = False
 
     def __post_init__(self) -> None:
         if self.link is None:
@@ -154,6 +158,15 @@ def check_loader(loader: Any, name: str) -> None:
         raise ValueError(f"{name} must be an iterable of batches, such as a DataLoader; got {shown(loader)}.")
 
 
+_TASKS: dict[str, Task] = {
+    "classification": "multiclass",
+    "binary": "binary",
+    "regression": "regression",
+    "heteroscedastic": "regression",
+}
+"""Task of each likelihood; classifications of two classes may be "binary" too."""
+
+
 def infer_task(posteriors: Mapping[str, BaseLaplace]) -> Task:
     """Return the task of the first Laplace posterior.
 
@@ -161,7 +174,7 @@ def infer_task(posteriors: Mapping[str, BaseLaplace]) -> Task:
         ValueError: if there is none.
     """
     for posterior in posteriors.values():
-        return "regression" if name_of(posterior.likelihood) == "regression" else "multiclass"
+        return _TASKS.get(name_of(posterior.likelihood), "multiclass")
     raise ValueError(f"Expected task as one of {list(get_args(Task))}, since there is no Laplace posterior; got None.")
 
 
@@ -198,7 +211,9 @@ def collect(
             if len(batch) == 0:
                 continue
             batch.check_finite()
-            targets.append(batch.targets.detach().to("cpu", copy=True))
+            y = batch.targets.detach().to("cpu", copy=True)
+            # one label for each sample may be a column
+            targets.append(y.reshape(-1) if options.task == "binary" and y.shape[1:] == (1,) else y)
             for name, method in methods.items():
                 with undisturbed_randomness(options.seed):
                     kept[name].append(predict_batch(name, method, batch.inputs, options))
@@ -259,8 +274,18 @@ def _check_posterior(name: str, la: BaseLaplace, task: Task) -> None:
     if likelihood == "reward_modeling":
         how = "give a callable that returns the probabilities of the preferences, la(pairs, fitting=True)"
         raise ValueError(f"{name!r} is a reward model, whose rewards have no targets to compare with: {how}.")
-    if (likelihood == "regression") != (task == "regression"):
+    if likelihood not in _TASKS:
+        raise ValueError(
+            f"{name!r} has the likelihood {likelihood!r}; reports are of {sorted(_TASKS)}. Its targets have "
+            "la.predict(x)."
+        )
+    if (_TASKS[likelihood] == "regression") != (task == "regression") or (likelihood, task) == ("binary", "multiclass"):
         raise ValueError(f"{name!r} has the likelihood {likelihood!r}; got task={task!r}.")
+    if likelihood == "binary" and la.n_outputs > 1:
+        raise ValueError(
+            f"{name!r} has {la.n_outputs} labels; a report is of one. Expected calibration_report of la(x)[:, c] and "
+            "the targets of label c, task='binary', for each of them."
+        )
     # laplace-torch's diagonal and full posteriors predict from the prior alone before they are fitted
     if not getattr(la, "n_data", True):
         raise NotFittedError(f"{name!r} is not fitted; call fit() first.")
@@ -283,27 +308,38 @@ def _read_batch(loaded: Any, keys: MappingKeys, *, labelled: bool) -> Batch:
 
 def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
     """Predict probabilities, with mutual information where the link knows it, or moments of the function."""
-    is_regression = options.task == "regression"
+    is_regression, likelihood = options.task == "regression", name_of(la.likelihood)
+    is_label = likelihood == "binary"
     x = inputs if isinstance(inputs, Tensor) else _MovableMapping(inputs)
     ours = isinstance(la, DebiasedParametricLaplace)
     with preserve_state(network_of(la), plain=ours), torch.enable_grad():
         # laplace-torch fits a network that ends in a softmax, and takes the softmax of its outputs once more
         if not ours and not is_regression and (model := network_of(la)) is not None:
             _check_logits(name, _outputs_of(name, model, inputs))
-        if options.pred_type == "nn" or (options.link == "mc" and not is_regression):
+        of_draws = options.pred_type == "nn" and likelihood != "heteroscedastic"
+        if of_draws or (options.link == "mc" and not is_regression):
             generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
-            samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator)
-            return _reduce_samples(name, samples.detach(), options.task)
+            samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator).detach()
+            return _reduce_samples(name, _of_both(samples) if is_label else samples, options.task)
+        if likelihood == "heteroscedastic":
+            prediction = la.predict(x, options.pred_type, n_samples=options.n_samples)
+            return BatchPrediction(mean=prediction.mean, standard_deviation=prediction.std)
         if is_regression:
             mean, variance = la(x, pred_type=options.pred_type)
             return BatchPrediction(mean=mean, function_variance=variance)
         if options.link != "mean_field":
-            return BatchPrediction(la(x, pred_type=options.pred_type, link_approx=options.link))
+            found = la(x, pred_type=options.pred_type, link_approx=options.link)
+            return BatchPrediction(_of_both(found) if is_label else found)
         if isinstance(la, DebiasedParametricLaplace):
             logits = la.gaussian_logits(x)
         else:
             logits = GaussianLogits.of_covariance(*la._glm_predictive_distribution(x))
         return BatchPrediction(*logits.probabilities_and_information(), logits.total_variance)
+
+
+def _of_both(p: Shaped[Tensor, "*n 1"]) -> Shaped[Tensor, "*n 2"]:
+    """Return the probabilities of 0 and 1 from those of 1."""
+    return torch.cat([1 - p, p], dim=-1)
 
 
 def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
@@ -312,6 +348,9 @@ def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: 
         outputs, n = _outputs_of(name, model, inputs), n_samples_of(inputs)
     if outputs.ndim == 0 or len(outputs) != n:
         raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs; got shape {tuple(outputs.shape)}.")
+    if options.task == "regression" and options.two_outputs:
+        mean, log_variance = outputs.chunk(2, dim=-1)
+        return BatchPrediction(mean=mean, standard_deviation=(log_variance / 2).exp())
     if options.task == "regression":
         return BatchPrediction(mean=outputs)
     if options.task == "binary" and (outputs.ndim == 1 or outputs.shape[1:] == (1,)):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from debiased_laplace.curvature.likelihoods import names_of_likelihoods
 from debiased_laplace.files import check_replaceable
 
 Commands = Any
@@ -82,7 +83,7 @@ def add_model(parser: argparse._ActionsContainer) -> None:
     """Add the options for a trained model, its data and its likelihood."""
     add_network(parser)
     parser.add_argument("--loader", required=True, metavar="MODULE:CALLABLE", help="returns the training DataLoader")
-    parser.add_argument("--likelihood", required=True, choices=("classification", "regression", "reward_modeling"))
+    parser.add_argument("--likelihood", required=True, choices=names_of_likelihoods())
 
 
 def add_network(parser: argparse._ActionsContainer) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from debiased_laplace.calibration.contents import Task
 from debiased_laplace.calibration.evaluate import evaluate
+from debiased_laplace.calibration.predict import infer_task
 from debiased_laplace.cli.arguments import (
     Commands,
     add_network,
@@ -107,9 +108,8 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _task_of(la: DebiasedParametricLaplace) -> Task:
-    if la.likelihood == "regression":
-        return "regression"
-    return "binary" if la.n_outputs == 2 else "multiclass"
+    task = infer_task({"": la})
+    return "binary" if task == "multiclass" and la.n_outputs == 2 else task
 
 
 def _posterior(path: Path, model: nn.Module, parsed: argparse.Namespace) -> DebiasedParametricLaplace:

@@ -115,13 +115,13 @@ class RowScorer:
     r"""Score of every row by one forward pass, $m \|c\|^2 (1 + \|\varphi\|^2)$.
 
     It is the squared norm of the row's part in the last linear layer with input $\varphi$, times the sample's weight m.
-    Regression has $m \|c\|^2$ alone, as have networks without such a layer: rows of a regression differ little, and
-    features say nothing about their norms. With equal scores, every row that is not 0 has m.
+    Likelihoods without labels have $m \|c\|^2$ alone, as have networks without such a layer: rows of a regression
+    differ little, and features say nothing about their norms. With equal scores, every row that is not 0 has m.
     """
 
     def __init__(self, network: Network, root: OutputRoot, first: Batch, scores: Scores = "norms"):
         self.network, self.root, self._scores = network, root, scores
-        self._has_lengths = scores == "norms" and network.likelihood.name != "regression"
+        self._has_lengths = scores == "norms" and network.likelihood.gives_probabilities
         self._layer: nn.Linear | None = None
         if network.linear_layer is not None:
             self._layer = network.linear_layer.layer

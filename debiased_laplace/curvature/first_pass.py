@@ -7,8 +7,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
+from debiased_laplace.curvature.classification import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.derivatives import find_capabilities, is_large_network
-from debiased_laplace.curvature.likelihoods import LOGITS_NEEDED, Likelihood, are_probabilities
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.memory import KEEP_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, rounding_of
@@ -108,6 +109,11 @@ def prepare_network(
         likelihood.check(outputs, few.targets)
         if likelihood.name == "classification" and are_probabilities(outputs):
             raise ValueError(f"The model's outputs are probabilities; {LOGITS_NEEDED}.")
+        if likelihood.name == "binary" and len(outputs) > 1 and bool(((outputs >= 0) & (outputs <= 1)).all()):
+            raise ValueError(
+                "The model's outputs are probabilities, as it seems: all are between 0 and 1. Expected logits, of "
+                "which the sigmoid is taken: remove the model's last sigmoid."
+            )
         again = selection.call(parameters, few.inputs)
         single = evaluated(selection, parameters, few.first(1))
     scale = float(outputs.abs().max())

@@ -1,200 +1,23 @@
-r"""Likelihoods: the loss of the outputs, its gradient, its second derivative and a root of the latter.
+r"""Likelihoods by name: those of outputs that enter a factor each, and the softmax likelihood."""
 
-The loss of a sample is the negative log-likelihood up to constants, with unit noise: cross entropy for
-classification, $\tfrac12 \|y - f\|^2$ for regression. Observation noise and temperature multiply it later.
-"""
-
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import logsigmoid
 
-
-@runtime_checkable
-class Likelihood(Protocol):
-    """Interface of likelihoods."""
-
-    name: str
-
-    def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Check that the targets fit the outputs.
-
-        Raises:
-            ValueError: if they do not.
-        """
-        ...
-
-    def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
-        """Return the sum of the samples' losses, in nats."""
-        ...
-
-    def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
-        """Return the loss of each sample, in nats."""
-        ...
-
-    def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        r"""Return columns of $S$, with $S S^\top = \Lambda = \partial^2 \ell / \partial f^2$."""
-        ...
-
-    def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:
-        r"""Return $S^\top X$ without forming $S$."""
-        ...
-
-    def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
-        r"""Return $\Lambda x$ without forming $\Lambda$."""
-        ...
-
-    def hessian_quadratics(self, outputs: Float[Tensor, "n C"], Q: Float[Tensor, "C k"] | None) -> Float[Tensor, "n k"]:
-        r"""Return $q_i^\top \Lambda q_i$ of each sample without forming $\Lambda$ or its root; None: the identity."""
-        ...
-
-    def hessian_sum(self, outputs: Float[Tensor, "n C"], weights: Float[Tensor, " n"]) -> Float[Tensor, "C C"]:
-        r"""Return $\sum_n w_n \Lambda_n$."""
-        ...
-
-    def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        r"""Return $\partial \ell / \partial f$."""
-        ...
-
-    def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:
-        """Return the factor of each sample's loss that its target implies; None: 1."""
-        ...
-
-    def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
-        """Draw the noise that `drawn_targets` converts to targets, on the generator's device."""
-        ...
-
-    def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
-        """Return targets drawn from the model's own likelihood."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Classification:
-    r"""Softmax likelihood of class labels, or of class probabilities (soft labels).
-
-    The loss of soft labels y is $-\sum_c w_c y_c \log p_c$ with class weights w, as that of
-    `torch.nn.CrossEntropyLoss`. It is $m = \sum_c w_c y_c$ times the loss of the soft labels $w_c y_c / m$: m is the
-    sample's weight, and the methods below are those of the normalized labels.
-
-    Attributes:
-        class_weights: w, (C,); None: 1.
-    """
-
-    class_weights: Float[Tensor, " C"] | None = None
-    name = "classification"
-
-    def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
-        """Check that targets are integers (n,) in [0, C) or probabilities (n, C), and C is at least 2."""
-        n, C = outputs.shape
-        if C < 2:
-            raise ValueError(f"Classification expects at least 2 outputs (logits); the model has {C}.")
-        if self.class_weights is not None and len(self.class_weights) != C:
-            raise ValueError(f"Expected {C} class_weights, one for each output; got {len(self.class_weights)}.")
-        if targets.is_floating_point() and targets.shape == (n, C):
-            sums = targets.sum(1)
-            # rounding of half precision is allowed
-            if bool((targets < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-                raise ValueError("Expected soft labels as probabilities (n, C), at least 0 and with a sum of 1.")
-            return
-        if targets.is_floating_point() or targets.shape != (n,):
-            raise ValueError(
-                f"Expected class labels as integers of shape ({n},), or as probabilities ({n}, {C}); got "
-                f"{targets.dtype} of shape "
-                f"{tuple(targets.shape)}."
-            )
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= C:
-            raise ValueError(f"Expected class labels between 0 and {C - 1} for {C} outputs; got {low} to {high}.")
-
-    def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
-        """Return the summed cross entropy."""
-        return cross_entropy(outputs, self._labels(outputs, targets), reduction="sum")
-
-    def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
-        """Return the cross entropy of each sample."""
-        return cross_entropy(outputs, self._labels(outputs, targets), reduction="none")
-
-    def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        r"""Return columns of $S = \mathrm{diag}(\sqrt p) - p \sqrt p^\top$, a root of $\mathrm{diag}(p) - p p^\top$."""
-        p = torch.softmax(outputs, dim=-1)
-        chosen = p[..., columns].sqrt()
-        unit = torch.eye(outputs.shape[-1], dtype=p.dtype, device=p.device)[:, columns]
-        return (unit - p[..., :, None]) * chosen[..., None, :]
-
-    def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:
-        r"""Return $\sqrt p \circ (X - p^\top X)$."""
-        p = torch.softmax(outputs, dim=-1)[..., None]
-        return p.sqrt() * (X - (p * X).sum(-2, keepdim=True))
-
-    def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
-        r"""Return $p \circ (x - p^\top x)$."""
-        p = torch.softmax(outputs, dim=-1)
-        return p * (x - (p * x).sum(-1, keepdim=True))
-
-    def hessian_quadratics(self, outputs: Float[Tensor, "n C"], Q: Float[Tensor, "C k"] | None) -> Float[Tensor, "n k"]:
-        r"""Return the variances of $q_i$ under p, with the value of the most probable class as origin.
-
-        With $x_c = Q_c - Q_{c^*}$ they are $\sum_{c \ne c^*} p_c x_c^2 - (\sum_{c \ne c^*} p_c x_c)^2$, whose terms are
-        of the size of $1 - p_{c^*}$.
-        """
-        p, rest, top = _without_top(outputs)
-        if Q is None:
-            return p * _complements(p, rest, top)
-        Q = Q.to(p.dtype)
-        first, second, origin = rest @ Q, rest @ Q.square(), Q[top[:, 0]]
-        share = rest.sum(1, keepdim=True)
-        squares = second - 2 * origin * first + share * origin.square()
-        return (squares - (first - share * origin).square()).clamp_min(0)
-
-    def hessian_sum(self, outputs: Float[Tensor, "n C"], weights: Float[Tensor, " n"]) -> Float[Tensor, "C C"]:
-        r"""Return $\sum_n w_n (\mathrm{diag}(p_n) - p_n p_n^\top)$."""
-        p, rest, top = _without_top(outputs)
-        weights = weights.to(p)
-        diagonal = weights @ (p * _complements(p, rest, top))
-        return -((p * weights[:, None]).T @ p).diagonal_scatter(-diagonal)
-
-    def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
-        """Return the probabilities minus the label's unit vector, or minus the soft labels."""
-        p = torch.softmax(outputs, dim=-1)
-        labels = self._labels(outputs, targets)
-        return p - (labels if labels.is_floating_point() else one_hot(labels, outputs.shape[-1]).to(p.dtype))
-
-    def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:
-        """Return the class weight of each label, of soft labels its mean."""
-        if self.class_weights is None:
-            return None
-        w = self.class_weights.to(targets.device)
-        return targets.to(w.dtype) @ w if targets.is_floating_point() else w[targets.long()]
-
-    def _labels(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return labels, or normalized soft labels."""
-        if not targets.is_floating_point():
-            return targets.long()
-        soft = targets.to(outputs.dtype)
-        if self.class_weights is not None:
-            soft = soft * self.class_weights.to(outputs)
-        # without weight nothing of the sample enters
-        return soft / soft.sum(-1, keepdim=True).clamp_min(torch.finfo(soft.dtype).tiny)
-
-    def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:  # noqa: ARG002
-        """Draw one uniform number per sample."""
-        return torch.rand(n, 1, generator=generator, dtype=torch.float64)
-
-    def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
-        """Return labels by the inverse distribution function."""
-        below = torch.softmax(outputs, dim=-1).to(noise.dtype).cumsum(-1)
-        return (below < noise * below[..., -1:]).sum(-1).clamp_max(outputs.shape[-1] - 1)
+from debiased_laplace.curvature.classification import Classification
+from debiased_laplace.curvature.likelihood import IndependentOutputs, Likelihood, by_output, check_shape
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(IndependentOutputs):
     r"""Gaussian likelihood with unit noise.
 
-    Targets are (n, C), or (n,) for a single output.
+    The loss is $\tfrac12 \|y - f\|^2$. Targets are (n, C), or (n,) for a single output.
 
     Attributes:
         relative_noise: noise of each output, of geometric mean 1; None: 1 for all. Losses and curvatures are in its
@@ -217,40 +40,13 @@ class Regression:
                 f"Expected sigma_noise as one number, or one for each of {C} outputs; got {len(self.relative_noise)}."
             )
 
-    def loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, ""]:
-        """Return half the summed squared error."""
-        return 0.5 * self._residuals(outputs, targets).square().sum()
-
     def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
         """Return half the squared error of each sample."""
         return 0.5 * self._residuals(outputs, targets).square().sum(-1)
 
-    def root(self, outputs: Float[Tensor, "*n C"], columns: slice) -> Float[Tensor, "*n C r"]:
-        """Return columns of the identity, each divided by its output's noise."""
-        unit = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
-        unit = self._scaled(unit)[:, columns]
-        return unit.expand(*outputs.shape[:-1], *unit.shape)
-
-    def root_transposed(self, outputs: Float[Tensor, "*n C"], X: Float[Tensor, "*n C k"]) -> Float[Tensor, "*n C k"]:  # noqa: ARG002
-        """Return X, each row divided by its output's noise."""
-        return X if self.relative_noise is None else self._scaled(X.mT).mT
-
-    def hessian_product(self, outputs: Float[Tensor, "*n C"], x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:  # noqa: ARG002
-        """Return x, divided by the noise variances."""
-        return self._scaled(self._scaled(x))
-
-    def hessian_quadratics(self, outputs: Float[Tensor, "n C"], Q: Float[Tensor, "C k"] | None) -> Float[Tensor, "n k"]:
-        """Return the squared norms of vectors divided by the noise, the same for each sample."""
-        units = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device) if Q is None else Q.to(outputs)
-        return self._scaled(units.T).square().sum(1).expand(len(outputs), -1)
-
-    def hessian_sum(self, outputs: Float[Tensor, "n C"], weights: Float[Tensor, " n"]) -> Float[Tensor, "C C"]:
-        """Return the inverse noise variances times the sum of the weights."""
-        return torch.diag(self._scaled(self._scaled(weights.to(outputs).sum().expand(outputs.shape[1]))))
-
-    def weights(self, targets: Tensor) -> Float[Tensor, " n"] | None:  # noqa: ARG002
-        """Return None: every target counts alike."""
-        return None
+    def hessian_diagonal(self, outputs: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        """Return the inverse noise variances."""
+        return self._scaled(self._scaled(torch.ones_like(outputs)))
 
     def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
         """Return output minus target, divided by the noise variances."""
@@ -258,7 +54,7 @@ class Regression:
 
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
         """Draw one standard normal number per output."""
-        return torch.randn(n, n_outputs, generator=generator, dtype=torch.float64)
+        return _standard_normal(n, n_outputs, generator)
 
     def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
         """Return outputs plus noise."""
@@ -267,37 +63,178 @@ class Regression:
 
     def _residuals(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
         """Return (output - target) / noise."""
-        # targets (n,) of a single output would be broadcast to (n, n)
-        y = targets[..., None] if targets.ndim == outputs.ndim - 1 else targets
-        return self._scaled(outputs - y.to(outputs.dtype))
+        return self._scaled(outputs - by_output(targets, outputs))
 
     def _scaled(self, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
         return x if self.relative_noise is None else x / x.new_tensor(self.relative_noise)
 
 
-def _without_top(outputs: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the probabilities, those of all but the most probable class, and that class (n, 1)."""
-    p, top = torch.softmax(outputs, dim=-1), outputs.argmax(1, keepdim=True)
-    return p, p.scatter(1, top, 0.0), top
+@dataclass(frozen=True)
+class Binary(IndependentOutputs):
+    r"""Independent Bernoulli labels, one for each logit f: $p = 1 / (1 + e^{-f})$.
+
+    Targets are 0 or 1, or probabilities (soft labels), (n, C), or (n,) for a single logit. With one logit it is the
+    softmax of (0, f).
+    """
+
+    name = "binary"
+    gives_probabilities = True
+
+    def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
+        """Check that targets have the shape of the outputs, and are between 0 and 1."""
+        n, C = outputs.shape
+        check_shape("binary", n, C, targets)
+        if bool(((targets < 0) | (targets > 1)).any()):
+            raise ValueError(
+                f"Expected binary targets of 0 and 1, or probabilities; got {float(targets.min()):g} to "
+                f"{float(targets.max()):g}."
+            )
+
+    def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
+        """Return the cross entropy of each sample, summed over its labels."""
+        y = by_output(targets, outputs)
+        return -(y * logsigmoid(outputs) + (1 - y) * logsigmoid(-outputs)).sum(-1)
+
+    def hessian_diagonal(self, outputs: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        """Return p (1 - p)."""
+        return torch.sigmoid(outputs) * torch.sigmoid(-outputs)
+
+    def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
+        """Return p - y, without cancellation where y is 0 or 1."""
+        y = by_output(targets, outputs)
+        return (1 - y) * torch.sigmoid(outputs) - y * torch.sigmoid(-outputs)
+
+    def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
+        """Draw one uniform number per label."""
+        return torch.rand(n, n_outputs, generator=generator, dtype=torch.float64, device=generator.device)
+
+    def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
+        """Return labels by the inverse distribution function."""
+        return (noise < torch.sigmoid(outputs)).to(outputs.dtype)
+
+    def probabilities(self, outputs: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        """Return p."""
+        return torch.sigmoid(outputs)
 
 
-def _complements(p: Tensor, rest: Tensor, top: Tensor) -> Tensor:
-    """Return 1 - p without cancellation in that of the most probable class."""
-    return (1 - p).scatter(1, top, rest.sum(1, keepdim=True))
+@dataclass(frozen=True)
+class Poisson(IndependentOutputs):
+    r"""Poisson counts with the rates $e^f$, one for each output.
+
+    Targets are counts (n, C), or (n,) for a single output.
+    """
+
+    name = "poisson"
+
+    def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
+        """Check that targets have the shape of the outputs, and are counts."""
+        n, C = outputs.shape
+        check_shape("poisson", n, C, targets)
+        if bool((targets < 0).any()) or (targets.is_floating_point() and bool((targets != targets.round()).any())):
+            raise ValueError(
+                f"Expected counts as poisson targets, whole numbers of at least 0; got {float(targets.min()):g} to "
+                f"{float(targets.max()):g}{'' if bool((targets < 0).any()) else ', some of them no whole numbers'}."
+            )
+
+    def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
+        r"""Return $\sum_c e^{f_c} - y_c f_c + \log y_c!$ of each sample."""
+        y = by_output(targets, outputs)
+        return (outputs.exp() - y * outputs + torch.lgamma(y + 1)).sum(-1)
+
+    def hessian_diagonal(self, outputs: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        """Return the rates."""
+        return outputs.exp()
+
+    def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
+        """Return rate minus count."""
+        return outputs.exp() - by_output(targets, outputs)
+
+    def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
+        """Draw one uniform number per output."""
+        return torch.rand(n, n_outputs, generator=generator, dtype=torch.float64, device=generator.device)
+
+    def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
+        """Return counts by the inverse distribution function."""
+        rates = outputs.exp().to(noise)
+        # beyond these, the distribution function is 1 in double precision
+        low, high = torch.zeros_like(rates) - 1, (rates + 40 * rates.sqrt() + 60).ceil()
+        while bool((high - low > 1).any()):
+            middle = torch.floor((low + high) / 2)
+            # P(y <= k) is the regularized upper incomplete gamma function
+            enough = torch.special.gammaincc(middle + 1, rates) >= noise
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        return high.to(outputs.dtype)
+
+    def target_moments(
+        self, mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]
+    ) -> tuple[Float[Tensor, "n T"], Float[Tensor, "n T"], Float[Tensor, "n T"]]:
+        """Return moments of the counts: of log-normal rates, whose mean is also the mean variance of a count."""
+        rate = (mean + variance / 2).exp()
+        return rate, variance.expm1() * rate.square(), rate
 
 
-LOGITS_NEEDED = (
-    "expected logits, of which the softmax is taken. Remove the model's last softmax, or return the probabilities' "
-    "logarithms (log_softmax), which are logits"
-)
-"""What to do with a classifier whose outputs `are_probabilities`."""
+@dataclass(frozen=True)
+class Heteroscedastic(IndependentOutputs):
+    r"""Gaussian likelihood whose noise the network predicts: the outputs are T means m, then T log variances s.
+
+    The loss is $\tfrac12 \sum_t \log 2\pi + s_t + (y_t - m_t)^2 e^{-s_t}$. Its second derivative in the outputs may be
+    indefinite; $\Lambda$ is its expectation over the targets, the Fisher matrix with the diagonal $e^{-s}$ and 1/2.
+
+    References:
+        Nix & Weigend (1994), doi 10.1109/ICNN.1994.374138 (the loss); Immer, Palumbo, Marx & Vogt (2023),
+        arXiv 2307.08312 (Laplace approximations of it).
+    """
+
+    name = "heteroscedastic"
+
+    def check(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> None:
+        """Check that there are two outputs for each target, and that targets are floating-point."""
+        n, C = outputs.shape
+        if C % 2:
+            raise ValueError(
+                f"A heteroscedastic likelihood expects two outputs for each target, the means and then the log "
+                f"variances; the model has {C}."
+            )
+        check_shape("heteroscedastic", n, C // 2, targets)
+        if not targets.is_floating_point():
+            raise ValueError(f"Expected heteroscedastic targets as floats; got {targets.dtype}.")
+
+    def per_sample_loss(self, outputs: Float[Tensor, "n C"], targets: Tensor) -> Float[Tensor, " n"]:
+        """Return the negative log density of each sample, summed over its targets."""
+        m, s = outputs.chunk(2, dim=-1)
+        squares = (by_output(targets, outputs) - m).square()
+        return 0.5 * (math.log(2 * math.pi) + s + squares * (-s).exp()).sum(-1)
+
+    def hessian_diagonal(self, outputs: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        r"""Return $e^{-s}$ of the means and 1/2 of the log variances."""
+        s = outputs.chunk(2, dim=-1)[1]
+        return torch.cat([(-s).exp(), torch.full_like(s, 0.5)], dim=-1)
+
+    def gradient(self, outputs: Float[Tensor, "*n C"], targets: Tensor) -> Float[Tensor, "*n C"]:
+        r"""Return $(m - y) e^{-s}$ and $(1 - (y - m)^2 e^{-s}) / 2$."""
+        m, s = outputs.chunk(2, dim=-1)
+        residuals, precision = m - by_output(targets, outputs), (-s).exp()
+        return torch.cat([residuals * precision, 0.5 * (1 - residuals.square() * precision)], dim=-1)
+
+    def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
+        """Draw one standard normal number per target."""
+        return _standard_normal(n, n_outputs // 2, generator)
+
+    def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
+        """Return means plus noise."""
+        m, s = outputs.chunk(2, dim=-1)
+        return m + noise.to(outputs.dtype) * (s / 2).exp()
+
+    def target_moments(
+        self, mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]
+    ) -> tuple[Float[Tensor, "n T"], Float[Tensor, "n T"], Float[Tensor, "n T"]]:
+        """Return moments of the targets, of which the log-normal noise gives the mean variance."""
+        (m, s), (of_mean, of_log) = mean.chunk(2, dim=-1), variance.chunk(2, dim=-1)
+        return m, of_mean, (s + of_log / 2).exp()
 
 
-def are_probabilities(outputs: Float[Tensor, "n C ..."]) -> bool:
-    """Return whether the outputs of all samples are non-negative and sum to 1 over the classes."""
-    # half precision leaves rounding errors of a percent in a sum; logits of a whole batch do not come as close
-    sums = outputs.double().sum(1)
-    return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < (1e-2 if len(outputs) > 1 else 1e-4)).all())
+def _standard_normal(n: int, n_numbers: int, generator: torch.Generator) -> Float[Tensor, "n _"]:
+    return torch.randn(n, n_numbers, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 _LIKELIHOODS: dict[str, Likelihood] = {
@@ -305,23 +242,31 @@ _LIKELIHOODS: dict[str, Likelihood] = {
     "regression": Regression(),
     # the logits of a pair's two rewards are a binary classification: Bradley & Terry's likelihood
     "reward_modeling": Classification(),
+    "binary": Binary(),
+    "heteroscedastic": Heteroscedastic(),
+    "poisson": Poisson(),
 }
 
 
-def likelihood_named(name: str, class_weights: Any = None) -> Likelihood:
+def names_of_likelihoods() -> list[str]:
+    """Return the names of the likelihoods that there are."""
+    return sorted(_LIKELIHOODS)
+
+
+def likelihood_named(name: str | Likelihood, class_weights: Any = None) -> Likelihood:
     """Return the likelihood of a name.
 
     Args:
-        name: of the likelihood.
+        name: of the likelihood, or a likelihood of one's own.
         class_weights: factor of the loss of each class, (C,), for "classification"; None: 1.
 
     Raises:
         ValueError: if there is none, or class weights are not such numbers or not for it.
     """
-    if not isinstance(name, str) or name not in _LIKELIHOODS:
-        raise ValueError(f"likelihood must be one of {sorted(_LIKELIHOODS)}; got {name!r}.")
+    if not isinstance(name, Likelihood) and (not isinstance(name, str) or name not in _LIKELIHOODS):
+        raise ValueError(f"likelihood must be one of {names_of_likelihoods()}, or a Likelihood; got {name!r}.")
     if class_weights is None:
-        return _LIKELIHOODS[name]
+        return name if isinstance(name, Likelihood) else _LIKELIHOODS[name]
     if name != "classification":
         raise ValueError(f"class_weights are for likelihood='classification'; got likelihood={name!r}.")
     try:

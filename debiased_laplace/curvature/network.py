@@ -13,7 +13,7 @@ from debiased_laplace.curvature import derivatives
 from debiased_laplace.curvature.backend import CurvatureBackend
 from debiased_laplace.curvature.derivatives import BatchProducts, Capabilities, LinearizedBatch, LinearizedLayer
 from debiased_laplace.curvature.layer_rows import LayersDifferError
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import CHUNK_BYTES, LARGEST_SIDE, available_memory
 from debiased_laplace.curvature.parameters import ParameterSelection

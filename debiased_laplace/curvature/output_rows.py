@@ -4,11 +4,13 @@ The curvature of a sample is the sum of $v_{nj} v_{nj}^\top$ over the rows $v_{n
 $c_{nj}$. Their sizes $\|c_{nj}\|^2$ follow from the outputs alone, without a backward pass.
 
 - Empirical Fisher: the gradient of the loss.
-- GGN of a regression: unit vectors, divided by the noise of their output.
+- GGN of a likelihood whose outputs are independent (regression, binary, Poisson, …): unit vectors, times the root of
+  their curvature.
 - GGN of a classification with at most 128 classes: eigenvectors of $\Lambda_n = \mathrm{diag}(p) - p p^\top$.
 - More classes: $\Lambda_n = \sum_c p_c (e_c - p)(e_c - p)^\top$, where classes that are confused with each other have
   nearly the same direction. Of the 32 most probable classes T, the eigenvectors of their part of the sum are taken;
   every other class has the row $\sqrt{p_c} (e_c - p)$. No C x C matrix is formed.
+- GGN of any other likelihood: eigenvectors of $\Lambda_n$.
 
 Eigenvectors are those of the Gram matrix of the vectors $\sqrt{p_c} (e_c - p)$, c in T. All of it is computed in
 double precision from differences that do not cancel: a sample with $1 - p = 10^{-20}$ has rows of that size.
@@ -16,13 +18,16 @@ double precision from differences that do not cancel: a sample with $1 - p = 10^
 Samples' weights (`Likelihood.weights`) are not included.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from debiased_laplace.curvature.likelihoods import Classification, Likelihood
+from debiased_laplace.curvature.classification import Classification
+from debiased_laplace.curvature.likelihood import IndependentOutputs, Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -52,8 +57,7 @@ def row_sizes(root: OutputRoot, outputs: Float[Tensor, "n C"], targets: Tensor) 
         return _gradient(root.likelihood, f, targets).square().sum(1, keepdim=True)
     if _has_softmax(root):
         return torch.cat([_softmax_sizes(part) for part in f.split(_samples_together(f.shape[1]))])
-    precisions, order = _noise_precisions(root, f)
-    return precisions[order].repeat(len(f), 1)
+    return _eigenpairs(root, f)[0]
 
 
 def cotangents(
@@ -86,9 +90,9 @@ def cotangents(
             mine = ((owner >= start) & (owner < start + step)).nonzero()[:, 0]
             found[mine] = _softmax_cotangents(f[used[start : start + step]], owner[mine] - start, rows[mine])
         return found
-    precisions, order = _noise_precisions(root, f)
-    chosen = order[rows][:, None]
-    return f.new_zeros(len(samples), f.shape[1]).scatter(1, chosen, precisions.sqrt()[chosen])
+    used, owner = samples.unique(return_inverse=True)
+    values, vectors = _eigenpairs(root, f[used])
+    return values[owner, rows].sqrt()[:, None] * vectors(owner, rows)
 
 
 def _has_softmax(root: OutputRoot) -> bool:
@@ -106,13 +110,20 @@ def _gradient(likelihood: Likelihood, outputs: Float[Tensor, "n C"], targets: Te
     return g.scatter(1, top, torch.where(of_top > 0, of_top, -of_others))
 
 
-def _noise_precisions(root: OutputRoot, outputs: Tensor) -> tuple[Float[Tensor, " C"], Int64[Tensor, " C"]]:
-    r"""Return the diagonal of a regression's $\Lambda$, and the outputs by decreasing value."""
-    if not (isinstance(root, GaussNewton) and root.likelihood.name == "regression"):
+def _eigenpairs(
+    root: OutputRoot, outputs: Float[Tensor, "n C"]
+) -> tuple[Float[Tensor, "n C"], Callable[[Tensor, Tensor], Tensor]]:
+    r"""Return the eigenvalues of $\Lambda_n$ by decreasing size, and the map from samples and slots to eigenvectors."""
+    if not isinstance(root, GaussNewton):
         raise NotImplementedError(f"Rows of {root!r} are not built.")
-    one = outputs.new_ones(1, outputs.shape[1])
-    precisions = root.likelihood.hessian_product(one, one)[0]
-    return precisions, precisions.argsort(descending=True, stable=True)
+    if isinstance(root.likelihood, IndependentOutputs):
+        diagonal = root.likelihood.hessian_diagonal(outputs)
+        order = diagonal.argsort(dim=1, descending=True, stable=True)
+        return diagonal.gather(1, order), lambda n, j: one_hot(order[n, j], outputs.shape[1]).to(outputs)
+    values, vectors = torch.linalg.eigh(root.likelihood.hessian(outputs))
+    values, vectors = values.flip(1), vectors.flip(2)
+    values = torch.where(values > _ROUNDING * values[:, :1], values, 0.0)
+    return values, lambda n, j: vectors[n, :, j]
 
 
 def _samples_together(n_outputs: int) -> int:

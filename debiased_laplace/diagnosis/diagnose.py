@@ -15,6 +15,7 @@ from debiased_laplace.checks import boolean, integer, number, one_of, one_positi
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import RowScorer
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.diagnosis.diagnosis import Diagnosis
@@ -32,7 +33,7 @@ MAX_PRODUCTS = 2e11
 @leaves_as_found()
 def diagnose(
     model: Any,
-    likelihood: str,
+    likelihood: str | Likelihood,
     loader: Any,
     *,
     batch_sizes: Sequence[int] | None = None,
@@ -55,7 +56,7 @@ def diagnose(
 
     Args:
         model: trained or not; evaluated in evaluation mode, and left as it was.
-        likelihood: "classification", "regression" or "reward_modeling".
+        likelihood: a name, or a likelihood of one's own, as of `DebiasedLaplace`.
         loader: training samples, as `DebiasedLaplace.fit` takes them.
         batch_sizes: sizes to measure; None: powers of two from 32 to 256, up to a third of the samples.
         n_draws: draws of each batch; error bars are over draws.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.roots import OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.data.batches import sample_hashes

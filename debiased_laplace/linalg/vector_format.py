@@ -37,6 +37,13 @@ class VectorFormat:
             name = str(Path(folder) / "vectors")
             return torch.from_file(name, shared=True, size=n, dtype=dtype).reshape(shape)
 
+    def copied(self, vectors: Tensor, like: Tensor) -> Tensor:
+        """Return a copy of vectors in this format, for computations like another tensor."""
+        if self.device == "model":
+            # with the same strides, so that products have the same rounding
+            return vectors.to(like.device, self.dtype or like.dtype, copy=True)
+        return self.empty(like, *vectors.shape).copy_(vectors)
+
     def stored(self, vectors: Tensor) -> Tensor:
         """Return vectors in this format; themselves if they are."""
         if self.device == "model":

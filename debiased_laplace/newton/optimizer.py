@@ -20,6 +20,7 @@ from debiased_laplace.checks import function, integer, network, number, shown
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.first_pass import prepare_network
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -82,7 +83,7 @@ class DebiasedNewton(Optimizer):
     Args:
         params: parameters of the model, or groups of them.
         model: the model.
-        likelihood: "classification", "regression" or "reward_modeling".
+        likelihood: a name, or a likelihood of one's own, as of `DebiasedLaplace`.
         damping: initial λ, above 0.
         magnitudes: as in `newton_step`.
         shrinkage: as in `newton_step`.
@@ -108,7 +109,7 @@ class DebiasedNewton(Optimizer):
         self,
         params: Iterable[Any],
         model: nn.Module,
-        likelihood: str,
+        likelihood: str | Likelihood,
         *,
         damping: float = 0.1,
         magnitudes: StepMagnitudes = "cross_fitted",

@@ -10,6 +10,7 @@ from torch import Tensor
 from debiased_laplace.checks import integer
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch, as_batch
@@ -148,7 +149,7 @@ class NewtonStep:
 @leaves_as_found()
 def newton_step(
     model: Any,
-    likelihood: str,
+    likelihood: str | Likelihood,
     batch: Any,
     damping: float = 1e-3,
     magnitudes: StepMagnitudes = "cross_fitted",
@@ -174,7 +175,7 @@ def newton_step(
 
     Args:
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
-        likelihood: "classification", "regression" or "reward_modeling".
+        likelihood: a name, or a likelihood of one's own, as of `DebiasedLaplace`.
         batch: (inputs, targets), (inputs, targets, sample_weights), or a mapping with them; the mean loss is weighted.
         damping: λ, added to the mean curvature; at least 0.
         magnitudes: "held_out": directions from one half, steps from the other; "cross_fitted": both ways round, the two

@@ -16,7 +16,7 @@ from laplace.curvature.curvlinops import CurvlinopsHessian
 
 from debiased_laplace.checks import integer
 from debiased_laplace.curvature.kfac import KfacApproximation
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, MonteCarloGaussNewton, OutputRoot
 from debiased_laplace.data.batches import Batch

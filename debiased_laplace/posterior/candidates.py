@@ -7,7 +7,8 @@ from hashlib import sha256
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from debiased_laplace.curvature.likelihoods import Likelihood, shown_class_weights
+from debiased_laplace.curvature.likelihood import Likelihood
+from debiased_laplace.curvature.likelihoods import shown_class_weights
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot

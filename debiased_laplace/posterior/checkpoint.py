@@ -241,10 +241,9 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _estimate(state: dict[str, Any], like: Tensor, vector_format: VectorFormat) -> CurvatureEstimate:
-    directions = state["curvature_directions"].detach()
     curvature = LowRankCurvature(
         _like(state["curvature_diagonal"], like),
-        vector_format.empty(like, *directions.shape).copy_(directions),
+        vector_format.copied(state["curvature_directions"].detach(), like),
         _like(state["curvature_weights"], like),
         _basis(state, like),
         _like(state["curvature_metric"], like) if state["option_metric"] == "kron" else None,

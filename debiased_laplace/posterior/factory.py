@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from debiased_laplace.checks import name_of
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 
 
@@ -76,7 +77,7 @@ _POSITIONAL = ("model", "likelihood", "subset_of_weights", "hessian_structure")
 
 def DebiasedLaplace(
     model: nn.Module,
-    likelihood: str,
+    likelihood: str | Likelihood,
     subset_of_weights: str = "all",
     hessian_structure: str = "lowrank",
     *,
@@ -119,8 +120,10 @@ def DebiasedLaplace(
     Args:
         model: a trained network, inputs (n, …) or a mapping of tensors to outputs (n, C), or to an output with logits
             of that shape. It is never written to.
-        likelihood: "classification" (outputs are logits), "regression" or "reward_modeling" (pairs (n, 2, …) to fit,
-            with the position of the preferred one as label; single inputs to predict).
+        likelihood: "classification" (outputs are logits), "binary" (one logit, or one for each of several labels),
+            "regression", "heteroscedastic" (means of the targets, then their log variances), "poisson" (logarithms of
+            rates), "reward_modeling" (pairs (n, 2, …) to fit, with the position of the preferred one as label; single
+            inputs to predict), or a `Likelihood` of one's own.
         subset_of_weights: "all": every parameter with `requires_grad`; "last_layer"; "subnetwork": some entries.
         hessian_structure: "lowrank": low rank plus diagonal; "kron": curvature along every vector of a Kronecker basis;
             "full": every direction, for few parameters.

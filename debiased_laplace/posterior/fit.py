@@ -12,7 +12,7 @@ from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import DrawnRows
 from debiased_laplace.curvature.first_pass import FirstPass, first_pass, prepare_network
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature

@@ -30,6 +30,7 @@ from debiased_laplace.checks import (
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating, full_precision
 from debiased_laplace.curvature.derivatives import find_capabilities
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.likelihoods import Regression, likelihood_named, shown_class_weights
 from debiased_laplace.curvature.memory import LEAST, available_memory
 from debiased_laplace.curvature.network import Network
@@ -73,7 +74,12 @@ from debiased_laplace.posterior.prior import (
 )
 from debiased_laplace.predictive import links
 from debiased_laplace.predictive.mean_field import GaussianLogits
-from debiased_laplace.predictive.prediction import ClassificationPrediction, Draws, RegressionPrediction
+from debiased_laplace.predictive.prediction import (
+    ClassificationPrediction,
+    Draws,
+    RegressionPrediction,
+    TargetPrediction,
+)
 from debiased_laplace.predictive.predictive import (
     Link,
     PredictionType,
@@ -82,6 +88,8 @@ from debiased_laplace.predictive.predictive import (
     check_model_arguments,
     standard_normal,
 )
+
+_OF_LAPLACE_TORCH = ("classification", "regression", "reward_modeling")
 
 
 class DebiasedParametricLaplace(ParametricLaplace):
@@ -96,7 +104,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str,
+        likelihood: str | Likelihood,
         sigma_noise: int | float | Tensor | None = None,
         prior_precision: int | float | Tensor = 1.0,
         prior_mean: int | float | Tensor = 0.0,
@@ -119,7 +127,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
         **estimator: Any,
     ):
         network(model)
-        likelihood = name_of(likelihood)
+        known = likelihood if isinstance(likelihood, Likelihood) else name_of(likelihood)
+        kind = likelihood_named(known, class_weights)
+        name = known.name if isinstance(known, Likelihood) else known
         keys = MappingKeys(text(dict_key_x, "dict_key_x"), text(dict_key_y, "dict_key_y"))
         if feature_reduction is not None and name_of(feature_reduction) not in {r.value for r in FeatureReduction}:
             expected = [r.value for r in FeatureReduction]
@@ -131,7 +141,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._sampling = SamplingOptions(name_of(sampling), n_rows)  # type: ignore[arg-type]
         self._spec = FitSpec(
             model,
-            likelihood_named(likelihood, class_weights),
+            kind,
             WeightSubset(self._key[0], last_layer_name, subnetwork_indices),
             BackendChoice.of(backend, backend_kwargs),
             keys,
@@ -149,7 +159,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._noise_was_noted = False
         super().__init__(
             model,
-            likelihood,
+            # laplace-torch knows no others
+            name if name in _OF_LAPLACE_TORCH else "classification",
             1.0,
             prior_precision,
             prior_mean,
@@ -158,6 +169,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             dict_key_x,
             dict_key_y,
         )
+        self.likelihood = name
         self.sigma_noise = sigma_noise
         if self._selection is not None:
             self._take(self._selection)
@@ -818,9 +830,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
             **model_kwargs: passed to the model by "nn".
 
         Returns:
-            Classification: probabilities (n, C). Regression: mean (n, C) and variance, (n, C, C) for "glm" ((n, C) with
-            `diagonal_output`), (n, C) for "nn"; jointly (nC,) and (nC, nC). The variance is that of the function,
-            without observation noise.
+            Classification: probabilities (n, C), of "binary" those of every label. Otherwise mean (n, C) and variance
+            of the outputs, (n, C, C) for "glm" ((n, C) with `diagonal_output`), (n, C) for "nn"; jointly (nC,) and
+            (nC, nC). The variance is that of the function, without observation noise; `predict` has that of targets.
 
         Raises:
             NotFittedError: before `fit`.
@@ -832,7 +844,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
             boolean(flag, name)
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
         check_model_arguments(self.model, pred_type, model_kwargs, DebiasedParametricLaplace.__call__)
-        regression = self.likelihood != "classification" and not (fitting and self.likelihood == "reward_modeling")
+        kind = self._spec.likelihood
+        regression = not kind.gives_probabilities or (self.likelihood == "reward_modeling" and not fitting)
         if pred_type == "nn" and link != "mc":
             raise ValueError(f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link!r}.")
         if pred_type == "nn" and regression and n_samples < 2:
@@ -840,7 +853,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         with self._predictive(inputs) as predictive:
             if pred_type == "nn":
                 draws = predictive.network_draws(n_samples, generator, model_kwargs)
-                return (draws.mean(0), draws.var(0)) if regression else torch.softmax(draws, dim=-1).mean(0)
+                return (draws.mean(0), draws.var(0)) if regression else kind.probabilities(draws).mean(0)
             if regression:
                 return predictive.moments(joint=joint, diagonal_output=diagonal_output)
             return predictive.probabilities(link, n_samples, generator, diagonal_output=diagonal_output)
@@ -853,7 +866,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         link_approx: str = "mean_field",
         n_samples: int = 100,
         generator: torch.Generator | None = None,
-    ) -> RegressionPrediction | ClassificationPrediction:
+    ) -> RegressionPrediction | TargetPrediction | ClassificationPrediction:
         """Predict targets.
 
         Args:
@@ -864,14 +877,15 @@ class DebiasedParametricLaplace(ParametricLaplace):
             generator: of these draws.
 
         Returns:
-            Regression: `mean`, `std` with the observation noise, `interval(level)`, in the shape of the targets that
-            were fitted. Classification: `probs`. Both: `samples(n)`.
+            Regression and other targets: `mean`, `std` with the observation noise, `interval(level)`, in the shape of
+            the targets that were fitted. Classification: `probs`. Both: `samples(n)`.
 
         Raises:
             NotFittedError: before `fit`.
             ValueError: if an option is not known.
         """
-        classification = self.likelihood == "classification"
+        kind = self._spec.likelihood
+        classification = kind.gives_probabilities and self.likelihood != "reward_modeling"
         default = name_of(link_approx) == "mean_field"
         link = "mc" if default and name_of(pred_type) == "nn" else link_approx
         found = self(
@@ -882,10 +896,13 @@ class DebiasedParametricLaplace(ParametricLaplace):
             draws = Draws(predictive, pred_type)
         if isinstance(found, Tensor):
             return ClassificationPrediction(found, draws)
-        # a reward is a function without observations
-        noise = self.sigma_noise if self.likelihood == "regression" else found[0].new_zeros(())
-        flat = self.likelihood == "regression" and self.fit_result.targets_are_flat
-        return RegressionPrediction.of(*found, noise.detach(), draws, flat=flat)
+        flat = self.fit_result.targets_are_flat
+        if self.likelihood == "reward_modeling":
+            # a reward is a function without observations
+            return RegressionPrediction.of(*found, found[0].new_zeros(()), draws, flat=False)
+        if self.likelihood == "regression":
+            return RegressionPrediction.of(*found, self.sigma_noise.detach(), draws, flat=flat)
+        return TargetPrediction.of(*found, kind, draws, flat=flat)
 
     @leaves_as_found(waits=True)
     def gaussian_logits(self, x: Tensor | Mapping[str, Tensor]) -> GaussianLogits:
@@ -900,9 +917,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
             ValueError: if outputs are no logits, as in regression.
         """
         self._check_H_init()
-        if self.likelihood == "regression" or self.n_outputs < 2:
+        if not self._spec.likelihood.gives_probabilities or (self.n_outputs > 1 and self.likelihood == "binary"):
             raise ValueError(
-                f"Expected a posterior of at least two logits; got the likelihood {self.likelihood!r} and "
+                f"Expected a posterior of logits of one label; got the likelihood {self.likelihood!r} and "
                 f"{self.n_outputs} outputs. A regression has la(x), mean and variance."
             )
         with self._predictive(self._check_request(x, "glm", 1, None)[0]) as predictive:
@@ -943,9 +960,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw predictions: `functional_samples`, passed through the softmax in classification."""
+        """Draw predictions: `functional_samples`, as probabilities in classification."""
         draws = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        return torch.softmax(draws, dim=-1) if self.likelihood == "classification" else draws
+        kind = self._spec.likelihood
+        gives_probabilities = kind.gives_probabilities and self.likelihood != "reward_modeling"
+        return kind.probabilities(draws) if gives_probabilities else draws
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Return output covariances (n, C, C) for Jacobians (n, C, P)."""

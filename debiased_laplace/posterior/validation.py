@@ -12,14 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from debiased_laplace.curvature.likelihoods import in_columns, likelihood_named
+from debiased_laplace.curvature.likelihood import by_output
+from debiased_laplace.curvature.likelihoods import in_columns
 from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.shifted import ProjectedRows, Shifted
-from debiased_laplace.predictive.predictive import class_probabilities
+from debiased_laplace.predictive.mean_field import averaged_loss
+from debiased_laplace.predictive.predictive import probabilities_of
 
 Posterior = Any
 """A fitted `DebiasedParametricLaplace`, whose module imports this one."""
@@ -215,7 +217,8 @@ def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterato
     """Yield the predictions of the network without a posterior (MAP): no function variance, only noise."""
     for held in data:
         f = held.outputs
-        out = (f, torch.zeros_like(f)) if la.likelihood == "regression" else torch.softmax(f, dim=-1)
+        kind = la._spec.likelihood
+        out = kind.probabilities(f) if kind.gives_probabilities else (f, torch.zeros_like(f))
         yield out, in_columns(held.batch.targets, la.n_outputs).to(f.device)
 
 
@@ -226,12 +229,20 @@ def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float
     """
     parts = []
     for out, y in pairs:
-        if isinstance(out, tuple):
+        if isinstance(out, tuple) and la.likelihood == "regression":
             parts.append(_gaussian(*out, y, la.sigma_noise.detach()))
+            continue
+        if isinstance(out, tuple):
+            parts.append(averaged_loss(la._spec.likelihood, *out, y))
             continue
         exact = accumulation_dtype(out)
         log_p = out.clamp_min(torch.finfo(out.dtype).tiny).to(exact).log()
-        if y.is_floating_point():
+        if la.likelihood == "binary":
+            # 1 - p of a label that is all but certain is its rounding
+            log_q = (1 - out).clamp_min(torch.finfo(out.dtype).eps).to(exact).log()
+            labels = by_output(y, log_p)
+            parts.append(-(labels * log_p + (1 - labels) * log_q).sum(-1))
+        elif y.is_floating_point():
             parts.append(-(y.to(exact) * log_p).sum(-1))
         else:
             parts.append(-log_p.gather(1, y.long()[:, None])[:, 0])
@@ -295,7 +306,7 @@ def fit_the_likelihood(la: Posterior, data: Sequence[ValidationBatch]) -> bool:
 def _check_targets(la: Posterior, batch: Batch) -> None:
     """Refuse targets that do not fit the likelihood."""
     zeros = la.mean_subnet.new_zeros(len(batch), la.n_outputs, device=batch.targets.device)
-    likelihood_named(la.likelihood).check(zeros, batch.targets)
+    la._spec.likelihood.check(zeros, batch.targets)
 
 
 def _generator(la: Posterior) -> torch.Generator:
@@ -324,20 +335,21 @@ def _predict(
     scoring: Scoring,
     generator: torch.Generator,
 ) -> Prediction:
-    alone = _outputs_alone(la, scoring) or (la.likelihood != "regression" and scoring.link == "probit")
+    kind = la._spec.likelihood
+    alone = _outputs_alone(la, scoring) or (kind.gives_probabilities and scoring.link == "probit")
     spread = torch.cat([spreads.of_outputs(held, alone=alone) for held in rows])
-    if la.likelihood == "regression":
+    if not kind.gives_probabilities:
         return mean, spread.to(mean.dtype)
     if scoring.link == "mc":
         # the draws of the posterior itself
         spread = spread.to(mean.dtype)
-    p = class_probabilities(mean.to(spread.dtype), spread, scoring.link, scoring.n_samples, generator)
+    p = probabilities_of(kind, mean.to(spread.dtype), spread, scoring.link, scoring.n_samples, generator)
     return p.to(mean.dtype)
 
 
 def _outputs_alone(la: Posterior, scoring: Scoring) -> bool:
-    """Return whether variances are enough: the default loss of regression uses no covariances."""
-    return la.likelihood == "regression" and scoring.loss is None
+    """Return whether variances are enough: the default loss of regression, and labels, use no covariances."""
+    return (la.likelihood == "regression" and scoring.loss is None) or la.likelihood == "binary"
 
 
 def _gaussian(mean: Tensor, variance: Tensor, y: Tensor, sigma: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ References:
     (scrambled Sobol' points); Chernoff (1952), doi 10.1214/aoms/1177729330.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
@@ -159,6 +161,31 @@ class GaussianLogits:
                 # noise of the first logit shifts every difference equally
                 rows = torch.cat([rows, (remaining[chunk, None] + deviations.mean(1))[:, None]], dim=1)
             yield rows.softmax(1)
+
+
+def averaged_loss(
+    likelihood: Likelihood, mean: Float[Tensor, "n C"], spread: Tensor, targets: Tensor
+) -> Float[Tensor, " n"]:
+    r"""Return $-\log E\,p(y \mid f)$ of Gaussian outputs f in nats, by the quadrature of the leading classes.
+
+    Args:
+        likelihood: of the targets, with its normalizing constant in the loss.
+        mean: of the outputs.
+        spread: covariances (n, C, C), or variances (n, C) of independent outputs.
+        targets: y.
+    """
+    exact = accumulation_dtype(mean)
+    m, n_outputs = mean.to(exact), mean.shape[1]
+    L = spread.to(exact).clamp_min(0).sqrt().diag_embed() if spread.ndim == 2 else _root(spread.to(exact))
+    z = nodes(n_outputs, exact, m.device)
+    S = z.shape[1]
+    size = max(1, CHUNK_BYTES // (4 * n_outputs * S * z.element_size()))
+    parts = []
+    for f, root, y in zip(m.split(size), L.split(size), targets.split(size), strict=True):
+        at = f[:, None] + (root @ z).mT
+        losses = likelihood.per_sample_loss(at.flatten(0, 1), y.repeat_interleave(S, dim=0)).unflatten(0, (-1, S))
+        parts.append(math.log(S) - (-losses).logsumexp(1))
+    return torch.cat(parts)
 
 
 def sorted_differences(mean: Float[Tensor, "n C"]) -> tuple[Float[Tensor, "n C"], Int64[Tensor, "n C"]]:

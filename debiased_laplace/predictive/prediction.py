@@ -1,4 +1,4 @@
-"""Predictions of targets: mean and standard deviation with the observation noise, or class probabilities."""
+"""Predictions of targets: mean and standard deviation with the observation noise, or probabilities of labels."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from debiased_laplace.checks import integer
 from debiased_laplace.curvature.contexts import differentiable_kernels, evaluating
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.predictive.predictive import Predictive
 
 if TYPE_CHECKING:
@@ -151,11 +152,100 @@ class RegressionPrediction:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClassificationPrediction:
-    """Prediction of class labels.
+class TargetPrediction:
+    """Prediction of targets whose noise depends on the outputs, in the shape that they had in `fit`, (n, T) or (n,).
 
     Attributes:
-        probs: class probabilities, averaged over the posterior.
+        mean: of the targets.
+        std: standard deviation of the targets; its square is the sum of those of the two following.
+        function_std: standard deviation of the targets' mean, which is not known (epistemic).
+        noise_std: root of the mean variance that targets have around it (aleatoric).
+        outputs: means (n, C) and variances (n, C) of the outputs.
+        likelihood: of the targets.
+        draws: source of `samples`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    function_std: Tensor
+    noise_std: Tensor
+    outputs: tuple[Tensor, Tensor]
+    likelihood: Likelihood
+    draws: Draws
+
+    @classmethod
+    def of(
+        cls,
+        mean: Float[Tensor, "n C"],
+        variance: Float[Tensor, "n C"],
+        likelihood: Likelihood,
+        draws: Draws,
+        *,
+        flat: bool,
+    ) -> "TargetPrediction":
+        """Return the prediction of Gaussian outputs.
+
+        Args:
+            mean: of the outputs.
+            variance: of the outputs; tiny negative values, which are rounding, count as 0.
+            likelihood: of the targets.
+            draws: source of functions.
+            flat: whether targets are (n,).
+        """
+        outputs = mean.detach(), variance.detach().clamp_min(0)
+        moments = tuple(m[:, 0] if flat and m.ndim == 2 else m for m in likelihood.target_moments(*outputs))
+        mean, of_mean, of_noise = moments
+        return cls(mean, (of_mean + of_noise).sqrt(), of_mean.sqrt(), of_noise.sqrt(), outputs, likelihood, draws)
+
+    def interval(self, level: float = 0.95, n_samples: int = 2_000) -> tuple[Tensor, Tensor]:
+        """Return lower and upper ends of central intervals that hold a target with a probability: quantiles of draws.
+
+        Args:
+            level: the probability.
+            n_samples: number of draws of each target, the same at every call.
+
+        Raises:
+            ValueError: if the level is not between 0 and 1.
+        """
+        _quantile(level)
+        n_samples = integer(n_samples, "n_samples", minimum=2)
+        mean, variance = self.outputs
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(n_samples, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+        y = self._drawn(mean + variance.sqrt() * z, generator)
+        tails = y.new_tensor([(1 - level) / 2, (1 + level) / 2])
+        # of counts, a value that was drawn
+        low, high = torch.quantile(y, tails, dim=0, interpolation="nearest")
+        return low, high
+
+    def samples(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Draw targets, (n_samples, *shape of the mean): functions at all inputs together, and noise at each.
+
+        Args:
+            n_samples: number of draws.
+            generator: of the functions, on the model's device.
+        """
+        f = self.draws.functions(n_samples, generator)
+        seed = int(torch.randint(2**62, (), generator=generator, device=f.device if generator else None))
+        return self._drawn(f, torch.Generator().manual_seed(seed))
+
+    def _drawn(self, f: Float[Tensor, "S n C"], generator: torch.Generator) -> Tensor:
+        return self.likelihood.targets_at(f, generator).to(f.dtype).reshape(len(f), *self.mean.shape)
+
+    def __repr__(self) -> str:
+        low, high = (float(t) for t in self.std.detach().aminmax())
+        shape = tuple(self.mean.shape)
+        return (
+            f"TargetPrediction({self.likelihood.name}, mean and std of shape {shape}, std from {low:.3g} to {high:.3g})"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClassificationPrediction:
+    """Prediction of labels.
+
+    Attributes:
+        probs: class probabilities, averaged over the posterior; of "binary" those of every label.
         draws: source of `samples`.
     """
 
@@ -163,13 +253,14 @@ class ClassificationPrediction:
     draws: Draws
 
     def samples(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S n C"]:
-        """Draw functions, and return the class probabilities of each.
+        """Draw functions, and return the probabilities of each.
 
         Args:
             n_samples: number of draws.
             generator: of the draws, on the model's device.
         """
-        return torch.softmax(self.draws.functions(n_samples, generator), dim=-1)
+        likelihood = self.draws.predictive.network.likelihood
+        return likelihood.probabilities(self.draws.functions(n_samples, generator))
 
     def __repr__(self) -> str:
         low, high = (float(t) for t in self.probs.detach().amax(1).aminmax())

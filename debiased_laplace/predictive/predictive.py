@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from debiased_laplace.checks import integer
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.data.inputs import Inputs
@@ -59,7 +60,9 @@ class Predictive:
         return predict(self.network, self.precision, self.inputs, create_graph=self.create_graph)
 
     def gaussian_logits(self) -> GaussianLogits:
-        """Return the Gaussian over the logits of each input."""
+        """Return the Gaussian over the logits of each input; of a single binary one over (0, f)."""
+        if self.network.likelihood.name == "binary":
+            return GaussianLogits.of_covariance(*_pairs(*self.moments(diagonal_output=True)))
         return linearized.predict_logits(self.network, self.precision, self.inputs, create_graph=self.create_graph)
 
     def linearized_draws(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S n C"]:
@@ -81,6 +84,9 @@ class Predictive:
         self, link: str, n_samples: int, generator: torch.Generator | None, *, diagonal_output: bool = False
     ) -> Float[Tensor, "n C"]:
         """Return class probabilities of the linearized network by one of the links."""
+        likelihood = self.network.likelihood
+        if likelihood.name == "binary":
+            return probabilities_of(likelihood, *self.moments(diagonal_output=True), link, n_samples, generator)
         if link == "mean_field" and not diagonal_output:
             return self.gaussian_logits().probabilities()
         independent = link == "probit" or (link in ("mean_field", "mc") and diagonal_output)
@@ -107,6 +113,37 @@ def standard_normal(
         drawn = torch.cat([ahead, drawn]) if len(ahead) else drawn
         yield drawn[:n].reshape(-1, P)
         ahead = drawn[n:].clone()
+
+
+def probabilities_of(
+    likelihood: Likelihood,
+    mean: Float[Tensor, "n C"],
+    spread: Tensor,
+    link: str,
+    n_samples: int,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "n C"]:
+    """Return the probabilities of a likelihood's labels, of Gaussian logits by a link; as `class_probabilities`.
+
+    Raises:
+        ValueError: for binary labels by a bridge, which needs a variance of every logit.
+    """
+    if likelihood.name != "binary":
+        return class_probabilities(mean, spread, link, n_samples, generator)
+    if link in ("bridge", "bridge_norm"):
+        raise ValueError(f"link_approx={link!r} is of a softmax; expected 'mean_field', 'probit' or 'mc' of 'binary'.")
+    variance = spread if spread.ndim == 2 else spread.diagonal(dim1=-2, dim2=-1)
+    if link == "mc":
+        draws = links.independent_draws(mean, variance, n_samples=n_samples, generator=generator)
+        return likelihood.probabilities(draws).mean(0)
+    return class_probabilities(*_pairs(mean, variance), link, n_samples, generator)[:, 1].reshape(mean.shape)
+
+
+def _pairs(mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor]:
+    """Return means (nC, 2) and covariances of the logits (0, f) of every output f: a label is a softmax of two."""
+    f, v = mean.flatten(), variance.flatten()
+    means = torch.stack([torch.zeros_like(f), f], dim=1)
+    return means, torch.diag_embed(torch.stack([torch.zeros_like(v), v], dim=1))
 
 
 def class_probabilities(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from debiased_laplace.curvature.likelihoods import Likelihood
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from debiased_laplace.checks import boolean, integer, one_of, tensor
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
@@ -89,7 +90,7 @@ def _standard_errors(values: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
 @leaves_as_found()
 def directional_derivatives(
     model: Any,
-    likelihood: str,
+    likelihood: str | Likelihood,
     data: Any,
     directions: Float[Tensor, "P k"],
     *,
@@ -105,7 +106,7 @@ def directional_derivatives(
 
     Args:
         model: evaluated in evaluation mode, and left as it was.
-        likelihood: "classification", "regression" or "reward_modeling".
+        likelihood: a name, or a likelihood of one's own, as of `DebiasedLaplace`.
         data: (inputs, targets), a loader over a map-style data set, or a list of batches; each sample once.
         directions: columns over the flattened trainable parameters, in their order; they need not be orthonormal.
         curvature: "ggn", "ef" or "hessian".
@@ -201,7 +202,7 @@ class DirectionalProblem:
     def checked(
         cls,
         model: Any,
-        likelihood: str,
+        likelihood: str | Likelihood,
         data: Any,
         directions: Tensor,
         *,

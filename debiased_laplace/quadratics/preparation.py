@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.first_pass import checked_outputs, prepare_network
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
@@ -18,7 +19,7 @@ from debiased_laplace.data.sub_batch import SubBatch
 Curvature = Literal["ggn", "ef", "hessian"]
 
 
-def prepare_network_and_batch(model: nn.Module, likelihood: str, batch: Batch) -> tuple[Network, Batch]:
+def prepare_network_and_batch(model: nn.Module, likelihood: str | Likelihood, batch: Batch) -> tuple[Network, Batch]:
     """Return the network of all trainable weights, and the batch on its device.
 
     Raises:
@@ -26,8 +27,6 @@ def prepare_network_and_batch(model: nn.Module, likelihood: str, batch: Batch) -
     """
     selection = ParameterSelection.all_weights(model)
     selection.check_finite()
-    if not isinstance(likelihood, str):
-        raise ValueError(f"likelihood must be a string; got {likelihood!r}.")
     kind = likelihood_named(likelihood)
     if len(batch) == 0:
         raise ValueError("Expected at least one sample; got an empty batch.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.curvature.contexts import at_weights
+from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.quadratics.directional_derivatives import DirectionalProblem
 from debiased_laplace.quadratics.preparation import Curvature
@@ -83,7 +84,7 @@ class Quadratic:
 @leaves_as_found()
 def quadratic_along(
     model: Any,
-    likelihood: str,
+    likelihood: str | Likelihood,
     data: Any,
     directions: Float[Tensor, "P k"],
     *,
@@ -98,7 +99,7 @@ def quadratic_along(
 
     Args:
         model: evaluated in evaluation mode, and left as it was.
-        likelihood: "classification", "regression" or "reward_modeling".
+        likelihood: a name, or a likelihood of one's own, as of `DebiasedLaplace`.
         data: (inputs, targets), a loader over a map-style data set, or a list of batches; each sample once.
         directions: columns over the flattened trainable parameters; they need not be orthonormal.
         curvature: "ggn", "ef" or "hessian".

@@ -17,9 +17,10 @@ from debiased_laplace import (
     held_out_kl,
     newton_step,
 )
+from debiased_laplace.curvature.classification import are_probabilities
 from debiased_laplace.curvature.contexts import differentiable_kernels
 from debiased_laplace.curvature.first_pass import checked_outputs, first_pass, prepare_network
-from debiased_laplace.curvature.likelihoods import are_probabilities, likelihood_named
+from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.data.batches import Batch, sample_hashes

@@ -7,7 +7,8 @@ from oracles import output_gradient, output_hessian
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from debiased_laplace.curvature.likelihoods import Likelihood, Regression, likelihood_named
+from debiased_laplace.curvature.likelihood import Likelihood
+from debiased_laplace.curvature.likelihoods import Regression, likelihood_named
 
 KINDS = ["classification", "regression"]
 ALL = slice(None)
@@ -112,7 +113,7 @@ def test_accepts_targets_that_fit(kind: str) -> None:
     likelihood_named(kind).check(outputs(), targets(kind, 6, 4))
 
 
-@pytest.mark.parametrize("name", ["poisson", "Classification", ""])
+@pytest.mark.parametrize("name", ["bernoulli", "Classification", ""])
 def test_unknown_likelihoods_are_refused_with_what_there_is(name: str) -> None:
     with pytest.raises(ValueError, match=r"classification.*regression"):
         likelihood_named(name)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from debiased_laplace.curvature import output_rows
-from debiased_laplace.curvature.likelihoods import Classification, Regression, likelihood_named
+from debiased_laplace.curvature.classification import Classification
+from debiased_laplace.curvature.likelihoods import Regression, likelihood_named
 from debiased_laplace.curvature.output_rows import cotangents, row_sizes
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, Identity
 

@@ -323,7 +323,7 @@ WRONG = {
     "no samples held out": ({"judging_share": 0.0}, "judging_share"),
     "negative weight decay": ({"weight_decay": -0.1}, "weight_decay"),
     "unknown magnitudes": ({"magnitudes": "jackknife"}, "magnitudes"),
-    "unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
+    "unknown likelihood": ({"likelihood": "bernoulli"}, "likelihood"),
     "no iterations": ({"max_iterations": 0}, "max_iterations"),
 }
 

@@ -549,7 +549,7 @@ WRONG = {
     "half an iteration": ({"max_iterations": 2.5}, "max_iterations"),
     "tolerance below zero": ({"tolerance": -1.0}, "tolerance"),
     "shrinkage that is a string": ({"shrinkage": "yes"}, "shrinkage"),
-    "unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
+    "unknown likelihood": ({"likelihood": "bernoulli"}, "likelihood"),
     "regularizer below zero": ({"regularizer": -2.0}, "prior_precision"),
     "a loader": ({"batch": [1, 2, 3]}, "Expected batches"),
     "a preconditioner of another shape": ({"preconditioner": lambda r: r[:3]}, "preconditioner"),

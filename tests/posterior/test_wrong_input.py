@@ -49,7 +49,7 @@ WRONG_TYPES = {
     "temperature: text": "temperature.*'cold'",
     "temperature: several": "temperature must be one number; got 2",
     "sigma_noise: a matrix": r"one number or one per output; got shape \(3, 2\)",
-    "likelihood: unknown": "'classification', 'regression', 'reward_modeling'.*'poisson'",
+    "likelihood: unknown": "'binary', 'classification', .*'reward_modeling'.*'bernoulli'",
     "subset: unknown": "'all', 'last_layer', 'subnetwork'.*'full', 'kron', 'lowrank'.*got 'first_layer'",
     "structure: unknown": "'all', 'last_layer', 'subnetwork'.*'full', 'kron', 'lowrank'.*got 'all' and 'tree'",
     "subnetwork: no indices": "1-D LongTensor.* 93 trainable parameters; got none",

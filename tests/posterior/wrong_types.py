@@ -60,7 +60,7 @@ CASES = {
     "temperature: text": lambda: fresh(temperature="cold"),
     "temperature: several": lambda: fresh(temperature=torch.ones(2)),
     "sigma_noise: a matrix": lambda: fresh("regression", sigma_noise=torch.ones(3, 2)),
-    "likelihood: unknown": lambda: fresh("poisson"),
+    "likelihood: unknown": lambda: fresh("bernoulli"),
     "subset: unknown": lambda: posterior_of(mlp()[0], "classification", "first_layer"),
     "structure: unknown": lambda: posterior_of(mlp()[0], "classification", "all", "tree"),
     "subnetwork: no indices": lambda: subnetwork(None),

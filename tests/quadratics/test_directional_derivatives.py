@@ -197,7 +197,7 @@ WRONG = {
     "no directions": ({"directions": torch.zeros(P, 0)}, "at least one"),
     "NaN in directions": ({"directions": NAN}, "finite directions"),
     "an unknown curvature": ({"curvature": "fisher"}, "curvature"),
-    "an unknown likelihood": ({"likelihood": "poisson"}, "likelihood"),
+    "an unknown likelihood": ({"likelihood": "bernoulli"}, "likelihood"),
     "no samples": ({"data": (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))}, "at least one sample"),
     "no batches": ({"data": []}, "empty"),
     "inputs that the model refuses": ({"data": (torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))}, "evaluated"),
