@@ -44,6 +44,7 @@ SHOWN = {
         f"{WHY}#what-it-does-to-a-laplace-posterior",
         "laplace_against_the_full_batch.png",
     ),
+    "11": Example("A likelihood of one's own", "likelihoods.md#your-own"),
 }
 DOUBLE_STRUCK = {"E": "𝔼", "N": "ℕ", "P": "ℙ", "R": "ℝ"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)

@@ -171,3 +171,15 @@ def test_laplace_against_the_full_batch(tmp_path):
         for place in (0, 1, 3):
             assert debiased[place] < biased[place], (prior, place)
     assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_ordinal():
+    done = finished("11_ordinal.py")
+    number = r"(-?[\d.]+)"
+    numbers = re.findall(f"{number} nats; the network alone {number}, a difference of {number} ± {number}", done.stdout)
+    ((averaged, alone, difference, error),) = (tuple(map(float, found)) for found in numbers)
+    assert averaged == pytest.approx(1.66, abs=0.1)
+    assert alone == pytest.approx(2.2, abs=0.2)
+    assert difference < -3 * error
+    assert "DebiasedLowRankLaplace(ordinal, " in done.stdout
