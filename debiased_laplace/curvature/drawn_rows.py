@@ -22,7 +22,7 @@ from debiased_laplace.curvature.first_pass import checked_outputs, with_target_w
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.linear_layer import features_of, output_layer
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.curvature.output_rows import cotangents, row_sizes
+from debiased_laplace.curvature.output_rows import cotangents, n_slots, row_sizes
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
@@ -43,9 +43,13 @@ _AT_RANDOM = 256
 
 @dataclass(frozen=True)
 class DrawnCotangents(OutputRoot):
-    """Root with one column for each drawn row: its cotangent, which stands in for targets or noise."""
+    """Root with one column for each drawn row: its cotangent, which stands in for targets or noise.
+
+    With positions, that of the row's position alone, and then the number of the position.
+    """
 
     kind: str
+    has_positions: bool = False
 
     def n_columns(self, n_outputs: int) -> int:  # noqa: ARG002
         """Return 1."""
@@ -55,17 +59,26 @@ class DrawnCotangents(OutputRoot):
         """Raise, because cotangents belong to drawn rows and not to targets."""
         raise NotImplementedError("Cotangents of drawn rows are computed with the draw.")
 
-    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:  # noqa: ARG002
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
         """Return the cotangent."""
-        return targets_or_noise[..., None][..., chosen]
+        return self._cotangents(outputs, targets_or_noise)[..., None][..., chosen]
 
-    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:
         """Return the cotangent times X."""
-        return targets_or_noise[..., None, :].to(X.dtype) @ X
+        return self._cotangents(outputs, targets_or_noise)[..., None, :].to(X.dtype) @ X
 
-    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
         """Return the cotangent times its inner product with x."""
-        return targets_or_noise * (targets_or_noise * x).sum(-1, keepdim=True)
+        c = self._cotangents(outputs, targets_or_noise)
+        return c * (c * x).sum(-1, keepdim=True)
+
+    def _cotangents(self, outputs: Float[Tensor, "*n C"], targets_or_noise: Tensor) -> Float[Tensor, "*n C"]:
+        if not self.has_positions:
+            return targets_or_noise
+        c, t = targets_or_noise[..., :-1], targets_or_noise[..., -1:]
+        T = outputs.shape[-1] // c.shape[-1]
+        is_own = torch.arange(T, device=t.device) == t
+        return (is_own[..., None] * c[..., None, :]).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +296,7 @@ class RowSampler:
         draw, probabilities = self.drawers[which].drawn(n_rows)
         scored = self.scored
         if not self.of_samples:
-            draw, probabilities = _merged(draw, probabilities, scored, self.network.n_outputs)
+            draw, probabilities = _merged(draw, probabilities, scored, self.network.n_classes)
         return DrawnRows(self, draw, probabilities, self.drawers[which].expected(n_rows), scored)
 
     def random_samples(self, n: int) -> list[Batch]:
@@ -342,7 +355,7 @@ class DrawnRows:
         whose weights sum to N'.
         """
         network, draw = self.sampler.network, self.draw
-        C = network.n_outputs
+        C = network.n_classes
         batches = []
         for numbers, batch in self.sampler.samples(draw.samples.unique()):
             # the rows of these samples, each with a copy of its sample
@@ -362,11 +375,14 @@ class DrawnRows:
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batches[0].first(8))
             samples = samples.weighted(weights.to(network.like.dtype))
             return HessianCurvature(network, samples, second, draw=errors, progress_bar=progress_bar)
+        found, has_positions = draw.attached[:, :C].to(network.like), network.layout is not None
+        if has_positions:
+            found = torch.cat([found, (draw.rows // n_slots(C)).to(found)[:, None]], dim=1)
         return RowCurvature(
             network,
             samples,
-            DrawnCotangents(self.sampler.root.kind),
-            targets_or_noise=draw.attached[:, :C].to(network.like),
+            DrawnCotangents(self.sampler.root.kind, has_positions),
+            targets_or_noise=found,
             draw=errors,
             progress_bar=progress_bar,
         )

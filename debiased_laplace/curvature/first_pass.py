@@ -13,6 +13,7 @@ from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.memory import KEEP_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, rounding_of
+from debiased_laplace.curvature.positions import OutputLayout, PositionWise, flattened
 from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
@@ -105,9 +106,13 @@ def prepare_network(
     parameters = selection.current()
     few = batch.first(2 if is_large_network(selection.model) else 8)
     with torch.no_grad():
-        outputs = evaluated(selection, parameters, few)
+        returned = selection.evaluated(parameters, few.inputs)
+        layout = OutputLayout.of(returned)
+        likelihood = PositionWise.of(likelihood, layout)
+        outputs = checked_outputs(flattened(returned), few)
         likelihood.check(outputs, few.targets)
-        if likelihood.name == "classification" and are_probabilities(outputs):
+        by_position = outputs if layout is None else outputs.reshape(-1, layout.n_classes)
+        if likelihood.name == "classification" and are_probabilities(by_position):
             raise ValueError(f"The model's outputs are probabilities; {LOGITS_NEEDED}.")
         if likelihood.name == "binary" and len(outputs) > 1 and bool(((outputs >= 0) & (outputs <= 1)).all()):
             raise ValueError(
@@ -139,7 +144,7 @@ def evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batc
     Raises:
         ValueError: if the model cannot be evaluated, or the outputs are not finite or have another shape.
     """
-    return checked_outputs(selection.evaluated(parameters, batch.inputs), batch)
+    return checked_outputs(flattened(selection.evaluated(parameters, batch.inputs)), batch)
 
 
 def checked_outputs(outputs: Tensor, batch: Batch) -> Tensor:

@@ -88,6 +88,10 @@ class Likelihood(ABC):
         """Return the factor of each sample's loss that its target implies; None: 1."""
         return None
 
+    def output_factors(self, outputs_per_sample: int, targets: Tensor) -> Float[Tensor, "n C"] | None:  # noqa: ARG002
+        """Return the factor of each output's curvature; None: 1."""
+        return None
+
     def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:  # noqa: ARG002
         """Draw the noise that `drawn_targets` converts to targets, on the generator's device."""
         raise ValueError(

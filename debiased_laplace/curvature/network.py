@@ -17,6 +17,7 @@ from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.linear_layer import LinearLayer
 from debiased_laplace.curvature.memory import CHUNK_BYTES, LARGEST_SIDE, available_memory
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.positions import OutputLayout, PositionWise
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, shape_of, split
@@ -58,6 +59,23 @@ class Network:
     backend: CurvatureBackend | None = None
     memory: int | None = None
     largest_side: int = LARGEST_SIDE
+
+    @property
+    def layout(self) -> OutputLayout | None:
+        """Layout of the outputs in the model; None without positions."""
+        return self.likelihood.layout if isinstance(self.likelihood, PositionWise) else None
+
+    @property
+    def n_classes(self) -> int:
+        """Number of outputs at each position; without positions, of all outputs."""
+        return self.n_outputs if self.layout is None else self.layout.n_classes
+
+    def at_position(self, number: int) -> "Network":
+        """Return the network with the outputs at one position alone."""
+        assert isinstance(self.likelihood, PositionWise)  # for the type checker
+        C = self.n_classes
+        selection = replace(self.selection, outputs=slice(number * C, (number + 1) * C))
+        return replace(self, selection=selection, n_outputs=C, likelihood=self.likelihood.base)
 
     @property
     def available_memory(self) -> int:
@@ -138,7 +156,8 @@ class Network:
         # outside a transformation, where the model's own errors are readable
         with torch.no_grad():
             outputs = self.selection.evaluated(self.parameters, first(inputs, 1))
-        if outputs.ndim > 2 and outputs.numel() != self.n_outputs:
+        found = OutputLayout.of(outputs)
+        if found != self.layout and outputs.numel() != self.n_outputs:
             raise ValueError(
                 f"Expected inputs with {self.n_outputs} outputs each, as at the fit; got outputs of shape "
                 f"{tuple(outputs.shape[1:])} for inputs of shape {shape_of(inputs)}. Flatten further dimensions of "

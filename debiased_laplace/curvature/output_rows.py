@@ -29,6 +29,7 @@ from torch.nn.functional import one_hot
 from debiased_laplace.curvature.classification import Classification
 from debiased_laplace.curvature.likelihood import IndependentOutputs, Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
+from debiased_laplace.curvature.positions import PositionWise
 from debiased_laplace.curvature.roots import EmpiricalFisher, GaussNewton, OutputRoot
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 
@@ -53,6 +54,8 @@ def row_sizes(root: OutputRoot, outputs: Float[Tensor, "n C"], targets: Tensor) 
         targets: as the likelihood takes them.
     """
     f = outputs.to(accumulation_dtype(outputs))
+    if (of_positions := _with_positions(root)) is not None:
+        return _sizes_by_position(root, of_positions, f, targets)
     if isinstance(root, EmpiricalFisher):
         return _gradient(root.likelihood, f, targets).square().sum(1, keepdim=True)
     if _has_softmax(root):
@@ -72,6 +75,8 @@ def cotangents(
     Eigenvectors of equal eigenvalues are arbitrary: choose all rows of a sample in one call, so that they are of one
     basis.
 
+    With positions, slots count those of one position after the other, and cotangents are (R, C) of the row's position.
+
     Args:
         root: as for `row_sizes`.
         outputs: as for `row_sizes`.
@@ -80,6 +85,12 @@ def cotangents(
         rows: slot j of each row within its sample; the cotangent of an empty slot is 0.
     """
     f, samples, rows = outputs.to(accumulation_dtype(outputs)), samples.to(outputs.device), rows.to(outputs.device)
+    if (whole := _with_positions(root)) is not None:
+        base, r = GaussNewton(whole.base), n_slots(whole.layout.n_classes)
+        T = f.shape[1] // whole.layout.n_classes
+        of_positions, t = whole.by_position(f).flatten(0, 1), rows // r
+        found = cotangents(base, of_positions, of_positions[:, 0], samples * T + t, rows % r)
+        return found * whole.factors(f, targets)[samples, t].sqrt()[:, None]
     if isinstance(root, EmpiricalFisher):
         return _gradient(root.likelihood, f[samples], targets[samples.to(targets.device)])
     if _has_softmax(root):
@@ -93,6 +104,28 @@ def cotangents(
     used, owner = samples.unique(return_inverse=True)
     values, vectors = _eigenpairs(root, f[used])
     return values[owner, rows].sqrt()[:, None] * vectors(owner, rows)
+
+
+def _sizes_by_position(
+    root: OutputRoot, likelihood: PositionWise, outputs: Float[Tensor, "n TC"], targets: Tensor
+) -> Float[Tensor, "n Tr"]:
+    """Return the sizes of the rows of all positions, one after the other."""
+    if not isinstance(root, GaussNewton):
+        raise ValueError("Outputs with positions have rows of the GGN alone; expected backend=None.")
+    of_positions = likelihood.by_position(outputs).flatten(0, 1)
+    sizes = row_sizes(GaussNewton(likelihood.base), of_positions, of_positions[:, 0])
+    factors = likelihood.factors(outputs, targets)
+    return (sizes.unflatten(0, (len(outputs), -1)) * factors[..., None]).flatten(1)
+
+
+def _with_positions(root: OutputRoot) -> PositionWise | None:
+    likelihood = root.likelihood if isinstance(root, GaussNewton | EmpiricalFisher) else None
+    return likelihood if isinstance(likelihood, PositionWise) else None
+
+
+def n_slots(n_classes: int) -> int:
+    """Return the number of slots of rows of the GGN for outputs of so many classes."""
+    return n_classes if n_classes <= MOST_EIGENVECTORS else MOST_LEADING + n_classes
 
 
 def _has_softmax(root: OutputRoot) -> bool:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from debiased_laplace.curvature.positions import flattened
 from debiased_laplace.data.inputs import Inputs, dtype_of, shape_of
 
 
@@ -32,6 +33,7 @@ class ParameterSelection:
         subset: description of the selection for messages.
         last_layer: name of the module, if one layer is selected.
         written: names of buffers that a forward pass writes to, once that is known; it gets copies of them.
+        outputs: some of the model's flat outputs; None: all.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class ParameterSelection:
     subset: str
     last_layer: str | None = None
     written: set[str] = field(default_factory=set)
+    outputs: slice | None = None
 
     @classmethod
     def all_weights(cls, model: nn.Module) -> "ParameterSelection":
@@ -204,14 +207,14 @@ class ParameterSelection:
         }
 
     def call(self, parameters: dict[str, Tensor], inputs: Inputs, model_kwargs: dict[str, Any] | None = None) -> Tensor:
-        """Return the model's outputs with these values in place of the selected entries.
+        """Return the model's flat outputs with these values in place of the selected entries.
 
         A mapping is passed as `call_with` does. Of Hugging Face outputs and of mappings, the logits are returned.
 
         Raises:
             ValueError: if the model returns anything but a tensor or an output with logits.
         """
-        return logits_of(self._returned(parameters, inputs, model_kwargs))
+        return self._flat(logits_of(self._returned(parameters, inputs, model_kwargs)))
 
     def as_placed(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters in the precision that the model holds them in."""
@@ -223,7 +226,7 @@ class ParameterSelection:
         An embedding's padding is a constant in the derivative of `torch.nn.functional.embedding`, but not in that by
         the tensor.
         """
-        return logits_of(self._returned(parameters, inputs, None, {}))
+        return self._flat(logits_of(self._returned(parameters, inputs, None, {})))
 
     def call_noting_buffers(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the same as `call`, and note the buffers that the model writes to."""
@@ -234,7 +237,7 @@ class ParameterSelection:
         return outputs
 
     def evaluated(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        """Return the same as `call`, with errors of the model as `ValueError`.
+        """Return the same as `call` with all dimensions of the outputs, and with errors of the model as `ValueError`.
 
         Raises:
             ValueError: if the model cannot be evaluated; it names the shape and dtype of the inputs.
@@ -247,6 +250,10 @@ class ParameterSelection:
                 f"{dtype_of(inputs)}: {error}"
             ) from error
         return logits_of(returned)
+
+    def _flat(self, outputs: Tensor) -> Tensor:
+        outputs = flattened(outputs)
+        return outputs if self.outputs is None else outputs[:, self.outputs]
 
     def _returned(
         self,

@@ -111,20 +111,26 @@ class GaussNewton(OutputRoot):
         return n_outputs
 
     def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Return zeros, which are unused."""
-        return targets.new_zeros(len(targets))
+        """Return factors of the outputs' curvature; without any, zeros, which are unused."""
+        factors = self.likelihood.output_factors(n_outputs, targets)
+        return targets.new_zeros(len(targets)) if factors is None else factors
 
-    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:  # noqa: ARG002
+    def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
         """Return columns of the likelihood's root."""
-        return self.likelihood.root(outputs, chosen)
+        S = self.likelihood.root(outputs, chosen)
+        # blocks of the curvature have one factor each
+        return S if targets_or_noise.ndim < outputs.ndim else S * targets_or_noise.to(S).sqrt()[..., None]
 
-    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:  # noqa: ARG002
+    def transposed(self, outputs: Tensor, targets_or_noise: Tensor, X: Tensor) -> Tensor:
         r"""Return $S^\top X$ by the likelihood's formula."""
+        if targets_or_noise.ndim == outputs.ndim:
+            X = X * targets_or_noise.to(X).sqrt()[..., None]
         return self.likelihood.root_transposed(outputs, X)
 
-    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+    def product(self, outputs: Tensor, targets_or_noise: Tensor, x: Tensor) -> Tensor:
         r"""Return $\Lambda x$ by the likelihood's formula."""
-        return self.likelihood.hessian_product(outputs, x)
+        found = self.likelihood.hessian_product(outputs, x)
+        return found if targets_or_noise.ndim < outputs.ndim else found * targets_or_noise.to(found)
 
     def quadratics(self, outputs: Tensor, targets_or_noise: Tensor, Q: Tensor | None) -> Tensor:  # noqa: ARG002
         r"""Return $q_i^\top \Lambda q_i$ by the likelihood's formula."""

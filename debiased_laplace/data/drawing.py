@@ -128,7 +128,8 @@ class Rows:
     r"""Rows that were drawn.
 
     Attributes:
-        positions: of each row: of its sample in the data set, and number of the row within the sample.
+        positions: of each row: of its sample in the data set, of its outputs in the sample (0 without such positions),
+            and number of the row there.
         part: 0 for rows that give directions, 1 for those that give magnitudes ("held_out"); the fold
             ("cross_fitted"); 0 ("same_batch").
         inclusion_probabilities: probability of each row to be drawn.
@@ -138,7 +139,7 @@ class Rows:
             $\sum k_r \|v_r\|^2 / \sum w_r \|v_r\|^2$.
     """
 
-    positions: Int64[Tensor, "R 2"]
+    positions: Int64[Tensor, "R 3"]
     part: Int64[Tensor, " R"]
     inclusion_probabilities: Float[Tensor, " R"]
     design_effect: float

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.positions import OutputLayout
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.complement import LowRankCurvature
@@ -21,7 +22,7 @@ from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.vector_format import VectorDevice, VectorFormat
 from debiased_laplace.posterior.fit import FitResult
 
-VERSION = 7
+VERSION = 8
 _OTHER = {
     "cls_name": "Expected the state of a {expected}; got a {found}.",
     "likelihood": "Expected likelihood {expected!r}; the state has {found!r}.",
@@ -35,6 +36,7 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("curvature_source", "solver", "solver_reason", "open_options", "checksum"), str),
     **dict.fromkeys(("n_outputs", "n_data", "n_data_given", "magnitudes_n_floored", "magnitudes_n_samples"), int),
     **dict.fromkeys(("solver_products", "samples_n_root", "basis_n_blocks"), int),
+    **dict.fromkeys(("positions_n_classes", "positions_n_dimensions"), int),
 }
 _INTEGER_TENSORS = (
     "split_direction_indices",
@@ -69,6 +71,8 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "n_outputs": fit.n_outputs,
         "n_data": split.n_data,
         "targets_are_flat": fit.targets_are_flat,
+        "positions_n_classes": 0 if fit.layout is None else fit.layout.n_classes,
+        "positions_n_dimensions": 0 if fit.layout is None else fit.layout.n_dimensions,
         # None is -1, as some loaders of states do not know None
         "n_data_given": -1 if fit.n_data_given is None else fit.n_data_given,
         **{f"option_{name}": -1 if value is None else value for name, value in _options(fit).items()},
@@ -196,6 +200,7 @@ def _fit(state: dict[str, Any], selection: ParameterSelection, directions_device
     given = {name: state[f"option_{name}"] for name in names}
     given["rank"] = None if given["rank"] < 0 else given["rank"]
     options = EstimatorOptions(**given, directions_device=directions_device)
+    layout = state["positions_n_classes"], state["positions_n_dimensions"]
     split = SubBatches(
         _on_cpu(state["split_direction_indices"]),
         _on_cpu(state["split_magnitude_indices"]),
@@ -228,6 +233,7 @@ def _fit(state: dict[str, Any], selection: ParameterSelection, directions_device
         n_outputs=state["n_outputs"],
         options=options,
         targets_are_flat=state["targets_are_flat"],
+        layout=OutputLayout(*layout) if all(layout) else None,
         n_data_given=None if state["n_data_given"] < 0 else state["n_data_given"],
     )
 

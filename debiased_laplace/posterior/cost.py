@@ -94,11 +94,8 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
         ValueError: if the number of samples is not known beforehand, two batches have no curvature, the curvature is a
             Hessian, or the fit does not fit into memory.
     """
-    root = spec.backend.root(spec.likelihood)
-    if root is None:
+    if spec.backend.root(spec.likelihood) is None:
         raise ValueError("The cost of a Hessian is not estimated; expected a GGN or an empirical Fisher.")
-    if isinstance(root, MonteCarloGaussNewton) and sampling.sampling == "curvature":
-        root = GaussNewton(spec.likelihood)
     samples = training_samples(loader, spec.split.seed, spec.keys)
     if not isinstance(samples, SampleSource):
         raise ValueError(
@@ -107,6 +104,10 @@ def cost_of_fit(spec: FitSpec, sampling: SamplingOptions, loader: Any, *, prior_
     with at_weights(spec.model, spec.split.seed):
         timed = _timed(spec, samples)
         network, rows = timed.network, timed.rows
+        root = spec.backend.root(network.likelihood)
+        assert root is not None  # for the type checker
+        if isinstance(root, MonteCarloGaussNewton) and sampling.sampling == "curvature":
+            root = GaussNewton(network.likelihood)
         # few enough of a large network
         some = rows.part(torch.arange(max(1, min(len(rows.samples), int(_MOST_SECONDS / timed.scoring)))))
         options = spec.request.options.resolved(prior_of_blocks=prior_of_blocks)
@@ -172,7 +173,7 @@ def _timed(spec: FitSpec, samples: SampleSource) -> _Timed:
     start = time.perf_counter()
     network = spec.prepared(some)
     tests = time.perf_counter() - start
-    sampler = RowSampler(network, GaussNewton(spec.likelihood), some, n_rows=_ROWS, seeds=(0,))
+    sampler = RowSampler(network, GaussNewton(network.likelihood), some, n_rows=_ROWS, seeds=(0,))
     sampler.read([first], total=None, progress_bar=False)
     start = time.perf_counter()
     second = next(numbered, first)

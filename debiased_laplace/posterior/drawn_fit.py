@@ -16,6 +16,7 @@ from debiased_laplace.checks import integer, one_of
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import DrawnRows, RowSampler, Scored, Scores
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.curvature.output_rows import n_slots
 from debiased_laplace.curvature.roots import GaussNewton, MonteCarloGaussNewton
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
@@ -145,6 +146,7 @@ def fit_drawn_rows(
         n_outputs=network.n_outputs,
         options=found.options,
         targets_are_flat=first.targets.ndim == 1,
+        layout=network.layout,
         n_data_given=n_data,
         network=replace(network, memory=spec.memory),
         choice=found.choice,
@@ -200,10 +202,10 @@ def _scored(
         network = leaving_room(network, options, n_rows or DEFAULT_ROWS)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network, options) if n_rows is None else n_rows
-        root = spec.backend.root(spec.likelihood)
+        root = spec.backend.root(network.likelihood)
         if isinstance(root, MonteCarloGaussNewton):
             # rows of the GGN itself take no more backward passes
-            root = GaussNewton(spec.likelihood)
+            root = GaussNewton(network.likelihood)
         sampler = RowSampler(network, root, some, n_rows=n_rows, seeds=seeds, scores=scores)
     else:
         sampler, network = before.sampler.continued(), before.sampler.network
@@ -488,7 +490,9 @@ def _split(drawn: DrawnRows, part: Tensor, options: EstimatorOptions, n_data: in
 def _described(drawn: DrawnRows, curvature: SubBatchCurvature, part: Tensor, n_data: int | float) -> Rows:
     p, norms = drawn.probabilities, _norms(drawn, curvature)
     known = float(norms.sum() / (norms / p).sum()) * min(drawn.scored.weight / n_data, 1.0)
-    positions = torch.stack([drawn.positions, drawn.draw.rows], dim=1)
+    network, rows = drawn.sampler.network, drawn.draw.rows
+    slots = rows.new_tensor(2**62 if network.layout is None else n_slots(network.n_classes))
+    positions = torch.stack([drawn.positions, rows // slots, rows % slots], dim=1)
     return Rows(positions, part, p, _design_effect(drawn, norms), known)
 
 

@@ -15,6 +15,7 @@ from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection
+from debiased_laplace.curvature.positions import OutputLayout
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
@@ -176,6 +177,7 @@ class FitResult:
         n_outputs: C.
         options: of the estimate, as asked for or as chosen.
         targets_are_flat: whether targets are (n,).
+        layout: of the outputs; None without positions.
         n_data_given: size of the data set as the user gave it; None: all samples that loaders yielded.
         network: at the fitted weights; not in a state.
         choice: alternatives of "auto"; None where nothing was open; not in a state.
@@ -197,6 +199,7 @@ class FitResult:
     n_outputs: int
     options: EstimatorOptions
     targets_are_flat: bool
+    layout: OutputLayout | None = None
     n_data_given: int | None = None
     network: Network | None = None
     choice: Choice | None = None
@@ -285,6 +288,7 @@ def fit_curvature(
         n_outputs=network.n_outputs,
         options=options,
         targets_are_flat=some.targets.ndim == 1,
+        layout=network.layout,
         # without a backend's copies of the model, which are large and cannot always be pickled
         network=replace(network, backend=None, memory=spec.memory),
         choice=choice,

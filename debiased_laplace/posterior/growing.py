@@ -161,7 +161,7 @@ class _Growth:
         with at_weights(self.spec.model, self.spec.split.seed):
             some = first_samples(self.spec, self.pool.source, self.pool.available)
             network = prepare_network(ParameterSelection.all_weights(self.spec.model), self.spec.likelihood, some)
-        root = self.spec.backend.root(self.spec.likelihood)
+        root = self.spec.backend.root(network.likelihood)
         return max(2, n_rows // (network.n_outputs if root is None else root.n_columns(network.n_outputs)))
 
     def until_enough(self, tolerance: float, most: int) -> FitResult:

@@ -35,6 +35,7 @@ from debiased_laplace.curvature.likelihoods import Regression, likelihood_named,
 from debiased_laplace.curvature.memory import LEAST, available_memory
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, working_dtype
+from debiased_laplace.curvature.positions import PositionWise
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
 from debiased_laplace.data.batches import check_inputs
 from debiased_laplace.data.drawing import Rows
@@ -181,6 +182,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         # of the trained parameters, which may be more precise than frozen ones
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return working_dtype(trained[0].dtype if trained else super()._dtype)
+
+    @property
+    def _likelihood(self) -> Likelihood:
+        """Likelihood of the flat outputs: where they have positions, the product over these."""
+        return PositionWise.of(self._spec.likelihood, None if self._fit is None else self._fit.layout)
 
     @property
     def _structure(self) -> Structure:
@@ -844,7 +850,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             boolean(flag, name)
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
         check_model_arguments(self.model, pred_type, model_kwargs, DebiasedParametricLaplace.__call__)
-        kind = self._spec.likelihood
+        kind = self._likelihood
         regression = not kind.gives_probabilities or (self.likelihood == "reward_modeling" and not fitting)
         if pred_type == "nn" and link != "mc":
             raise ValueError(f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link!r}.")
@@ -853,7 +859,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
         with self._predictive(inputs) as predictive:
             if pred_type == "nn":
                 draws = predictive.network_draws(n_samples, generator, model_kwargs)
-                return (draws.mean(0), draws.var(0)) if regression else kind.probabilities(draws).mean(0)
+                values = (draws.mean(0), draws.var(0)) if regression else (kind.probabilities(draws).mean(0),)
+                restored = tuple(predictive.restored(v) for v in values)
+                return restored if regression else restored[0]  # type: ignore[return-value]
             if regression:
                 return predictive.moments(joint=joint, diagonal_output=diagonal_output)
             return predictive.probabilities(link, n_samples, generator, diagonal_output=diagonal_output)
@@ -901,7 +909,15 @@ class DebiasedParametricLaplace(ParametricLaplace):
             # a reward is a function without observations
             return RegressionPrediction.of(*found, found[0].new_zeros(()), draws, flat=False)
         if self.likelihood == "regression":
-            return RegressionPrediction.of(*found, self.sigma_noise.detach(), draws, flat=flat)
+            noise, layout = self.sigma_noise.detach(), self.fit_result.layout
+            if layout is not None and not layout.is_last and noise.ndim:
+                noise = noise.reshape(-1, *(1,) * layout.n_dimensions)
+            return RegressionPrediction.of(*found, noise, draws, flat=flat)
+        if found[0].ndim > 3:
+            raise ValueError(
+                f"Targets of {self.likelihood!r} are predicted of outputs (n, C) or (n, T, C); got a mean of shape "
+                f"{tuple(found[0].shape)}. Expected la(x), mean and variance of the outputs."
+            )
         return TargetPrediction.of(*found, kind, draws, flat=flat)
 
     @leaves_as_found(waits=True)
@@ -946,11 +962,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
         with self._predictive(inputs) as predictive:
             if pred_type == "nn":
-                return predictive.network_draws(n_samples, generator)
+                return predictive.restored(predictive.network_draws(n_samples, generator))
             if diagonal_output:
                 mean, variance = predictive.moments(diagonal_output=True)
                 return links.independent_draws(mean, variance, n_samples=n_samples, generator=generator)
-            return predictive.linearized_draws(n_samples, generator)
+            return predictive.restored(predictive.linearized_draws(n_samples, generator))
 
     def predictive_samples(
         self,
@@ -962,9 +978,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
     ) -> Tensor:
         """Draw predictions: `functional_samples`, as probabilities in classification."""
         draws = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        kind = self._spec.likelihood
-        gives_probabilities = kind.gives_probabilities and self.likelihood != "reward_modeling"
-        return kind.probabilities(draws) if gives_probabilities else draws
+        kind, layout = self._spec.likelihood, self.fit_result.layout
+        if not kind.gives_probabilities or self.likelihood == "reward_modeling":
+            return draws
+        if layout is None or layout.is_last:
+            return kind.probabilities(draws)
+        return kind.probabilities(draws.movedim(2, -1)).movedim(-1, 2)
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Return output covariances (n, C, C) for Jacobians (n, C, P)."""
@@ -1016,7 +1035,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         parameters = {k: v.clone() for k, v in fit.selection.unflatten(fit.mean).items()}
         capabilities = find_capabilities(fit.selection, parameters, inputs)
         network = Network(
-            fit.selection, parameters, self._spec.likelihood, fit.n_outputs, capabilities, memory=self._spec.memory
+            fit.selection, parameters, self._likelihood, fit.n_outputs, capabilities, memory=self._spec.memory
         )
         self._fit = replace(fit, network=network)
         return network
@@ -1082,7 +1101,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._check_weights()
         target = Target(
             fit.selection,
-            self._spec.likelihood,
+            self._likelihood,
             self._spec.backend,
             self.prior_precision_diag.detach(),
             float(self.noise_scale.detach()),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.likelihood import by_output
 from debiased_laplace.curvature.likelihoods import in_columns
 from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
+from debiased_laplace.curvature.positions import PositionWise
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -178,7 +179,8 @@ def read_validation(
         for batch in batches:
             _check_targets(la, batch)
     left = 0
-    if scoring.pred_type == "glm":
+    # with positions, covariances are of each position alone
+    if scoring.pred_type == "glm" and la.fit_result.layout is None:
         left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else available_memory(la.mean_subnet.device, la.memory)
     n_rows = la.n_outputs * sum(len(batch) for batch in batches)
     spreads = Spreads.of(la, n_rows=n_rows, n_priors=n_priors if left else 0)
@@ -217,7 +219,7 @@ def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterato
     """Yield the predictions of the network without a posterior (MAP): no function variance, only noise."""
     for held in data:
         f = held.outputs
-        kind = la._spec.likelihood
+        kind = la._likelihood
         out = kind.probabilities(f) if kind.gives_probabilities else (f, torch.zeros_like(f))
         yield out, in_columns(held.batch.targets, la.n_outputs).to(f.device)
 
@@ -227,26 +229,37 @@ def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float
 
     A probability that underflows counts as the smallest normal number of its type.
     """
+    kind = la._likelihood
+    if not isinstance(kind, PositionWise):
+        return torch.cat([_losses(la, out, y) for out, y in pairs])
     parts = []
     for out, y in pairs:
-        if isinstance(out, tuple) and la.likelihood == "regression":
-            parts.append(_gaussian(*out, y, la.sigma_noise.detach()))
-            continue
-        if isinstance(out, tuple):
-            parts.append(averaged_loss(la._spec.likelihood, *out, y))
-            continue
-        exact = accumulation_dtype(out)
-        log_p = out.clamp_min(torch.finfo(out.dtype).tiny).to(exact).log()
-        if la.likelihood == "binary":
-            # 1 - p of a label that is all but certain is its rounding
-            log_q = (1 - out).clamp_min(torch.finfo(out.dtype).eps).to(exact).log()
-            labels = by_output(y, log_p)
-            parts.append(-(labels * log_p + (1 - labels) * log_q).sum(-1))
-        elif y.is_floating_point():
-            parts.append(-(y.to(exact) * log_p).sum(-1))
-        else:
-            parts.append(-log_p.gather(1, y.long()[:, None])[:, 0])
+        flat = tuple(kind.by_position_of(values) for values in (out if isinstance(out, tuple) else (out,)))
+        n, T = flat[0].shape[:2]
+        like = flat[0].new_empty(n, T * kind.layout.n_classes)
+        own, factors = kind.counted_targets(like, y).flatten(0, 1), kind.factors(like, y)
+        each = tuple(values.flatten(0, 1) for values in flat)
+        losses = _losses(la, each if isinstance(out, tuple) else each[0], own)  # type: ignore[arg-type]
+        parts.append((losses.view(n, T) * factors.to(losses)).sum(1))
     return torch.cat(parts)
+
+
+def _losses(la: Posterior, out: Prediction, y: Tensor) -> Float[Tensor, " n"]:
+    """Return the negative log-likelihood of each target."""
+    if isinstance(out, tuple) and la.likelihood == "regression":
+        return _gaussian(*out, y, la.sigma_noise.detach())
+    if isinstance(out, tuple):
+        return averaged_loss(la._spec.likelihood, *out, y)
+    exact = accumulation_dtype(out)
+    log_p = out.clamp_min(torch.finfo(out.dtype).tiny).to(exact).log()
+    if la.likelihood == "binary":
+        # 1 - p of a label that is all but certain is its rounding
+        log_q = (1 - out).clamp_min(torch.finfo(out.dtype).eps).to(exact).log()
+        labels = by_output(y, log_p)
+        return -(labels * log_p + (1 - labels) * log_q).sum(-1)
+    if y.is_floating_point():
+        return -(y.to(exact) * log_p).sum(-1)
+    return -log_p.gather(1, y.long()[:, None])[:, 0]
 
 
 def best_scale(la: Posterior, pairs: Sequence[Predicted]) -> float:
@@ -305,8 +318,12 @@ def fit_the_likelihood(la: Posterior, data: Sequence[ValidationBatch]) -> bool:
 
 def _check_targets(la: Posterior, batch: Batch) -> None:
     """Refuse targets that do not fit the likelihood."""
-    zeros = la.mean_subnet.new_zeros(len(batch), la.n_outputs, device=batch.targets.device)
-    la._spec.likelihood.check(zeros, batch.targets)
+    layout, n_outputs = la.fit_result.layout, la.n_outputs
+    # there may be other numbers of positions than in the fit
+    if layout is not None and layout.is_label(batch.targets):
+        n_outputs = layout.n_classes * batch.targets.shape[1:].numel()
+    zeros = la.mean_subnet.new_zeros(len(batch), n_outputs, device=batch.targets.device)
+    la._likelihood.check(zeros, batch.targets)
 
 
 def _generator(la: Posterior) -> torch.Generator:

@@ -32,7 +32,7 @@ class Draws:
     pred_type: str
 
     def functions(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S n C"]:
-        """Draw functions, each at all inputs.
+        """Draw functions, each at all inputs, with flat outputs.
 
         Raises:
             ValueError: if the number is no positive integer.
@@ -97,7 +97,7 @@ class RegressionPrediction:
             n_samples: number of draws.
             generator: of the draws, on the model's device.
         """
-        f = self.draws.functions(n_samples, generator)
+        f = self.draws.predictive.restored(self.draws.functions(n_samples, generator))
         noise = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=f.device) * self.noise
         return (f + noise).reshape(n_samples, *self.mean.shape)
 
@@ -229,8 +229,10 @@ class TargetPrediction:
         seed = int(torch.randint(2**62, (), generator=generator, device=f.device if generator else None))
         return self._drawn(f, torch.Generator().manual_seed(seed))
 
-    def _drawn(self, f: Float[Tensor, "S n C"], generator: torch.Generator) -> Tensor:
-        return self.likelihood.targets_at(f, generator).to(f.dtype).reshape(len(f), *self.mean.shape)
+    def _drawn(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw targets at outputs (S, n, C), (S, n, T, C) or flat ones."""
+        by_position = f.reshape(len(f), -1, self.outputs[0].shape[-1])
+        return self.likelihood.targets_at(by_position, generator).to(f.dtype).reshape(len(f), *self.mean.shape)
 
     def __repr__(self) -> str:
         low, high = (float(t) for t in self.std.detach().aminmax())
@@ -259,8 +261,9 @@ class ClassificationPrediction:
             n_samples: number of draws.
             generator: of the draws, on the model's device.
         """
-        likelihood = self.draws.predictive.network.likelihood
-        return likelihood.probabilities(self.draws.functions(n_samples, generator))
+        predictive = self.draws.predictive
+        probabilities = predictive.network.likelihood.probabilities(self.draws.functions(n_samples, generator))
+        return predictive.restored(probabilities)
 
     def __repr__(self) -> str:
         low, high = (float(t) for t in self.probs.detach().amax(1).aminmax())

@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,9 @@ from debiased_laplace.predictive.mean_field import GaussianLogits
 
 PredictionType = Literal["glm", "nn"]
 Link = Literal["mean_field", "probit", "mc", "bridge", "bridge_norm"]
+
+
+_MOST_OUTPUTS = 20_000  # of an input, for each of which a backward pass may be taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,40 @@ class Predictive:
     precision: LowRankPlusDiagonal
     create_graph: bool = False
 
+    @cached_property
+    def _positions(self) -> torch.Size:
+        """Shape of the positions of the outputs."""
+        layout = self.network.layout
+        assert layout is not None  # for the type checker
+        with torch.no_grad():
+            return layout.positions_of(self.network.selection.evaluated(self.network.parameters, self.inputs))
+
+    def _by_position(self, of_one: "Callable[[Predictive], tuple[Tensor, ...]]") -> tuple[Tensor, ...]:
+        """Return what there is for the outputs of each position, (n, T, …), in the layout of the network's outputs.
+
+        Raises:
+            ValueError: if there are too many outputs for a backward pass of each.
+        """
+        layout, T = self.network.layout, self._positions.numel()
+        assert layout is not None  # for the type checker
+        if T * layout.n_classes > _MOST_OUTPUTS:
+            raise ValueError(
+                f"Covariances of {T * layout.n_classes:,} outputs of an input take as many backward passes; expected "
+                f"at most {_MOST_OUTPUTS:,}, or link_approx='mc' or la.functional_samples, which draw functions."
+            )
+        parts = [of_one(replace(self, network=self.network.at_position(t))) for t in range(T)]
+        stacked = (torch.stack(values, dim=1) for values in zip(*parts, strict=True))
+        return tuple(layout.restored(v, self._positions, n_last=v.ndim - 2) for v in stacked)
+
+    def restored(self, flat: Float[Tensor, "*n C"]) -> Tensor:
+        """Return flat values of the outputs, (n, C) or (S, n, C), in the layout of the network's outputs."""
+        layout = self.network.layout
+        if layout is None:
+            return flat
+        return layout.restored(flat.unflatten(-1, (-1, layout.n_classes)), self._positions, n_lead=flat.ndim - 1)
+
     def moments(self, *, joint: bool = False, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
-        """Return mean and covariance of the linearized outputs.
+        """Return mean and covariance of the linearized outputs; covariances between positions are left out.
 
         Args:
             joint: whether to return them for all outputs of the batch jointly.
@@ -52,6 +87,11 @@ class Predictive:
         Returns:
             Means (n, C) and covariances (n, C, C) or variances (n, C); jointly (nC,) and (nC, nC).
         """
+        if self.network.layout is not None and joint:
+            raise ValueError("joint=True is of outputs (n, C); with positions, la.functional_samples draws jointly.")
+        if self.network.layout is not None:
+            mean, spread = self._by_position(lambda one: one.moments(diagonal_output=diagonal_output))
+            return mean, spread
         predict = linearized.predict
         if joint:
             predict = linearized.predict_jointly
@@ -61,6 +101,8 @@ class Predictive:
 
     def gaussian_logits(self) -> GaussianLogits:
         """Return the Gaussian over the logits of each input; of a single binary one over (0, f)."""
+        if self.network.layout is not None:
+            raise ValueError("Logits with positions have no Gaussian here; expected la(x), or la.functional_samples.")
         if self.network.likelihood.name == "binary":
             return GaussianLogits.of_covariance(*_pairs(*self.moments(diagonal_output=True)))
         return linearized.predict_logits(self.network, self.precision, self.inputs, create_graph=self.create_graph)
@@ -85,6 +127,13 @@ class Predictive:
     ) -> Float[Tensor, "n C"]:
         """Return class probabilities of the linearized network by one of the links."""
         likelihood = self.network.likelihood
+        if self.network.layout is not None and link == "mc":
+            return self.restored(likelihood.probabilities(self.linearized_draws(n_samples, generator)).mean(0))
+        if self.network.layout is not None:
+            (found,) = self._by_position(
+                lambda one: (one.probabilities(link, n_samples, generator, diagonal_output=diagonal_output),)
+            )
+            return found
         if likelihood.name == "binary":
             return probabilities_of(likelihood, *self.moments(diagonal_output=True), link, n_samples, generator)
         if link == "mean_field" and not diagonal_output:

@@ -93,7 +93,7 @@ def test_estimates_are_those_of_the_dense_rows(magnitudes, complement, n_rows, n
     )  # fmt: skip
     la.fit(loader_of(X, y), n_data=n_data)
     V = all_rows(model, X, y, "classification")
-    sample, j = la.rows.positions.unbind(1)
+    sample, _, j = la.rows.positions.unbind(1)
     v, pi, part = V[sample, j], la.rows.inclusion_probabilities, la.rows.part
     f = N / n_data
     k, w, p = 1 / n_data, 1 / (N * pi), pi * f
@@ -356,7 +356,7 @@ def test_the_design_effect_is_against_rows_that_have_curvature(kind):
     rows = all_rows(model, X, y, "classification", "EF") if kind == "EF" else all_rows(model, X, y, "classification")
     norms = rows[:, 0].square().sum(1)
     sample, p = la.rows.positions[:, 0], la.rows.inclusion_probabilities
-    assert set(la.rows.positions[:, 1].tolist()) == {0}
+    assert set(la.rows.positions[:, 2].tolist()) == {0}
     uniform = 12 / N
     own = ((1 - p) * (norms[sample] / p) ** 2).sum()
     expected = own / ((1 - uniform) / uniform * norms[sample] ** 2 / p).sum()
@@ -399,6 +399,6 @@ def test_of_many_classes_all_rows_are_the_full_batch(monkeypatch):
         "MLP", "classification", hessian_structure="full", n_rows=10**6, magnitudes="cross_fitted"
     )
     assert la.rows.n == 3 * N
-    assert int(la.rows.positions[:, 1].max()) > 2
+    assert int(la.rows.positions[:, 2].max()) > 2
     expected = dense_posterior_precision(sum(per_sample) / N, n_data=N, prior_precision=PRIOR, temperature=TEMPERATURE)
     close(la.posterior_precision.to_dense(), expected, 1e-4)

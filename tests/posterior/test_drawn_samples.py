@@ -112,7 +112,7 @@ def test_weights_multiply_the_curvature(sure, kind):
     same_up_to_the_threshold(la.posterior_precision.to_dense(), dense_of(H, float(weights.sum())))
     drawn = of_rows(model, loader, n_rows=40, magnitudes="same_batch", complement="none", **options)
     # trace by inverse probability, with the weights in the rows and in their probabilities
-    positions, rows = drawn.rows.positions.unbind(1)
+    positions, _, rows = drawn.rows.positions.unbind(1)
     assert bool((weights[positions] > 0).all())
     norms = all_rows(model, X, y, "classification").square().sum(2)
     trace = (weights[positions] * norms[positions, rows] / drawn.rows.inclusion_probabilities).sum() / weights.sum()
@@ -131,7 +131,7 @@ def test_equal_samples_are_one_with_their_number_as_weight(sure):
     close(copies.posterior_precision.to_dense(), weighted.posterior_precision.to_dense())
     few = of_rows(model, batches_of(X[chosen], y[chosen], 19), n_rows=30, magnitudes="held_out", n_data=100)
     positions = few.rows.positions
-    assert len({(float(X[chosen][i, 0]), int(j)) for i, j in positions}) == len(positions)
+    assert len({(float(X[chosen][i, 0]), int(j)) for i, _, j in positions}) == len(positions)
 
 
 @pytest.mark.parametrize("structure", ["lowrank", "kron", "full"])
@@ -182,7 +182,7 @@ def test_hessians_draw_samples(sure, magnitudes):
     some = of_rows(model, loader_of(X, y), n_rows=60, **options)
     # 20 samples have as many rows; each is drawn as a whole
     assert 10 < some.rows.n < 30
-    assert set(some.rows.positions[:, 1].tolist()) == {0}
+    assert set(some.rows.positions[:, 2].tolist()) == {0}
     if magnitudes == "same_batch":
         per_sample = torch.stack(dense_hessian(model, X, y, "classification")[0])
         w = 1 / (60 * some.rows.inclusion_probabilities)
