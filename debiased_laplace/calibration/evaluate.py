@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler
 from debiased_laplace.calibration.build import calibration_report
 from debiased_laplace.calibration.check import ThresholdSource
 from debiased_laplace.calibration.contents import PredictionRecord, ReportFigure, ReportTable, Task
-from debiased_laplace.calibration.inputs import Settings
+from debiased_laplace.calibration.inputs import Settings, as_tensor
 from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
 from debiased_laplace.calibration.predict import (
     BatchPrediction,
@@ -31,6 +31,7 @@ from debiased_laplace.calibration.scaling import TemperatureScaling
 from debiased_laplace.checks import boolean, name_of, shown, text
 from debiased_laplace.curvature.as_found import leaves_as_found
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 from debiased_laplace.predictive.predictive import Link
 
 FEW_DRAWS = 100
@@ -154,20 +155,34 @@ def evaluate(  # noqa: D417 - further options are those of the report
     keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
     noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
     two_outputs = any(name_of(m.likelihood) == "heteroscedastic" for m in laplace.values())
+    ours = [m.fit_result.layout for m in laplace.values() if isinstance(m, DebiasedParametricLaplace)]
     options = PredictionOptions(
-        task, pred_type, link_approx, n_samples, settings.seed, keys, progress_bar, two_outputs=two_outputs
+        task,
+        pred_type,
+        link_approx,
+        n_samples,
+        settings.seed,
+        keys,
+        progress_bar,
+        two_outputs=two_outputs,
+        layout=next(iter(ours), None),
     )
 
     def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
-    found, targets = collect(methods, loader, options, "the test set")
+    found, targets, owners = collect(methods, loader, options, "the test set")
+    if owners is not None and clusters is None:
+        # positions of a sample are not independent
+        clusters = owners
+    elif owners is not None:
+        clusters = as_tensor(clusters, "clusters")[owners]
     cautions = in_training_mode(methods)
     for caution in cautions:
         warnings.warn(caution, stacklevel=3)
     validation, ood = None, {}
     if validation_loader is not None and first in methods:
-        held, labels = collect({first: methods[first]}, validation_loader, options, "validation data")
+        held, labels, _ = collect({first: methods[first]}, validation_loader, options, "validation data")
         logits = held[first].logits
         validation = (read(held)[first] if logits is None else logits, labels)
     for name, source in (ood_loaders or {}).items():

@@ -21,6 +21,7 @@ from debiased_laplace.curvature.as_found import modules_reached
 from debiased_laplace.curvature.classification import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.contexts import keeping_buffers
 from debiased_laplace.curvature.parameters import call_with, logits_of
+from debiased_laplace.curvature.positions import IGNORED, OutputLayout
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -41,7 +42,8 @@ MOST_JOINT_OUTPUTS = 32  # covariances (n, d, d) between more outputs would outg
 class PredictionOptions:
     """Options of the predictions, as of `evaluate`; a link of None becomes its default.
 
-    `two_outputs` says whether networks give means and log variances of the targets.
+    `two_outputs` says whether networks give means and log variances of the targets, `layout` which positions outputs
+    have: each of them is a row of the predictions.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class PredictionOptions:
     keys: MappingKeys = DEFAULT_KEYS
     progress_bar: bool = False
     two_outputs: bool = False
+    layout: OutputLayout | None = None
 
     def __post_init__(self) -> None:
         if self.link is None:
@@ -96,6 +99,11 @@ class BatchPrediction:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are present, by field."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def at(self, chosen: Tensor) -> "BatchPrediction":
+        """Return some of the rows."""
+        changes: dict[str, Any] = {name: values[chosen] for name, values in self.tensors().items()}
+        return replace(self, **changes)
 
     def compact(self) -> "BatchPrediction":
         """Return a copy on the CPU in its own dtype, without graph or covariances between too many outputs."""
@@ -191,20 +199,21 @@ def collect(
     title: str,
     *,
     labelled: bool = True,
-) -> tuple[dict[str, BatchPrediction], Tensor | None]:
+) -> tuple[dict[str, BatchPrediction], Tensor | None, Tensor | None]:
     """Predict with every method, batch by batch, in one pass.
 
     The global generators are seeded for the pass, and anew for each method and batch, so that what one method draws
     changes neither the loader's augmentation nor another method's draws; afterwards they are as they were.
 
     Returns:
-        Predictions by method, and the targets if `labelled`, on the CPU. Else batches may be inputs alone.
+        Predictions by method, and the targets if `labelled`, on the CPU. Else batches may be inputs alone. With
+        positions, those that count are the rows of both, and the numbers of their samples come third.
     """
     for name, method in methods.items():
         if isinstance(method, BaseLaplace):
             _check_posterior(name, method, options.task)
     kept: dict[str, list[BatchPrediction]] = {name: [] for name in methods}
-    targets = []
+    targets, owners, n_before = [], [], 0
     with torch.inference_mode(False), undisturbed_randomness(options.seed):
         for loaded in tqdm(loader, desc=f"[Predicting {title}]", disable=not options.progress_bar):
             batch = _read_batch(loaded, options.keys, labelled=labelled)
@@ -212,16 +221,33 @@ def collect(
                 continue
             batch.check_finite()
             y = batch.targets.detach().to("cpu", copy=True)
+            counts: Tensor | None = None
+            if options.layout is not None and labelled:
+                samples = torch.arange(n_before, n_before + len(batch))
+                y, samples, counts = _targets_of_positions(y, samples, options.layout)
+                owners.append(samples)
+            n_before += len(batch)
             # one label for each sample may be a column
             targets.append(y.reshape(-1) if options.task == "binary" and y.shape[1:] == (1,) else y)
             for name, method in methods.items():
                 with undisturbed_randomness(options.seed):
-                    kept[name].append(predict_batch(name, method, batch.inputs, options))
+                    found = predict_batch(name, method, batch.inputs, options)
+                kept[name].append(found if counts is None else found.at(counts))
     if not targets:
         raise ValueError(f"The loader yields no samples to predict; got {type(loader).__name__}.")
     # each method's batches are released before the next one's are joined
     joined = {name: _join_batches(name, kept.pop(name)) for name in methods}
-    return joined, torch.cat(targets) if labelled else None
+    return joined, torch.cat(targets) if labelled else None, torch.cat(owners) if owners else None
+
+
+def _targets_of_positions(y: Tensor, samples: Tensor, layout: OutputLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return targets and samples of the positions that count, and which ones these are."""
+    n_last = y.ndim - 1 - layout.n_dimensions
+    rows = layout.rows_of(y, n_last)
+    is_label = not y.is_floating_point() and n_last == 0
+    counts = rows != IGNORED if is_label else torch.ones(len(rows), dtype=torch.bool)
+    owners = samples.repeat_interleave(len(rows) // max(1, len(samples)))
+    return rows[counts], owners[counts], counts
 
 
 def predict_batch(name: str, method: Method, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
@@ -241,7 +267,7 @@ def predict_batch(name: str, method: Method, inputs: Inputs, options: Prediction
     elif isinstance(method, nn.Module):
         found = _predict_with_network(name, method, x, options)
     else:
-        found = _predict_with_callable(name, method, x, options.task)
+        found = _predict_with_callable(name, method, x, options)
     if on_gpu:
         torch.cuda.synchronize(device)
         found = replace(found, peak_bytes=torch.cuda.max_memory_allocated(device))
@@ -281,9 +307,11 @@ def _check_posterior(name: str, la: BaseLaplace, task: Task) -> None:
         )
     if (_TASKS[likelihood] == "regression") != (task == "regression") or (likelihood, task) == ("binary", "multiclass"):
         raise ValueError(f"{name!r} has the likelihood {likelihood!r}; got task={task!r}.")
-    if likelihood == "binary" and la.n_outputs > 1:
+    layout = la.fit_result.layout if isinstance(la, DebiasedParametricLaplace) else None
+    n_labels = la.n_outputs if layout is None else layout.n_classes
+    if likelihood == "binary" and n_labels > 1:
         raise ValueError(
-            f"{name!r} has {la.n_outputs} labels; a report is of one. Expected calibration_report of la(x)[:, c] and "
+            f"{name!r} has {n_labels} labels; a report is of one. Expected calibration_report of la(x)[:, c] and "
             "the targets of label c, task='binary', for each of them."
         )
     # laplace-torch's diagonal and full posteriors predict from the prior alone before they are fitted
@@ -309,7 +337,7 @@ def _read_batch(loaded: Any, keys: MappingKeys, *, labelled: bool) -> Batch:
 def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options: PredictionOptions) -> BatchPrediction:
     """Predict probabilities, with mutual information where the link knows it, or moments of the function."""
     is_regression, likelihood = options.task == "regression", name_of(la.likelihood)
-    is_label = likelihood == "binary"
+    is_label, layout = likelihood == "binary", options.layout
     x = inputs if isinstance(inputs, Tensor) else _MovableMapping(inputs)
     ours = isinstance(la, DebiasedParametricLaplace)
     with preserve_state(network_of(la), plain=ours), torch.enable_grad():
@@ -320,13 +348,23 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
         if of_draws or (options.link == "mc" and not is_regression):
             generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
             samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator).detach()
+            if options.layout is not None:
+                samples = options.layout.rows_of(samples, n_lead=1)
             return _reduce_samples(name, _of_both(samples) if is_label else samples, options.task)
         if likelihood == "heteroscedastic":
             prediction = la.predict(x, options.pred_type, n_samples=options.n_samples)
-            return BatchPrediction(mean=prediction.mean, standard_deviation=prediction.std)
+            moments = (prediction.mean, prediction.std)
+            mean, deviation = moments if layout is None else (layout.rows_of(m) for m in moments)
+            return BatchPrediction(mean=mean, standard_deviation=deviation)
+        if is_regression and layout is not None:
+            mean, variance = la(x, pred_type=options.pred_type, diagonal_output=True)
+            return BatchPrediction(mean=layout.rows_of(mean), function_variance=layout.rows_of(variance))
         if is_regression:
             mean, variance = la(x, pred_type=options.pred_type)
             return BatchPrediction(mean=mean, function_variance=variance)
+        if layout is not None:
+            found = layout.rows_of(la(x, pred_type=options.pred_type, link_approx=options.link))
+            return BatchPrediction(_of_both(found) if is_label else found)
         if options.link != "mean_field":
             found = la(x, pred_type=options.pred_type, link_approx=options.link)
             return BatchPrediction(_of_both(found) if is_label else found)
@@ -348,6 +386,8 @@ def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: 
         outputs, n = _outputs_of(name, model, inputs), n_samples_of(inputs)
     if outputs.ndim == 0 or len(outputs) != n:
         raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs; got shape {tuple(outputs.shape)}.")
+    if options.layout is not None:
+        outputs = options.layout.rows_of(outputs)
     if options.task == "regression" and options.two_outputs:
         mean, log_variance = outputs.chunk(2, dim=-1)
         return BatchPrediction(mean=mean, standard_deviation=(log_variance / 2).exp())
@@ -377,11 +417,18 @@ def _check_logits(name: str, outputs: Tensor) -> None:
         raise ValueError(f"The outputs of the network of {name!r} are probabilities; {LOGITS_NEEDED}.")
 
 
-def _predict_with_callable(name: str, function: Callable[[Any], Any], inputs: Inputs, task: Task) -> BatchPrediction:
+def _predict_with_callable(
+    name: str, function: Callable[[Any], Any], inputs: Inputs, options: PredictionOptions
+) -> BatchPrediction:
     """Predict probabilities (n, C), samples (S, n, C), in regression (mean, standard deviation) or function samples."""
     with keeping_buffers(modules_reached(function)):
         output = function(inputs)
-    n, where = n_samples_of(inputs), f"Predictions of {name!r}"
+    n, where, task, layout = n_samples_of(inputs), f"Predictions of {name!r}", options.task, options.layout
+    if layout is not None:
+        values = as_tensor(output, where)
+        if task == "regression" or values.ndim != 2 + layout.n_dimensions:
+            raise ValueError(f"{name!r}: with positions, expected probabilities as the network's outputs are.")
+        return BatchPrediction(layout.rows_of(values))
     if task == "regression" and isinstance(output, tuple | list) and len(output) == 2:
         mean, deviation = (as_tensor(part, where) for part in output)
         if len(mean) == len(deviation) == n:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.first_pass import checked_outputs, with_target_weights
 from debiased_laplace.curvature.hessian_curvature import HessianCurvature
 from debiased_laplace.curvature.linear_layer import features_of, output_layer
+from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.output_rows import cotangents, n_slots, row_sizes
 from debiased_laplace.curvature.roots import GaussNewton, OutputRoot
@@ -218,9 +219,19 @@ class RowSampler:
         """
         with tqdm(total=total, disable=not progress_bar, desc="[Scoring rows]") as bar:
             for positions, batch in batches:
-                self._add(positions, batch)
+                for some, chunk in zip(positions.split(self._together), batch.chunks(self._together), strict=True):
+                    self._add(some, chunk)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{len(self.drawers[0])} rows drawn")
+
+    @property
+    def _together(self) -> int:
+        """Number of samples that are scored at once: with positions, they may have millions of rows."""
+        network = self.network
+        if network.layout is None:
+            return 2**62
+        n_rows = network.n_outputs // network.n_classes * n_slots(network.n_classes)
+        return max(1, CHUNK_BYTES // (8 * n_rows))
 
     def _add(self, positions: Int64[Tensor, " b"], loaded: Batch) -> None:
         scored = self._scorer.scored(loaded)

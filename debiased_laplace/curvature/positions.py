@@ -67,6 +67,18 @@ class OutputLayout:
         """Return whether targets have one entry for each position."""
         return targets.ndim == 1 + self.n_dimensions
 
+    def rows_of(self, values: Tensor, n_last: int = 1, *, n_lead: int = 0) -> Tensor:
+        """Return values in the layout of the network's outputs, or targets, as rows: one for each position of a sample.
+
+        Args:
+            values: (…, n, positions, *last), or with the last dimensions before the positions.
+            n_last: number of dimensions that values have instead of the classes.
+            n_lead: number of dimensions before that of the samples.
+        """
+        if not self.is_last and n_last:
+            values = values.movedim(tuple(range(n_lead + 1, n_lead + 1 + n_last)), tuple(range(-n_last, 0)))
+        return values.flatten(n_lead, n_lead + self.n_dimensions)
+
     def positions_of(self, outputs: Tensor) -> torch.Size:
         """Return the shape of the positions of a network's outputs."""
         return outputs.shape[1:2] if self.is_last else outputs.shape[2:]
@@ -153,17 +165,16 @@ class PositionWise(Likelihood):
         T = outputs.shape[1] // C
         shape = targets.shape[1 : 1 + d] if targets.ndim <= 1 + d or self.layout.is_last else targets.shape[2:]
         if targets.ndim < 1 + d or shape.numel() != T:
-            expected = f"({n}, {T})" if d == 1 else f"({n}, …) with the {d} dimensions of positions of the outputs"
+            expected = f"({n}, {T}) for outputs ({n}, {T}, {C}), classes last"
+            if d > 1:
+                expected = f"({n}, …) with the {d} dimensions of positions of outputs ({n}, {C}, …)"
             way_out = ""
             if d == 1 and targets.ndim == 2 and targets.shape[1] == C:
                 way_out = (
                     ". Of outputs (n, T, C) the classes are the last dimension: return outputs.mT from the model if "
                     f"it returns (n, C, T) = ({n}, {T}, {C})"
                 )
-            raise ValueError(
-                f"Expected targets of shape {expected} for outputs with positions; got shape {tuple(targets.shape)}"
-                f"{way_out}."
-            )
+            raise ValueError(f"Expected targets of shape {expected}; got shape {tuple(targets.shape)}{way_out}.")
         y = self.targets_by_position(outputs, targets).flatten(0, 1)
         f = self.by_position(outputs).flatten(0, 1)
         stay = y != IGNORED if not y.is_floating_point() and y.ndim == 1 else torch.ones(len(y), dtype=torch.bool)

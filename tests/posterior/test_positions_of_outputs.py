@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
-from debiased_laplace import DebiasedLaplace, directional_derivatives
+from debiased_laplace import DebiasedLaplace, directional_derivatives, evaluate
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.curvature.positions import IGNORED
 
@@ -312,3 +312,33 @@ def test_what_is_not_built_for_positions_says_so():
     with pytest.raises(ValueError, match="joint=True"):
         la(X, joint=True)
     assert re.search("regression", repr(la))
+
+
+@pytest.mark.parametrize("kind", ["tokens classification", "pixels classification"])
+def test_positions_that_count_are_rows_of_a_report_clustered_by_sample(kind):
+    la, X, y = fitted(kind)
+    loader = DataLoader(TensorDataset(X, y), batch_size=4)
+    for link in ("mean_field", "mc"):
+        report = evaluate({"laplace": la}, loader, link_approx=link)
+        oracle = Oracle(la, X, y)
+        counts = int(oracle.counts.sum())
+        assert report.data.n == counts
+        # a sample of which nothing counts is in no cluster
+        assert f"in {int(oracle.counts.any(1).sum())} clusters" in " ".join(report.warnings)
+        labels = y.flatten(1)[oracle.counts]
+        log_p = Oracle.by_position(la(X)).log()[oracle.counts]
+        nll = -log_p.gather(1, labels[:, None]).mean()
+        alone = -oracle.f.log_softmax(-1)[oracle.counts].gather(1, labels[:, None]).mean()
+        tolerance = 1e-6 if link == "mean_field" else 0.1
+        assert report.metrics["laplace"]["nll"].value == pytest.approx(float(nll), rel=tolerance)
+        assert report.metrics["map"]["nll"].value == pytest.approx(float(alone), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tokens regression", "pixels regression", "tokens heteroscedastic"])
+def test_regressions_with_positions_are_reported(kind):
+    la, X, y = fitted(kind)
+    report = evaluate({"laplace": la}, DataLoader(TensorDataset(X, y), batch_size=4))
+    p = la.predict(X)
+    nll = -torch.distributions.Normal(p.mean, p.std).log_prob(y).mean()
+    assert report.metrics["laplace"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
+    assert report.data.n == y.numel() // (1 if "hetero" in kind else 2)

@@ -330,7 +330,7 @@ MODELS_TO_REFUSE = {
     "nothing trainable": (frozen, "no trainable parameters"),
     "NaN outputs": (lambda: Returning(lambda f: f / (f - f)), "NaN or infinite"),
     "one dimension": (lambda: Returning(lambda f: f[:, 0]), r"\(8, outputs\).*\(8,\)"),
-    "three dimensions": (lambda: Returning(lambda f: f[:, None]), r"\(8, outputs\).*\(8, 1, 3\)"),
+    "three dimensions": (lambda: Returning(lambda f: f[:, None]), r"\(8, 1\) for outputs \(8, 1, 3\).*shape \(8,\)"),
     "a tuple": (lambda: Returning(lambda f: (f, f)), "return a tensor.*with a tensor of logits; got tuple"),
     "one logit": (lambda: Returning(lambda f: f[:, :1]), "at least 2 outputs"),
     "random": (lambda: Returning(lambda f: f + torch.randn_like(f)), "different outputs for the same inputs"),
