@@ -45,6 +45,7 @@ SHOWN = {
         "laplace_against_the_full_batch.png",
     ),
     "11": Example("A likelihood of one's own", "likelihoods.md#your-own"),
+    "12": Example("Segmentation", "likelihoods.md#positions-sequences-and-images"),
 }
 DOUBLE_STRUCK = {"E": "𝔼", "N": "ℕ", "P": "ℙ", "R": "ℝ"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)

@@ -183,3 +183,14 @@ def test_ordinal():
     assert alone == pytest.approx(2.2, abs=0.2)
     assert difference < -3 * error
     assert "DebiasedLowRankLaplace(ordinal, " in done.stdout
+
+
+@pytest.mark.slow
+def test_segmentation():
+    done = finished("12_segmentation.py", "--epochs", "4", "--rows", "200")
+    ((rows, share, pixels),) = re.findall(
+        r"(\d+) of 1,408,000 rows; (\d+)% of them at the rim of a digit, as are (\d+)% of the pixels", done.stdout
+    )
+    assert 150 < int(rows) < 250
+    assert int(share) > 2 * int(pixels)
+    assert re.search(r"laplace: negative log-likelihood of a pixel [\d.]+ ± [\d.]+, ECE [\d.]+", done.stdout)

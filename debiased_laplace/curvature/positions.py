@@ -219,6 +219,10 @@ class PositionWise(Likelihood):
         r"""Return $\Lambda x$ where all positions count."""
         return self.base.hessian_product(self.by_position(outputs), self.by_position(x)).flatten(-2)
 
+    def noise(self, n: int, n_outputs: int, generator: torch.Generator) -> Float[Tensor, "n _"]:  # noqa: ARG002
+        """Raise, because draws of targets do not know which positions count."""
+        raise ValueError("Monte-Carlo curvatures of outputs with positions are not built; expected stochastic=False.")
+
     def probabilities(self, outputs: Float[Tensor, "*n TC"]) -> Float[Tensor, "*n TC"]:
         """Return the probabilities of the labels of every position, flat."""
         return self.base.probabilities(self.by_position(outputs)).flatten(-2)

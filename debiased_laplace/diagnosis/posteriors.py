@@ -56,7 +56,10 @@ class MixedGaussNewton(OutputRoot):
     def targets_or_noise(self, targets: Tensor, n_outputs: int, generator: torch.Generator) -> Tensor:
         """Draw the signs Z (n, C, m)."""
         shape = (len(targets), n_outputs, self.n_mixtures)
-        return torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).to(targets.device)
+        signs = torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).to(targets.device)
+        factors = self.likelihood.output_factors(n_outputs, targets)
+        # a factor of a whole block of the curvature commutes with the block's root
+        return signs if factors is None else signs * factors.sqrt()[..., None]
 
     def columns(self, outputs: Tensor, targets_or_noise: Tensor, chosen: slice) -> Tensor:
         """Return the chosen mixtures."""
