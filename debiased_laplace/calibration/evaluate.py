@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from laplace.baselaplace import BaseLaplace
 from torch import nn
 from torch.utils.data import RandomSampler
@@ -24,8 +25,10 @@ from debiased_laplace.calibration.predict import (
     collect,
     in_training_mode,
     infer_task,
+    network_of,
     read_methods,
 )
+from debiased_laplace.calibration.probabilities import draw_rows
 from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
 from debiased_laplace.checks import boolean, name_of, shown, text
@@ -154,7 +157,12 @@ def evaluate(  # noqa: D417 - further options are those of the report
     known: Any = next(iter(laplace.values()), DEFAULT_KEYS)
     keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
     noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
-    two_outputs = any(name_of(m.likelihood) == "heteroscedastic" for m in laplace.values())
+    of_two = {name for name, m in laplace.items() if name_of(m.likelihood) == "heteroscedastic"}
+
+    def two_outputs(model: nn.Module) -> bool:
+        own = {name for name, m in laplace.items() if network_of(m) is model} or laplace.keys()
+        return bool(own) and own <= of_two
+
     ours = [m.fit_result.layout for m in laplace.values() if isinstance(m, DebiasedParametricLaplace)]
     options = PredictionOptions(
         task,
@@ -172,11 +180,16 @@ def evaluate(  # noqa: D417 - further options are those of the report
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
     found, targets, owners = collect(methods, loader, options, "the test set")
-    if owners is not None and clusters is None:
+    if owners is not None and targets is not None:
         # positions of a sample are not independent
-        clusters = owners
-    elif owners is not None:
-        clusters = as_tensor(clusters, "clusters")[owners]
+        ids = torch.arange(int(owners.max()) + 1) if clusters is None else as_tensor(clusters, "clusters")
+        if len(ids) <= int(owners.max()):
+            raise ValueError(
+                f"clusters must hold an id for each of the {int(owners.max()) + 1} samples; got {len(ids)}."
+            )
+        some = draw_rows(len(owners), max_samples, seed=settings.seed)
+        found = {name: prediction.at(some) for name, prediction in found.items()}
+        targets, clusters = targets[some], ids[owners[some]]
     cautions = in_training_mode(methods)
     for caution in cautions:
         warnings.warn(caution, stacklevel=3)

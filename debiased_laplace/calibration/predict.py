@@ -42,8 +42,8 @@ MOST_JOINT_OUTPUTS = 32  # covariances (n, d, d) between more outputs would outg
 class PredictionOptions:
     """Options of the predictions, as of `evaluate`; a link of None becomes its default.
 
-    `two_outputs` says whether networks give means and log variances of the targets, `layout` which positions outputs
-    have: each of them is a row of the predictions.
+    `two_outputs` says of a network whether it gives means and log variances of the targets, `layout` which positions
+    outputs have: each of them is a row of the predictions.
     """
 
     task: Task
@@ -53,7 +53,7 @@ class PredictionOptions:
     seed: int = 0
     keys: MappingKeys = DEFAULT_KEYS
     progress_bar: bool = False
-    two_outputs: bool = False
+    two_outputs: Callable[[nn.Module], bool] = lambda _: False
     layout: OutputLayout | None = None
 
     def __post_init__(self) -> None:
@@ -100,9 +100,18 @@ class BatchPrediction:
         """Return the tensors that are present, by field."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
-    def at(self, chosen: Tensor) -> "BatchPrediction":
-        """Return some of the rows."""
-        changes: dict[str, Any] = {name: values[chosen] for name, values in self.tensors().items()}
+    def at(self, chosen: Tensor, name: str = "") -> "BatchPrediction":
+        """Return some of the rows.
+
+        Raises:
+            ValueError: if a mask says so of another number of them.
+        """
+        n = {len(values) for values in self.tensors().values()}
+        if chosen.dtype == torch.bool and n != {len(chosen)}:
+            raise ValueError(
+                f"{name!r}: expected a target for each of {max(n)} positions of a batch's outputs; got {len(chosen)}."
+            )
+        changes: dict[str, Any] = {key: values[chosen] for key, values in self.tensors().items()}
         return replace(self, **changes)
 
     def compact(self) -> "BatchPrediction":
@@ -232,7 +241,7 @@ def collect(
             for name, method in methods.items():
                 with undisturbed_randomness(options.seed):
                     found = predict_batch(name, method, batch.inputs, options)
-                kept[name].append(found if counts is None else found.at(counts))
+                kept[name].append(found if counts is None else found.at(counts, name))
     if not targets:
         raise ValueError(f"The loader yields no samples to predict; got {type(loader).__name__}.")
     # each method's batches are released before the next one's are joined
@@ -243,6 +252,8 @@ def collect(
 def _targets_of_positions(y: Tensor, samples: Tensor, layout: OutputLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Return targets and samples of the positions that count, and which ones these are."""
     n_last = y.ndim - 1 - layout.n_dimensions
+    if n_last < 0:
+        raise ValueError(f"Expected a target for each position of the outputs; got shape {tuple(y.shape)}.")
     rows = layout.rows_of(y, n_last)
     is_label = not y.is_floating_point() and n_last == 0
     counts = rows != IGNORED if is_label else torch.ones(len(rows), dtype=torch.bool)
@@ -388,7 +399,7 @@ def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: 
         raise ValueError(f"{name!r}: expected a tensor of outputs for {n} inputs; got shape {tuple(outputs.shape)}.")
     if options.layout is not None:
         outputs = options.layout.rows_of(outputs)
-    if options.task == "regression" and options.two_outputs:
+    if options.task == "regression" and options.two_outputs(model):
         mean, log_variance = outputs.chunk(2, dim=-1)
         return BatchPrediction(mean=mean, standard_deviation=(log_variance / 2).exp())
     if options.task == "regression":

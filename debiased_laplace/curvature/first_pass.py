@@ -114,10 +114,10 @@ def prepare_network(
         by_position = outputs if layout is None else outputs.reshape(-1, layout.n_classes)
         if likelihood.name == "classification" and are_probabilities(by_position):
             raise ValueError(f"The model's outputs are probabilities; {LOGITS_NEEDED}.")
-        if likelihood.name == "binary" and len(outputs) > 1 and bool(((outputs >= 0) & (outputs <= 1)).all()):
+        if likelihood.name == "binary" and _ends_with_a_sigmoid(selection, parameters, few.first(1)):
             raise ValueError(
-                "The model's outputs are probabilities, as it seems: all are between 0 and 1. Expected logits, of "
-                "which the sigmoid is taken: remove the model's last sigmoid."
+                "The model's outputs are probabilities: it ends with a sigmoid. Expected logits, of which the sigmoid "
+                "is taken: remove the model's last sigmoid."
             )
         again = selection.call(parameters, few.inputs)
         single = evaluated(selection, parameters, few.first(1))
@@ -136,6 +136,20 @@ def prepare_network(
     capabilities = find_capabilities(selection, parameters, batch.first(3).inputs)
     parameters = {name: p.clone() for name, p in parameters.items()}
     return Network(selection, parameters, likelihood, outputs.shape[1], capabilities, memory=memory)
+
+
+def _ends_with_a_sigmoid(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> bool:
+    """Return whether the last function of the graph is a sigmoid, apart from those that change the shape alone."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    with torch.enable_grad():
+        node = selection.evaluated(leaves, batch.inputs).grad_fn
+    while node is not None and node.name().startswith(_OF_SHAPE):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("SigmoidBackward")
+
+
+_OF_SHAPE = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Alias")
+"""Beginnings of the names of functions that change no value."""
 
 
 def evaluated(selection: ParameterSelection, parameters: dict[str, Tensor], batch: Batch) -> Tensor:

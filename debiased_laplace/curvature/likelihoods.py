@@ -12,6 +12,8 @@ from torch.nn.functional import logsigmoid
 from debiased_laplace.curvature.classification import Classification
 from debiased_laplace.curvature.likelihood import IndependentOutputs, Likelihood, by_output, check_shape
 
+_MANY = 2.0**30  # rate above which a count is drawn as a Gaussian number
+
 
 @dataclass(frozen=True)
 class Regression(IndependentOutputs):
@@ -156,14 +158,18 @@ class Poisson(IndependentOutputs):
     def drawn_targets(self, outputs: Float[Tensor, "*n C"], noise: Float[Tensor, "*n _"]) -> Tensor:
         """Return counts by the inverse distribution function."""
         rates = outputs.exp().to(noise)
+        few = rates.clamp_max(_MANY)
         # beyond these, the distribution function is 1 in double precision
-        low, high = torch.zeros_like(rates) - 1, (rates + 40 * rates.sqrt() + 60).ceil()
-        while bool((high - low > 1).any()):
+        low, high = torch.zeros_like(few) - 1, (few + 40 * few.sqrt() + 60).ceil()
+        # so often the interval from 0 to the largest of them can be halved
+        for _ in range(math.ceil(math.log2(_MANY)) + 1):
             middle = torch.floor((low + high) / 2)
             # P(y <= k) is the regularized upper incomplete gamma function
-            enough = torch.special.gammaincc(middle + 1, rates) >= noise
+            enough = torch.special.gammaincc(middle + 1, few) >= noise
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return high.to(outputs.dtype)
+        # in a form that is infinite where the rate is
+        normal = (rates * (1 + torch.special.ndtri(noise) * rates.rsqrt())).round()
+        return torch.where(rates < _MANY, high, normal).to(outputs.dtype)
 
     def target_moments(
         self, mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"]
@@ -265,6 +271,8 @@ def likelihood_named(name: str | Likelihood, class_weights: Any = None) -> Likel
     """
     if not isinstance(name, Likelihood) and (not isinstance(name, str) or name not in _LIKELIHOODS):
         raise ValueError(f"likelihood must be one of {names_of_likelihoods()}, or a Likelihood; got {name!r}.")
+    if isinstance(name, Likelihood) and type(name) not in {type(known) for known in _LIKELIHOODS.values()}:
+        _check_own(name)
     if class_weights is None:
         return name if isinstance(name, Likelihood) else _LIKELIHOODS[name]
     if name != "classification":
@@ -280,6 +288,25 @@ def likelihood_named(name: str | Likelihood, class_weights: Any = None) -> Likel
             f"Expected class_weights as one number for each class, none negative and not all 0; got {class_weights!r}."
         )
     return Classification(weights if weights.is_floating_point() else weights.double())
+
+
+def _check_own(likelihood: Likelihood) -> None:
+    """Check a likelihood of a user.
+
+    Raises:
+        ValueError: if its name is missing or that of another one, or it says that it gives probabilities.
+    """
+    name = getattr(likelihood, "name", None)
+    if not isinstance(name, str) or name in _LIKELIHOODS:
+        raise ValueError(
+            f"Expected the name of a likelihood of your own as a text that is none of {names_of_likelihoods()}; got "
+            f"{name!r}."
+        )
+    if likelihood.gives_probabilities:
+        raise ValueError(
+            f"gives_probabilities is of built-in likelihoods; expected False of {name!r}, whose predictions are of "
+            "targets."
+        )
 
 
 WITH_CLASS_WEIGHTS = " with class_weights "

@@ -111,7 +111,10 @@ def _sizes_by_position(
 ) -> Float[Tensor, "n Tr"]:
     """Return the sizes of the rows of all positions, one after the other."""
     if not isinstance(root, GaussNewton):
-        raise ValueError("Outputs with positions have rows of the GGN alone; expected backend=None.")
+        raise ValueError(
+            "Rows of the empirical Fisher of outputs with positions are not drawn; expected the GGN, or "
+            "sampling='uniform'."
+        )
     of_positions = likelihood.by_position(outputs).flatten(0, 1)
     sizes = row_sizes(GaussNewton(likelihood.base), of_positions, of_positions[:, 0])
     factors = likelihood.factors(outputs, targets)

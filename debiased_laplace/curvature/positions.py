@@ -5,11 +5,13 @@ classes, as torch's losses take them. Elsewhere in the package such outputs are 
 the likelihood of a sample is the product over its positions, and $\Lambda$ is block-diagonal.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from debiased_laplace.curvature.likelihood import Likelihood
 
@@ -31,17 +33,21 @@ class OutputLayout:
     Attributes:
         n_classes: number C of outputs at a position.
         n_dimensions: of the positions: 1 for (n, T, C), 2 for (n, C, H, W).
+        sizes: of these dimensions in the first batch, with which targets are compared; None: not known.
     """
 
     n_classes: int
     n_dimensions: int
+    sizes: tuple[int, ...] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, outputs: Tensor) -> "OutputLayout | None":
         """Return the layout of outputs; None without positions."""
         if outputs.ndim <= 2:
             return None
-        return cls(outputs.shape[2] if outputs.ndim == 3 else outputs.shape[1], outputs.ndim - 2)
+        if outputs.ndim == 3:
+            return cls(outputs.shape[2], 1, tuple(outputs.shape[1:2]))
+        return cls(outputs.shape[1], outputs.ndim - 2, tuple(outputs.shape[2:]))
 
     @property
     def is_last(self) -> bool:
@@ -164,10 +170,14 @@ class PositionWise(Likelihood):
         n, C, d = len(outputs), self.layout.n_classes, self.layout.n_dimensions
         T = outputs.shape[1] // C
         shape = targets.shape[1 : 1 + d] if targets.ndim <= 1 + d or self.layout.is_last else targets.shape[2:]
-        if targets.ndim < 1 + d or shape.numel() != T:
+        sizes = self.layout.sizes
+        # other batches may have other sizes, whose number of positions is all that flat outputs tell
+        transposed = d > 1 and sizes is not None and math.prod(sizes) == T and tuple(shape) != sizes
+        if targets.ndim < 1 + d or shape.numel() != T or transposed:
             expected = f"({n}, {T}) for outputs ({n}, {T}, {C}), classes last"
             if d > 1:
-                expected = f"({n}, …) with the {d} dimensions of positions of outputs ({n}, {C}, …)"
+                of_positions = ", ".join(map(str, sizes)) if sizes is not None and math.prod(sizes) == T else "…"
+                expected = f"({n}, {of_positions}) for outputs ({n}, {C}, {of_positions})"
             way_out = ""
             if d == 1 and targets.ndim == 2 and targets.shape[1] == C:
                 way_out = (
@@ -208,7 +218,13 @@ class PositionWise(Likelihood):
 
     def root(self, outputs: Float[Tensor, "*n TC"], columns: slice) -> Float[Tensor, "*n TC r"]:
         r"""Return columns of $S$ where all positions count."""
-        return _block_diagonal(self.base.root(self.by_position(outputs), slice(None)))[..., columns]
+        C, n_outputs = self.layout.n_classes, outputs.shape[-1]
+        start, stop, _ = columns.indices(n_outputs)
+        # positions that the columns belong to
+        first, last = start // C, max(-(-stop // C), start // C)
+        blocks = self.base.root(self.by_position(outputs)[..., first:last, :], slice(None))
+        own = _block_diagonal(blocks)[..., start - first * C : max(stop, start) - first * C]
+        return pad(own, (0, 0, first * C, n_outputs - last * C))
 
     def root_transposed(self, outputs: Float[Tensor, "*n TC"], X: Float[Tensor, "*n TC k"]) -> Float[Tensor, "*n TC k"]:
         r"""Return $S^\top X$ where all positions count."""

@@ -145,7 +145,7 @@ def fit_drawn_rows(
         loss=scored.loss * N / scored.weight,
         n_outputs=network.n_outputs,
         options=found.options,
-        targets_are_flat=first.targets.ndim == 1,
+        targets_are_flat=first.targets.ndim == 1 + (0 if network.layout is None else network.layout.n_dimensions),
         layout=network.layout,
         n_data_given=n_data,
         network=replace(network, memory=spec.memory),

@@ -176,7 +176,7 @@ class FitResult:
         loss: summed loss of the samples used, with their weights, times N over the sum of the weights, in nats.
         n_outputs: C.
         options: of the estimate, as asked for or as chosen.
-        targets_are_flat: whether targets are (n,).
+        targets_are_flat: whether targets are (n,), or with positions one for each of them.
         layout: of the outputs; None without positions.
         n_data_given: size of the data set as the user gave it; None: all samples that loaders yielded.
         network: at the fitted weights; not in a state.
@@ -287,7 +287,7 @@ def fit_curvature(
         loss=sum(found.loss for found in passes) * split.n_data / split.total_weight,
         n_outputs=network.n_outputs,
         options=options,
-        targets_are_flat=some.targets.ndim == 1,
+        targets_are_flat=some.targets.ndim == 1 + (0 if network.layout is None else network.layout.n_dimensions),
         layout=network.layout,
         # without a backend's copies of the model, which are large and cannot always be pickled
         network=replace(network, backend=None, memory=spec.memory),

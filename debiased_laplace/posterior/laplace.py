@@ -902,6 +902,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
         with self._predictive(inputs) as predictive:
             draws = Draws(predictive, pred_type)
+            if self.fit_result.layout is not None:
+                _ = predictive.positions  # which evaluates the model, as drawing does not here
         if isinstance(found, Tensor):
             return ClassificationPrediction(found, draws)
         flat = self.fit_result.targets_are_flat

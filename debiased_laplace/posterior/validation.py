@@ -175,12 +175,13 @@ def read_validation(
         batch.check_finite()
     # one public call, which checks options and inputs
     _predict_anew(la, batches[0].first(1), scoring, _generator(la))
-    if scoring.loss is None:
+    has_positions = la.fit_result.layout is not None
+    if scoring.loss is None and not has_positions:
         for batch in batches:
             _check_targets(la, batch)
     left = 0
     # with positions, covariances are of each position alone
-    if scoring.pred_type == "glm" and la.fit_result.layout is None:
+    if scoring.pred_type == "glm" and not has_positions:
         left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else available_memory(la.mean_subnet.device, la.memory)
     n_rows = la.n_outputs * sum(len(batch) for batch in batches)
     spreads = Spreads.of(la, n_rows=n_rows, n_priors=n_priors if left else 0)
@@ -188,7 +189,10 @@ def read_validation(
     for batch in progress(batches, progress_bar, "[Validation data]"):
         n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * spreads.element_size
         if n_bytes > left:
-            found.append(ValidationBatch(batch, la.backend.outputs(batch.inputs), None, spreads))
+            outputs = la.backend.outputs(batch.inputs)
+            if scoring.loss is None and has_positions:
+                _check_targets(la, batch, outputs)
+            found.append(ValidationBatch(batch, outputs, None, spreads))
             continue
         jacobians, outputs = zip(*la.backend.chunks(batch.inputs), strict=True)
         rows = tuple(spreads.held(J) for J in jacobians)
@@ -234,14 +238,21 @@ def negative_log_likelihoods(la: Posterior, pairs: Iterable[Predicted]) -> Float
         return torch.cat([_losses(la, out, y) for out, y in pairs])
     parts = []
     for out, y in pairs:
-        flat = tuple(kind.by_position_of(values) for values in (out if isinstance(out, tuple) else (out,)))
-        n, T = flat[0].shape[:2]
-        like = flat[0].new_empty(n, T * kind.layout.n_classes)
-        own, factors = kind.counted_targets(like, y).flatten(0, 1), kind.factors(like, y)
-        each = tuple(values.flatten(0, 1) for values in flat)
-        losses = _losses(la, each if isinstance(out, tuple) else each[0], own)  # type: ignore[arg-type]
-        parts.append((losses.view(n, T) * factors.to(losses)).sum(1))
+        rows, own, factors = _of_positions(kind, out, y)
+        losses = _losses(la, rows, own)
+        parts.append((losses.view(factors.shape) * factors.to(losses)).sum(1))
     return torch.cat(parts)
+
+
+def _of_positions(kind: PositionWise, out: Prediction, y: Tensor) -> tuple[Prediction, Tensor, Float[Tensor, "n T"]]:
+    """Return predictions and targets with a row for each position, and the factors of the positions."""
+    by_position = tuple(kind.by_position_of(values) for values in (out if isinstance(out, tuple) else (out,)))
+    n, T = by_position[0].shape[:2]
+    like = by_position[0].new_empty(n, T * kind.layout.n_classes)
+    rows = tuple(values.flatten(0, 1) for values in by_position)
+    own = in_columns(kind.counted_targets(like, y).flatten(0, 1), kind.layout.n_classes)
+    found: Prediction = (rows[0], rows[1]) if isinstance(out, tuple) else rows[0]
+    return found, own, kind.factors(like, y)
 
 
 def _losses(la: Posterior, out: Prediction, y: Tensor) -> Float[Tensor, " n"]:
@@ -268,8 +279,10 @@ def best_scale(la: Posterior, pairs: Sequence[Predicted]) -> float:
     Raises:
         ValueError: if the residuals are all zero, or not finite.
     """
-    parts = []
+    parts, kind = [], la._likelihood
     for out, y in pairs:
+        if isinstance(kind, PositionWise):
+            out, y, _ = _of_positions(kind, out, y)
         assert isinstance(out, tuple)  # of a regression; for the type checker
         mean, total = _mean_and_variance(*out, la.sigma_noise.detach())
         parts.append((y.to(mean.dtype) - mean).square() / total)
@@ -310,20 +323,17 @@ def fit_the_likelihood(la: Posterior, data: Sequence[ValidationBatch]) -> bool:
     """Return whether the targets fit the likelihood; those of a user's own loss need not."""
     try:
         for held in data:
-            _check_targets(la, held.batch)
+            _check_targets(la, held.batch, held.outputs)
     except ValueError:
         return False
     return True
 
 
-def _check_targets(la: Posterior, batch: Batch) -> None:
-    """Refuse targets that do not fit the likelihood."""
-    layout, n_outputs = la.fit_result.layout, la.n_outputs
-    # there may be other numbers of positions than in the fit
-    if layout is not None and layout.is_label(batch.targets):
-        n_outputs = layout.n_classes * batch.targets.shape[1:].numel()
-    zeros = la.mean_subnet.new_zeros(len(batch), n_outputs, device=batch.targets.device)
-    la._likelihood.check(zeros, batch.targets)
+def _check_targets(la: Posterior, batch: Batch, outputs: Tensor | None = None) -> None:
+    """Refuse targets that do not fit the likelihood; with positions, of which there may be any number, the outputs."""
+    if outputs is None:
+        outputs = la.mean_subnet.new_zeros(len(batch), la.n_outputs)
+    la._likelihood.check(outputs.to(batch.targets.device), batch.targets)
 
 
 def _generator(la: Posterior) -> torch.Generator:

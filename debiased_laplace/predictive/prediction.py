@@ -73,12 +73,14 @@ class RegressionPrediction:
             variance: of the function; tiny negative values, which are rounding, count as 0.
             noise: standard deviation, one number or (C,).
             draws: source of functions.
-            flat: whether targets are (n,).
+            flat: whether targets are (n,), or with positions one for each of them.
         """
         deviation = variance.clamp_min(0).sqrt()
         total = torch.hypot(deviation, noise.expand_as(deviation))
         if flat:
-            mean, total, deviation = mean[:, 0], total[:, 0], deviation[:, 0]
+            # of images, the classes come before the positions
+            axis = 1 if mean.ndim > 3 else -1
+            mean, total, deviation = (x.select(axis, 0) for x in (mean, total, deviation))
         return cls(mean, total, deviation, noise, draws)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -192,9 +194,10 @@ class TargetPrediction:
             draws: source of functions.
             flat: whether targets are (n,).
         """
-        outputs = mean.detach(), variance.detach().clamp_min(0)
-        moments = tuple(m[:, 0] if flat and m.ndim == 2 else m for m in likelihood.target_moments(*outputs))
-        mean, of_mean, of_noise = moments
+        outputs = mean, variance.clamp_min(0)
+        rows = (x.reshape(-1, x.shape[-1]) for x in outputs)
+        moments = (m.reshape(*mean.shape[:-1], -1) for m in likelihood.target_moments(*rows))
+        mean, of_mean, of_noise = (m[..., 0] if flat and m.shape[-1] == 1 else m for m in moments)
         return cls(mean, (of_mean + of_noise).sqrt(), of_mean.sqrt(), of_noise.sqrt(), outputs, likelihood, draws)
 
     def interval(self, level: float = 0.95, n_samples: int = 2_000) -> tuple[Tensor, Tensor]:
@@ -209,7 +212,7 @@ class TargetPrediction:
         """
         _quantile(level)
         n_samples = integer(n_samples, "n_samples", minimum=2)
-        mean, variance = self.outputs
+        mean, variance = (x.detach() for x in self.outputs)
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(n_samples, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
         y = self._drawn(mean + variance.sqrt() * z, generator)

@@ -46,7 +46,7 @@ class Predictive:
     create_graph: bool = False
 
     @cached_property
-    def _positions(self) -> torch.Size:
+    def positions(self) -> torch.Size:
         """Shape of the positions of the outputs."""
         layout = self.network.layout
         assert layout is not None  # for the type checker
@@ -59,7 +59,7 @@ class Predictive:
         Raises:
             ValueError: if there are too many outputs for a backward pass of each.
         """
-        layout, T = self.network.layout, self._positions.numel()
+        layout, T = self.network.layout, self.positions.numel()
         assert layout is not None  # for the type checker
         if T * layout.n_classes > _MOST_OUTPUTS:
             raise ValueError(
@@ -68,14 +68,14 @@ class Predictive:
             )
         parts = [of_one(replace(self, network=self.network.at_position(t))) for t in range(T)]
         stacked = (torch.stack(values, dim=1) for values in zip(*parts, strict=True))
-        return tuple(layout.restored(v, self._positions, n_last=v.ndim - 2) for v in stacked)
+        return tuple(layout.restored(v, self.positions, n_last=v.ndim - 2) for v in stacked)
 
     def restored(self, flat: Float[Tensor, "*n C"]) -> Tensor:
         """Return flat values of the outputs, (n, C) or (S, n, C), in the layout of the network's outputs."""
         layout = self.network.layout
         if layout is None:
             return flat
-        return layout.restored(flat.unflatten(-1, (-1, layout.n_classes)), self._positions, n_lead=flat.ndim - 1)
+        return layout.restored(flat.unflatten(-1, (-1, layout.n_classes)), self.positions, n_lead=flat.ndim - 1)
 
     def moments(self, *, joint: bool = False, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
         """Return mean and covariance of the linearized outputs; covariances between positions are left out.

@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch
+from likelihoods import Ordinal
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import DebiasedLaplace, directional_derivatives, evaluate
 from debiased_laplace.curvature.likelihoods import likelihood_named
-from debiased_laplace.curvature.positions import IGNORED
+from debiased_laplace.curvature.positions import IGNORED, OutputLayout, PositionWise
 
 N, T, C = 14, 5, 3
 PRIOR, TEMPERATURE = 3.0, 0.7
@@ -342,3 +343,95 @@ def test_regressions_with_positions_are_reported(kind):
     nll = -torch.distributions.Normal(p.mean, p.std).log_prob(y).mean()
     assert report.metrics["laplace"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
     assert report.data.n == y.numel() // (1 if "hetero" in kind else 2)
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision", "ignore:.*than the plain network", "ignore:sigma_noise")
+def test_targets_of_one_output_at_a_position_may_be_flat():
+    torch.manual_seed(0)
+    model, X = Tagger(1).double(), torch.randint(6, (15, T))
+    y = model(X)[..., 0].detach() + 0.1 * torch.randn(15, T).double()
+    found = []
+    for targets in (y, y[..., None]):
+        la = DebiasedLaplace(model, "regression", prior_precision=PRIOR)
+        la.fit(DataLoader(TensorDataset(X, targets), batch_size=4))
+        la.optimize_prior_precision(
+            method="gridsearch",
+            val_loader=DataLoader(TensorDataset(X, targets), batch_size=5),
+            grid_size=3,
+            log_prior_prec_min=-1,
+            log_prior_prec_max=1,
+        )
+        p = la.predict(X)
+        assert p.mean.shape == p.samples(2)[0].shape == targets.shape
+        found.append((float(la.sigma_noise), float(la.prior_precision)))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0][0] == pytest.approx(0.1, rel=0.3)
+
+
+def test_drawing_from_a_prediction_leaves_a_model_in_training_mode_as_it_was():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 2, 1)).double()
+    X, y = torch.randn(12, 1, 1, 2).double(), torch.randint(2, (12, 1, 2))
+    model.train()
+    la = DebiasedLaplace(model, "classification", **OPTIONS)
+    la.fit(DataLoader(TensorDataset(X, y), batch_size=4))
+    p, before = la.predict(X), model[1].running_mean.clone()
+    assert p.samples(2).shape == (2, 12, 2, 1, 2)
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_an_own_likelihood_with_positions_predicts_its_targets():
+    class Sign(Ordinal):
+        name = "sign"
+
+    X = torch.randint(6, (12, T))
+    la = DebiasedLaplace(Tagger(1).double(), Sign(), **OPTIONS)
+    la.fit(DataLoader(TensorDataset(X, X % 4), batch_size=4))
+    p = la.predict(X)
+    assert p.mean.shape == (12, T)
+    assert p.interval(0.5)[0].shape == (12, T)
+    assert 0 <= float(p.mean.min()) <= float(p.mean.max()) <= 3
+
+
+@pytest.mark.parametrize("wrong", ["transposed", "flat", "classes last"])
+def test_targets_of_other_positions_than_the_images_are_refused(wrong):
+    model, X, y, _ = made("pixels classification")
+    if wrong == "classes last":
+        likelihood, targets = "regression", torch.randn(N, 3, 2, C).double()
+    else:
+        likelihood, targets = "classification", y.mT.contiguous() if wrong == "transposed" else y.reshape(N, 1, 6)
+    with pytest.raises(ValueError, match=r"targets of shape \(8, 3, 2\) for outputs \(8, 3, 3, 2\)"):
+        DebiasedLaplace(model, likelihood).fit(DataLoader(TensorDataset(X, targets), batch_size=8))
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_wrong_validation_and_test_targets_say_what_was_expected(length):
+    la, X, _ = fitted("tokens classification")
+    wrong = DataLoader(TensorDataset(X, torch.randint(C, (N, length))), batch_size=4)
+    with pytest.raises(ValueError, match=r"targets of shape \(4, 5\) for outputs \(4, 5, 3\), classes last; got"):
+        la.optimize_prior_precision(method="gridsearch", val_loader=wrong)
+    with pytest.raises(ValueError, match=rf"a target for each of 20 positions of a batch's outputs; got {4 * length}"):
+        evaluate({"laplace": la}, wrong)
+    with pytest.raises(ValueError, match=r"a target for each position of the outputs; got shape \(4,\)"):
+        evaluate({"laplace": la}, DataLoader(TensorDataset(X, X[:, 0] % C), batch_size=4))
+
+
+def test_a_report_draws_some_of_many_positions():
+    la, X, y = fitted("pixels classification")
+    loader = DataLoader(TensorDataset(X, y), batch_size=4)
+    assert evaluate({"laplace": la}, loader, max_samples=20).data.n == 20
+    ids = torch.arange(N) // 2
+    report = evaluate({"laplace": la}, loader, clusters=ids)
+    counted = (y != IGNORED).flatten(1).any(1)
+    assert f"in {len(ids[counted].unique())} clusters" in " ".join(report.warnings)
+    with pytest.raises(ValueError, match=rf"an id for each of the {N} samples; got {N - 1}"):
+        evaluate({"laplace": la}, loader, clusters=torch.arange(N - 1))
+
+
+def test_columns_of_a_root_are_those_of_their_positions():
+    kind = PositionWise(likelihood_named("classification"), OutputLayout(C, 1))
+    f = torch.randn(2, T * C, generator=torch.Generator().manual_seed(0)).double()
+    whole = kind.root(f, slice(None))
+    torch.testing.assert_close(whole @ whole.mT, kind.hessian(f))
+    for chosen in (slice(0, 1), slice(2, 7), slice(6, 9), slice(13, 15), slice(4, 4), slice(10, 99)):
+        torch.testing.assert_close(kind.root(f, chosen), whole[..., chosen])
+        torch.testing.assert_close(kind.root(f[0], chosen), whole[0][..., chosen])

@@ -289,7 +289,7 @@ def test_what_cannot_be_done_says_why():
     with pytest.raises(ValueError, match="logits of one label; got the likelihood 'binary' and 3 outputs"):
         la.gaussian_logits(X)
     model = nn.Sequential(la.model, nn.Sigmoid())
-    with pytest.raises(ValueError, match=r"are probabilities, as it seems.* remove the model's last sigmoid"):
+    with pytest.raises(ValueError, match=r"it ends with a sigmoid.* remove the model's last sigmoid"):
         DebiasedLaplace(model, "binary").fit(DataLoader(TensorDataset(X, y), batch_size=8))
     with pytest.raises(ValueError, match="sigma_noise is of regression only; expected 1 in heteroscedastic"):
         DebiasedLaplace(model, "heteroscedastic", sigma_noise=0.5)
@@ -384,3 +384,71 @@ def test_predicted_noise_is_evaluated_as_a_regression(n_outputs):
         ValueError, match=r"the likelihood 'poisson'; reports are of .*Its targets have la.predict\(x\)"
     ):
         evaluate(counts, DataLoader(TensorDataset(X, y), batch_size=11))
+
+
+def test_logits_between_0_and_1_are_logits():
+    model = nn.Linear(4, 1).double()
+    with torch.no_grad():
+        model.weight.mul_(0.1)
+        model.bias.fill_(0.5)
+    X, y = torch.randn(N, 4).double(), torch.randint(2, (N, 1)).double()
+    assert bool(((model(X) > 0) & (model(X) < 1)).all())
+    DebiasedLaplace(model, "binary", **OPTIONS).fit(DataLoader(TensorDataset(X, y), batch_size=10))
+    flat = nn.Sequential(model, nn.Sigmoid(), nn.Flatten())
+    with pytest.raises(ValueError, match="it ends with a sigmoid"):
+        DebiasedLaplace(flat, "binary", **OPTIONS).fit(DataLoader(TensorDataset(X, y), batch_size=10))
+
+
+def test_counts_far_from_the_data_are_drawn_at_once():
+    kind = likelihood_named("poisson")
+    f = torch.tensor([[20.0, 45.0, 200.0, 800.0]]).double()
+    drawn = kind.drawn_targets(
+        f.expand(1000, 4), torch.rand(1000, 4, generator=torch.Generator().manual_seed(0)).double()
+    )
+    rates = f.exp()
+    z = (drawn.mean(0) - rates[0])[:3] / (rates[0, :3] / 1000).sqrt()
+    assert float(z[:2].abs().max()) < 4.5
+    # the rate itself is infinite
+    assert bool(drawn[:, 3].isinf().all())
+    assert bool((kind.drawn_targets(f.float().expand(9, 4), torch.rand(9, 4).double())[:, :2] > 1e8).all())
+
+
+def test_names_and_probabilities_of_own_likelihoods():
+    class Reserved(Ordinal):
+        name = "regression"
+
+    class Probabilities(Ordinal):
+        name = "mine"
+        gives_probabilities = True
+
+    model, _, _ = problem("ordinal", 1)
+    with pytest.raises(ValueError, match=r"none of \['binary', .*\]; got 'regression'"):
+        DebiasedLaplace(model, Reserved())
+    with pytest.raises(ValueError, match="gives_probabilities is of built-in likelihoods; expected False of 'mine'"):
+        DebiasedLaplace(model, Probabilities())
+
+
+def test_a_heteroscedastic_posterior_beside_a_regression():
+    both, X, y = fitted("heteroscedastic", 2)
+    single = nn.Linear(4, 1).double()
+    regression = DebiasedLaplace(single, "regression", sigma_noise=0.8, prior_precision=PRIOR)
+    regression.fit(DataLoader(TensorDataset(X, y), batch_size=7))
+    loader = DataLoader(TensorDataset(X, y), batch_size=11)
+    for posteriors in ({"r": regression, "h": both}, {"h": both, "r": regression}):
+        report = evaluate({"of_r": single, "of_h": both.model, **posteriors}, loader, sigma_noise=0.8)
+        m, s = both.model(X).detach().unbind(1)
+        nll = -torch.distributions.Normal(m, (s / 2).exp()).log_prob(y).mean()
+        assert report.metrics["of_h"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
+        nll = -torch.distributions.Normal(single(X).detach()[:, 0], 0.8).log_prob(y).mean()
+        assert report.metrics["of_r"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
+
+
+def test_predictions_of_targets_keep_the_graph():
+    model, X, y = problem("heteroscedastic", 2)
+    la = DebiasedLaplace(model, "heteroscedastic", enable_backprop=True, **OPTIONS)
+    la.fit(DataLoader(TensorDataset(X, y), batch_size=7))
+    x = X[:2].clone().requires_grad_()
+    p = la.predict(x)
+    assert p.mean.requires_grad
+    assert p.std.requires_grad
+    assert not p.interval(0.9)[0].requires_grad
