@@ -69,10 +69,6 @@ class OutputLayout:
         ends = range(-n_last, 0)
         return found.movedim(tuple(ends), tuple(range(n_lead, n_lead + n_last)))
 
-    def is_label(self, targets: Tensor) -> bool:
-        """Return whether targets have one entry for each position."""
-        return targets.ndim == 1 + self.n_dimensions
-
     def rows_of(self, values: Tensor, n_last: int = 1, *, n_lead: int = 0) -> Tensor:
         """Return values in the layout of the network's outputs, or targets, as rows: one for each position of a sample.
 

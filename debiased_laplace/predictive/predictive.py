@@ -15,7 +15,7 @@ from debiased_laplace.checks import integer
 from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network
-from debiased_laplace.data.inputs import Inputs
+from debiased_laplace.data.inputs import Inputs, n_samples_of
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.predictive import linearized, links, sampling
 from debiased_laplace.predictive.mean_field import GaussianLogits
@@ -109,9 +109,15 @@ class Predictive:
 
     def linearized_draws(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S n C"]:
         """Draw linearized functions and evaluate each at all inputs."""
-        draw = partial(linearized.draw_functions, self.network, self.inputs, create_graph=self.create_graph)
-        noise = standard_normal(n_samples, self.mean, generator)
-        return torch.cat([draw(self.precision.root(chunk)) for chunk in noise])
+        return torch.cat(list(self._draws(n_samples, generator)))
+
+    def _draws(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "s n C"]]:
+        """Yield the same draws in chunks, of which each is kept or reduced by the caller."""
+        n_bytes = n_samples_of(self.inputs) * self.network.n_outputs * self.mean.element_size()
+        size = max(1, CHUNK_BYTES // max(1, n_bytes))
+        for chunk in standard_normal(n_samples, self.mean, generator):
+            for deviations in self.precision.root(chunk).split(size):
+                yield linearized.draw_functions(self.network, self.inputs, deviations, create_graph=self.create_graph)
 
     def network_draws(
         self, n_samples: int, generator: torch.Generator | None, model_kwargs: Mapping[str, Any] | None = None
@@ -128,7 +134,8 @@ class Predictive:
         """Return class probabilities of the linearized network by one of the links."""
         likelihood = self.network.likelihood
         if self.network.layout is not None and link == "mc":
-            return self.restored(likelihood.probabilities(self.linearized_draws(n_samples, generator)).mean(0))
+            sums = [likelihood.probabilities(draws).sum(0) for draws in self._draws(n_samples, generator)]
+            return self.restored(torch.stack(sums).sum(0) / n_samples)
         if self.network.layout is not None:
             (found,) = self._by_position(
                 lambda one: (one.probabilities(link, n_samples, generator, diagonal_output=diagonal_output),)

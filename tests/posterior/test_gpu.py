@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import MODELS, targets
 from posterior_cases import posterior_of
+from test_positions_of_outputs import made
 from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = [
@@ -120,3 +121,17 @@ def test_a_network_in_bfloat16_on_a_gpu_agrees_with_the_cpu_within_its_rounding(
         assert la.mean.dtype == torch.float32
         found.append(la._glm_predictive_distribution(X.to(device))[1].cpu())
     assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+
+
+@pytest.mark.parametrize("kind", ["tokens classification", "pixels regression", "tokens heteroscedastic"])
+def test_outputs_with_positions_on_a_gpu_equal_the_cpu(kind):
+    model, X, y, likelihood = made(kind)
+    found = []
+    for device in ("cpu", "cuda"):
+        la = posterior_of(copy.deepcopy(model).to(device), likelihood, n_rows=60, prior_precision=0.4)
+        la.fit(DataLoader(TensorDataset(X, y), batch_size=4))
+        predicted = la(X.to(device))
+        first = predicted[0] if isinstance(predicted, tuple) else predicted
+        found.append((first.cpu(), la.log_marginal_likelihood().detach().cpu()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)

@@ -427,6 +427,16 @@ def test_a_report_draws_some_of_many_positions():
         evaluate({"laplace": la}, loader, clusters=torch.arange(N - 1))
 
 
+def test_draws_are_averaged_in_chunks(monkeypatch):
+    la, X, _ = fitted("tokens classification")
+    found = []
+    for n_bytes in (2**27, 3 * N * T * C * 8):
+        monkeypatch.setattr("debiased_laplace.predictive.predictive.CHUNK_BYTES", n_bytes)
+        generator = torch.Generator().manual_seed(1)
+        found.append(la(X, link_approx="mc", n_samples=10, generator=generator))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_columns_of_a_root_are_those_of_their_positions():
     kind = PositionWise(likelihood_named("classification"), OutputLayout(C, 1))
     f = torch.randn(2, T * C, generator=torch.Generator().manual_seed(0)).double()
