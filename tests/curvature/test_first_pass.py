@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "NaN": (lambda f: f / 0 * 0, "NaN or infinite"),
     "infinity": (lambda f: f / 0, "NaN or infinite"),
     "one dimension": (lambda f: f[:, 0], r"shape \(8, outputs\) for 8 samples; got \(8,\)"),
-    "three dimensions": (lambda f: f[:, :, None], r"got \(8, 3, 1\)"),
+    "three dimensions": (lambda f: f[:, :, None], r"\(8, 3\) for outputs \(8, 3, 1\)"),
     "samples merged": (lambda f: f.reshape(-1, 1), r"got \(24, 1\)"),
     "samples along the second dimension": (lambda f: f.T, r"got \(3, 8\)"),
     "a tuple": (lambda f: (f, f), "return a tensor.*; got tuple"),
