@@ -69,7 +69,7 @@ def cotangents(
     targets: Tensor,
     samples: Int64[Tensor, " R"],
     rows: Int64[Tensor, " R"],
-) -> Float[Tensor, "R C"]:
+) -> Float[Tensor, "R _"]:
     r"""Return the cotangents $c_{nj}$ of chosen rows, in double precision.
 
     Eigenvectors of equal eigenvalues are arbitrary: choose all rows of a sample in one call, so that they are of one

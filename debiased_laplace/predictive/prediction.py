@@ -64,7 +64,7 @@ class RegressionPrediction:
 
     @classmethod
     def of(
-        cls, mean: Float[Tensor, "n C"], variance: Float[Tensor, "n C"], noise: Tensor, draws: Draws, *, flat: bool
+        cls, mean: Float[Tensor, "n ..."], variance: Float[Tensor, "n ..."], noise: Tensor, draws: Draws, *, flat: bool
     ) -> "RegressionPrediction":
         """Return the prediction of outputs with a mean, a function variance and observation noise.
 
@@ -178,8 +178,8 @@ class TargetPrediction:
     @classmethod
     def of(
         cls,
-        mean: Float[Tensor, "n C"],
-        variance: Float[Tensor, "n C"],
+        mean: Float[Tensor, "*n C"],
+        variance: Float[Tensor, "*n C"],
         likelihood: Likelihood,
         draws: Draws,
         *,
@@ -254,10 +254,10 @@ class ClassificationPrediction:
         draws: source of `samples`.
     """
 
-    probs: Float[Tensor, "n C"]
+    probs: Float[Tensor, "n ..."]
     draws: Draws
 
-    def samples(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S n C"]:
+    def samples(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S n ..."]:
         """Draw functions, and return the probabilities of each.
 
         Args:

@@ -130,8 +130,8 @@ class Predictive:
 
     def probabilities(
         self, link: str, n_samples: int, generator: torch.Generator | None, *, diagonal_output: bool = False
-    ) -> Float[Tensor, "n C"]:
-        """Return class probabilities of the linearized network by one of the links."""
+    ) -> Float[Tensor, "n ..."]:
+        """Return the probabilities of the linearized network's labels by one of the links, as its outputs are."""
         likelihood = self.network.likelihood
         if self.network.layout is not None and link == "mc":
             sums = [likelihood.probabilities(draws).sum(0) for draws in self._draws(n_samples, generator)]
