@@ -182,11 +182,12 @@ def evaluate(  # noqa: D417 - further options are those of the report
     found, targets, owners = collect(methods, loader, options, "the test set")
     if owners is not None and targets is not None:
         # positions of a sample are not independent
-        ids = torch.arange(int(owners.max()) + 1) if clusters is None else as_tensor(clusters, "clusters")
-        if len(ids) <= int(owners.max()):
-            raise ValueError(
-                f"clusters must hold an id for each of the {int(owners.max()) + 1} samples; got {len(ids)}."
-            )
+        if len(owners) == 0:
+            raise ValueError("Expected positions that count; the labels of all of them are -100.")
+        n = int(owners.max()) + 1
+        ids = torch.arange(n) if clusters is None else as_tensor(clusters, "clusters")
+        if len(ids) < n:
+            raise ValueError(f"clusters must hold an id for each of the {n} samples; got {len(ids)}.")
         some = draw_rows(len(owners), max_samples, seed=settings.seed)
         found = {name: prediction.at(some) for name, prediction in found.items()}
         targets, clusters = targets[some], ids[owners[some]]

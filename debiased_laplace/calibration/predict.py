@@ -21,7 +21,7 @@ from debiased_laplace.curvature.as_found import modules_reached
 from debiased_laplace.curvature.classification import LOGITS_NEEDED, are_probabilities
 from debiased_laplace.curvature.contexts import keeping_buffers
 from debiased_laplace.curvature.parameters import call_with, logits_of
-from debiased_laplace.curvature.positions import IGNORED, OutputLayout
+from debiased_laplace.curvature.positions import OutputLayout, that_count
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS, Inputs, MappingKeys, n_samples_of, on_each
 from debiased_laplace.data.randomness import undisturbed_randomness
@@ -255,8 +255,7 @@ def _targets_of_positions(y: Tensor, samples: Tensor, layout: OutputLayout) -> t
     if n_last < 0:
         raise ValueError(f"Expected a target for each position of the outputs; got shape {tuple(y.shape)}.")
     rows = layout.rows_of(y, n_last)
-    is_label = not y.is_floating_point() and n_last == 0
-    counts = rows != IGNORED if is_label else torch.ones(len(rows), dtype=torch.bool)
+    counts = that_count(rows, n_lead=1)
     owners = samples.repeat_interleave(len(rows) // max(1, len(samples)))
     return rows[counts], owners[counts], counts
 
@@ -349,6 +348,10 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
     """Predict probabilities, with mutual information where the link knows it, or moments of the function."""
     is_regression, likelihood = options.task == "regression", name_of(la.likelihood)
     is_label, layout = likelihood == "binary", options.layout
+
+    def rows(values: Tensor, n_lead: int = 0) -> Tensor:
+        return values if layout is None else layout.rows_of(values, n_lead=n_lead)
+
     x = inputs if isinstance(inputs, Tensor) else _MovableMapping(inputs)
     ours = isinstance(la, DebiasedParametricLaplace)
     with preserve_state(network_of(la), plain=ours), torch.enable_grad():
@@ -359,25 +362,17 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
         if of_draws or (options.link == "mc" and not is_regression):
             generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
             samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator).detach()
-            if options.layout is not None:
-                samples = options.layout.rows_of(samples, n_lead=1)
+            samples = rows(samples, 1)
             return _reduce_samples(name, _of_both(samples) if is_label else samples, options.task)
         if likelihood == "heteroscedastic":
             prediction = la.predict(x, options.pred_type, n_samples=options.n_samples)
-            moments = (prediction.mean, prediction.std)
-            mean, deviation = moments if layout is None else (layout.rows_of(m) for m in moments)
-            return BatchPrediction(mean=mean, standard_deviation=deviation)
-        if is_regression and layout is not None:
-            mean, variance = la(x, pred_type=options.pred_type, diagonal_output=True)
-            return BatchPrediction(mean=layout.rows_of(mean), function_variance=layout.rows_of(variance))
+            return BatchPrediction(mean=rows(prediction.mean), standard_deviation=rows(prediction.std))
         if is_regression:
-            mean, variance = la(x, pred_type=options.pred_type)
-            return BatchPrediction(mean=mean, function_variance=variance)
-        if layout is not None:
-            found = layout.rows_of(la(x, pred_type=options.pred_type, link_approx=options.link))
-            return BatchPrediction(_of_both(found) if is_label else found)
-        if options.link != "mean_field":
-            found = la(x, pred_type=options.pred_type, link_approx=options.link)
+            alone = {} if layout is None else {"diagonal_output": True}
+            mean, variance = la(x, pred_type=options.pred_type, **alone)
+            return BatchPrediction(mean=rows(mean), function_variance=rows(variance))
+        if layout is not None or options.link != "mean_field":
+            found = rows(la(x, pred_type=options.pred_type, link_approx=options.link))
             return BatchPrediction(_of_both(found) if is_label else found)
         if isinstance(la, DebiasedParametricLaplace):
             logits = la.gaussian_logits(x)

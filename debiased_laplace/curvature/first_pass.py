@@ -148,7 +148,18 @@ def _ends_with_a_sigmoid(selection: ParameterSelection, parameters: dict[str, Te
     return node is not None and node.name().startswith("SigmoidBackward")
 
 
-_OF_SHAPE = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Alias")
+_OF_SHAPE = (
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Permute",
+    "TBackward",
+    "ToCopy",
+    "Alias",
+)
 """Beginnings of the names of functions that change no value."""
 
 

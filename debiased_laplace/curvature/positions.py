@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,6 +24,19 @@ def flattened(outputs: Tensor) -> Float[Tensor, "n TC"]:
     if outputs.ndim <= 2:
         return outputs
     return (outputs if outputs.ndim == 3 else outputs.movedim(1, -1)).flatten(1)
+
+
+def that_count(targets: Tensor, *, n_lead: int) -> Bool[Tensor, "*n"]:
+    """Return which positions count: all but those whose label is -100.
+
+    Args:
+        targets: one for each position, or with further dimensions.
+        n_lead: number of dimensions of the positions.
+    """
+    is_label = not targets.is_floating_point() and targets.ndim == n_lead
+    if is_label:
+        return targets != IGNORED
+    return torch.ones(targets.shape[:n_lead], dtype=torch.bool, device=targets.device)
 
 
 @dataclass(frozen=True)
@@ -141,10 +154,8 @@ class PositionWise(Likelihood):
         """Return predictions by position, (n, T, …), given flat or as the network's outputs are."""
         if values.ndim == 2:
             return self.by_position(values)
-        d, n_last = self.layout.n_dimensions, values.ndim - 1 - self.layout.n_dimensions
-        if not self.layout.is_last:
-            values = values.movedim(tuple(range(1, 1 + n_last)), tuple(range(-n_last, 0)))
-        return values.flatten(1, d)
+        rows = self.layout.rows_of(values, values.ndim - 1 - self.layout.n_dimensions)
+        return rows.unflatten(0, (len(values), -1))
 
     def counted_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return targets by position, with a valid label where a position does not count."""
@@ -154,11 +165,8 @@ class PositionWise(Likelihood):
         """Return the factor of each position's loss: 0 where it does not count."""
         y = self.targets_by_position(outputs, targets)
         n, T = y.shape[:2]
-        counts = torch.ones(n, T, dtype=torch.bool, device=y.device)
-        if not y.is_floating_point() and y.ndim == 2:
-            counts = y != IGNORED
         own = self.base.weights(self._counted(y).flatten(0, 1))
-        factors = counts.to(outputs.dtype)
+        factors = that_count(y, n_lead=2).to(outputs.dtype)
         return factors if own is None else factors * own.to(factors).view(n, T)
 
     def check(self, outputs: Float[Tensor, "n TC"], targets: Tensor) -> None:
@@ -183,8 +191,7 @@ class PositionWise(Likelihood):
             raise ValueError(f"Expected targets of shape {expected}; got shape {tuple(targets.shape)}{way_out}.")
         y = self.targets_by_position(outputs, targets).flatten(0, 1)
         f = self.by_position(outputs).flatten(0, 1)
-        stay = y != IGNORED if not y.is_floating_point() and y.ndim == 1 else torch.ones(len(y), dtype=torch.bool)
-        stay = stay.to(y.device)
+        stay = that_count(y, n_lead=1)
         if bool(stay.any()):
             self.base.check(f[stay.to(f.device)], y[stay])
 

@@ -192,7 +192,7 @@ class TargetPrediction:
             variance: of the outputs; tiny negative values, which are rounding, count as 0.
             likelihood: of the targets.
             draws: source of functions.
-            flat: whether targets are (n,).
+            flat: whether targets are (n,), or with positions one for each of them.
         """
         outputs = mean, variance.clamp_min(0)
         rows = (x.reshape(-1, x.shape[-1]) for x in outputs)
@@ -269,7 +269,9 @@ class ClassificationPrediction:
         return predictive.restored(probabilities)
 
     def __repr__(self) -> str:
-        low, high = (float(t) for t in self.probs.detach().amax(1).aminmax())
+        # of sequences, labels are the last dimension
+        of_labels = -1 if self.probs.ndim == 3 else 1
+        low, high = (float(t) for t in self.probs.detach().amax(of_labels).aminmax())
         shape = tuple(self.probs.shape)
         return f"ClassificationPrediction(probs of shape {shape}, the largest from {low:.3g} to {high:.3g})"
 

@@ -427,6 +427,12 @@ def test_a_report_draws_some_of_many_positions():
         evaluate({"laplace": la}, loader, clusters=torch.arange(N - 1))
 
 
+def test_a_report_needs_positions_that_count():
+    la, X, _ = fitted("tokens classification")
+    with pytest.raises(ValueError, match="Expected positions that count; the labels of all of them are -100"):
+        evaluate({"laplace": la}, DataLoader(TensorDataset(X, torch.full((N, T), IGNORED)), batch_size=4))
+
+
 def test_draws_are_averaged_in_chunks(monkeypatch):
     la, X, _ = fitted("tokens classification")
     found = []

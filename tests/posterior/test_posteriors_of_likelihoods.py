@@ -280,6 +280,9 @@ def test_diagnosis_takes_these_likelihoods():
     model, X, y = problem("binary", 3)
     found = diagnose(model, "binary", DataLoader(TensorDataset(X, y), batch_size=8), batch_sizes=[8], n_draws=3)
     assert "8" in str(found)
+    assert len(found.batches) == 1
+    assert found.n_data == N
+    assert found.rows is not None
 
 
 def test_what_cannot_be_done_says_why():
@@ -394,6 +397,8 @@ def test_logits_between_0_and_1_are_logits():
     X, y = torch.randn(N, 4).double(), torch.randint(2, (N, 1)).double()
     assert bool(((model(X) > 0) & (model(X) < 1)).all())
     DebiasedLaplace(model, "binary", **OPTIONS).fit(DataLoader(TensorDataset(X, y), batch_size=10))
+    inner = nn.Sequential(model, nn.Sigmoid(), nn.Tanh())
+    DebiasedLaplace(inner, "binary", **OPTIONS).fit(DataLoader(TensorDataset(X, y), batch_size=10))
     flat = nn.Sequential(model, nn.Sigmoid(), nn.Flatten())
     with pytest.raises(ValueError, match="it ends with a sigmoid"):
         DebiasedLaplace(flat, "binary", **OPTIONS).fit(DataLoader(TensorDataset(X, y), batch_size=10))
