@@ -1,11 +1,15 @@
-"""Likelihoods beyond labels and real targets: outputs, targets and densities of torch.distributions."""
+"""Likelihoods beyond labels and real targets: outputs, targets, densities of torch.distributions, fitted networks."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, Poisson
+from torch.utils.data import DataLoader, TensorDataset
 
+from debiased_laplace import DebiasedLaplace
 from debiased_laplace.curvature.likelihood import Likelihood
 
+N, PRIOR, TEMPERATURE = 30, 3.0, 0.7
+OPTIONS = {"prior_precision": PRIOR, "temperature": TEMPERATURE}
 THRESHOLDS = (-1.0, 0.4, 1.5)
 
 
@@ -70,3 +74,26 @@ def some_targets(name: str, n: int, n_outputs: int, seed: int = 19) -> Tensor:
     if name == "poisson":
         return torch.poisson(2 * torch.rand(n, n_outputs, generator=g).double(), generator=g)
     return torch.randn(n, n_outputs // 2, generator=g, dtype=torch.float64)
+
+
+def problem(name, n_outputs, n=N):
+    """Return a network with inputs and targets."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, n_outputs)).double()
+    X = torch.randn(n, 4, dtype=torch.float64)
+    y = some_targets(name, n, n_outputs)
+    # of one target, both shapes are used
+    return model, X, y[:, 0] if name == "heteroscedastic" and n_outputs == 2 else y
+
+
+def likelihood_of(name):
+    """Return what the package is given."""
+    return Ordinal() if name == "ordinal" else name
+
+
+def fitted(name, n_outputs, **options):
+    """Return a posterior with inputs and targets."""
+    model, X, y = problem(name, n_outputs)
+    la = DebiasedLaplace(model, likelihood_of(name), **{**OPTIONS, **options})
+    la.fit(DataLoader(TensorDataset(X, y), batch_size=7))
+    return la, X, y

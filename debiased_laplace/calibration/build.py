@@ -26,6 +26,7 @@ from debiased_laplace.calibration.contents import (
     check_text,
     read_scalar,
 )
+from debiased_laplace.calibration.counts import CountPredictions
 from debiased_laplace.calibration.findings import summarize, warn_of_useless
 from debiased_laplace.calibration.inputs import (
     Settings,
@@ -120,7 +121,7 @@ def calibration_report(
             torch tensors on any device. Classification: probabilities (n, C), posterior samples (S, n, C) of them, or
             for a binary task (n,) = P(class 1); with positions (N, C, ...), (S, N, C, ...) or (N, ...). Regression: a
             pair (mean, standard deviation), each (n,) or (n, outputs), observation noise included; or, with
-            `observation_noise`, a pair (mean, covariance) or samples; or `Gaussian` or `Samples`.
+            `observation_noise`, a pair (mean, covariance) or samples; or `Gaussian` or `Samples`; of counts `Counts`.
         targets: labels (n,) as numbers or as names out of `class_names`, one-hot rows (n, C), or labels of positions
             (N, ...); for regression as the mean.
         task: "binary", "multiclass" or "regression".
@@ -381,7 +382,9 @@ def _prepare_regression(
         regression.scores_of,
         out_of_distribution.scores_of_regression,
         DataSummary(one.n, None, one.n_outputs, _digest(one.targets)),
-        constant.score_constant_gaussian(one.targets),
+        (constant.score_constant_rate if isinstance(one, CountPredictions) else constant.score_constant_gaussian)(
+            one.targets
+        ),
         [
             f"{method}: the predictive is known by {S} samples only, so its negative log-likelihood is on average "
             "larger than that of the predictive which they stand for."

@@ -31,6 +31,7 @@ SCORES: dict[str, str] = {
     "entropy": "predictive entropy",
     "max_probability": "1 \u2212 maximum probability",
     "standard_deviation": "predicted standard deviation",
+    "function_std": "standard deviation of the function",
 }
 """Scores of out-of-distribution detection, in the order of a report."""
 

@@ -19,7 +19,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 from debiased_laplace.calibration.ties import merge_ties
 
 BISECTIONS = 60  # halvings of an interval as wide as the spread of the samples: below a rounding error of it
-_TIE_SEED = 7_919_201  # not 0, from whose stream the samples of a user often come
+TIE_SEED = 7_919_201  # not 0, from whose stream the samples of a user often come
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Gaussian:
         mean: (n,) or (n, outputs), in the unit of the targets.
         standard_deviation: as the mean, positive.
         covariance: (n, outputs, outputs), symmetric and positive definite.
-        observation_noise: standard deviation of the noise to add: a number, (outputs,) or (n, outputs).
+        observation_noise: standard deviation of the noise to add: a number, (outputs,), (n, outputs), or (n,) of one.
         noise_included: True if the covariance includes the noise.
     """
 
@@ -89,6 +89,7 @@ class RegressionPredictions:
         noise: standard deviation of each component.
         cholesky: factor of the covariance between the outputs of a single Gaussian.
         precision: relative spacing of the numbers that were given.
+        function: standard deviation of the function in that of a single Gaussian; None if unknown.
     """
 
     values: Float[Tensor, "S n d"]
@@ -96,6 +97,7 @@ class RegressionPredictions:
     noise: Float[Tensor, "n d"]
     cholesky: Float[Tensor, "n d d"] | None = None
     precision: float = torch.finfo(torch.float64).eps
+    function: Float[Tensor, "n d"] | None = None
 
     @property
     def n(self) -> int:
@@ -128,6 +130,15 @@ class RegressionPredictions:
     def standard_deviation(self) -> Float[Tensor, "n d"]:
         """Predictive standard deviation, positive: root of the variance between the components plus that within."""
         return self._merge_ties((self.values.var(dim=0, correction=0) + self.noise.square()).sqrt())
+
+    @property
+    def parts(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]] | None:
+        """Standard deviations of the function (epistemic) and of the noise (aleatoric); None if not told apart."""
+        if self.n_samples is not None:
+            return self.values.std(dim=0, correction=0).cpu(), self.noise.cpu()
+        if self.function is None:
+            return None
+        return self.function.cpu(), (self.noise.square() - self.function.square()).clamp_min(0).sqrt().cpu()
 
     @cached_property
     def errors(self) -> Float[Tensor, "n d"]:
@@ -201,7 +212,9 @@ class RegressionPredictions:
         """Multiply every deviation from the mean, noise and correlations included, by the factor of its sample."""
         column, mean = factor[:, None].to(self.values.device), self.values.mean(dim=0)
         L = None if self.cholesky is None else self.cholesky * column[:, :, None]
-        return replace(self, values=mean + column * (self.values - mean), noise=self.noise * column, cholesky=L)
+        f = None if self.function is None else self.function * column
+        values = mean + column * (self.values - mean)
+        return replace(self, values=values, noise=self.noise * column, cholesky=L, function=f)
 
     def _merge_ties(self, deviation: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Merge standard deviations of samples that differ by the rounding of the samples."""
@@ -231,6 +244,10 @@ class SampledPredictions(RegressionPredictions):
         """The distribution in words."""
         return f"{len(self.values)} samples"
 
+    @property
+    def parts(self) -> None:
+        """None: a sample does not tell its noise apart."""
+
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "n d"]:
         """Unbiased standard deviation of the samples."""
@@ -259,7 +276,7 @@ class SampledPredictions(RegressionPredictions):
         S = len(self.values)
         low = ((self.values < self.targets).sum(dim=0) / (S + 1)).cpu().to(torch.float64)
         high = (((self.values <= self.targets).sum(dim=0) + 1) / (S + 1)).cpu().to(torch.float64)
-        drawn = torch.rand(low.shape, generator=torch.Generator().manual_seed(_TIE_SEED), dtype=low.dtype)
+        drawn = torch.rand(low.shape, generator=torch.Generator().manual_seed(TIE_SEED), dtype=low.dtype)
         return low + drawn * (high - low)
 
     def quantile(self, p: float) -> Float[Tensor, "n d"]:

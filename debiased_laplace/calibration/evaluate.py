@@ -14,18 +14,21 @@ from debiased_laplace.calibration.build import calibration_report
 from debiased_laplace.calibration.check import ThresholdSource
 from debiased_laplace.calibration.contents import PredictionRecord, ReportFigure, ReportTable, Task
 from debiased_laplace.calibration.inputs import Settings, as_tensor
-from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
-from debiased_laplace.calibration.predict import (
+from debiased_laplace.calibration.labels import tabulate_labels
+from debiased_laplace.calibration.methods import (
     BatchPrediction,
     Method,
     PredictionOptions,
     PredictionType,
+    network_of,
+)
+from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
+from debiased_laplace.calibration.predict import (
     as_prediction,
     check_loader,
     collect,
     in_training_mode,
     infer_task,
-    network_of,
     read_methods,
 )
 from debiased_laplace.calibration.probabilities import draw_rows
@@ -33,6 +36,7 @@ from debiased_laplace.calibration.report import CalibrationReport
 from debiased_laplace.calibration.scaling import TemperatureScaling
 from debiased_laplace.checks import boolean, name_of, shown, text
 from debiased_laplace.curvature.as_found import leaves_as_found
+from debiased_laplace.curvature.positions import OutputLayout
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
 from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 from debiased_laplace.predictive.predictive import Link
@@ -81,15 +85,18 @@ def evaluate(  # noqa: D417 - further options are those of the report
     anew with every batch, so that sampled networks are the same for all batches. The models and the global random state
     are left as they were. Memory: predictions on the CPU in their own dtype; samples of one batch at a time.
 
-    `n_bins` and all that follows are options of `calibration_report`; `clusters` is in the order of the loader, and
-    `temperature_scaling` is fitted on `validation_loader` where it is given.
+    `n_bins` and all that follows are options of `calibration_report`; `clusters` is in the order of the loader,
+    `temperature_scaling` is fitted on `validation_loader` where it is given, and `class_names` are the names of several
+    binary labels, which a table shows one by one.
 
     Args:
         posteriors: name to method. A Laplace posterior of this package or of laplace-torch; a network, which is the
-            MAP estimate: its outputs are logits, or means; any callable that maps a batch of inputs to probabilities
-            (n, C), to (mean, standard deviation) with the observation noise, or to samples (S, n, C), in regression of
-            the function alone, with its networks in evaluation mode. One posterior alone is called "laplace".
-        loader: the test set, an iterable of batches: (inputs, targets), or mappings of tensors.
+            MAP estimate: its outputs are those of the posteriors' likelihood; any callable that maps a batch of inputs
+            to probabilities (n, C), to (mean, standard deviation) with the observation noise, or to samples (S, n, C),
+            in regression of the function alone, of counts of the rates, with its networks in evaluation mode. One
+            posterior alone is called "laplace".
+        loader: the test set, an iterable of batches: (inputs, targets), or mappings of tensors. Where outputs have
+            positions or several binary labels, each of them is a row of the report, and those of a sample a cluster.
         task: "binary", "multiclass" or "regression"; None: that of the first Laplace posterior, "multiclass" for every
             kind of classification.
         baseline: name of the method that the others are compared with; default: the first.
@@ -157,13 +164,13 @@ def evaluate(  # noqa: D417 - further options are those of the report
     known: Any = next(iter(laplace.values()), DEFAULT_KEYS)
     keys = MappingKeys(dict_key_x or known.dict_key_x, dict_key_y or known.dict_key_y)
     noise = known.sigma_noise.detach() if sigma_noise is None and laplace else sigma_noise
-    of_two = {name for name, m in laplace.items() if name_of(m.likelihood) == "heteroscedastic"}
 
-    def two_outputs(model: nn.Module) -> bool:
-        own = {name for name, m in laplace.items() if network_of(m) is model} or laplace.keys()
-        return bool(own) and own <= of_two
+    def likelihood_of(model: nn.Module | None) -> str:
+        own = [m for m in laplace.values() if network_of(m) is model] or laplace.values()
+        names = {name_of(m.likelihood) for m in own}
+        return names.pop() if len(names) == 1 else ""
 
-    ours = [m.fit_result.layout for m in laplace.values() if isinstance(m, DebiasedParametricLaplace)]
+    layout, n_labels = _rows_of(laplace.values())
     options = PredictionOptions(
         task,
         pred_type,
@@ -172,42 +179,46 @@ def evaluate(  # noqa: D417 - further options are those of the report
         settings.seed,
         keys,
         progress_bar,
-        two_outputs=two_outputs,
-        layout=next(iter(ours), None),
+        likelihood_of=likelihood_of,
+        layout=layout,
+        n_labels=n_labels,
     )
 
     def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
-    found, targets, owners = collect(methods, loader, options, "the test set")
-    if owners is not None and targets is not None:
-        # positions of a sample are not independent
-        if len(owners) == 0:
+    test = collect(methods, loader, options, "the test set")
+    if test.samples is not None:
+        # positions and labels of a sample are not independent
+        if len(test.samples) == 0:
             raise ValueError("Expected positions that count; the labels of all of them are -100.")
-        n = int(owners.max()) + 1
+        n = int(test.samples.max()) + 1
         ids = torch.arange(n) if clusters is None else as_tensor(clusters, "clusters")
         if len(ids) < n:
             raise ValueError(f"clusters must hold an id for each of the {n} samples; got {len(ids)}.")
-        some = draw_rows(len(owners), max_samples, seed=settings.seed)
-        found = {name: prediction.at(some) for name, prediction in found.items()}
-        targets, clusters = targets[some], ids[owners[some]]
+        some = draw_rows(len(test.samples), max_samples, seed=settings.seed)
+        clusters, test = ids[test.samples[some]], test.at(some)
+    predictions = read(test.found)
+    if test.labels is not None:
+        tables = (*tables, tabulate_labels(predictions, test.targets, test.labels, n_labels, class_names, settings))
+        class_names = None
     cautions = in_training_mode(methods)
     for caution in cautions:
         warnings.warn(caution, stacklevel=3)
     validation, ood = None, {}
     if validation_loader is not None and first in methods:
-        held, labels, _ = collect({first: methods[first]}, validation_loader, options, "validation data")
-        logits = held[first].logits
-        validation = (read(held)[first] if logits is None else logits, labels)
+        held = collect({first: methods[first]}, validation_loader, options, "validation data")
+        logits = held.found[first].logits
+        validation = (read(held.found)[first] if logits is None else logits, held.targets)
     for name, source in (ood_loaders or {}).items():
-        ood[name] = read(collect(methods, source, options, name, labelled=False)[0])
+        ood[name] = read(collect(methods, source, options, name, labelled=False).found)
     level = settings.confidence_level
     summaries = summarize_posteriors(laplace, level)
     if held_out_loader is not None:
         summaries = compare_held_out(laplace, summaries, held_out_loader, fitted_loader, level, progress_bar)
     report = calibration_report(
-        read(found),
-        targets,
+        predictions,
+        test.targets,
         task=task,
         baseline=baseline,
         **vars(settings),
@@ -221,14 +232,14 @@ def evaluate(  # noqa: D417 - further options are those of the report
         posteriors=summaries,
         temperature_scaling=temperature_scaling,
         validation=validation,
-        logits={name: p.logits for name, p in found.items() if p.logits is not None},
+        logits={name: p.logits for name, p in test.found.items() if p.logits is not None},
         ood=ood or None,
         clusters=clusters,
         max_samples=max_samples,
         thresholds=thresholds,
     )
-    records = {name: _record(methods[name], p, options) for name, p in found.items()}
-    drawn = [name for name in laplace if found[name].n_samples is not None]
+    records = {name: _record(methods[name], p, options) for name, p in test.found.items()}
+    drawn = [name for name in laplace if test.found[name].n_samples is not None]
     if not drawn or options.n_samples >= FEW_DRAWS:
         return replace(report, predicted=records, warnings=(*cautions, *report.warnings))
     warning = (
@@ -236,6 +247,16 @@ def evaluate(  # noqa: D417 - further options are those of the report
         f"calibration error are too large by what the draws add; take {FEW_DRAWS} or more."
     )
     return replace(report, predicted=records, warnings=(*cautions, warning, *report.warnings))
+
+
+def _rows_of(posteriors: Iterable[BaseLaplace]) -> tuple[OutputLayout | None, int]:
+    """Return the layout of positions, and the number of binary labels, of which each is a row of a report."""
+    for la in posteriors:
+        if isinstance(la, DebiasedParametricLaplace):
+            layout = la.fit_result.layout
+            n_outputs = la.n_outputs if layout is None else layout.n_classes
+            return layout, n_outputs if la.likelihood == "binary" else 1
+    return None, 1
 
 
 def _record(method: Method, predicted: BatchPrediction, options: PredictionOptions) -> PredictionRecord:

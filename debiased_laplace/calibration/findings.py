@@ -21,6 +21,7 @@ SHORT_NAMES = {
     "rmsce2_debiased": "squared calibration error",
     "crps": "CRPS",
     "rmse": "RMSE",
+    "deviance": "deviance",
 }
 CONFIDENCE_TARGETS = {"confidence_gap": 0.0, "z_scale": 1.0}  # above them a method is over-confident
 PROPER = ("nll", "brier", "crps")
@@ -102,7 +103,8 @@ def warn_of_useless(contents: ReportContents) -> tuple[str, ...]:
 
 def _name_constant(contents: ReportContents) -> str:
     if contents.task == "regression":
-        return "the mean and standard deviation of the targets"
+        moments = "mean" if "deviance" in contents.constant else "mean and standard deviation"
+        return f"the {moments} of the targets"
     return "the class frequencies of the test set"
 
 

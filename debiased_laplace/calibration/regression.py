@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from debiased_laplace.calibration.counts import CountPredictions, Counts
 from debiased_laplace.calibration.distributions import Gaussian, RegressionPredictions, SampledPredictions, Samples
 from debiased_laplace.calibration.inputs import as_tensor, first_bad
 
+Form = Gaussian | Samples | Counts
+"""Forms of the predictions of regression."""
 ASYMMETRY = 1e-4  # of a covariance, in units of its standard deviations: float32 products stay well below
 _LARGEST = 1e70  # of errors in standard deviations, and of deviations: the fourth power must stay finite
 
@@ -26,10 +29,16 @@ def read_regressions(
                 f"observation_noise names {', '.join(map(repr, unknown))}; the methods are "
                 f"{', '.join(map(repr, predictions))}."
             )
-    return {
+    read = {
         method: read_regression(method, p, targets, observation_noise=noise_of(method, p, observation_noise))
         for method, p in predictions.items()
     }
+    of_counts = {method: isinstance(p, CountPredictions) for method, p in read.items()}
+    if len(set(of_counts.values())) > 1:
+        # probabilities and densities
+        others = ", ".join(repr(method) for method, own in of_counts.items() if not own)
+        raise ValueError(f"Expected Counts(rates) of every method or of none; got other forms of {others}.")
+    return read
 
 
 def noise_of(method: str, prediction: Any, observation_noise: Any) -> Any:
@@ -48,9 +57,9 @@ def noise_of(method: str, prediction: Any, observation_noise: Any) -> Any:
     return observation_noise
 
 
-def as_form(prediction: Any, where: str) -> Gaussian | Samples:
-    """Return predictions as `Gaussian` or `Samples`."""
-    if isinstance(prediction, (Gaussian, Samples)):
+def as_form(prediction: Any, where: str) -> Form:
+    """Return predictions as `Gaussian`, `Samples` or `Counts`."""
+    if isinstance(prediction, Form):
         return prediction
     if isinstance(prediction, (tuple, list)) and len(prediction) == 2:
         mean, spread = prediction
@@ -63,7 +72,7 @@ def as_form(prediction: Any, where: str) -> Gaussian | Samples:
         got += f" of shape {tuple(prediction.shape)}"
     raise ValueError(
         f"{where}: regression takes a pair (mean, standard deviation), a pair (mean, covariance), samples (samples, n) "
-        f"or (samples, n, outputs), Gaussian(...) or Samples(...); got {got}."
+        f"or (samples, n, outputs), Gaussian(...), Samples(...) or Counts(...); got {got}."
     )
 
 
@@ -75,7 +84,7 @@ def read_regression(
     Args:
         method: name of the method, for messages.
         prediction: a pair (mean, standard deviation) with the observation noise; a pair (mean, covariance) or an array
-            of samples, which need `observation_noise`; or `Gaussian` or `Samples`.
+            of samples, which need `observation_noise`; or `Gaussian`, `Samples` or `Counts`.
         targets: (n,) or (n, outputs); None if only the spread is needed: the means are used in their place.
         observation_noise: standard deviation of the noise to add: a number, (outputs,) or (n, outputs).
     """
@@ -85,14 +94,21 @@ def read_regression(
     y = values.mean(dim=0)
     if targets is not None:
         y = _read_columns(targets, where, "targets", y.shape).to(y.device)
-    noise, cholesky = _read_spread(form, values[0], where)
-    given = as_tensor(form.values, where).dtype if isinstance(form, Samples) else values.dtype
+    given = torch.float64 if isinstance(form, Gaussian) else as_tensor(_samples_of(form), where).dtype
     precision = torch.finfo(given if given.is_floating_point else values.dtype).eps
-    read = (
-        SampledPredictions(values, y, torch.zeros_like(y), precision=precision)
-        if noise is None
-        else RegressionPredictions(values, y, noise, cholesky, precision)
-    )
+    read: RegressionPredictions
+    if isinstance(form, Counts):
+        if targets is not None:
+            rule = "target must be a count (a whole number of at least 0)"
+            _refuse((y < 0) | (y != y.round()), where, rule, y)
+        read = CountPredictions(values, y, values.mean(dim=0).sqrt(), precision=precision)
+    else:
+        noise, cholesky, function = _read_spread(form, values[0], where)
+        read = (
+            SampledPredictions(values, y, torch.zeros_like(y), precision=precision)
+            if noise is None
+            else RegressionPredictions(values, y, noise, cholesky, precision, function)
+        )
     deviation = read.standard_deviation
     usual = f"standard deviation must be positive, between {1 / _LARGEST:g} and {_LARGEST:g}"
     _refuse((deviation <= 1 / _LARGEST) | (deviation >= _LARGEST), where, usual, deviation)
@@ -101,19 +117,23 @@ def read_regression(
     return read
 
 
-def _is_deviation(form: Gaussian | Samples) -> bool:
+def _samples_of(form: Samples | Counts) -> Any:
+    return form.rates if isinstance(form, Counts) else form.values
+
+
+def _is_deviation(form: Form) -> bool:
     """Return whether predictions have a standard deviation, which includes the noise by definition."""
     return isinstance(form, Gaussian) and form.standard_deviation is not None
 
 
-def _states_noise(form: Gaussian | Samples) -> bool:
-    return form.noise_included or form.observation_noise is not None
+def _states_noise(form: Form) -> bool:
+    return isinstance(form, Counts) or form.noise_included or form.observation_noise is not None
 
 
-def _state_noise(form: Gaussian | Samples, observation_noise: Any, where: str) -> Gaussian | Samples:
+def _state_noise(form: Form, observation_noise: Any, where: str) -> Form:
     """Add noise that is given beside the predictions, and check that it is given once."""
     if observation_noise is not None:
-        if _states_noise(form):
+        if isinstance(form, Counts) or _states_noise(form):
             raise ValueError(f"{where}: observation_noise= is given for predictions that state their noise themselves.")
         return replace(form, observation_noise=observation_noise)
     if not _is_deviation(form) and not _states_noise(form):
@@ -126,39 +146,46 @@ def _state_noise(form: Gaussian | Samples, observation_noise: Any, where: str) -
     return form
 
 
-def _read_values(form: Gaussian | Samples, where: str) -> Float[Tensor, "S n d"]:
+def _read_values(form: Form, where: str) -> Float[Tensor, "S n d"]:
     """Return the samples, or the mean as a single one."""
     if isinstance(form, Gaussian):
         return _read_columns(form.mean, where, "mean")[None]
-    values = _read(form.values, where, "samples")
+    what = "rates" if isinstance(form, Counts) else "samples"
+    values = _read(_samples_of(form), where, what)
     values = values[:, :, None] if values.ndim == 2 else values
-    if values.ndim != 3 or (form.noise_included and len(values) < 2):
-        least = "at least two samples" if form.noise_included else "samples"
+    too_few = isinstance(form, Samples) and form.noise_included and len(values) < 2
+    if values.ndim != 3 or too_few:
+        least = "at least two samples" if too_few else what
         raise ValueError(
             f"{where}: expected {least} of shape (samples, n) or (samples, n, outputs); got {tuple(values.shape)}."
         )
+    if isinstance(form, Counts):
+        _refuse((values <= 0).any(dim=0), where, "rate must be positive", values)
     return values
 
 
 def _read_spread(
     form: Gaussian | Samples, like: Float[Tensor, "n d"], where: str
-) -> tuple[Float[Tensor, "n d"] | None, Float[Tensor, "n d d"] | None]:
-    """Return the standard deviation of each component, and the Cholesky factor of a covariance."""
+) -> tuple[Float[Tensor, "n d"] | None, Float[Tensor, "n d d"] | None, Float[Tensor, "n d"] | None]:
+    """Return the standard deviation of each component, a covariance's Cholesky factor, and the function's part."""
     (n, d), noise = like.shape, None
     if form.observation_noise is not None:
-        noise = _read(form.observation_noise, where, "observation_noise", (), (1,), (d,), (n, d))
+        shapes = ((), (1,), (d,), (n, d), *([(n,)] if d == 1 else []))
+        noise = _read(form.observation_noise, where, "observation_noise", *shapes)
+        noise = noise[:, None] if noise.shape == (n,) and d == 1 else noise
         noise = noise.to(like.device).expand(n, d)
         _refuse(noise <= 0, where, "observation_noise must be positive (none to add: noise_included=True)", noise)
     if isinstance(form, Samples):
-        return noise, None
+        return noise, None, None
     if form.covariance is not None:
         C = _read(form.covariance, where, "covariance", (n, d, d)).to(like.device)
-        return _factorize(C, noise, where)
+        function = None if noise is None else C.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        return *_factorize(C, noise, where), function
     deviation = _read_columns(form.standard_deviation, where, "standard deviation", like.shape).to(like.device)
     # a function may be known exactly; a target never is
     rule = f"standard deviation must be {'positive' if noise is None else '0 or more'}"
     _refuse(deviation < 0, where, rule, deviation)
-    return deviation if noise is None else torch.hypot(deviation, noise), None
+    return (deviation, None, None) if noise is None else (torch.hypot(deviation, noise), None, deviation)
 
 
 def _factorize(

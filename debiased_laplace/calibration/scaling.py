@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from debiased_laplace.calibration.contents import ScalingRecord
+from debiased_laplace.calibration.counts import CountPredictions
 from debiased_laplace.calibration.inputs import Settings
 from debiased_laplace.calibration.intervals import Units
 from debiased_laplace.calibration.probabilities import ClassificationPredictions, Probabilities, reduce_classification
@@ -192,8 +193,15 @@ def scale_regression(
     *,
     validation: RegressionPredictions | None,
 ) -> Scaled:
-    """Multiply the standard deviations of the baseline, noise and correlations included, by a fitted factor."""
+    """Multiply the standard deviations of the baseline, noise and correlations included, by a fitted factor.
+
+    Counts have no such row, since their spread follows from their mean.
+    """
     first = request.baseline
+    if isinstance(read[first], CountPredictions):
+        if request.mode in ("cross_fitted", "validation") or validation is not None:
+            raise ValueError("Counts have no standard deviation to scale; expected no validation= and no scaling.")
+        return Scaled()
     name, base = request.name_row(read, "variance"), read[first]
     if validation is not None:
         if validation.n_outputs != base.n_outputs:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from debiased_laplace.calibration import Gaussian, Samples
+from debiased_laplace.calibration import Counts, Gaussian, Samples
 
 LAYOUT = """\
 targets                          labels (n,), or regression targets (n,) or (n, outputs)
@@ -15,11 +15,12 @@ METHOD/probs                     probabilities (n, C), or P(class 1) (n,)
 METHOD/logits                    in addition, for temperature scaling if probabilities are rounded to 0
 METHOD/mean with METHOD/std      regression, observation noise included
 METHOD/mean with METHOD/covariance, or METHOD/samples, with METHOD/observation_noise or --noise-included
+METHOD/rates                     expected counts at draws of a network, (samples, n) or (samples, n, outputs)
 ood/SET/METHOD/...               predictions out of distribution, of every method
 clusters                         id of the cluster of each sample; samples of one cluster may be dependent
 validation/targets               with validation/probs, /logits, or /mean and /std: the baseline on validation data"""
 
-FORMS = ("probs", "mean", "std", "covariance", "samples", "observation_noise", "logits")
+FORMS = ("probs", "mean", "std", "covariance", "samples", "rates", "observation_noise", "logits")
 RESERVED = ("ood", "validation")
 
 
@@ -155,6 +156,8 @@ def _combine(where: str, forms: Mapping[str, Any], noise_included: bool) -> Any:
         return Gaussian(forms["mean"], forms["std"], observation_noise=noise)
     if given == {"mean", "covariance"}:
         return Gaussian(forms["mean"], None, forms["covariance"], noise, noise_included)
+    if given == {"rates"} and noise is None:
+        return Counts(forms["rates"])
     if given == {"samples"}:
         return Samples(forms["samples"], noise, noise_included)
     raise ValueError(f"the arrays {_list(forms)} of {where!r} do not form a prediction")

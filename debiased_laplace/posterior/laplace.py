@@ -926,7 +926,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
     def gaussian_logits(self, x: Tensor | Mapping[str, Tensor]) -> GaussianLogits:
         """Return the Gaussian over the logits of each input, as the mean-field link takes it.
 
-        It gives class probabilities, the mutual information of label and parameters, and the total variance of the
+        Of "binary" it is that of (0, f) for each label, in rows: all labels of the first input, then of the second. It
+        gives class probabilities, the mutual information of label and parameters, and the total variance of the
         centred logits (`total_variance`). For more than 128 classes no C x C matrix is formed, unless
         `enable_backprop` is set.
 
@@ -935,10 +936,10 @@ class DebiasedParametricLaplace(ParametricLaplace):
             ValueError: if outputs are no logits, as in regression.
         """
         self._check_H_init()
-        if not self._spec.likelihood.gives_probabilities or (self.n_outputs > 1 and self.likelihood == "binary"):
+        if not self._spec.likelihood.gives_probabilities:
             raise ValueError(
-                f"Expected a posterior of logits of one label; got the likelihood {self.likelihood!r} and "
-                f"{self.n_outputs} outputs. A regression has la(x), mean and variance."
+                f"Expected a posterior of logits; got the likelihood {self.likelihood!r}. A regression has la(x), mean "
+                "and variance."
             )
         with self._predictive(self._check_request(x, "glm", 1, None)[0]) as predictive:
             return predictive.gaussian_logits()

@@ -100,7 +100,7 @@ class Predictive:
         return predict(self.network, self.precision, self.inputs, create_graph=self.create_graph)
 
     def gaussian_logits(self) -> GaussianLogits:
-        """Return the Gaussian over the logits of each input; of a single binary one over (0, f)."""
+        """Return the Gaussian over the logits of each input; of binary labels over (0, f) of each, (n * labels, 2)."""
         if self.network.layout is not None:
             raise ValueError("Logits with positions have no Gaussian here; expected la(x), or la.functional_samples.")
         if self.network.likelihood.name == "binary":

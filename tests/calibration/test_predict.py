@@ -16,13 +16,15 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from debiased_laplace import DebiasedLaplace
-from debiased_laplace.calibration.predict import BatchPrediction, PredictionOptions, collect, read_methods
+from debiased_laplace.calibration.methods import BatchPrediction, PredictionOptions
+from debiased_laplace.calibration.predict import collect, read_methods
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.predictive.mean_field import GaussianLogits
 
 
 def collected(methods, batches, task="multiclass", **options):
-    return collect(methods, batches, PredictionOptions(task, **options), "a set")[:2]
+    collected = collect(methods, batches, PredictionOptions(task, **options), "a set")
+    return collected.found, collected.targets
 
 
 def predict(method, batches, task="multiclass", **options):

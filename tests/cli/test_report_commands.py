@@ -145,6 +145,7 @@ FORMS = {
         "a/samples": np.random.default_rng(0).standard_normal((20, len(z))),
         "a/observation_noise": np.array(0.5),
     },
+    "regression of counts": lambda z, y: {"targets": y, "a/rates": np.exp(z.T[:3]), "b/rates": np.exp(z.T[3:])},
     "multiclass with validation": lambda z, y: {
         "targets": y, "a/b/probs": softmax(z), "a/b/logits": z, "validation/logits": z, "validation/targets": y
     },

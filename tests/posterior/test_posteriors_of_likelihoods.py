@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from laplace.curvature import AsdlEF, CurvlinopsGGN, CurvlinopsHessian
-from likelihoods import Ordinal, density, some_targets
+from likelihoods import OPTIONS, PRIOR, TEMPERATURE, N, Ordinal, density, fitted, likelihood_of, problem, some_targets
 from scipy import integrate, stats
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -14,40 +14,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiased_laplace import (
     DebiasedLaplace,
-    calibration_report,
     diagnose,
     directional_derivatives,
-    evaluate,
     newton_step,
 )
 from debiased_laplace.curvature.likelihoods import likelihood_named
 from debiased_laplace.predictive.mean_field import averaged_loss
 
-N, PRIOR, TEMPERATURE = 30, 3.0, 0.7
 # name and number of outputs
 CASES = [("binary", 1), ("binary", 3), ("poisson", 2), ("heteroscedastic", 2), ("heteroscedastic", 4), ("ordinal", 1)]
 every_case = pytest.mark.parametrize(("name", "n_outputs"), CASES)
-OPTIONS = {"prior_precision": PRIOR, "temperature": TEMPERATURE}
-
-
-def problem(name, n_outputs, n=N):
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, n_outputs)).double()
-    X = torch.randn(n, 4, dtype=torch.float64)
-    y = some_targets(name, n, n_outputs)
-    # of one target, both shapes are used
-    return model, X, y[:, 0] if name == "heteroscedastic" and n_outputs == 2 else y
-
-
-def likelihood_of(name):
-    return Ordinal() if name == "ordinal" else name
-
-
-def fitted(name, n_outputs, **options):
-    model, X, y = problem(name, n_outputs)
-    la = DebiasedLaplace(model, likelihood_of(name), **{**OPTIONS, **options})
-    la.fit(DataLoader(TensorDataset(X, y), batch_size=7))
-    return la, X, y
 
 
 def jacobians(model, X):
@@ -289,8 +265,6 @@ def test_what_cannot_be_done_says_why():
     la, X, y = fitted("binary", 3)
     with pytest.raises(ValueError, match=r"'bridge' is of a softmax; expected 'mean_field', 'probit' or 'mc'"):
         la(X, link_approx="bridge")
-    with pytest.raises(ValueError, match="logits of one label; got the likelihood 'binary' and 3 outputs"):
-        la.gaussian_logits(X)
     model = nn.Sequential(la.model, nn.Sigmoid())
     with pytest.raises(ValueError, match=r"it ends with a sigmoid.* remove the model's last sigmoid"):
         DebiasedLaplace(model, "binary").fit(DataLoader(TensorDataset(X, y), batch_size=8))
@@ -345,50 +319,6 @@ def test_densities_of_the_tests_are_those_of_the_losses():
     assert float(density("heteroscedastic", f).variance[0, 0]) == pytest.approx(math.exp(-0.2))
 
 
-def test_one_label_is_evaluated_as_two_classes(tmp_path):
-    la, X, y = fitted("binary", 1)
-    loader = DataLoader(TensorDataset(X, y), batch_size=11)
-    for link in (None, "probit", "mc"):
-        report = evaluate({"laplace": la}, loader, link_approx=link)
-        assert report.task == "binary"
-        p = la(X)[:, 0] if link is None else None
-        if p is not None:
-            nll = -(y[:, 0] * p.log() + (1 - y[:, 0]) * (1 - p).log()).mean()
-            assert report.metrics["laplace"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
-            f = la.model(X).detach()
-            of_map = la._spec.likelihood.per_sample_loss(f, y).mean()
-            assert report.metrics["map"]["nll"].value == pytest.approx(float(of_map), rel=1e-6)
-    report.save(tmp_path)
-    assert (tmp_path / "report.html").stat().st_size > 10_000
-    with pytest.raises(ValueError, match=r"'laplace' has the likelihood 'binary'; got task='multiclass'"):
-        evaluate({"laplace": la}, loader, task="multiclass")
-    several, X, y = fitted("binary", 3)
-    with pytest.raises(ValueError, match=r"has 3 labels; a report is of one\. Expected calibration_report of"):
-        evaluate(several, DataLoader(TensorDataset(X, y), batch_size=11))
-    p = several(X)
-    for c in range(3):
-        report = calibration_report({"laplace": p[:, c]}, y[:, c].long(), task="binary")
-        assert report.metrics["laplace"]["accuracy"].value > 0
-
-
-@pytest.mark.parametrize("n_outputs", [2, 4])
-def test_predicted_noise_is_evaluated_as_a_regression(n_outputs):
-    la, X, y = fitted("heteroscedastic", n_outputs)
-    report = evaluate({"laplace": la}, DataLoader(TensorDataset(X, y), batch_size=11))
-    assert report.task == "regression"
-    p = la.predict(X)
-    nll = -torch.distributions.Normal(p.mean, p.std).log_prob(y).mean()
-    assert report.metrics["laplace"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
-    m, s = la.model(X).detach().chunk(2, dim=1)
-    nll = -torch.distributions.Normal(m, (s / 2).exp()).log_prob(y.reshape(m.shape)).mean()
-    assert report.metrics["map"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
-    counts, X, y = fitted("poisson", 2)
-    with pytest.raises(
-        ValueError, match=r"the likelihood 'poisson'; reports are of .*Its targets have la.predict\(x\)"
-    ):
-        evaluate(counts, DataLoader(TensorDataset(X, y), batch_size=11))
-
-
 def test_logits_between_0_and_1_are_logits():
     model = nn.Linear(4, 1).double()
     with torch.no_grad():
@@ -431,21 +361,6 @@ def test_names_and_probabilities_of_own_likelihoods():
         DebiasedLaplace(model, Reserved())
     with pytest.raises(ValueError, match="gives_probabilities is of built-in likelihoods; expected False of 'mine'"):
         DebiasedLaplace(model, Probabilities())
-
-
-def test_a_heteroscedastic_posterior_beside_a_regression():
-    both, X, y = fitted("heteroscedastic", 2)
-    single = nn.Linear(4, 1).double()
-    regression = DebiasedLaplace(single, "regression", sigma_noise=0.8, prior_precision=PRIOR)
-    regression.fit(DataLoader(TensorDataset(X, y), batch_size=7))
-    loader = DataLoader(TensorDataset(X, y), batch_size=11)
-    for posteriors in ({"r": regression, "h": both}, {"h": both, "r": regression}):
-        report = evaluate({"of_r": single, "of_h": both.model, **posteriors}, loader, sigma_noise=0.8)
-        m, s = both.model(X).detach().unbind(1)
-        nll = -torch.distributions.Normal(m, (s / 2).exp()).log_prob(y).mean()
-        assert report.metrics["of_h"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
-        nll = -torch.distributions.Normal(single(X).detach()[:, 0], 0.8).log_prob(y).mean()
-        assert report.metrics["of_r"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
 
 
 def test_predictions_of_targets_keep_the_graph():

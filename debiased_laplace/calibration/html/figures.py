@@ -41,7 +41,7 @@ NAME_LENGTH = 26  # characters of a method's name that fit beside its difference
 ROW, HEADING = 0.52, 0.28  # inches of the forest plot
 FEW_IN_BIN = 5  # samples; the marker of a bin with fewer is hollow
 OUTPUTS_DRAWN = 2  # of several, in the panels of the spread
-DRAWN_SCORES = ("conformal", "entropy", "standard_deviation")
+DRAWN_SCORES = ("conformal", "entropy", "standard_deviation", "function_std")
 MAX_DRAWN = 12  # panels of scores
 SCORE_UNITS = {"entropy": "nats", "mutual_information": "nats"}
 WIDEST = 8.0  # of the axis of inflation, up and down
@@ -161,7 +161,7 @@ def draw_scores(contents: ReportContents) -> dict[str, list[Panel]]:
     """Draw the histograms of the scores for each set out of distribution, at most `MAX_DRAWN` of them."""
     looks, left = assign_looks(contents), MAX_DRAWN
     panels: dict[str, list[Panel]] = {}
-    units = SCORE_UNITS | {"standard_deviation": contents.data.target_unit or ""}
+    units = SCORE_UNITS | dict.fromkeys(("standard_deviation", "function_std"), contents.data.target_unit or "")
     for set_name, one in contents.ood.items():
         drawn = [d for d in one.detections if d.score in DRAWN_SCORES][:left]
         left -= len(drawn)

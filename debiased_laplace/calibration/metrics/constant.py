@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from debiased_laplace.calibration.counts import CountPredictions
 from debiased_laplace.calibration.distributions import RegressionPredictions
 
 ROUNDING = 1e-12  # relative; a smaller spread is none
@@ -33,6 +34,19 @@ def score_constant_gaussian(targets: Float[Tensor, "n d"]) -> dict[str, float]:
     sums = deviations.square().sum(dim=0) - n / (n - 1) * deviations.square()
     if not bool((sums > ROUNDING * y.square().sum(dim=0)).all()):
         return {}
-    p = RegressionPredictions((y - n / (n - 1) * deviations)[None], y, (sums / (n - 2)).sqrt())
+    return _scores_of(RegressionPredictions((y - n / (n - 1) * deviations)[None], y, (sums / (n - 2)).sqrt()))
+
+
+def score_constant_rate(targets: Float[Tensor, "n d"]) -> dict[str, float]:
+    """Return the scores of a Poisson distribution with the mean of all other targets; empty where that may be 0."""
+    y, n = targets.cpu().double(), len(targets)
+    if n < 2 or bool(((y > 0).sum(dim=0) < 2).any()):
+        return {}
+    rates = (y.sum(dim=0) - y) / (n - 1)
+    p = CountPredictions(rates[None], y, rates.sqrt())
+    return _scores_of(p) | {"deviance": p.deviance.mean().item()}
+
+
+def _scores_of(p: RegressionPredictions) -> dict[str, float]:
     scores = {"nll": p.negative_log_density, "crps": p.ranked_probability_score}
     return {**{k: x.mean().item() for k, x in scores.items()}, "rmse": p.errors.square().mean().sqrt().item()}

@@ -34,7 +34,7 @@ from debiased_laplace.calibration.intervals import (
 )
 from debiased_laplace.calibration.ties import THRESHOLD
 
-STAND_IN = "entropy"  # used for a baseline that lacks the method's score
+STAND_INS = ("entropy", "standard_deviation")  # of a task, for a baseline that lacks the method's score
 HISTOGRAM_BINS = 20
 CHANCE = 0.5
 TRUE_POSITIVE_RATE = 0.95
@@ -205,18 +205,20 @@ def measure_set(separations: Mapping[str, Mapping[str, Separation]], baseline: s
         for method, score, s in pairs
     )
     reference = separations[baseline]
+    stand_in = next((score for score in STAND_INS if score in reference), None)
     comparisons = tuple(
-        _compare(s, reference, (method, baseline, score))
+        _compare(s, reference[own], (method, baseline, score), own)
         for method, score, s in pairs
-        if method != baseline and (score in reference or STAND_IN in reference)
+        if method != baseline and (own := score if score in reference else stand_in) is not None
     )
     return OutOfDistributionSet(next(iter(reference.values())).ood_units.n, detections, comparisons)
 
 
-def _compare(s: Separation, reference: Mapping[str, Separation], names: tuple[str, str, str]) -> DetectionComparison:
+def _compare(
+    s: Separation, reference: Separation, names: tuple[str, str, str], reference_score: str
+) -> DetectionComparison:
     """Return the paired difference of two AUROCs on the same samples (DeLong)."""
-    score = names[2] if names[2] in reference else STAND_IN
-    test, ood = (a - b for a, b in zip(s.components, reference[score].components, strict=True))
+    test, ood = (a - b for a, b in zip(s.components, reference.components, strict=True))
     difference, error = ood.mean().item(), s.standard_error((test, ood))
     low = high = p_value = None
     if error is not None:
@@ -224,7 +226,9 @@ def _compare(s: Separation, reference: Mapping[str, Separation], names: tuple[st
         p_value = two_sided_p_value(difference, error, s.freedom)
     below_chance = is_below_chance(s.components[0].mean().item())
     verdict: Verdict = "no detectable difference"  # until p-values are adjusted over all sets
-    return DetectionComparison(*names, difference, low, high, error, p_value, None, verdict, score, below_chance)
+    return DetectionComparison(
+        *names, difference, low, high, error, p_value, None, verdict, reference_score, below_chance
+    )
 
 
 def is_below_chance(area: float | None) -> bool:

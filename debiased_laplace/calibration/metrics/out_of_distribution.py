@@ -20,18 +20,32 @@ from debiased_laplace.calibration.metrics.detection import (
     measure_set,
     range_of,
 )
+from debiased_laplace.calibration.metrics.regression import NEARLY_CONSTANT
 from debiased_laplace.calibration.positions import as_rows
 from debiased_laplace.calibration.probabilities import Probabilities, read_probabilities, uncertainty_scores
 from debiased_laplace.calibration.regression import noise_of, read_regression
 from debiased_laplace.calibration.ties import SINGLE, merge_ties
 
 COMBINED = ("mutual_information", "logit_variance")  # uncertain label, uncertain function: OOD inputs show at least one
-COMPUTED = ("logit_variance", "standard_deviation")  # their scale is their own, also in single precision
+COMPUTED = (
+    "logit_variance",
+    "standard_deviation",
+    "function_std",
+)  # with a scale of their own, also in float32
 
 
 def scores_of_regression(predictions: RegressionPredictions) -> dict[str, Float[Tensor, " n"]]:
-    """Return the predicted standard deviation, its geometric mean over several outputs."""
-    return {"standard_deviation": predictions.standard_deviation.log().mean(dim=1).exp()}
+    """Return geometric means over the outputs of the predicted standard deviation, and of the function's alone.
+
+    The latter is left out where the noise is the same for all samples, so that both have one order, or unknown.
+    """
+    scores = {"standard_deviation": predictions.standard_deviation}
+    if predictions.parts is not None:
+        function, noise = predictions.parts
+        varies = noise.amax(dim=0) - noise.amin(dim=0) > NEARLY_CONSTANT * noise.mean(dim=0)
+        if bool(varies.any()) and bool((function > 0).any()):
+            scores["function_std"] = function
+    return {name: deviation.log().mean(dim=1).exp() for name, deviation in scores.items()}
 
 
 def scores_of_probabilities(

@@ -19,6 +19,7 @@ from debiased_laplace.calibration.contents import (
     RegressionCurves,
     SpreadBin,
 )
+from debiased_laplace.calibration.counts import CountPredictions
 from debiased_laplace.calibration.distributions import RegressionPredictions
 from debiased_laplace.calibration.inputs import Settings
 from debiased_laplace.calibration.intervals import (
@@ -63,10 +64,13 @@ def measure_regression(predictions: RegressionPredictions, units: Units, setting
         "picp": estimate_share(covered(predictions, INTERVAL_LEVEL), units),
         "mpiw": estimate_mean((high - low).mean(dim=1), units),
         "sharpness": estimate_mean(predictions.standard_deviation.mean(dim=1), units),
+        **_measure_parts(predictions, units),
         **_measure_spread(predictions, simulated, units),
         "pit_ks_p_value": _check_transform(predictions, units),
         "aurc": estimate_area(ranked, units, most=float("inf")),
     }
+    if isinstance(predictions, CountPredictions):
+        metrics["deviance"] = estimate_skewed_mean(predictions.deviance, units)
     curves = RegressionCurves(
         _tabulate_coverage(predictions, units),
         _tabulate_transform(predictions, settings),
@@ -144,6 +148,12 @@ def netcal_ence(predictions: RegressionPredictions, output: int) -> float:
     scale = predictions.standard_deviation[:, output].mean()
     std, errors = ((x[:, [output]] / scale).numpy() for x in (predictions.standard_deviation, predictions.errors))
     return float(ENCE(bins=SPREAD_BINS).measure((np.zeros_like(std), std), errors))
+
+
+def _measure_parts(predictions: RegressionPredictions, units: Units) -> dict[str, Estimate]:
+    """Estimate the mean standard deviations of function and noise, where a prediction tells them apart."""
+    parts = dict(zip(("function_std", "noise_std"), predictions.parts or (), strict=False))
+    return {name: estimate_mean(deviation.mean(dim=1), units) for name, deviation in parts.items()}
 
 
 def _measure_spread(
