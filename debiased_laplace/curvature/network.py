@@ -72,10 +72,19 @@ class Network:
 
     def at_position(self, number: int) -> "Network":
         """Return the network with the outputs at one position alone."""
-        assert isinstance(self.likelihood, PositionWise)  # for the type checker
         C = self.n_classes
-        selection = replace(self.selection, outputs=slice(number * C, (number + 1) * C))
-        return replace(self, selection=selection, n_outputs=C, likelihood=self.likelihood.base)
+        return self.at_outputs(slice(number * C, (number + 1) * C), C)
+
+    def at_outputs(self, chosen: slice | Tensor, n_outputs: int) -> "Network":
+        """Return the network with some of its flat outputs alone, and the likelihood of outputs without positions."""
+        likelihood = self.likelihood.base if isinstance(self.likelihood, PositionWise) else self.likelihood
+        selection = replace(self.selection, outputs=chosen)
+        return replace(self, selection=selection, n_outputs=n_outputs, likelihood=likelihood)
+
+    @property
+    def chosen(self) -> slice | Tensor:
+        """Index of the outputs among all, for closed forms of a last layer, which are of all of them."""
+        return slice(None) if self.selection.outputs is None else self.selection.outputs
 
     @property
     def available_memory(self) -> int:

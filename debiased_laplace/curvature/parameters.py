@@ -43,7 +43,7 @@ class ParameterSelection:
     subset: str
     last_layer: str | None = None
     written: set[str] = field(default_factory=set)
-    outputs: slice | None = None
+    outputs: slice | Int64[Tensor, " _"] | None = None
 
     @classmethod
     def all_weights(cls, model: nn.Module) -> "ParameterSelection":

@@ -818,6 +818,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
         fitting: bool = False,
+        *,
+        outputs: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive, as laplace-torch's.
@@ -833,6 +835,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
             generator: of the draws, on the model's device.
             fitting: reward models only: x holds pairs (n, 2, …), and the probabilities of which is preferred are
                 returned; otherwise single inputs, and their reward as in regression.
+            outputs: numbers (k,) of the outputs to predict, as if those of an input were flattened: their means (n, k)
+                and variances, at the cost of k outputs. Not of labels, whose probabilities take all logits.
             **model_kwargs: passed to the model by "nn".
 
         Returns:
@@ -854,9 +858,15 @@ class DebiasedParametricLaplace(ParametricLaplace):
         regression = not kind.gives_probabilities or (self.likelihood == "reward_modeling" and not fitting)
         if pred_type == "nn" and link != "mc":
             raise ValueError(f"pred_type='nn' averages over drawn networks: expected link_approx='mc', got {link!r}.")
+        if outputs is not None and not regression:
+            raise ValueError(
+                "outputs= is of means and variances; the probability of a label takes all logits. Expected "
+                "la(x, link_approx='mc')[...], or la.functional_samples(x, outputs=...) for some logits."
+            )
         if pred_type == "nn" and regression and n_samples < 2:
             raise ValueError(f"A variance over drawn networks needs n_samples of at least 2; got {n_samples}.")
-        with self._predictive(inputs) as predictive:
+        with self._predictive(inputs) as whole:
+            predictive = whole.at_outputs(outputs)
             if pred_type == "nn":
                 draws = predictive.network_draws(n_samples, generator, model_kwargs)
                 values = (draws.mean(0), draws.var(0)) if regression else (kind.probabilities(draws).mean(0),)
@@ -915,11 +925,6 @@ class DebiasedParametricLaplace(ParametricLaplace):
             if layout is not None and not layout.is_last and noise.ndim:
                 noise = noise.reshape(-1, *(1,) * layout.n_dimensions)
             return RegressionPrediction.of(*found, noise, draws, flat=flat)
-        if found[0].ndim > 3:
-            raise ValueError(
-                f"Targets of {self.likelihood!r} are predicted of outputs (n, C) or (n, T, C); got a mean of shape "
-                f"{tuple(found[0].shape)}. Expected la(x), mean and variance of the outputs."
-            )
         return TargetPrediction.of(*found, kind, draws, flat=flat)
 
     @leaves_as_found(waits=True)
@@ -952,10 +957,13 @@ class DebiasedParametricLaplace(ParametricLaplace):
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
+        *,
+        outputs: Any = None,
     ) -> Tensor:
         """Draw functions at x, (n_samples, n, C); each draw is one function at all inputs.
 
-        With `diagonal_output` ("glm" only) every output is drawn on its own instead.
+        With `diagonal_output` ("glm" only) every output is drawn on its own instead. `outputs` are numbers (k,) of the
+        outputs to draw, as if those of an input were flattened, (n_samples, n, k).
 
         Raises:
             NotFittedError: before `fit`.
@@ -963,7 +971,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         boolean(diagonal_output, "diagonal_output")
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
-        with self._predictive(inputs) as predictive:
+        with self._predictive(inputs) as whole:
+            predictive = whole.at_outputs(outputs)
             if pred_type == "nn":
                 return predictive.restored(predictive.network_draws(n_samples, generator))
             if diagonal_output:

@@ -40,8 +40,9 @@ def predict(
         Means and covariances.
     """
     if not create_graph and (layer := _on_layer(network, precision, inputs)) is not None:
-        covariance, features, f = layer
-        return f, torch.cat([part.dense() for _, part in covariance.of_features(features)]).to(f)
+        (covariance, features, f), k = layer, network.chosen
+        parts = [part.dense()[:, k][:, :, k] for _, part in covariance.of_features(features)]
+        return f[:, k], torch.cat(parts).to(f)
     if not create_graph and (found := _predict_by_parameter(network, precision, inputs, covariances=True)) is not None:
         return found
     means, covariances = [], []
@@ -78,9 +79,9 @@ def predict_variances(
         means, covariances = predict(network, precision, inputs, create_graph=True)
         return means, covariances.diagonal(dim1=-2, dim2=-1)
     if (layer := _on_layer(network, precision, inputs)) is not None:
-        covariance, features, f = layer
-        variances = torch.cat([part.variances() for _, part in covariance.of_features(features)])
-        return f, variances.clamp_min(0).to(f)
+        (covariance, features, f), k = layer, network.chosen
+        variances = torch.cat([part.variances()[:, k] for _, part in covariance.of_features(features)])
+        return f[:, k], variances.clamp_min(0).to(f)
     if (found := _predict_by_parameter(network, precision, inputs, covariances=False)) is not None:
         return found
     means = network.outputs(inputs)
@@ -163,8 +164,10 @@ def predict_jointly(
 ) -> tuple[Float[Tensor, " nC"], Float[Tensor, "nC nC"]]:
     """Compute mean and covariance of all outputs of a batch jointly, ordered by input, then output."""
     if not create_graph and (layer := _on_layer(network, precision, inputs)) is not None:
-        covariance, features, f = layer
-        return f.flatten(), covariance.joint(features).to(f)
+        (covariance, features, f), k = layer, network.chosen
+        n, C = f.shape
+        joint = covariance.joint(features).to(f).reshape(n, C, n, C)[:, k][..., k]
+        return f[:, k].flatten(), joint.flatten(2).flatten(0, 1)
     chunks = list(network.jacobians(inputs, create_graph=create_graph))
     J = torch.cat([J for J, _ in chunks]).flatten(0, 1)
     f = torch.cat([f for _, f in chunks]).flatten()
@@ -191,7 +194,8 @@ def draw_functions(
     """
     features = None if create_graph else network.features(inputs)
     if features is not None and network.linear_layer is not None:
-        return features[1] + network.linear_layer.pushed(features[0], deviations.T).movedim(-1, 0)
+        pushed = network.linear_layer.pushed(features[0], deviations.T).movedim(-1, 0)
+        return (features[1] + pushed)[..., network.chosen]
     if not create_graph and _draws_are_cheaper(network, len(deviations)):
         return torch.cat([_pushed_draws(network, chunk, deviations) for chunk in split(inputs, _BATCH)], dim=1)
     parts = [

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -155,16 +155,18 @@ class RegressionPrediction:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetPrediction:
-    """Prediction of targets whose noise depends on the outputs, in the shape that they had in `fit`, (n, T) or (n,).
+    """Prediction of targets whose noise depends on the outputs, in the shape that they had in `fit`.
 
     Attributes:
         mean: of the targets.
         std: standard deviation of the targets; its square is the sum of those of the two following.
         function_std: standard deviation of the targets' mean, which is not known (epistemic).
         noise_std: root of the mean variance that targets have around it (aleatoric).
-        outputs: means (n, C) and variances (n, C) of the outputs.
+        outputs: means (n, C) and variances (n, C) of the outputs; with positions (n, *positions, C).
         likelihood: of the targets.
         draws: source of `samples`.
+        last: what becomes of the last dimension of targets: "kept", "dropped" where there is one of each, or put
+            "first", before the positions.
     """
 
     mean: Tensor
@@ -174,12 +176,13 @@ class TargetPrediction:
     outputs: tuple[Tensor, Tensor]
     likelihood: Likelihood
     draws: Draws
+    last: Literal["kept", "dropped", "first"]
 
     @classmethod
     def of(
         cls,
-        mean: Float[Tensor, "*n C"],
-        variance: Float[Tensor, "*n C"],
+        mean: Float[Tensor, "n *_"],
+        variance: Float[Tensor, "n *_"],
         likelihood: Likelihood,
         draws: Draws,
         *,
@@ -188,17 +191,20 @@ class TargetPrediction:
         """Return the prediction of Gaussian outputs.
 
         Args:
-            mean: of the outputs.
+            mean: of the outputs, (n, C), (n, T, C) or (n, C, H, W).
             variance: of the outputs; tiny negative values, which are rounding, count as 0.
             likelihood: of the targets.
             draws: source of functions.
             flat: whether targets are (n,), or with positions one for each of them.
         """
-        outputs = mean, variance.clamp_min(0)
+        axis = 1 if mean.ndim > 3 else -1
+        outputs = mean.movedim(axis, -1), variance.movedim(axis, -1).clamp_min(0)
         rows = (x.reshape(-1, x.shape[-1]) for x in outputs)
-        moments = (m.reshape(*mean.shape[:-1], -1) for m in likelihood.target_moments(*rows))
-        mean, of_mean, of_noise = (m[..., 0] if flat and m.shape[-1] == 1 else m for m in moments)
-        return cls(mean, (of_mean + of_noise).sqrt(), of_mean.sqrt(), of_noise.sqrt(), outputs, likelihood, draws)
+        moments = [m.reshape(*outputs[0].shape[:-1], -1) for m in likelihood.target_moments(*rows)]
+        last: Literal["kept", "dropped", "first"] = "kept" if axis == -1 else "first"
+        last = "dropped" if flat and moments[0].shape[-1] == 1 else last
+        mean, of_mean, of_noise = (_placed(m, last) for m in moments)
+        return cls(mean, (of_mean + of_noise).sqrt(), of_mean.sqrt(), of_noise.sqrt(), outputs, likelihood, draws, last)
 
     def interval(self, level: float = 0.95, n_samples: int = 2_000) -> tuple[Tensor, Tensor]:
         """Return lower and upper ends of central intervals that hold a target with a probability: quantiles of draws.
@@ -234,8 +240,9 @@ class TargetPrediction:
 
     def _drawn(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """Draw targets at outputs (S, n, C), (S, n, T, C) or flat ones."""
-        by_position = f.reshape(len(f), -1, self.outputs[0].shape[-1])
-        return self.likelihood.targets_at(by_position, generator).to(f.dtype).reshape(len(f), *self.mean.shape)
+        *of_inputs, C = self.outputs[0].shape
+        y = self.likelihood.targets_at(f.reshape(len(f), -1, C), generator).to(f.dtype)
+        return _placed(y.reshape(len(f), *of_inputs, -1), self.last, n_lead=2)
 
     def __repr__(self) -> str:
         low, high = (float(t) for t in self.std.detach().aminmax())
@@ -274,6 +281,13 @@ class ClassificationPrediction:
         low, high = (float(t) for t in self.probs.detach().amax(of_labels).aminmax())
         shape = tuple(self.probs.shape)
         return f"ClassificationPrediction(probs of shape {shape}, the largest from {low:.3g} to {high:.3g})"
+
+
+def _placed(targets: Tensor, last: str, *, n_lead: int = 1) -> Tensor:
+    """Return targets (…, T), with a number of leading dimensions, as `TargetPrediction.last` says."""
+    if last == "dropped":
+        return targets[..., 0]
+    return targets.movedim(-1, n_lead) if last == "first" else targets
 
 
 def _quantile(level: float) -> float:

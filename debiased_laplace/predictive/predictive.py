@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from debiased_laplace.checks import integer
+from debiased_laplace.checks import integer, shown
 from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.memory import CHUNK_BYTES
 from debiased_laplace.curvature.network import Network
@@ -52,6 +52,33 @@ class Predictive:
         assert layout is not None  # for the type checker
         with torch.no_grad():
             return layout.positions_of(self.network.selection.evaluated(self.network.parameters, self.inputs))
+
+    def at_outputs(self, outputs: Any) -> "Predictive":
+        """Return the predictive of some outputs, numbered as if those of an input were flattened; None: of all.
+
+        Raises:
+            ValueError: if they are no numbers of outputs.
+        """
+        if outputs is None:
+            return self
+        layout, n = self.network.layout, self.network.n_outputs
+        n_positions = 1 if layout is None else self.positions.numel()
+        n = n if layout is None else n_positions * layout.n_classes
+        try:
+            chosen = torch.as_tensor(outputs, device=self.mean.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"Expected outputs as whole numbers; got {shown(outputs)}.") from error
+        if chosen.ndim != 1 or len(chosen) == 0 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+            raise ValueError(f"Expected outputs as a vector of whole numbers; got {shown(outputs)}.")
+        if not -n <= int(chosen.min()) <= int(chosen.max()) < n:
+            raise ValueError(
+                f"Expected outputs below {n:,}, or negative ones counted from the end; got {shown(outputs)}."
+            )
+        chosen = chosen.long() % n
+        if layout is not None and not layout.is_last:
+            # flat outputs have the positions first
+            chosen = chosen % n_positions * layout.n_classes + chosen // n_positions
+        return replace(self, network=self.network.at_outputs(chosen, len(chosen)))
 
     def _by_position(self, of_one: "Callable[[Predictive], tuple[Tensor, ...]]") -> tuple[Tensor, ...]:
         """Return what there is for the outputs of each position, (n, T, …), in the layout of the network's outputs.

@@ -33,7 +33,8 @@ def network_draws(
     layer, found = network.linear_layer, None if create_graph else network.features(inputs, model_kwargs)
     if found is not None and layer is not None:
         # the features are the same at every draw
-        return torch.stack([layer.outputs(network.selection.unflatten(w), found[0]) for w in weights])
+        draws = [layer.outputs(network.selection.unflatten(w), found[0])[:, network.chosen] for w in weights]
+        return torch.stack(draws)
     with torch.set_grad_enabled(create_graph):
         draws = [network.selection.call(network.selection.unflatten(w), inputs, model_kwargs) for w in weights]
         return torch.stack(draws)

@@ -47,7 +47,7 @@ def made(kind):
     torch.manual_seed(5)
     g = torch.Generator().manual_seed(6)
     name, _, likelihood = kind.partition(" ")
-    n_outputs = {"classification": C, "binary": 2, "poisson": 2, "regression": 2, "heteroscedastic": 2}[likelihood]
+    n_outputs = {"classification": C, "heteroscedastic": 2 if name == "tokens" else 4}.get(likelihood, 2)
     model = (Tagger if name == "tokens" else Segmenter)(n_outputs).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -71,7 +71,7 @@ def made(kind):
     elif likelihood == "poisson":
         y = real(2).abs().round()
     else:
-        y = real(1 if likelihood == "heteroscedastic" else 2)
+        y = real(n_outputs // 2 if likelihood == "heteroscedastic" else 2)
     return model, X, y, likelihood
 
 
@@ -263,6 +263,28 @@ def test_a_prediction_of_tokens_has_their_shape():
     torch.testing.assert_close(draws.std(0), p.std, rtol=0.08, atol=0)
     la, X, y = fitted("tokens classification")
     assert la.predict(X).samples(2).shape == (2, N, T, C)
+
+
+@pytest.mark.parametrize("kind", ["tokens poisson", "pixels poisson", "pixels heteroscedastic"])
+def test_moments_of_targets_at_positions_are_those_of_their_draws(kind):
+    la, X, y = fitted(kind)
+    p = la.predict(X)
+    assert p.mean.shape == p.std.shape == y.shape
+    f, variance = (Oracle.by_position(x) for x in la(X, diagonal_output=True))
+    mean = noise = (f + variance / 2).exp()
+    if kind == "pixels heteroscedastic":
+        mean, noise = f[..., :2], mean[..., 2:]
+    torch.testing.assert_close(Oracle.by_position(p.mean), mean)
+    torch.testing.assert_close(Oracle.by_position(p.noise_std).square(), noise)
+    draws = p.samples(3_000, torch.Generator().manual_seed(0))
+    assert draws.shape == (3_000, *y.shape)
+    assert float(((draws.mean(0) - p.mean) / p.std).abs().max()) < 4.5 / 3_000**0.5
+    low, high = p.interval(0.8)
+    covered = ((draws >= low) & (draws <= high)).double().mean(0)
+    assert float(covered.min()) > 0.76
+    assert kind.endswith("poisson") or float(covered.max()) < 0.84
+    report = evaluate({"laplace": la}, DataLoader(TensorDataset(X, y), batch_size=4))
+    assert report.metrics["map"]["nll"].value == pytest.approx(float(Oracle(la, X, y).losses.sum() / y.numel()))
 
 
 def test_sequences_of_other_lengths():

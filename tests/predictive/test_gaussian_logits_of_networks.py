@@ -128,5 +128,5 @@ def test_outputs_that_are_no_logits_are_refused():
     X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     la = DebiasedLaplace(model, "regression", prior_precision=0.7, sigma_noise=1.3)
     la.fit(DataLoader(TensorDataset(X, X[:, :2]), batch_size=4))
-    with pytest.raises(ValueError, match="logits of one label; got the likelihood 'regression'"):
+    with pytest.raises(ValueError, match="a posterior of logits; got the likelihood 'regression'"):
         la.gaussian_logits(X)
