@@ -62,6 +62,12 @@ class OutputLayout:
             return cls(outputs.shape[2], 1, tuple(outputs.shape[1:2]))
         return cls(outputs.shape[1], outputs.ndim - 2, tuple(outputs.shape[2:]))
 
+    def __str__(self) -> str:
+        places = ("T",) if self.is_last else tuple("DHW"[-min(3, self.n_dimensions) :])
+        places = ("…", *places) if self.n_dimensions > 3 else places
+        dimensions = (*places, str(self.n_classes)) if self.is_last else (str(self.n_classes), *places)
+        return f"(n, {', '.join(dimensions)})"
+
     @property
     def is_last(self) -> bool:
         """Whether classes are the last dimension."""

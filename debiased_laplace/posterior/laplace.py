@@ -224,7 +224,9 @@ class DebiasedParametricLaplace(ParametricLaplace):
             used = f"drawn rows of {split.n_samples}"
         rank = "" if self.rank is None else f", rank={self.rank}"
         noise = "" if self.likelihood != "regression" else f", sigma_noise={self._shown_noise}"
-        return f"{head}{rank}{noise}, fitted on {used} of {split.n_data:.12g} samples)"
+        # where there are as many positions as classes, the shape does not tell them apart
+        layout = "" if self._fit.layout is None else f", outputs {self._fit.layout}"
+        return f"{head}{rank}{noise}{layout}, fitted on {used} of {split.n_data:.12g} samples)"
 
     @property
     def _shown_noise(self) -> str:

@@ -287,6 +287,13 @@ def test_moments_of_targets_at_positions_are_those_of_their_draws(kind):
     assert report.metrics["map"]["nll"].value == pytest.approx(float(Oracle(la, X, y).losses.sum() / y.numel()))
 
 
+def test_the_representation_says_which_axis_is_the_class():
+    assert "outputs (n, T, 3)" in repr(fitted("tokens classification")[0])
+    assert "outputs (n, 3, H, W)" in repr(fitted("pixels classification")[0])
+    assert str(OutputLayout(2, 3)) == "(n, 2, D, H, W)"
+    assert str(OutputLayout(2, 4)) == "(n, 2, …, D, H, W)"
+
+
 def test_sequences_of_other_lengths():
     model, X, y, _ = made("tokens classification")
     data = [(x[:3], t[:3]) if i < 6 else (x, t) for i, (x, t) in enumerate(zip(X, y, strict=True))]
