@@ -46,6 +46,8 @@ SHOWN = {
     ),
     "11": Example("A likelihood of one's own", "likelihoods.md#your-own"),
     "12": Example("Segmentation", "likelihoods.md#positions-sequences-and-images"),
+    "13": Example("Fine-tuning with predicted noise", "likelihoods.md#reports"),
+    "14": Example("Counts", "likelihoods.md#reports"),
 }
 DOUBLE_STRUCK = {"E": "𝔼", "N": "ℕ", "P": "ℙ", "R": "ℝ"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)

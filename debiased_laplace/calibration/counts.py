@@ -98,8 +98,8 @@ class CountPredictions(RegressionPredictions):
 
     def draw_errors(self, draws: int, generator: torch.Generator) -> Float[Tensor, "draws n d"]:
         """Draw deviations from the mean."""
-        rates = self._draw_deviations(draws, generator) + self.mean
-        return torch.poisson(rates.clamp_min(0), generator=generator) - self.mean
+        rates = self.values.cpu().gather(0, self._draw_components(draws, generator))
+        return torch.poisson(rates, generator=generator) - self.mean
 
     def _probability_up_to(self, k: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Return P(y <= k), by the regularized upper incomplete gamma function."""

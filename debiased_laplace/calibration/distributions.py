@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
@@ -58,7 +58,7 @@ class Samples:
 
     Attributes:
         values: (samples, n) or (samples, n, outputs), in the unit of the targets.
-        observation_noise: as of `Gaussian`.
+        observation_noise: as of `Gaussian`, or of every sample, in the shape of the values.
         noise_included: True if every value was drawn with its noise.
     """
 
@@ -86,7 +86,7 @@ class RegressionPredictions:
 
     Attributes:
         values: means of the components.
-        noise: standard deviation of each component.
+        noise: standard deviation of the components, of all or of each.
         cholesky: factor of the covariance between the outputs of a single Gaussian.
         precision: relative spacing of the numbers that were given.
         function: standard deviation of the function in that of a single Gaussian; None if unknown.
@@ -94,7 +94,7 @@ class RegressionPredictions:
 
     values: Float[Tensor, "S n d"]
     targets: Float[Tensor, "n d"]
-    noise: Float[Tensor, "n d"]
+    noise: Float[Tensor, "*S n d"]
     cholesky: Float[Tensor, "n d d"] | None = None
     precision: float = torch.finfo(torch.float64).eps
     function: Float[Tensor, "n d"] | None = None
@@ -129,13 +129,13 @@ class RegressionPredictions:
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "n d"]:
         """Predictive standard deviation, positive: root of the variance between the components plus that within."""
-        return self._merge_ties((self.values.var(dim=0, correction=0) + self.noise.square()).sqrt())
+        return self._merge_ties((self.values.var(dim=0, correction=0) + self._noise_variance).sqrt())
 
     @property
     def parts(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]] | None:
         """Standard deviations of the function (epistemic) and of the noise (aleatoric); None if not told apart."""
         if self.n_samples is not None:
-            return self.values.std(dim=0, correction=0).cpu(), self.noise.cpu()
+            return self.values.std(dim=0, correction=0).cpu(), self._noise_variance.sqrt().cpu()
         if self.function is None:
             return None
         return self.function.cpu(), (self.noise.square() - self.function.square()).clamp_min(0).sqrt().cpu()
@@ -167,11 +167,14 @@ class RegressionPredictions:
             Grimit, Gneiting, Berrocal, Johnson (2006), doi:10.1256/qj.05.235.
         """
         S, scale = len(self.values), sqrt(2) * self.noise
+        of_each = self.noise.ndim == 3
         pairs = S * _normal_distance(torch.zeros_like(scale), scale)
+        pairs = pairs.mean(dim=0) if of_each else pairs
         for k in range(1, S // 2 + 1):
             # every pair k apart on a ring; those half the ring apart are met twice
             weight = 1 if 2 * k == S else 2
-            pairs += weight * _normal_distance(self.values - self.values.roll(k, dims=0), scale).sum(dim=0)
+            spread = torch.hypot(self.noise, self.noise.roll(k, dims=0)) if of_each else scale
+            pairs += weight * _normal_distance(self.values - self.values.roll(k, dims=0), spread).sum(dim=0)
         return (_normal_distance(self.values - self.targets, self.noise).mean(dim=0) - pairs / S**2 / 2).cpu()
 
     @cached_property
@@ -193,7 +196,7 @@ class RegressionPredictions:
     def quantile(self, p: float) -> Float[Tensor, "n d"]:
         """Return the p-quantile, by bisection between the components' quantiles."""
         shift = NormalDist().inv_cdf(p) * self.noise
-        low, high = self.values.amin(dim=0) + shift, self.values.amax(dim=0) + shift
+        low, high = (self.values + shift).amin(dim=0), (self.values + shift).amax(dim=0)
         for _ in range(BISECTIONS if len(self.values) > 1 else 0):
             middle = (low + high) / 2
             is_below = self._probability_below(middle) < p
@@ -205,8 +208,12 @@ class RegressionPredictions:
         noise = torch.randn(draws, self.n, self.n_outputs, generator=generator, dtype=self.noise.dtype)
         if self.cholesky is not None:
             return torch.einsum("nij,rnj->rni", self.cholesky.cpu(), noise)
-        noise.mul_(self.noise.cpu())
-        return noise if len(self.values) == 1 else noise.add_(self._draw_deviations(draws, generator))
+        if len(self.values) == 1:
+            return noise.mul_(self.noise.cpu())
+        chosen = self._draw_components(draws, generator)
+        own = self.noise.cpu()
+        noise.mul_(own if own.ndim == 2 else own.gather(0, chosen))
+        return noise.add_(self._deviations.gather(0, chosen))
 
     def scaled(self, factor: Float[Tensor, " n"]) -> "RegressionPredictions":
         """Multiply every deviation from the mean, noise and correlations included, by the factor of its sample."""
@@ -229,11 +236,20 @@ class RegressionPredictions:
         # Normal.cdf loses all digits of small probabilities
         return torch.special.ndtr((y - self.values) / self.noise).mean(dim=0)
 
-    def _draw_deviations(self, draws: int, generator: torch.Generator) -> Float[Tensor, "draws n d"]:
-        """Draw components for every test sample, the same for all its outputs, and return their means less the mean."""
+    @property
+    def _noise_variance(self) -> Float[Tensor, "n d"]:
+        """Mean variance of the components."""
+        return self.noise.square().mean(dim=0) if self.noise.ndim == 3 else self.noise.square()
+
+    @property
+    def _deviations(self) -> Float[Tensor, "S n d"]:
+        """Means of the components less the mean."""
+        return (self.values - self.values.mean(dim=0)).cpu()
+
+    def _draw_components(self, draws: int, generator: torch.Generator) -> Int[Tensor, "draws n d"]:
+        """Draw components for every test sample, the same for all its outputs."""
         chosen = torch.randint(len(self.values), (draws, self.n, 1), generator=generator)
-        deviations = (self.values - self.values.mean(dim=0)).cpu()
-        return deviations.gather(0, chosen.expand(draws, self.n, self.n_outputs))
+        return chosen.expand(draws, self.n, self.n_outputs)
 
 
 class SampledPredictions(RegressionPredictions):
@@ -285,10 +301,10 @@ class SampledPredictions(RegressionPredictions):
 
     def draw_errors(self, draws: int, generator: torch.Generator) -> Float[Tensor, "draws n d"]:
         """Draw deviations from the mean."""
-        return self._draw_deviations(draws, generator)
+        return self._deviations.gather(0, self._draw_components(draws, generator))
 
 
-def _normal_distance(shift: Float[Tensor, "*S n d"], scale: Float[Tensor, "n d"]) -> Float[Tensor, "*S n d"]:
+def _normal_distance(shift: Float[Tensor, "*S n d"], scale: Float[Tensor, "*T n d"]) -> Float[Tensor, "*S n d"]:
     r"""Return $E|X|$ of a normal variable: $\sigma [z (2 \Phi(z) - 1) + 2 \varphi(z)]$ with $z = \mu / \sigma$."""
     z = shift / scale
     return scale * (z * torch.erf(z / sqrt(2)) + sqrt(2 / pi) * (-z.square() / 2).exp())

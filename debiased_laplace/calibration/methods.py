@@ -94,8 +94,8 @@ class BatchPrediction:
         mean: (n,) or (n, d), as the standard deviation.
         standard_deviation: of the targets, observation noise included.
         function_variance: without the noise, as the mean, or covariances (n, d, d).
-        noise: standard deviation of targets around the mean, where it depends on the input; as the mean.
-        rates: expected counts at S draws, (n, S, d).
+        noise: standard deviation of targets around the mean, where it depends on the input.
+        draws: means at S draws of the function, (n, S, d), of counts the rates; then `noise`, if any, is of each.
         n_samples: posterior samples behind each prediction.
         seconds: wall time of the predictions.
         peak_bytes: peak of GPU memory during the predictions.
@@ -109,7 +109,7 @@ class BatchPrediction:
     standard_deviation: Tensor | None = None
     function_variance: Tensor | None = None
     noise: Tensor | None = None
-    rates: Tensor | None = None
+    draws: Tensor | None = None
     n_samples: int | None = None
     seconds: float = 0.0
     peak_bytes: int | None = None
@@ -214,21 +214,25 @@ def _predict_with_posterior(name: str, la: BaseLaplace, inputs: Inputs, options:
 def _predict_targets(la: Any, x: Any, options: PredictionOptions) -> BatchPrediction:
     """Predict the moments of targets, or draw rates of counts."""
     rows, likelihood = options.rows_of, name_of(la.likelihood)
-    if likelihood == "poisson" or (options.pred_type == "nn" and likelihood != "heteroscedastic"):
+    if likelihood != "regression" or options.pred_type == "nn":
         generator = torch.Generator(_device_of(la) or "cpu").manual_seed(options.seed)
-        draw = la.functional_samples if likelihood == "poisson" else la.predictive_samples
-        samples = rows(draw(x, options.pred_type, options.n_samples, generator=generator).detach(), 1)
-        if likelihood == "poisson":
-            return BatchPrediction(rates=samples.exp().movedim(0, 1), n_samples=len(samples))
-        return _reduce_samples("", samples, "regression")
-    if likelihood == "heteroscedastic":
-        found = la.predict(x, options.pred_type, n_samples=options.n_samples)
-        return BatchPrediction(
-            mean=rows(found.mean), function_variance=rows(found.function_std).square(), noise=rows(found.noise_std)
-        )
+        # outputs, also of laplace-torch's regressions
+        samples = la.predictive_samples(x, options.pred_type, options.n_samples, generator=generator)
+        draws = rows(samples.detach(), 1)
+        if likelihood == "regression":
+            return _reduce_samples("", draws, "regression")
+        return replace(_of_outputs(draws.movedim(0, 1), likelihood), n_samples=len(draws))
     alone = {} if options.layout is None else {"diagonal_output": True}
     mean, variance = la(x, pred_type=options.pred_type, **alone)
     return BatchPrediction(mean=rows(mean), function_variance=rows(variance))
+
+
+def _of_outputs(outputs: Shaped[Tensor, "n S C"], likelihood: str) -> BatchPrediction:
+    """Return the means and the noise, or the rates, that outputs say."""
+    if likelihood == "poisson":
+        return BatchPrediction(draws=outputs.exp())
+    mean, log_variance = outputs.chunk(2, dim=-1)
+    return BatchPrediction(draws=mean, noise=(log_variance / 2).exp())
 
 
 def _predict_classes(name: str, la: Any, x: Any, options: PredictionOptions) -> BatchPrediction:
@@ -261,11 +265,8 @@ def _predict_with_network(name: str, model: nn.Module, inputs: Inputs, options: 
     likelihood = options.likelihood_of(model)
     if options.task == "regression":
         outputs = options.rows_of(outputs)
-        if likelihood == "heteroscedastic":
-            mean, log_variance = outputs.chunk(2, dim=-1)
-            return BatchPrediction(mean=mean, function_variance=0 * mean, noise=(log_variance / 2).exp())
-        if likelihood == "poisson":
-            return BatchPrediction(rates=outputs.exp()[:, None])
+        if likelihood in ("heteroscedastic", "poisson"):
+            return _of_outputs(outputs[:, None], likelihood)
         return BatchPrediction(mean=outputs)
     is_label = likelihood == "binary" or (options.task == "binary" and outputs[0].numel() == 1)
     outputs = options.rows_of(outputs[:, None] if outputs.ndim == 1 else outputs, of_labels=is_label)
@@ -318,7 +319,7 @@ def _predict_with_callable(
     values = as_tensor(output, where)
     sampled = values.ndim == 3 or (task == "regression" and values.ndim == 2)
     if sampled and values.shape[1] == n and options.likelihood_of(None) == "poisson":
-        return BatchPrediction(rates=values.movedim(0, 1))
+        return BatchPrediction(draws=values.movedim(0, 1))
     if sampled and values.shape[1] == n:
         return _reduce_samples(name, values, task)
     if not sampled and task != "regression" and values.ndim > 0 and len(values) == n:

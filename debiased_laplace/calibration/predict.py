@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from debiased_laplace.calibration.contents import Task
 from debiased_laplace.calibration.counts import Counts
-from debiased_laplace.calibration.distributions import Gaussian
+from debiased_laplace.calibration.distributions import Gaussian, Samples
 from debiased_laplace.calibration.methods import (
     TASKS,
     BatchPrediction,
@@ -189,20 +189,22 @@ def _targets_of_rows(y: Tensor, options: PredictionOptions) -> tuple[Tensor, Boo
 
 def as_prediction(
     name: str, predicted: BatchPrediction, sigma_noise: Any
-) -> Tensor | PosteriorPredictive | Gaussian | Counts | tuple[Tensor, Tensor]:
+) -> Tensor | PosteriorPredictive | Gaussian | Samples | Counts | tuple[Tensor, Tensor]:
     """Return predictions in a form that `calibration_report` reads; observation noise is added here only."""
     if predicted.probabilities is not None:
         if predicted.mutual_information is None:
             return predicted.probabilities
         return PosteriorPredictive(predicted.probabilities, predicted.mutual_information, predicted.logit_variance)
-    if predicted.rates is not None:
-        # a rate that underflows is a small one
-        return Counts(predicted.rates.double().movedim(1, 0).clamp_min(torch.finfo(torch.float64).tiny))
+    if predicted.draws is not None:
+        draws = predicted.draws.double().movedim(1, 0)
+        if predicted.noise is None:
+            # a rate that underflows is a small one
+            return Counts(draws.clamp_min(torch.finfo(torch.float64).tiny))
+        return Samples(draws, observation_noise=predicted.noise.double().movedim(1, 0))
     mean, variance = predicted.mean, predicted.function_variance
     assert mean is not None  # for the type checker
     if predicted.standard_deviation is not None:
         return mean, predicted.standard_deviation
-    sigma_noise = sigma_noise if predicted.noise is None else predicted.noise
     if sigma_noise is None:
         raise ValueError(f"{name!r} has no observation noise; pass sigma_noise, its standard deviation.")
     if variance is not None and variance.ndim == 3:

@@ -103,7 +103,7 @@ def read_regression(
             _refuse((y < 0) | (y != y.round()), where, rule, y)
         read = CountPredictions(values, y, values.mean(dim=0).sqrt(), precision=precision)
     else:
-        noise, cholesky, function = _read_spread(form, values[0], where)
+        noise, cholesky, function = _read_spread(form, values, where)
         read = (
             SampledPredictions(values, y, torch.zeros_like(y), precision=precision)
             if noise is None
@@ -165,18 +165,25 @@ def _read_values(form: Form, where: str) -> Float[Tensor, "S n d"]:
 
 
 def _read_spread(
-    form: Gaussian | Samples, like: Float[Tensor, "n d"], where: str
-) -> tuple[Float[Tensor, "n d"] | None, Float[Tensor, "n d d"] | None, Float[Tensor, "n d"] | None]:
+    form: Gaussian | Samples, values: Float[Tensor, "S n d"], where: str
+) -> tuple[Float[Tensor, "*S n d"] | None, Float[Tensor, "n d d"] | None, Float[Tensor, "n d"] | None]:
     """Return the standard deviation of each component, a covariance's Cholesky factor, and the function's part."""
-    (n, d), noise = like.shape, None
+    like, noise = values[0], None
+    n, d = like.shape
     if form.observation_noise is not None:
-        shapes = ((), (1,), (d,), (n, d), *([(n,)] if d == 1 else []))
+        of_each = [tuple(values.shape)] if isinstance(form, Samples) else []
+        shapes = [(), (1,), (d,), (n, d), *of_each]
+        shapes += [shape[:-1] for shape in ((n, d), *of_each) if d == 1]
         noise = _read(form.observation_noise, where, "observation_noise", *shapes)
-        noise = noise[:, None] if noise.shape == (n,) and d == 1 else noise
-        noise = noise.to(like.device).expand(n, d)
+        # (n,) of one output; where there is one sample, a single number is that of the output
+        noise = noise[..., None] if d == 1 and noise.shape in ((n,), values.shape[:-1]) else noise
+        noise = noise.to(like.device).expand(noise.shape if noise.ndim == 3 else (n, d))
         _refuse(noise <= 0, where, "observation_noise must be positive (none to add: noise_included=True)", noise)
     if isinstance(form, Samples):
-        return noise, None, None
+        if noise is None or len(values) > 1:
+            return noise, None, None
+        # one sample is a function that is known
+        return noise.reshape(n, d), None, torch.zeros_like(like)
     if form.covariance is not None:
         C = _read(form.covariance, where, "covariance", (n, d, d)).to(like.device)
         function = None if noise is None else C.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()

@@ -161,8 +161,8 @@ class Poisson(IndependentOutputs):
         few = rates.clamp_max(_MANY)
         # beyond these, the distribution function is 1 in double precision
         low, high = torch.zeros_like(few) - 1, (few + 40 * few.sqrt() + 60).ceil()
-        # so often the interval from 0 to the largest of them can be halved
-        for _ in range(math.ceil(math.log2(_MANY)) + 1):
+        widest = float((high - low).max()) if high.numel() else 1.0
+        for _ in range(math.ceil(math.log2(widest)) + 1):
             middle = torch.floor((low + high) / 2)
             # P(y <= k) is the regularized upper incomplete gamma function
             enough = torch.special.gammaincc(middle + 1, few) >= noise

@@ -66,9 +66,10 @@ class AgainstMap:
         return not abs(self.difference) >= 2 * self.standard_error
 
     def __str__(self) -> str:
-        verdict = "worse" if self.worse else "not detectably worse"
+        verdict = "worse than" if self.worse else "better than"
+        verdict = "not detectably different from" if self.doubtful else verdict
         return (
-            f"{verdict} than the plain network (MAP): negative log-likelihood {self.laplace_loss:.4g} against "
+            f"{verdict} the plain network (MAP): negative log-likelihood {self.laplace_loss:.4g} against "
             f"{self.map_loss:.4g}, a paired difference of {self.difference:+.2g} ± {self.standard_error:.1g}"
         )
 

@@ -13,6 +13,13 @@ from debiased_laplace import DebiasedLaplace, calibration_report, evaluate
 from debiased_laplace.calibration import Gaussian
 
 
+def drawn(la, X, batch_size):
+    """The functions that `evaluate` draws."""
+    return torch.cat(
+        [la.functional_samples(x, generator=torch.Generator().manual_seed(0)) for x in X.split(batch_size)], dim=1
+    )
+
+
 def test_one_label_is_evaluated_as_two_classes(tmp_path):
     la, X, y = fitted("binary", 1)
     loader = DataLoader(TensorDataset(X, y), batch_size=11)
@@ -37,11 +44,14 @@ def test_predicted_noise_is_evaluated_as_a_regression(n_outputs):
     la, X, y = fitted("heteroscedastic", n_outputs)
     report = evaluate({"laplace": la}, DataLoader(TensorDataset(X, y), batch_size=11))
     assert report.task == "regression"
-    p = la.predict(X)
-    nll = -torch.distributions.Normal(p.mean, p.std).log_prob(y).mean()
-    assert report.metrics["laplace"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
+    y = y.reshape(N, -1)
+    m, s = drawn(la, X, 11).chunk(2, dim=-1)
+    mixture = torch.distributions.Normal(m, (s / 2).exp()).log_prob(y).sum(-1).exp().mean(0)
+    T = n_outputs // 2
+    assert report.metrics["laplace"]["nll"].value == pytest.approx(-float(mixture.log().mean()) / T, rel=1e-6)
+    assert report.metrics["laplace"]["rmse"].value == pytest.approx(float((m.mean(0) - y).square().mean().sqrt()))
     m, s = la.model(X).detach().chunk(2, dim=1)
-    nll = -torch.distributions.Normal(m, (s / 2).exp()).log_prob(y.reshape(m.shape)).mean()
+    nll = -torch.distributions.Normal(m, (s / 2).exp()).log_prob(y).mean()
     assert report.metrics["map"]["nll"].value == pytest.approx(float(nll), rel=1e-6)
 
 
@@ -65,9 +75,10 @@ def test_the_parts_of_a_predicted_spread_are_in_the_report(n_outputs):
     la, X, y = fitted("heteroscedastic", n_outputs)
     far = DataLoader(TensorDataset(4 * X), batch_size=11)
     report = evaluate({"laplace": la}, DataLoader(TensorDataset(X, y), batch_size=11), ood_loaders={"far": far})
-    p, metrics = la.predict(X), report.metrics
-    assert metrics["laplace"]["function_std"].value == pytest.approx(p.function_std.mean().item())
-    assert metrics["laplace"]["noise_std"].value == pytest.approx(p.noise_std.mean().item())
+    metrics = report.metrics
+    m, s = drawn(la, X, 11).chunk(2, dim=-1)
+    assert metrics["laplace"]["function_std"].value == pytest.approx(m.std(0, correction=0).mean().item())
+    assert metrics["laplace"]["noise_std"].value == pytest.approx(s.exp().mean(0).sqrt().mean().item())
     assert metrics["map"]["function_std"].value == 0
     # the network has no spread of its function, so that the whole one stands in
     scores = report.ood["far"].metrics
@@ -75,7 +86,8 @@ def test_the_parts_of_a_predicted_spread_are_in_the_report(n_outputs):
     assert set(scores["map"]) == {"standard_deviation"}
     compared = {(c.score, c.baseline_score) for c in report.ood["far"].comparisons}
     assert compared == {("standard_deviation", "standard_deviation"), ("function_std", "standard_deviation")}
-    inside, outside = (la.predict(x).function_std.reshape(N, -1).log().mean(1) for x in (X, 4 * X))
+    means = (drawn(la, x, 11).chunk(2, dim=-1)[0] for x in (X, 4 * X))
+    inside, outside = (m.std(0, correction=0).log().mean(1) for m in means)
     area = (outside[:, None] > inside).double().mean().item()
     assert scores["laplace"]["function_std"]["auroc"].value == pytest.approx(area)
 
@@ -188,6 +200,25 @@ def test_information_of_several_labels_is_that_of_each():
     assert information.shape == (3 * N,)
     report = evaluate({"laplace": la}, DataLoader(TensorDataset(X, y), batch_size=11), ood_loaders={"far": [4 * X]})
     assert "mutual_information" in report.ood["far"].metrics["laplace"]
+
+
+def test_a_log_variance_that_is_not_known_widens_tails_and_not_the_whole_predictive():
+    # the moments of exp(s) are those of a few draws, which a Gaussian of these moments would give to all
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    X = torch.randn(50, 3)
+    X[:, 2] *= 0.01
+    la = DebiasedLaplace(model, "heteroscedastic", hessian_structure="full", prior_precision=0.02)
+    la.fit(DataLoader(TensorDataset(X, torch.randn(50, 1)), batch_size=50))
+    x = torch.tensor([[0.0, 0.0, 1.0]]).expand(40, 3) + 1e-4 * torch.randn(40, 3)
+    report = evaluate({"laplace": la}, DataLoader(TensorDataset(x, torch.zeros(40, 1)), batch_size=40))
+    y = la.predict(x).samples(4_000, torch.Generator().manual_seed(0))[:, :, 0]
+    crps = float(y.abs().mean() - 0.5 * (y - y.flip(0)).abs().mean())
+    assert la.predict(x).std.mean() > 1_000 * crps
+    # of 100 draws, a few make up most of it
+    assert crps / 3 < report.metrics["laplace"]["crps"].value < 3 * crps
 
 
 def test_a_form_that_states_both_parts():

@@ -158,7 +158,7 @@ WRONG = {
     "one noise for a pair": (lambda: read_regressions(PAIR, Y, observation_noise=0.4), "'map' includes.*Name the"),
     "unknown method": (lambda: read_regressions(PAIR, Y, observation_noise={"la": 0.4}), "'la'; the methods are 'map'"),
     "noise of 0": (lambda: read(F, observation_noise=0.0), "must be positive.*noise_included.*60 of 60"),
-    "noise of other outputs": (lambda: read(F, observation_noise=[0.4, 0.5]), r"\(3,\) or \(20, 3\); got \(2,\)"),
+    "noise of other outputs": (lambda: read(F, observation_noise=[0.4, 0.5]), r"\(3,\) or \(20, 3\) or \(7, 20, 3\); got \(2,\)"),
     "no spread": (lambda: Gaussian(MEAN), "got both or neither"),
     "not definite": (lambda: held(C.index_fill(0, ROW, 1.0)), "eigenvalues; 1 of 20 .* row 4"),
     "asymmetric": (lambda: held(C.triu()), "symmetric.*; 20 of 20 .* row 0"),
@@ -182,3 +182,32 @@ def test_wrong_predictions_are_named(case: str) -> None:
     make, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_samples_with_a_noise_of_each_are_a_mixture_of_unequal_gaussians(n_outputs):
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(5, 30, n_outputs, generator=generator, dtype=torch.float64)
+    noise = 0.2 + torch.rand(values.shape, generator=generator, dtype=torch.float64)
+    y = torch.randn(30, n_outputs, generator=generator, dtype=torch.float64)
+    given = (values, noise) if n_outputs > 1 else (values[..., 0], noise[..., 0])
+    p = read_regression("net", Samples(given[0], observation_noise=given[1]), y)
+    law = torch.distributions.Normal(values, noise)
+    nll = -law.log_prob(y).sum(-1).exp().mean(0).log() / n_outputs
+    torch.testing.assert_close(p.negative_log_density, nll)
+    torch.testing.assert_close(p.standard_deviation, (values.var(0, correction=0) + noise.square().mean(0)).sqrt())
+    torch.testing.assert_close(p.parts[1], noise.square().mean(0).sqrt())
+    grid = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    below = law.cdf(grid[:, None, None, None].expand(-1, 5, 30, n_outputs)).mean(1)
+    crps = torch.trapezoid((below - (grid[:, None, None] >= y).double()).square(), grid, dim=0)
+    torch.testing.assert_close(p.ranked_probability_score, crps, rtol=0, atol=1e-3)
+    torch.testing.assert_close(law.cdf(p.quantile(0.2).expand(5, -1, -1)).mean(0), torch.full_like(y, 0.2))
+    torch.testing.assert_close(p.probability_transform, law.cdf(y.expand(5, -1, -1)).mean(0))
+    errors = p.draw_errors(20_000, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(errors.std(0), p.standard_deviation, rtol=0.05, atol=0)
+    wide = p.scaled(torch.full((30,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(wide.standard_deviation, 2 * p.standard_deviation)
+    equal = read_regression("net", Samples(given[0], observation_noise=torch.full_like(given[0], 0.4)), y)
+    one = read_regression("net", Samples(given[0], observation_noise=0.4), y)
+    for name in ("negative_log_density", "ranked_probability_score", "standard_deviation"):
+        torch.testing.assert_close(getattr(equal, name), getattr(one, name))
