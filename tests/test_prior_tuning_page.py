@@ -27,7 +27,7 @@ def test_what_it_prints_is_in_the_words_of_the_package():
     assert re.fullmatch(
         rf"prior precision {number}, the best of 26 from 0\.1 to 1e\+04, on 300 validation samples\n"
         rf"  negative log-likelihood {number} ± {number}\n"
-        rf"  not detectably worse than the plain network \(MAP\): negative log-likelihood {number} against {number}, a "
+        rf"  better than the plain network \(MAP\): negative log-likelihood {number} against {number}, a "
         rf"paired difference of {number} ± {number}\n",
         printed,
     )

@@ -319,7 +319,7 @@ def test_harm_is_judged_by_the_link_of_the_predictions_and_by_some_samples_of_ma
 def test_a_difference_within_two_standard_errors_is_not_worse():
     found = AgainstMap(0.072, 0.07227, 0.00027, 0.0006)
     assert not found.worse
-    assert str(found).startswith("not detectably worse than the plain network")
+    assert str(found).startswith("not detectably different from the plain network")
 
 
 def test_scatter_and_prior_follow_changes_of_the_prior_mean():

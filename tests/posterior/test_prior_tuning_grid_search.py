@@ -146,7 +146,7 @@ def test_harm_within_its_error_is_called_that():
     assert not found.worse
     search = search_of([2.0, 1.0, 3.0], against_map=found)
     assert search.cautions == []
-    assert "not detectably worse than the plain network (MAP): negative log-likelihood 0.55" in repr(search)
+    assert "not detectably different from the plain network (MAP): negative log-likelihood 0.55" in repr(search)
 
 
 def test_rounding_is_no_harm():
