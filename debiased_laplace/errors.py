@@ -8,3 +8,7 @@ class NotFittedError(ValueError, AttributeError):
 
 class OverlapError(ValueError):
     """Sets of samples that must be disjoint overlap."""
+
+
+class ProcessError(ValueError, RuntimeError):
+    """Another process of the group has failed, or does something else."""

@@ -48,6 +48,9 @@ SHOWN = {
     "12": Example("Segmentation", "likelihoods.md#positions-sequences-and-images"),
     "13": Example("Fine-tuning with predicted noise", "likelihoods.md#reports"),
     "14": Example("Counts", "likelihoods.md#reports"),
+    "15": Example("Reviews by a transformer with LoRA", "likelihoods.md#reports"),
+    "16": Example("Token classification", "likelihoods.md#positions-sequences-and-images"),
+    "17": Example("A language model", "likelihoods.md#positions-sequences-and-images"),
 }
 DOUBLE_STRUCK = {"E": "𝔼", "N": "ℕ", "P": "ℙ", "R": "ℝ"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)

@@ -12,6 +12,7 @@ ROOMS = [
     "errors",
     "checks",
     "files",
+    "processes",
     "linalg",
     "data",
     "curvature",

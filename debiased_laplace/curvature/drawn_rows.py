@@ -31,6 +31,7 @@ from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
 from debiased_laplace.data.batches import Batch, concatenated, sample_hashes
 from debiased_laplace.data.drawing import RowDraw, RowDrawer
 from debiased_laplace.data.sub_batch import SubBatch
+from debiased_laplace.processes import ALONE, Processes
 
 Scores = Literal["norms", "equal"]
 """What rows are drawn in proportion to: their squared norms, as far as one forward pass tells; or nothing."""
@@ -223,6 +224,46 @@ class RowSampler:
                     self._add(some, chunk)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{len(self.drawers[0])} rows drawn")
+
+    def merge(self, processes: Processes, *, by_position: bool) -> None:
+        """Become the sampler of all samples that processes have read, each some of them.
+
+        Args:
+            processes: that have read.
+            by_position: whether samples have positions in one data set, which order them; else they are numbered by
+                process as they came.
+        """
+        if not processes.several:
+            return
+        nothing = torch.zeros(0, dtype=torch.int64)
+        own = self.scored if self._scored else Scored(nothing, nothing, None, 0.0)
+        mine = own, self.drawers, self._held, self._at_random, self._loss
+        parts = processes.gathered(mine)
+        sizes = [len(part[0]) for part in parts]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        positions = torch.cat([part[0].positions for part in parts])
+        order = positions.argsort() if by_position else torch.arange(len(positions))
+        number = order.argsort()
+        renumbered = [number[start : start + size] for start, size in zip(offsets, sizes, strict=True)]
+        hashes = torch.cat([part[0].hashes for part in parts])[order]
+        weights = None
+        if any(part[0].weights is not None for part in parts):
+            own_weights = [torch.ones(len(s)).double() if s.weights is None else s.weights for s, *_ in parts]
+            weights = torch.cat(own_weights)[order]
+        self._scored = [(positions[order] if by_position else order, hashes, weights)]
+        self._loss = sum(part[4] for part in parts)
+        self.drawers = [RowDrawer.merged([part[1][i] for part in parts], renumbered) for i in range(len(self.drawers))]
+        held = [(own[n], b) for part, own in zip(parts, renumbered, strict=True) for n, b in part[2]]
+        self._held = sorted(held, key=lambda pair: int(pair[0][0]))
+        candidates = [torch.stack([own[part[3][0]], part[3][1]]) for part, own in zip(parts, renumbered, strict=True)]
+        at_random = torch.cat(candidates, dim=1)
+        self._at_random = at_random[:, at_random[1].argsort()[:_AT_RANDOM]]
+        self._n_held = sum(len(n) for n, _ in self._held)
+        self._let_go()
+
+    def alone(self) -> None:
+        """Let go of the other processes, so that later passes are this one's own."""
+        self.network = self._scorer.network = replace(self.network, processes=ALONE)
 
     @property
     def _together(self) -> int:

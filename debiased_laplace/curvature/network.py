@@ -22,6 +22,7 @@ from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, shape_of, split
 from debiased_laplace.linalg.row_matrix import RowMatrix
+from debiased_laplace.processes import ALONE, Processes
 
 _MOST_SAMPLES = 256  # in a chunk
 _ACTIVATION_BYTES = 512 * 2**20  # of a backward pass on a CPU
@@ -49,6 +50,7 @@ class Network:
         backend: another library's derivatives to use; None for torch.func's.
         memory: bytes that computations may take beyond the model and the directions; None: a quarter of what is free.
         largest_side: longest side of a parameter as a matrix that gets eigenvectors; longer ones keep their axes.
+        processes: that share passes over samples.
     """
 
     selection: ParameterSelection
@@ -59,6 +61,7 @@ class Network:
     backend: CurvatureBackend | None = None
     memory: int | None = None
     largest_side: int = LARGEST_SIDE
+    processes: Processes = ALONE
 
     @property
     def layout(self) -> OutputLayout | None:
@@ -85,6 +88,13 @@ class Network:
     def chosen(self) -> slice | Tensor:
         """Index of the outputs among all, for closed forms of a last layer, which are of all of them."""
         return slice(None) if self.selection.outputs is None else self.selection.outputs
+
+    def shared(self, processes: Processes) -> "Network":
+        """Return the network whose passes processes share, with the memory that all of them have."""
+        if not processes.several:
+            return replace(self, processes=processes)
+        memory = min(processes.gathered(self.available_memory))
+        return replace(self, processes=processes, memory=memory)
 
     @property
     def available_memory(self) -> int:

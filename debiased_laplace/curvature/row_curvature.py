@@ -175,12 +175,35 @@ class RowCurvature(SubBatchCurvature):
                     rows = rows * self._scales[start : start + size].to(rows)[:, None, None]
                 yield len(rows), iter([rows])
             return
+        network = self.network
         with self._progress(description) as bar:
+            if network.processes.several:
+                size = max(1, network.rows_per_chunk(self.rows_per_sample))
+                for rows, sources in network.processes.shared_out(
+                    self._chunks(size), self._whole_rows, network.like.device
+                ):
+                    self._used |= sources
+                    yield len(rows), iter([rows])
+                    bar.update(len(rows))
+                return
             for batch, targets_or_noise in self.batches():
-                for n, blocks, source in self.network.root_rows(batch, self.root, targets_or_noise):
+                for n, blocks, source in network.root_rows(batch, self.root, targets_or_noise):
                     self._used.add(source)
                     yield n, blocks
                     bar.update(n)
+
+    def _chunks(self, size: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield up to so many samples at a time, with the targets or noise that the root needs."""
+        for batch, targets_or_noise in self.batches():
+            yield from zip(batch.chunks(size), targets_or_noise.split(size), strict=True)
+
+    def _whole_rows(self, chunk: tuple[Batch, Tensor]) -> tuple[Float[Tensor, "n r P"], set[str]]:
+        """Return all rows of some samples, and the engines that computed them."""
+        groups = [
+            (torch.cat(list(blocks), dim=1), source)
+            for _, blocks, source in self.network.root_rows(chunk[0], self.root, chunk[1])
+        ]
+        return torch.cat([rows for rows, _ in groups]), {source for _, source in groups}
 
     def rows(self, description: str = "[Computing rows]") -> Iterator[Float[Tensor, "n r P"]]:
         """Yield all rows, block by block."""
@@ -251,17 +274,24 @@ class RowCurvature(SubBatchCurvature):
         size = max(1, min(_BATCH, self.network.samples_per_pass, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
         found: list[RowsOfParameter | None] = [None for _ in chosen or self.network.selection.names]
         start = 0
+
+        def compute(pair: tuple[Batch, Tensor]) -> tuple[RowsOfParameter, ...] | None:
+            chunk, part = pair
+            of_chunk = self.network.row_matrix(chunk.inputs, part, self._cotangents, chosen)
+            if of_chunk is None:
+                return None
+            rows = of_chunk[0] if chunk.weights is None else of_chunk[0].scaled(chunk.weights.sqrt())
+            return tuple(rows.parts)
+
         with self._progress("[Computing rows]") as bar:
-            for batch, targets_or_noise in self.batches():
-                for chunk, part in zip(batch.chunks(size), targets_or_noise.split(size), strict=True):
-                    of_chunk = self.network.row_matrix(chunk.inputs, part, self._cotangents, chosen)
-                    if of_chunk is None:
-                        return None
-                    rows = of_chunk[0] if chunk.weights is None else of_chunk[0].scaled(chunk.weights.sqrt())
-                    for i, (part_of_all, new) in enumerate(zip(found, rows.parts, strict=True)):
-                        found[i] = placed(new, start, self.n_samples, part_of_all)
-                    start += len(chunk)
-                    bar.update(len(chunk))
+            for parts in self.network.processes.shared_out(self._chunks(size), compute, self.network.like.device):
+                if parts is None:
+                    return None
+                for i, (part_of_all, new) in enumerate(zip(found, parts, strict=True)):
+                    found[i] = placed(new, start, self.n_samples, part_of_all)
+                n = parts[0].shape[0]
+                start += n
+                bar.update(n)
         self._used.add(TORCH_ROWS)
         return [part for part in found if part is not None]
 
@@ -479,13 +509,16 @@ class RowCurvature(SubBatchCurvature):
     def _moments_by_columns(self, directions: Tensor) -> DirectionalMoments:
         self._used.add("torch.func products")
         sums = RunningMoments(directions.shape[1], self.network.like)
+
+        def compute(pair: tuple[Batch, Tensor]) -> Tensor:
+            projections = self.network.root_columns(pair[0], self.root, pair[1], directions)
+            return projections.to(sums.first.dtype).square().sum(1)
+
+        device = self.network.like.device
         with self._progress("[Curvature along directions]") as bar:
-            for batch, targets_or_noise in self.batches():
-                for chunk, part in zip(batch.chunks(_BATCH), targets_or_noise.split(_BATCH), strict=True):
-                    projections = self.network.root_columns(chunk, self.root, part, directions)
-                    squares = projections.to(sums.first.dtype).square().sum(1)
-                    sums.add(squares, self._draw_of(sums.n, len(squares)))
-                    bar.update(len(chunk))
+            for squares in self.network.processes.shared_out(self._chunks(_BATCH), compute, device):
+                sums.add(squares, self._draw_of(sums.n, len(squares)))
+                bar.update(len(squares))
         return sums.moments()
 
     def _draw_of(self, start: int, n: int) -> DrawErrors | None:
@@ -554,12 +587,14 @@ class RowProducts:
         budget = network.available_memory
         self._size = max(1, min(_BATCH, budget // n_bytes), CHUNK_BYTES // n_bytes)
         n_kept, held = 0, n_bytes * (_HELD if network.capabilities.linearized else 1)
-        for batch, targets_or_noise in self._batches(curvature):
-            if (n_kept + len(batch)) * held > budget:
+        self._processes = network.processes
+        for number, (batch, targets_or_noise) in enumerate(self._batches(curvature)):
+            if (n_kept + len(batch)) * held > budget * self._processes.size:
                 # kept are whole leading batches
                 self._rest = curvature.part(torch.arange(n_kept, curvature.n_samples))
                 return
-            self._kept.append(network.products(batch, curvature.root, targets_or_noise))
+            if self._processes.is_mine(number):
+                self._kept.append(network.products(batch, curvature.root, targets_or_noise))
             n_kept += len(batch)
 
     def _batches(self, curvature: RowCurvature) -> Iterator[tuple[Batch, Tensor]]:
@@ -580,9 +615,12 @@ class RowProducts:
         for products in self._kept:
             total += products(X)
         if self._rest is not None:
-            for batch, targets_or_noise in self._batches(self._rest):
-                total += self._network.products(batch, self.curvature.root, targets_or_noise)(X)
-        if not self._by_columns:
+            for number, (batch, targets_or_noise) in enumerate(self._batches(self._rest)):
+                if self._processes.is_mine(number):
+                    total += self._network.products(batch, self.curvature.root, targets_or_noise)(X)
+        if self._by_columns:
+            self._processes.add([total])
+        else:
             for block in self.curvature.rows():
                 V = block.flatten(0, 1)
                 total += V.T @ (V @ X)

@@ -120,7 +120,7 @@ class Population:
         rest = n_rows - k - b * of_the_others(floors, self.floors_left)
         a = rest / of_the_others(scores, self.scores_left).clamp_min(torch.finfo(scores.dtype).tiny)
         certain = int((a[:-1] > certain_from).cumprod(0).sum())
-        return float(a[certain]), b
+        return _rounded(float(a[certain])), b
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +217,29 @@ class RowDrawer:
             attached = torch.cat([before, attached]) if len(attached) else before
         return replace(self, population=population, held=replace(held.at(drawn), attached=attached), factors=factors)
 
+    @classmethod
+    def merged(cls, parts: list["RowDrawer"], numbers: list[Int64[Tensor, " n"]]) -> "RowDrawer":
+        """Return the draw from the samples of several drawers with the same seed, given the numbers of their samples.
+
+        It is the draw of one drawer to which all samples were added, up to the rounding of sums.
+        """
+        held = [
+            replace(part.held, samples=own[part.held.samples])
+            for part, own in zip(parts, numbers, strict=True)
+            if part.held is not None
+        ]
+        if not held:
+            return parts[0]
+        names = ("n_samples", "n_with_rows", "n_positive", "scores_left", "floors_left")
+        population = Population(*(sum(getattr(part.population, name) for part in parts) for name in names))
+        rows = RowDraw.joined(held)
+        places = rows.samples * (int(rows.rows.max()) + 1 if len(rows) else 1) + rows.rows
+        rows = rows.at(places.argsort())
+        factors = population.factors(rows, parts[0].n_rows)
+        drawn = rows.numbers < _probabilities(rows, factors)
+        population = population.leaving(rows.at(~drawn))
+        return cls(parts[0].n_rows, parts[0].seed, population, rows.at(drawn), factors)
+
     def drawn(self, n_rows: int | None = None) -> tuple[RowDraw, Float[Tensor, " R"]]:
         """Return the drawn rows and their inclusion probabilities.
 
@@ -231,6 +254,12 @@ class RowDrawer:
     def expected(self, n_rows: int | None = None) -> int:
         """Return the expected number of rows drawn."""
         return min(n_rows or self.n_rows, self.population.n_positive)
+
+
+def _rounded(a: float) -> float:
+    """Round to 32 bits, so that the order in which scores were added up does not matter."""
+    mantissa, exponent = math.frexp(a)
+    return math.ldexp(round(mantissa * 2**32), exponent - 32)
 
 
 def _probabilities(rows: RowDraw, factors: tuple[float, float]) -> Float[Tensor, " R"]:

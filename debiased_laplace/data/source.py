@@ -61,6 +61,8 @@ class SampleSource:
             ValueError: if a batch has another number of samples, or the data set ends early.
         """
         start = 0
+        if not len(indices):
+            return
         for loaded in self._loaded(array("q", indices.numpy().tobytes()), seed):
             batch = as_batch(loaded, self.keys)
             expected = min(self.batch_size, len(indices) - start)

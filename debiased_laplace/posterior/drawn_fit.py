@@ -24,6 +24,7 @@ from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.drawing import Rows, chances_of_the_rest
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.pool import missing_fitted, nothing_new
+from debiased_laplace.data.sharing import own_part, united
 from debiased_laplace.data.source import SampleSource, SampleStream, root_length, training_samples
 from debiased_laplace.data.splitting import SubBatches, deal
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose_by_rows
@@ -34,6 +35,7 @@ from debiased_laplace.debiasing.options import EstimatorOptions, Trial
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stage, Stopping, stage_of_rows, stage_sizes
 from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, whole
+from debiased_laplace.processes import ALONE
 
 Sampling = Literal["uniform", "curvature"]
 
@@ -109,6 +111,8 @@ def fit_drawn_rows(
     seed = spec.split.seed
     n_data = earlier.n_data_given if n_data is None and earlier is not None else n_data
     samples = training_samples(loader, seed, spec.keys)
+    if isinstance(samples, SampleSource):
+        samples = united(samples, spec.processes, seed)
     with at_weights(spec.model, seed) as written:
         sampler, network, first = _scored(spec, weighting_of, samples, earlier, n_rows, progress_bar=progress_bar)
         scored = sampler.scored
@@ -133,6 +137,7 @@ def fit_drawn_rows(
             fits = replace(fits, sampler=sampler)
         found = fits.of_rows() if tolerance is None else fits.until_enough(tolerance)
         identities = _identities(samples, scored, earlier, seed)
+    sampler.alone()
     selection, has_rows = network.selection, torch.isin(torch.arange(len(scored)), found.drawn.draw.samples)
     return FitResult(
         selection=selection,
@@ -148,7 +153,7 @@ def fit_drawn_rows(
         targets_are_flat=first.targets.ndim == 1 + (0 if network.layout is None else network.layout.n_dimensions),
         layout=network.layout,
         n_data_given=n_data,
-        network=replace(network, memory=spec.memory),
+        network=replace(network, memory=spec.memory, processes=ALONE),
         choice=found.choice,
         stopping=found.stopping,
         rows=found.rows,
@@ -189,12 +194,14 @@ def _scored(
             "override=False finds new samples by their values, and this loader yields others at every pass "
             "(augmentation, padding by batch): expected a new fit of all samples."
         )
-    numbered = samples.numbered(seed)
+    numbered = own_part(samples, spec.processes).numbered(seed)
     first = next(numbered, None)
-    if first is None:
+    # of the first process that has samples, so that all prepare the same network
+    few = [one for one in spec.processes.gathered(None if first is None else first[1].first(8)) if one is not None]
+    if not few:
         raise ValueError("The loader yields no samples; expected at least 2.")
-    numbered = chain([first], numbered)
-    some = first[1].first(8).to(next(spec.model.parameters()).device).weighted(None)
+    numbered = chain([] if first is None else [first], numbered)
+    some = few[0].to(next(spec.model.parameters()).device).weighted(None)
     if before is None:
         network = spec.prepared(some)
         of_blocks = weighting_of(network.selection, 1).of_blocks
@@ -202,6 +209,7 @@ def _scored(
         network = leaving_room(network, options, n_rows or DEFAULT_ROWS)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network, options) if n_rows is None else n_rows
+        spec.processes.check_same("n_rows", str(n_rows))
         root = spec.backend.root(network.likelihood)
         if isinstance(root, MonteCarloGaussNewton):
             # rows of the GGN itself take no more backward passes
@@ -213,6 +221,7 @@ def _scored(
     total = len(samples.indices) if isinstance(samples, SampleSource) else None
     n_before = len(sampler.scored) if before is not None else 0
     sampler.read(numbered, total=total, progress_bar=progress_bar)
+    sampler.merge(spec.processes, by_position=isinstance(samples, SampleSource))
     if before is not None and len(sampler.scored) == n_before:
         raise ValueError(nothing_new(total))
     return sampler, network, some

@@ -110,6 +110,7 @@ def DebiasedLaplace(
     sampling: Literal["uniform", "curvature"] = "curvature",
     n_rows: int | None = None,
     memory: int | None = None,
+    process_group: Any = None,
     directions_dtype: Literal["model", "bfloat16"] = "model",
     directions_device: Literal["model", "cpu", "disk"] = "model",
 ) -> DebiasedParametricLaplace:
@@ -187,6 +188,9 @@ def DebiasedLaplace(
             directions. Rows that do not fit into what vectors of P and eigenvectors leave are computed a few parameters
             at a time, again at every use. None: a quarter of what is free for rows, their products and linearized
             batches.
+        process_group: of torch.distributed, whose processes share the passes of `fit`; None: the default group where
+            one is initialized, else this process alone. All processes call `fit` with the same model and options, and a
+            loader over the same data set, of which each may yield a part.
         directions_dtype: (lowrank) "bfloat16" halves the memory of the directions, whose entries are rounded to three
             digits; where the data outweigh the prior ten thousand times, that makes variances too large, with a
             warning. "model": that of the weights.

@@ -35,6 +35,7 @@ from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.posterior.backends import BackendChoice
+from debiased_laplace.processes import ALONE, Processes
 
 WeightingOf = Callable[[ParameterSelection, int | float], Weighting]
 """Prior and likelihood weight of the posterior, given its parameters and N."""
@@ -146,6 +147,7 @@ class FitSpec:
         request: options of the estimator.
         memory: bytes that a fit or a prediction may take beyond the model and the directions; None: a quarter of what
             is free.
+        processes: that share passes over samples.
     """
 
     model: nn.Module
@@ -156,10 +158,23 @@ class FitSpec:
     split: SplitOptions
     request: Request
     memory: int | None = None
+    processes: Processes = ALONE
 
     def prepared(self, some: Batch) -> Network:
         """Evaluate the model on a few samples, and test how it can be differentiated."""
-        return prepare_network(self.subset.select_by(self.model, some.inputs), self.likelihood, some, self.memory)
+        return self.prepared_for(self.subset.select_by(self.model, some.inputs), some)
+
+    def prepared_for(self, selection: ParameterSelection, some: Batch) -> Network:
+        """Do the same for selected parameters, the same ones at the same values in all processes.
+
+        Raises:
+            ValueError: as `prepare_network`, and where processes have other models or options.
+        """
+        network = prepare_network(selection, self.likelihood, some, self.memory)
+        if self.processes.several:
+            self.processes.check_same("the model's weights", selection.fingerprint())
+            self.processes.check_same("the options", repr((self.split, self.request, self.backend.kind)))
+        return network.shared(self.processes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +305,7 @@ def fit_curvature(
         targets_are_flat=some.targets.ndim == 1 + (0 if network.layout is None else network.layout.n_dimensions),
         layout=network.layout,
         # without a backend's copies of the model, which are large and cannot always be pickled
-        network=replace(network, backend=None, memory=spec.memory),
+        network=replace(network, backend=None, memory=spec.memory, processes=ALONE),
         choice=choice,
     )
     return result, curvatures
@@ -354,7 +369,7 @@ def _network_with_backend(
     spec: FitSpec, selection: ParameterSelection, some: Batch, options: EstimatorOptions, n_samples: int
 ) -> Network:
     """The network, with the backend's derivatives where they agree with torch.func on some samples."""
-    network = prepare_network(selection, spec.likelihood, some, spec.memory)
+    network = spec.prepared_for(selection, some)
     network = leaving_room(network, options, n_samples * network.n_outputs)
     uses_kfac = options.structure == "kron" and options.kron_basis == "kfac"
     return spec.backend.attached(network, some, spec.keys, kfac=options.kfac_approx if uses_kfac else None)

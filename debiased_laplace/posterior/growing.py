@@ -15,6 +15,7 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import SubBatchCurvature
 from debiased_laplace.data.pool import Pool
+from debiased_laplace.data.sharing import united
 from debiased_laplace.data.source import SampleSource, sample_source
 from debiased_laplace.debiasing.choice import Weighting
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace, sample_terms
@@ -88,7 +89,7 @@ def fit_samples(
             tolerance=tolerance,
             progress_bar=progress_bar,
         )
-    source = sample_source(loader, seed, spec.keys)
+    source = united(sample_source(loader, seed, spec.keys), spec.processes, seed)
     pool = Pool.of(source, n_data) if earlier is None else _joined(earlier, source, n_data, seed)
     growth = _Growth(spec, weighting_of, pool, progress_bar)
     positions = pool.available

@@ -89,6 +89,7 @@ from debiased_laplace.predictive.predictive import (
     check_model_arguments,
     standard_normal,
 )
+from debiased_laplace.processes import Processes
 
 _OF_LAPLACE_TORCH = ("classification", "regression", "reward_modeling")
 
@@ -123,11 +124,16 @@ class DebiasedParametricLaplace(ParametricLaplace):
         sampling: str = "curvature",
         n_rows: int | None = None,
         memory: int | None = None,
+        process_group: Any = None,
         direction_samples: int | float | str = 0.5,
         magnitude_samples: int | float | None = None,
         **estimator: Any,
     ):
         network(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            # its hooks are of training
+            model = model.module
+        self._processes = None if process_group is None else Processes.of(process_group)
         known = likelihood if isinstance(likelihood, Likelihood) else name_of(likelihood)
         kind = likelihood_named(known, class_weights)
         name = known.name if isinstance(known, Likelihood) else known
@@ -426,16 +432,23 @@ class DebiasedParametricLaplace(ParametricLaplace):
         earlier = None if override else self._fit
         if earlier is not None:
             self._check_weights()
-        fit = fit_samples(
-            self._spec,
-            self._weighting,
-            train_loader,
-            earlier,
-            sampling=self._sampling,
-            n_data=n_data,
-            tolerance=tolerance,
-            progress_bar=progress_bar,
-        )
+        processes = Processes.of() if self._processes is None else self._processes
+        with processes.together():
+            if processes.several and earlier is not None:
+                raise ValueError(
+                    f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
+                    "samples."
+                )
+            fit = fit_samples(
+                replace(self._spec, processes=processes),
+                self._weighting,
+                train_loader,
+                earlier,
+                sampling=self._sampling,
+                n_data=n_data,
+                tolerance=tolerance,
+                progress_bar=progress_bar and processes.rank == 0,
+            )
         self._adopt(fit)
         self._warn_of_dropped_directions()
         self._warn_of_default_noise()

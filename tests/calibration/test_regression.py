@@ -158,7 +158,10 @@ WRONG = {
     "one noise for a pair": (lambda: read_regressions(PAIR, Y, observation_noise=0.4), "'map' includes.*Name the"),
     "unknown method": (lambda: read_regressions(PAIR, Y, observation_noise={"la": 0.4}), "'la'; the methods are 'map'"),
     "noise of 0": (lambda: read(F, observation_noise=0.0), "must be positive.*noise_included.*60 of 60"),
-    "noise of other outputs": (lambda: read(F, observation_noise=[0.4, 0.5]), r"\(3,\) or \(20, 3\) or \(7, 20, 3\); got \(2,\)"),
+    "noise of other outputs": (
+        lambda: read(F, observation_noise=[0.4, 0.5]),
+        r"\(3,\) or \(20, 3\) or \(7, 20, 3\); got \(2,\)",
+    ),
     "no spread": (lambda: Gaussian(MEAN), "got both or neither"),
     "not definite": (lambda: held(C.index_fill(0, ROW, 1.0)), "eigenvalues; 1 of 20 .* row 4"),
     "asymmetric": (lambda: held(C.triu()), "symmetric.*; 20 of 20 .* row 0"),

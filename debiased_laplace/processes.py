@@ -1,0 +1,190 @@
+"""Processes of torch.distributed that share passes over samples.
+
+Every process runs the whole of a fit; only passes over samples are shared out, and what they find is exchanged, so that
+all processes have the same numbers afterwards. A single process exchanges nothing, and imports nothing.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from debiased_laplace.errors import ProcessError
+
+Value = TypeVar("Value")
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """Processes of a group, each of which calls every method in the same order.
+
+    Attributes:
+        group: of torch.distributed; None for a single process, or the default group.
+        rank: number of this process.
+        size: number of processes.
+    """
+
+    group: Any = None
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, group: Any = None) -> "Processes":
+        """Return the processes of a group; None: of the default one if there is one, else this process alone.
+
+        Raises:
+            ValueError: if the group is none of torch.distributed, or this process does not belong to it.
+        """
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            if group is not None:
+                raise ValueError(
+                    f"Expected process_group as a group of torch.distributed, after init_process_group; got {group!r}."
+                )
+            return ALONE
+        try:
+            rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"Expected process_group as a group of torch.distributed; got {group!r}.") from error
+        if rank < 0:
+            raise ValueError("This process does not belong to process_group; expected one of its own.")
+        return cls(group, rank, size) if size > 1 else ALONE
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return self.size > 1
+
+    # Groups cannot be copied or pickled, and a copy belongs to whoever makes it.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _alone, ()
+
+    def is_mine(self, number: int) -> bool:
+        """Return whether the part of a pass with this number is done by this process."""
+        return number % self.size == self.rank
+
+    def gathered(self, value: Value, device: torch.device | None = None) -> list[Value]:
+        """Return the values of all processes, by rank.
+
+        Args:
+            value: of this process; picklable.
+            device: on which the tensors of all values are to be.
+
+        Raises:
+            ProcessError: if another process has failed, or does something else.
+        """
+        if not self.several:
+            return [value]
+        stream = BytesIO()
+        # a pickled tensor comes back on a device of the process that sent it
+        torch.save(value, stream)
+        found = self._met("gather", stream.getvalue())
+        where = torch.device("cpu") if device is None else device
+        return [torch.load(BytesIO(one), map_location=where, weights_only=False) for one in found]
+
+    def shared_out(
+        self, parts: Iterable[Part], compute: Callable[[Part], Value], device: torch.device
+    ) -> Iterator[Value]:
+        """Yield what a function returns for each part, in their order, each computed by one of the processes."""
+        if not self.several:
+            yield from map(compute, parts)
+            return
+        remaining = iter(parts)
+        while together := list(islice(remaining, self.size)):
+            mine = compute(together[self.rank]) if self.rank < len(together) else None
+            yield from self.gathered(mine, device)[: len(together)]  # type: ignore[misc]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Add the tensors of all processes, in place.
+
+        Raises:
+            ProcessError: if another process has failed, or does something else.
+        """
+        if not self.several:
+            return
+        self._met("add", None)
+        distributed = sys.modules["torch.distributed"]
+        for tensor in tensors:
+            on_device = self._placed(tensor)
+            distributed.all_reduce(on_device, group=self.group)
+            if on_device is not tensor:
+                tensor.copy_(on_device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a failure of one process within the block be one of all of them, instead of an endless wait.
+
+        Raises:
+            ProcessError: if another process has failed.
+        """
+        if not self.several:
+            yield
+            return
+        try:
+            yield
+        except ProcessError:
+            raise
+        except BaseException as error:
+            self._tell(f"{type(error).__name__}: {error}")
+            raise
+        self._met("end", None)
+
+    def check_same(self, what: str, value: str) -> None:
+        """Check that a description is the same in all processes.
+
+        Raises:
+            ValueError: if it differs.
+        """
+        found = self.gathered(value)
+        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"Expected {what} to be the same in all {self.size} processes; process 0 has {found[0]}, process "
+                f"{other} has {found[other]}."
+            )
+
+    def _tell(self, failure: str) -> None:
+        try:
+            self._met("failure", None, failure)
+        except (ProcessError, RuntimeError):
+            # the failure itself is raised, not that it was told
+            return
+
+    def _met(self, what: str, value: Value, failure: str | None = None) -> list[Value]:
+        """Exchange values, and whether all processes do the same."""
+        distributed = sys.modules["torch.distributed"]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, (what, failure, value), group=self.group)
+        failures = [f"process {rank} of {self.size}: {text}" for rank, (_, text, _) in enumerate(found) if text]
+        if failures:
+            raise ProcessError(f"Another process has failed ({'; '.join(failures)}).")
+        if len({kind for kind, _, _ in found}) > 1:
+            kinds = ", ".join(kind for kind, _, _ in found)
+            raise ProcessError(
+                f"Expected all processes to call the same methods in the same order; they are at: {kinds}."
+            )
+        return [value for _, _, value in found]
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where the group's backend can send it from."""
+        distributed = sys.modules["torch.distributed"]
+        if distributed.get_backend(self.group) == "nccl" and not tensor.is_cuda:
+            return tensor.cuda()
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+ALONE = Processes()
+
+
+def _alone() -> Processes:
+    return ALONE

@@ -1,0 +1,103 @@
+"""Fits of two and three processes are those of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "fits.py"
+pytestmark = pytest.mark.slow
+CASES = [
+    "default",
+    "few rows",
+    "diagonal",
+    "held out",
+    "same batch",
+    "isotropic",
+    "Lanczos",
+    "kron",
+    "full",
+    "last layer",
+    "subnetwork",
+    "uniform",
+    "uniform Lanczos",
+    "uniform kron",
+    "Hessian",
+    "empirical Fisher",
+    "chosen",
+    "poisson",
+    "tolerance",
+]
+
+
+def started(size, folder, *mode, timeout=400):
+    """What the processes of a group end with, within a time limit."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, SCRIPT, str(rank), str(size), str(folder), *mode] for rank in range(size)]
+    running = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        return [(one.returncode, errors) for one in running for _, errors in [one.communicate(timeout=timeout)]]
+    finally:
+        for one in running:
+            one.kill()
+
+
+def kept_by(size, folder):
+    """What each process of a group found."""
+    for code, errors in started(size, folder):
+        assert code == 0, errors
+    return [torch.load(folder / f"{size}_{rank}.pt") for rank in range(size)]
+
+
+MESSAGES = {
+    "other_weights": "ValueError: Expected the model's weights to be the same in all",
+    "other_data": "ValueError: Expected loaders over the same data set in all",
+    "a_shard_as_a_list": "ValueError: Expected ",
+    "going_on": "ValueError: override=False is not built for several processes",
+    "other_options": "ValueError: Expected the options to be the same in all",
+    "empty_streams": "ValueError: The loader yields no samples; expected at least 2.",
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_fits_of_several_processes_are_those_of_one(size, tmp_path):
+    (alone,), several = kept_by(1, tmp_path), kept_by(size, tmp_path)
+    messages = [one.pop("failures") for one in several]
+    for name, first in several[0].items():
+        for other in several[1:]:
+            for key, value in first.items():
+                assert torch.equal(other[name][key], value), (name, key)
+    for name in CASES:
+        assert_same(several[0][name], alone[name], name, 1e-6 if "Lanczos" in name else 1e-12)
+    # each process yields a part; the sampler repeats samples so that all processes have as many
+    for name in ("sampler", "streams"):
+        assert_same(several[0][name], alone["diagonal"], name, 1e-9)
+    for rank, of_rank in enumerate(messages):
+        # a process without samples, and a wrapped model
+        assert_same(of_rank.pop("an empty shard"), alone["diagonal"], "an empty shard", 1e-9)
+        for name, start in MESSAGES.items():
+            assert of_rank[name].startswith(start), of_rank[name]
+        if rank == 1:
+            assert of_rank["one_raises"] == "OSError: the disk is full"
+        else:
+            assert of_rank["one_raises"].startswith("ProcessError: Another process has failed (process 1 of")
+            assert "OSError: the disk is full" in of_rank["one_raises"]
+
+
+def assert_same(found, expected, name, tolerance):
+    for key in ("rows", "samples"):
+        assert torch.equal(found[key], expected[key]), (name, key)
+    for key in ("precision", "magnitudes", "errors", "loss", "variances"):
+        close = {"rtol": 0, "atol": tolerance * float(expected[key].abs().max())}
+        torch.testing.assert_close(found[key], expected[key], **close, msg=f"{name}, {key}")
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    ended = started(2, tmp_path, "killed", timeout=120)
+    assert ended[1][0] == -9
+    found = torch.load(tmp_path / "killed_0.pt")
+    assert found["ended"] != "none"
+    assert found["seconds"] < 60
