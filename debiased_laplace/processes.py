@@ -4,6 +4,7 @@ Every process runs the whole of a fit; only passes over samples are shared out, 
 all processes have the same numbers afterwards. A single process exchanges nothing, and imports nothing.
 """
 
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ class Processes:
 
         Args:
             value: of this process; picklable.
-            device: on which the tensors of all values are to be.
+            device: of this process, for tensors that are not on the CPU.
 
         Raises:
             ProcessError: if another process has failed, or does something else.
@@ -86,11 +87,8 @@ class Processes:
         if not self.several:
             return [value]
         stream = BytesIO()
-        # a pickled tensor comes back on a device of the process that sent it
-        torch.save(value, stream)
-        found = self._met("gather", stream.getvalue())
-        where = torch.device("cpu") if device is None else device
-        return [torch.load(BytesIO(one), map_location=where, weights_only=False) for one in found]
+        _Sender(stream).dump(value)
+        return [_Receiver(one, device).load() for one in self._met("gather", stream.getvalue())]
 
     def shared_out(
         self, parts: Iterable[Part], compute: Callable[[Part], Value], device: torch.device
@@ -178,9 +176,25 @@ class Processes:
     def _placed(self, tensor: Tensor) -> Tensor:
         """Return a tensor where the group's backend can send it from."""
         distributed = sys.modules["torch.distributed"]
-        if distributed.get_backend(self.group) == "nccl" and not tensor.is_cuda:
-            return tensor.cuda()
-        return tensor if tensor.is_contiguous() else tensor.contiguous()
+        if distributed.get_backend(self.group) == "nccl":
+            return tensor.cuda().contiguous()
+        return (tensor if tensor.is_cuda else tensor.cpu()).contiguous()
+
+
+class _Sender(pickle.Pickler):
+    """Pickler that sends tensors of a device by way of the CPU, since another process has another device."""
+
+    def persistent_id(self, obj: Any) -> Tensor | None:
+        return obj.detach().cpu() if isinstance(obj, Tensor) and obj.device.type != "cpu" else None
+
+
+class _Receiver(pickle.Unpickler):
+    def __init__(self, sent: bytes, device: torch.device | None):
+        super().__init__(BytesIO(sent))
+        self._device = device
+
+    def persistent_load(self, pid: Tensor) -> Tensor:
+        return pid if self._device is None else pid.to(self._device)
 
 
 ALONE = Processes()

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without "±" must not change the exit code
     parsed = _parser().parse_args(arguments)
+    if parsed.command != "fit" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", 0)) > 0:
+        # of the processes of torchrun, which share fits only, the first does everything else
+        return 0
     import_path = list(sys.path)
     try:
         exit_code: int = parsed.run(parsed)

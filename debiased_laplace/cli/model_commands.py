@@ -1,7 +1,9 @@
 """Commands on models: `demo`, `fit` and `diagnose`."""
 
 import argparse
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from debiased_laplace.diagnosis import diagnose
 from debiased_laplace.files import replacing
 from debiased_laplace.posterior.factory import DebiasedLaplace
 from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
+from debiased_laplace.processes import Processes
 
 _BACKENDS = (
     "CurvlinopsGGN",
@@ -229,6 +232,28 @@ def _run_fit(parsed: argparse.Namespace) -> int:
             "is of one number."
         )
     device = device_named(parsed.device)
+    with _launched_processes(device) as (processes, own):
+        return _fit_on(parsed, own, processes)
+
+
+@contextmanager
+def _launched_processes(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes that torchrun has started, if it has; each of several GPUs belongs to one of them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
+        yield Processes.of(), device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes.of(), device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _fit_on(parsed: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    """Fit on a device, together with other processes; the first one writes."""
     model = trained_model(parsed).to(device)
     la = DebiasedLaplace(model, parsed.likelihood, **_options(parsed))
     loader = call(parsed.loader, "--loader")
@@ -250,8 +275,10 @@ def _run_fit(parsed: argparse.Namespace) -> int:
             method=method,
             prior_structure=parsed.prior_structure,
             val_loader=validation,
-            progress_bar=not parsed.no_progress,
+            progress_bar=not parsed.no_progress and processes.rank == 0,
         )
+    if processes.rank > 0:
+        return 0
     _save(la.state_dict(), parsed.out)
     _print_fit(la, parsed)
     return 0

@@ -238,7 +238,7 @@ class RowSampler:
         nothing = torch.zeros(0, dtype=torch.int64)
         own = self.scored if self._scored else Scored(nothing, nothing, None, 0.0)
         mine = own, self.drawers, self._held, self._at_random, self._loss
-        parts = processes.gathered(mine)
+        parts = processes.gathered(mine, self.network.like.device)
         sizes = [len(part[0]) for part in parts]
         offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         positions = torch.cat([part[0].positions for part in parts])
