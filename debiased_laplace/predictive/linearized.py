@@ -219,9 +219,8 @@ def _on_layer(
 
 def _draws_are_cheaper(network: Network, n_draws: int) -> bool:
     """Return whether one JVP per draw is cheaper than one VJP per output."""
-    capabilities = network.capabilities
-    return (capabilities.vmapped_columns and n_draws < network.n_outputs) or (
-        capabilities.columns and network.rows_per_chunk(network.n_outputs) == 0
+    return network.capabilities.columns and (
+        n_draws < network.n_outputs or network.rows_per_chunk(network.n_outputs) == 0
     )
 
 
