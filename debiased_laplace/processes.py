@@ -74,10 +74,11 @@ class Processes:
         """Return whether the part of a pass with this number is done by this process."""
         return number % self.size == self.rank
 
-    def gathered(self, value: Value, device: torch.device | None = None) -> list[Value]:
+    def gathered(self, what: str, value: Value, device: torch.device | None = None) -> list[Value]:
         """Return the values of all processes, by rank.
 
         Args:
+            what: the value is, the same in all processes.
             value: of this process; picklable.
             device: of this process, for tensors that are not on the CPU.
 
@@ -88,7 +89,7 @@ class Processes:
             return [value]
         stream = BytesIO()
         _Sender(stream).dump(value)
-        return [_Receiver(one, device).load() for one in self._met("gather", stream.getvalue())]
+        return [_Receiver(one, device).load() for one in self._met(what, stream.getvalue())]
 
     def shared_out(
         self, parts: Iterable[Part], compute: Callable[[Part], Value], device: torch.device
@@ -100,7 +101,7 @@ class Processes:
         remaining = iter(parts)
         while together := list(islice(remaining, self.size)):
             mine = compute(together[self.rank]) if self.rank < len(together) else None
-            yield from self.gathered(mine, device)[: len(together)]  # type: ignore[misc]
+            yield from self.gathered("a shared pass", mine, device)[: len(together)]  # type: ignore[misc]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Add the tensors of all processes, in place.
@@ -132,24 +133,28 @@ class Processes:
             yield
         except ProcessError:
             raise
-        except BaseException as error:
+        except Exception as error:
+            # an interrupt may have come within an exchange, after which no other one can follow
             self._tell(f"{type(error).__name__}: {error}")
             raise
         self._met("end", None)
 
-    def check_same(self, what: str, value: str) -> None:
-        """Check that a description is the same in all processes.
+    def check_same(self, **described: object) -> None:
+        """Check that descriptions, by what they are of, are the same in all processes.
 
         Raises:
-            ValueError: if it differs.
+            ValueError: if one differs.
         """
-        found = self.gathered(value)
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"Expected {what} to be the same in all {self.size} processes; process 0 has {found[0]}, process "
-                f"{other} has {found[other]}."
-            )
+        if not self.several:
+            return
+        found = self.gathered("options", {name: str(value) for name, value in described.items()})
+        for name, expected in found[0].items():
+            for rank, one in enumerate(found):
+                if one.get(name) != expected:
+                    raise ValueError(
+                        f"Expected {name} to be the same in all {self.size} processes; process 0 has {expected:.300}, "
+                        f"process {rank} has {one.get(name)!s:.300}."
+                    )
 
     def _tell(self, failure: str) -> None:
         try:

@@ -60,14 +60,15 @@ class CountPredictions(RegressionPredictions):
         """
         spread, y = 9 * self.values.sqrt() + 30, self.targets
         first = (self.values - spread).amin(dim=0).minimum(y).clamp_min(0).floor()
-        n_terms = int(((self.values + spread).amax(dim=0).maximum(y) - first).max()) + 1
-        if n_terms > MOST_TERMS:
-            return super().ranked_probability_score
+        n_terms = (self.values + spread).amax(dim=0).maximum(y) - first + 1
+        is_large = n_terms > MOST_TERMS
         log_rates, below, score = self.values.log(), torch.zeros_like(y), torch.zeros_like(y)
-        for j in range(n_terms):
+        for j in range(int(torch.where(is_large, 0, n_terms).max())):
             k = first + j
             below += (k * log_rates - self.values - torch.lgamma(k + 1)).exp().mean(dim=0)
             score += (below - (k >= y).to(y.dtype)).square()
+        if bool(is_large.any()):
+            return torch.where(is_large.cpu(), super().ranked_probability_score, score.cpu())
         return score.cpu()
 
     @cached_property

@@ -192,9 +192,9 @@ def evaluate(  # noqa: D417 - further options are those of the report
         # positions and labels of a sample are not independent
         if len(test.samples) == 0:
             raise ValueError("Expected positions that count; the labels of all of them are -100.")
-        n = int(test.samples.max()) + 1
+        n = test.n_samples
         ids = torch.arange(n) if clusters is None else as_tensor(clusters, "clusters")
-        if len(ids) < n:
+        if len(ids) != n:
             raise ValueError(f"clusters must hold an id for each of the {n} samples; got {len(ids)}.")
         some = draw_rows(len(test.samples), max_samples, seed=settings.seed)
         clusters, test = ids[test.samples[some]], test.at(some)

@@ -38,7 +38,7 @@ def tabulate_labels(
         raise ValueError(f"class_names must have one name for each of {n_labels} labels; got {len(names)}.")
     sources = {method: read_probabilities(method, p, task="binary") for method, p in predictions.items()}
     y = read_labels(targets, n=len(labels), n_classes=2, where="Predictions")
-    rows = {}
+    rows, shown = [], []
     for label in labels.unique().tolist():
         own = (labels == label).nonzero()[:, 0]
         numbers = [y[own].double().mean().item()]
@@ -46,13 +46,14 @@ def tabulate_labels(
             reduced = reduce_classification(Probabilities(source.values[..., own, :]), y[own], n_bins=settings.n_bins)
             error, floor = (of_class[1].item() for of_class in measure_each_class(reduced))
             numbers += [negative_log_likelihood(reduced).mean().item(), error, floor]
-        rows[str(label) if names is None else names[label]] = numbers
-    rows["mean over labels"] = torch.tensor(list(rows.values()), dtype=torch.float64).mean(dim=0).tolist()
+        rows.append(numbers)
+        shown.append(str(label) if names is None else names[label])
+    rows.append(torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist())
     columns = [f"{method}: {what}" for method in sources for what in ("NLL", "ECE", "noise floor")]
     return ReportTable(
         "Labels",
         ["label", "share of 1", *columns],
-        [[name, *numbers] for name, numbers in rows.items()],
+        [[name, *numbers] for name, numbers in zip([*shown, "mean over labels"], rows, strict=True)],
         note="ECE of the probability of 1, label by label, with the error that right probabilities would show. The "
         "last row weighs labels equally (macro average). All else in the report takes the labels together (micro "
         "average), with those of a sample as a cluster.",

@@ -32,6 +32,7 @@ from debiased_laplace.data.inputs import MappingKeys, n_samples_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 
 MAP = "map"
+_SMALLEST_RATE = 1e-130
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +44,20 @@ class Collected:
         targets: on the CPU; None where they are not asked for.
         samples: sample of each row; None where each row is a sample.
         labels: binary label of each row; None of a single one.
+        n_samples: number of samples, also of those without rows.
     """
 
     found: dict[str, BatchPrediction]
     targets: Tensor | None = None
     samples: Int[Tensor, " rows"] | None = None
     labels: Int[Tensor, " rows"] | None = None
+    n_samples: int = 0
 
     def at(self, rows: Tensor) -> "Collected":
         """Return some of the rows."""
-        some = (None if x is None else x[rows] for x in (self.targets, self.samples, self.labels))
-        return Collected({name: p.at(rows) for name, p in self.found.items()}, *some)
+        targets, samples, labels = (None if x is None else x[rows] for x in (self.targets, self.samples, self.labels))
+        found = {name: p.at(rows) for name, p in self.found.items()}
+        return Collected(found, targets, samples, labels, self.n_samples)
 
 
 def read_methods(methods: Any, baseline: str | None, include_map: bool | None) -> dict[str, Method]:
@@ -166,9 +170,10 @@ def collect(
     # each method's batches are released before the next one's are joined
     joined = {name: _join_batches(name, kept.pop(name)) for name in methods}
     if not labelled or not owners:
-        return Collected(joined, torch.cat(targets) if labelled else None)
+        return Collected(joined, torch.cat(targets) if labelled else None, n_samples=n_before)
     samples, rows = (torch.cat(numbers) for numbers in zip(*owners, strict=True))
-    return Collected(joined, torch.cat(targets), samples, rows % options.n_labels if options.n_labels > 1 else None)
+    labels = rows % options.n_labels if options.n_labels > 1 else None
+    return Collected(joined, torch.cat(targets), samples, labels, n_before)
 
 
 def _targets_of_rows(y: Tensor, options: PredictionOptions) -> tuple[Tensor, Bool[Tensor, " rows"]]:
@@ -199,7 +204,7 @@ def as_prediction(
         draws = predicted.draws.double().movedim(1, 0)
         if predicted.noise is None:
             # a rate that underflows is a small one
-            return Counts(draws.clamp_min(torch.finfo(torch.float64).tiny))
+            return Counts(draws.clamp_min(_SMALLEST_RATE))
         return Samples(draws, observation_noise=predicted.noise.double().movedim(1, 0))
     mean, variance = predicted.mean, predicted.function_variance
     assert mean is not None  # for the type checker

@@ -9,6 +9,7 @@ References:
     Roosta-Khorasani, Ré & Mahoney (2016), arXiv 1607.00559 (sub-sampled Newton methods with such samples).
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -238,7 +239,9 @@ class RowSampler:
         nothing = torch.zeros(0, dtype=torch.int64)
         own = self.scored if self._scored else Scored(nothing, nothing, None, 0.0)
         mine = own, self.drawers, self._held, self._at_random, self._loss
-        parts = processes.gathered(mine, self.network.like.device)
+        parts = processes.gathered("drawn rows", mine, self.network.like.device)
+        if not by_position:
+            _check_distinct([part[0].hashes for part in parts])
         sizes = [len(part[0]) for part in parts]
         offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         positions = torch.cat([part[0].positions for part in parts])
@@ -438,6 +441,31 @@ class DrawnRows:
             draw=errors,
             progress_bar=progress_bar,
         )
+
+
+def _check_distinct(hashes: list[Int64[Tensor, " n"]]) -> None:
+    """Check that processes have read samples of their own.
+
+    Raises:
+        ValueError: if half of the samples of a process are also those of another.
+
+    Warns:
+        UserWarning: if some are.
+    """
+    for rank, own in enumerate(hashes):
+        others = torch.cat([*hashes[:rank], *hashes[rank + 1 :]])
+        n = int(torch.isin(own, others).sum())
+        if 2 * n > len(own):
+            raise ValueError(
+                f"Expected a stream of its own in each process; {n} of the {len(own)} samples of process {rank} are "
+                "also those of another. A torch DataLoader over a data set with positions is shared out by them; of "
+                "any other iterable, each process yields its part."
+            )
+        if n:
+            warnings.warn(
+                f"{n} of the {len(own)} samples of process {rank} are also those of another, and count in both.",
+                stacklevel=2,
+            )
 
 
 def _nothing() -> None:

@@ -93,7 +93,7 @@ class Network:
         """Return the network whose passes processes share, with the memory that all of them have."""
         if not processes.several:
             return replace(self, processes=processes)
-        memory = min(processes.gathered(self.available_memory))
+        memory = min(processes.gathered("available memory", self.available_memory))
         return replace(self, processes=processes, memory=memory)
 
     @property

@@ -141,8 +141,16 @@ class SampleStream:
             start += len(batch)
 
 
-def training_samples(loader: Any, seed: int, keys: MappingKeys) -> SampleSource | SampleStream:
+def training_samples(
+    loader: Any, seed: int, keys: MappingKeys, *, repeats: bool = False
+) -> SampleSource | SampleStream:
     """Convert a loader to samples that are read once: by position where there are positions, or else as they come.
+
+    Args:
+        loader: of the samples.
+        seed: of random samplers.
+        keys: of mappings.
+        repeats: as of `sample_source`.
 
     Raises:
         ValueError: as `sample_source`, for anything that is not iterable.
@@ -150,7 +158,7 @@ def training_samples(loader: Any, seed: int, keys: MappingKeys) -> SampleSource 
     has_positions = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     known = isinstance(loader, Sequence | Tensor | str | Mapping) or not isinstance(loader, Iterable)
     if has_positions or known:
-        return sample_source(loader, seed, keys)
+        return sample_source(loader, seed, keys, repeats=repeats)
     return SampleStream(loader, keys)
 
 
@@ -159,7 +167,7 @@ def root_length(root: Any, positions: Int64[Tensor, " n"]) -> int:
     return len(root) if hasattr(root, "__len__") else int(positions.max()) + 1
 
 
-def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> SampleSource:
+def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS, *, repeats: bool = False) -> SampleSource:
     """Convert a loader to a source of samples.
 
     The positions are those of one epoch of the loader's sampler, with `drop_last` taken into account. Random samplers
@@ -169,6 +177,8 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
         loader: `DataLoader` over a map-style data set, or list of batches.
         seed: seed of random samplers.
         keys: keys of the inputs and targets in a mapping.
+        repeats: whether samples may come more than once, as of samplers that give several processes as many; they count
+            once.
 
     Returns:
         The source.
@@ -196,7 +206,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS) -> S
         raise ValueError("The loader yields no samples; expected at least 2.")
     indices = torch.from_numpy(np.concatenate([np.asarray(batch, dtype=np.int64) for batch in epoch]))
     unique = indices.unique()
-    if len(unique) < len(indices):
+    if len(unique) < len(indices) and not (repeats and not getattr(loader.sampler, "replacement", False)):
         raise ValueError(
             f"The loader's sampler yields {len(indices) - len(unique)} of its {len(indices)} samples "
             "more than once. " + _REPLACEMENT_HINT

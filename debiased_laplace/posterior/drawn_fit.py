@@ -110,7 +110,7 @@ def fit_drawn_rows(
     _check_built(spec)
     seed = spec.split.seed
     n_data = earlier.n_data_given if n_data is None and earlier is not None else n_data
-    samples = training_samples(loader, seed, spec.keys)
+    samples = training_samples(loader, seed, spec.keys, repeats=spec.processes.several)
     if isinstance(samples, SampleSource):
         samples = united(samples, spec.processes, seed)
     with at_weights(spec.model, seed) as written:
@@ -197,7 +197,11 @@ def _scored(
     numbered = own_part(samples, spec.processes).numbered(seed)
     first = next(numbered, None)
     # of the first process that has samples, so that all prepare the same network
-    few = [one for one in spec.processes.gathered(None if first is None else first[1].first(8)) if one is not None]
+    few = [
+        one
+        for one in spec.processes.gathered("first samples", None if first is None else first[1].first(8))
+        if one is not None
+    ]
     if not few:
         raise ValueError("The loader yields no samples; expected at least 2.")
     numbered = chain([] if first is None else [first], numbered)
@@ -209,7 +213,7 @@ def _scored(
         network = leaving_room(network, options, n_rows or DEFAULT_ROWS)
         seeds = (seed, seed + JUDGES)
         n_rows = default_rows(network, options) if n_rows is None else n_rows
-        spec.processes.check_same("n_rows", str(n_rows))
+        spec.processes.check_same(n_rows=n_rows)
         root = spec.backend.root(network.likelihood)
         if isinstance(root, MonteCarloGaussNewton):
             # rows of the GGN itself take no more backward passes

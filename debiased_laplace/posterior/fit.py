@@ -172,8 +172,7 @@ class FitSpec:
         """
         network = prepare_network(selection, self.likelihood, some, self.memory)
         if self.processes.several:
-            self.processes.check_same("the model's weights", selection.fingerprint())
-            self.processes.check_same("the options", repr((self.split, self.request, self.backend.kind)))
+            self.processes.check_same(weights=selection.fingerprint(), parameters=selection.subset)
         return network.shared(self.processes)
 
 

@@ -89,7 +89,7 @@ def fit_samples(
             tolerance=tolerance,
             progress_bar=progress_bar,
         )
-    source = united(sample_source(loader, seed, spec.keys), spec.processes, seed)
+    source = united(sample_source(loader, seed, spec.keys, repeats=spec.processes.several), spec.processes, seed)
     pool = Pool.of(source, n_data) if earlier is None else _joined(earlier, source, n_data, seed)
     growth = _Growth(spec, weighting_of, pool, progress_bar)
     positions = pool.available

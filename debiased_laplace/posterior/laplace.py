@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -418,6 +419,22 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 is new, the weights have changed, or, after loading a state, the loader does not yield the fitted
                 samples again. Model and posterior stay as they were.
         """
+        processes = Processes.of() if self._processes is None else self._processes
+        with processes.together():
+            self._fit_with(processes, train_loader, override, progress_bar, n_data, tolerance)
+        self._warn_of_dropped_directions()
+        self._warn_of_default_noise()
+
+    def _fit_with(
+        self,
+        processes: Processes,
+        loader: Any,
+        override: bool,
+        progress_bar: bool,
+        n_data: int | None,
+        tolerance: float | None,
+    ) -> None:
+        """Fit together with other processes; see `fit`."""
         if hasattr(override, "shape"):
             raise ValueError(
                 "Expected fit(loader), with a DataLoader of (inputs, targets) or a list of such batches, as in "
@@ -430,28 +447,37 @@ class DebiasedParametricLaplace(ParametricLaplace):
             raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
         tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
         earlier = None if override else self._fit
-        if earlier is not None:
-            self._check_weights()
-        processes = Processes.of() if self._processes is None else self._processes
-        with processes.together():
-            if processes.several and earlier is not None:
-                raise ValueError(
-                    f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
-                    "samples."
-                )
-            fit = fit_samples(
-                replace(self._spec, processes=processes),
-                self._weighting,
-                train_loader,
-                earlier,
-                sampling=self._sampling,
+        if processes.several and earlier is not None:
+            raise ValueError(
+                f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
+                "samples."
+            )
+        if processes.several:
+            spec, weights = self._spec, getattr(self._spec.likelihood, "class_weights", None)
+            processes.check_same(
+                model=spec.model,
+                likelihood=self.likelihood,
+                class_weights=None if weights is None else weights.tolist(),
+                subset=(spec.subset.kind, spec.subset.last_layer_name, _digest(spec.subset.subnetwork_indices)),
+                options=(spec.split, spec.request, spec.backend.kind, self._sampling),
+                prior_precision=_digest(self.prior_precision),
+                noise=(_digest(torch.as_tensor(self.noise_scale)), self.temperature),
                 n_data=n_data,
                 tolerance=tolerance,
-                progress_bar=progress_bar and processes.rank == 0,
             )
+        if earlier is not None:
+            self._check_weights()
+        fit = fit_samples(
+            replace(self._spec, processes=processes),
+            self._weighting,
+            loader,
+            earlier,
+            sampling=self._sampling,
+            n_data=n_data,
+            tolerance=tolerance,
+            progress_bar=progress_bar and processes.rank == 0,
+        )
         self._adopt(fit)
-        self._warn_of_dropped_directions()
-        self._warn_of_default_noise()
 
     @leaves_as_found()
     def cost(self, loader: Any) -> FitCost:
@@ -1326,6 +1352,14 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._noise_is_open = "sigma_noise" in opened
         self._adopt(fit)
         self.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
+
+
+def _digest(values: Tensor | None) -> str:
+    """Return a short text that differs for other numbers."""
+    if values is None:
+        return "none"
+    numbers = values.detach().double().cpu().flatten()
+    return str(numbers.tolist()) if len(numbers) < 4 else sha256(numbers.numpy().tobytes()).hexdigest()[:16]
 
 
 def _check_rounding(ratio: float) -> None:

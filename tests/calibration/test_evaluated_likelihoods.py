@@ -180,6 +180,10 @@ def test_labels_with_positions_names_and_fewer_rows():
     assert report.metrics["mine"]["nll"].value == pytest.approx(of_mine)
     few = evaluate({"laplace": la}, loader, link_approx="probit", max_samples=1)
     assert len(few.tables[0].rows) == 2
+    with pytest.raises(ValueError, match=r"clusters must hold an id for each of the 30 samples; got 360"):
+        evaluate({"laplace": la}, loader, link_approx="probit", clusters=torch.arange(360))
+    twice = evaluate({"laplace": la}, loader, link_approx="probit", class_names=["a", "a"]).tables[0]
+    assert [row[0] for row in twice.rows] == ["a", "a", "mean over labels"]
     with pytest.raises(ValueError, match="class_names must have one name for each of 2 labels; got 3"):
         evaluate({"laplace": la}, loader, link_approx="probit", class_names=["a", "b", "c"])
     wrong = DataLoader(TensorDataset(X, torch.zeros(N, 6, 3)), batch_size=7)

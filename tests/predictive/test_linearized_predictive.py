@@ -91,7 +91,7 @@ def test_keyword_arguments_reach_the_model():
 DRAWS = {
     "fewer draws than outputs": (128, 32, 2, True, True),
     "as many draws as outputs": (128, 32, 3, True, False),
-    "fewer draws, but one JVP at a time": (128, 32, 2, False, False),
+    "fewer draws, one JVP at a time": (128, 32, 2, False, True),
     "several groups of samples": (4, 32, 2, True, True),
     "draws one at a time": (128, 1, 2, True, True),
 }

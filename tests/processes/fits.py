@@ -152,6 +152,30 @@ def failures(rank, size):
         model, X, y = problem()
         DebiasedLaplace(model, "classification").fit([(X + rank, y)])
 
+    def other_middle():
+        model, X, y = problem()
+        X = X.clone()
+        X[1:-1] += rank
+        DebiasedLaplace(model, "classification").fit([(X, y)])
+
+    def other_prior():
+        model, X, y = problem()
+        DebiasedLaplace(model, "classification", prior_precision=3.0 + rank).fit([(X, y)])
+
+    def other_likelihood():
+        model, X, y = problem("poisson")
+        DebiasedLaplace(model, "poisson" if rank else "regression").fit([(X, y)])
+
+    def other_tolerance():
+        made({"n_rows": 40}, **({"tolerance": 0.1} if rank else {}))
+
+    def wrong_arguments_of_one():
+        made({"n_rows": 40}, **({"tolerance": -1.0} if rank == 1 else {}))
+
+    def the_same_stream():
+        model, X, y = problem()
+        DebiasedLaplace(model, "classification").fit(DataLoader(Stream(X, y), batch_size=7))
+
     def a_shard_as_a_list():
         model, X, y = problem()
         DebiasedLaplace(model, "classification").fit([(X[rank::size], y[rank::size])])
@@ -169,7 +193,9 @@ def failures(rank, size):
         DebiasedLaplace(model, "classification").fit(DataLoader(Stream(X[:0], y[:0]), batch_size=7))
 
     messages = {}
-    for attempt in (other_weights, one_raises, other_data, a_shard_as_a_list, going_on, other_options, empty_streams):
+    attempts = [other_weights, one_raises, other_data, other_middle, other_prior, other_likelihood, other_tolerance]
+    attempts += [wrong_arguments_of_one, the_same_stream, a_shard_as_a_list, going_on, other_options, empty_streams]
+    for attempt in attempts:
         try:
             attempt()
             messages[attempt.__name__] = "none"

@@ -53,11 +53,16 @@ def kept_by(size, folder):
 
 
 MESSAGES = {
-    "other_weights": "ValueError: Expected the model's weights to be the same in all",
+    "other_weights": "ValueError: Expected weights to be the same in all",
+    "other_prior": "ValueError: Expected prior_precision to be the same in all",
+    "other_likelihood": "ValueError: Expected likelihood to be the same in all",
+    "other_tolerance": "ValueError: Expected tolerance to be the same in all",
+    "the_same_stream": "ValueError: Expected a stream of its own in each process; 61 of the 61 samples",
+    "other_middle": "ValueError: Expected loaders over the same data set in all",
     "other_data": "ValueError: Expected loaders over the same data set in all",
-    "a_shard_as_a_list": "ValueError: Expected ",
+    "a_shard_as_a_list": "ValueError: Expected loaders over the same data set in all",
     "going_on": "ValueError: override=False is not built for several processes",
-    "other_options": "ValueError: Expected the options to be the same in all",
+    "other_options": "ValueError: Expected options to be the same in all",
     "empty_streams": "ValueError: The loader yields no samples; expected at least 2.",
 }
 
@@ -80,6 +85,9 @@ def test_fits_of_several_processes_are_those_of_one(size, tmp_path):
         assert_same(of_rank.pop("an empty shard"), alone["diagonal"], "an empty shard", 1e-9)
         for name, start in MESSAGES.items():
             assert of_rank[name].startswith(start), of_rank[name]
+        wrong = of_rank["wrong_arguments_of_one"]
+        failed = "ValueError: tolerance" if rank == 1 else "ProcessError: Another process has failed (process 1 of"
+        assert wrong.startswith(failed)
         if rank == 1:
             assert of_rank["one_raises"] == "OSError: the disk is full"
         else:

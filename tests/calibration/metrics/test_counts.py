@@ -77,6 +77,14 @@ def test_large_counts_are_scored_as_gaussians():
     assert bool(both.isfinite().all())
 
 
+def test_a_large_count_does_not_change_the_scores_of_others():
+    rates, y = torch.tensor([[0.1, 5.0, 2e6]]).double(), torch.tensor([0.0, 3e4, 2e6]).double()
+    alone = [read_regression("a", Counts(rates[:, [i]]), y[[i]]).ranked_probability_score for i in range(3)]
+    together = read_regression("a", Counts(rates), y).ranked_probability_score
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert float(together[0]) == pytest.approx(0.00908, abs=1e-5)
+
+
 def test_a_constant_rate_is_scored_without_the_sample_itself():
     y = torch.tensor([0.0, 3.0, 1.0, 4.0], dtype=torch.float64)
     found = calibration_report({"net": Counts(torch.full((1, 4), 2.5))}, y, task="regression").constant
