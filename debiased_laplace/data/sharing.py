@@ -41,7 +41,7 @@ def united(source: SampleSource, processes: Processes, seed: int) -> SampleSourc
 
 
 def own_part(samples: SampleSource | SampleStream, processes: Processes) -> SampleSource | SampleStream:
-    """Return the samples that this process reads in a pass: every so manieth batch; of a stream, its own."""
+    """Return the samples that this process reads in a pass: every k-th batch of k processes; of a stream, its own."""
     if not processes.several or isinstance(samples, SampleStream):
         return samples
     batches = samples.indices.split(samples.batch_size)[processes.rank :: processes.size]
