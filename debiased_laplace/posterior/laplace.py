@@ -421,63 +421,51 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         processes = Processes.of() if self._processes is None else self._processes
         with processes.together():
-            self._fit_with(processes, train_loader, override, progress_bar, n_data, tolerance)
-        self._warn_of_dropped_directions()
-        self._warn_of_default_noise()
-
-    def _fit_with(
-        self,
-        processes: Processes,
-        loader: Any,
-        override: bool,
-        progress_bar: bool,
-        n_data: int | None,
-        tolerance: float | None,
-    ) -> None:
-        """Fit together with other processes; see `fit`."""
-        if hasattr(override, "shape"):
-            raise ValueError(
-                "Expected fit(loader), with a DataLoader of (inputs, targets) or a list of such batches, as in "
-                f"fit([(X, y)]); got a second array, {shown(override)}, as override."
-            )
-        boolean(override, "override")
-        boolean(progress_bar, "progress_bar")
-        n_data = None if n_data is None else integer(n_data, "n_data")
-        if isinstance(tolerance, bool):
-            raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
-        tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
-        earlier = None if override else self._fit
-        if processes.several and earlier is not None:
-            raise ValueError(
-                f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
-                "samples."
-            )
-        if processes.several:
-            spec, weights = self._spec, getattr(self._spec.likelihood, "class_weights", None)
-            processes.check_same(
-                model=spec.model,
-                likelihood=self.likelihood,
-                class_weights=None if weights is None else weights.tolist(),
-                subset=(spec.subset.kind, spec.subset.last_layer_name, _digest(spec.subset.subnetwork_indices)),
-                options=(spec.split, spec.request, spec.backend.kind, self._sampling),
-                prior_precision=_digest(self.prior_precision),
-                noise=(_digest(torch.as_tensor(self.noise_scale)), self.temperature),
+            if hasattr(override, "shape"):
+                raise ValueError(
+                    "Expected fit(loader), with a DataLoader of (inputs, targets) or a list of such batches, as in "
+                    f"fit([(X, y)]); got a second array, {shown(override)}, as override."
+                )
+            boolean(override, "override")
+            boolean(progress_bar, "progress_bar")
+            n_data = None if n_data is None else integer(n_data, "n_data")
+            if isinstance(tolerance, bool):
+                raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
+            tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
+            earlier = None if override else self._fit
+            if processes.several and earlier is not None:
+                raise ValueError(
+                    f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
+                    "samples."
+                )
+            if processes.several:
+                spec, weights = self._spec, getattr(self._spec.likelihood, "class_weights", None)
+                processes.check_same(
+                    model=spec.model,
+                    likelihood=self.likelihood,
+                    class_weights=None if weights is None else weights.tolist(),
+                    subset=(spec.subset.kind, spec.subset.last_layer_name, _digest(spec.subset.subnetwork_indices)),
+                    options=(spec.split, spec.request, spec.backend.kind, self._sampling),
+                    prior_precision=_digest(self.prior_precision),
+                    noise=(_digest(torch.as_tensor(self.noise_scale)), self.temperature),
+                    n_data=n_data,
+                    tolerance=tolerance,
+                )
+            if earlier is not None:
+                self._check_weights()
+            fit = fit_samples(
+                replace(self._spec, processes=processes),
+                self._weighting,
+                train_loader,
+                earlier,
+                sampling=self._sampling,
                 n_data=n_data,
                 tolerance=tolerance,
+                progress_bar=progress_bar and processes.rank == 0,
             )
-        if earlier is not None:
-            self._check_weights()
-        fit = fit_samples(
-            replace(self._spec, processes=processes),
-            self._weighting,
-            loader,
-            earlier,
-            sampling=self._sampling,
-            n_data=n_data,
-            tolerance=tolerance,
-            progress_bar=progress_bar and processes.rank == 0,
-        )
-        self._adopt(fit)
+            self._adopt(fit)
+        self._warn_of_dropped_directions()
+        self._warn_of_default_noise()
 
     @leaves_as_found()
     def cost(self, loader: Any) -> FitCost:
