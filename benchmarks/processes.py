@@ -83,7 +83,9 @@ def main() -> None:
                 raise SystemExit("a process has failed")
             found = [torch.load(Path(folder) / f"{size}_{rank}.pt") for rank in range(size)]
         most = {name: max(one[name] for one in found) for name in found[0]}
-        print(f"{size} processes: " + ", ".join(f"{name} {s:.2f} s" for name, s in most.items()))
+        print(
+            f"{size} process{'es' if size > 1 else ''}: " + ", ".join(f"{name} {s:.2f} s" for name, s in most.items())
+        )
 
 
 if __name__ == "__main__":

@@ -375,6 +375,8 @@ def _prepare_regression(
         return replace(result, metrics=metrics, selection=())
 
     one = read[first]
+    is_count = isinstance(one, CountPredictions)
+    score_constant = constant.score_constant_rate if is_count else constant.score_constant_gaussian
     return _TestSet(
         read,
         scaled,
@@ -382,9 +384,7 @@ def _prepare_regression(
         regression.scores_of,
         out_of_distribution.scores_of_regression,
         DataSummary(one.n, None, one.n_outputs, _digest(one.targets)),
-        (constant.score_constant_rate if isinstance(one, CountPredictions) else constant.score_constant_gaussian)(
-            one.targets
-        ),
+        score_constant(one.targets),
         [
             f"{method}: the predictive is known by {S} samples only, so its negative log-likelihood is on average "
             "larger than that of the predictive which they stand for."

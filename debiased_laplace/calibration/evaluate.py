@@ -83,7 +83,8 @@ def evaluate(  # noqa: D417 - further options are those of the report
 
     All methods get the same inputs, whatever the loader shuffles or augments, and the same random numbers, which start
     anew with every batch, so that sampled networks are the same for all batches. The models and the global random state
-    are left as they were. Memory: predictions on the CPU in their own dtype; samples of one batch at a time.
+    are left as they were. Memory: predictions on the CPU in their own dtype; samples of one batch at a time, but
+    of counts and of predicted noise `n_samples` numbers for every output of the test set.
 
     `n_bins` and all that follows are options of `calibration_report`; `clusters` is in the order of the loader,
     `temperature_scaling` is fitted on `validation_loader` where it is given, and `class_names` are the names of several

@@ -447,7 +447,7 @@ def _check_distinct(hashes: list[Int64[Tensor, " n"]]) -> None:
     """Check that processes have read samples of their own.
 
     Raises:
-        ValueError: if half of the samples of a process are also those of another.
+        ValueError: if more than half of the samples of a process are also those of another.
 
     Warns:
         UserWarning: if some are.

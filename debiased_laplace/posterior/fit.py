@@ -168,7 +168,7 @@ class FitSpec:
         """Do the same for selected parameters, the same ones at the same values in all processes.
 
         Raises:
-            ValueError: as `prepare_network`, and where processes have other models or options.
+            ValueError: as `prepare_network`, and if weights or selected parameters differ between processes.
         """
         network = prepare_network(selection, self.likelihood, some, self.memory)
         if self.processes.several:

@@ -61,9 +61,9 @@ class Predictive:
         """
         if outputs is None:
             return self
-        layout, n = self.network.layout, self.network.n_outputs
+        layout = self.network.layout
         n_positions = 1 if layout is None else self.positions.numel()
-        n = n if layout is None else n_positions * layout.n_classes
+        n = n_positions * self.network.n_classes
         try:
             chosen = torch.as_tensor(outputs, device=self.mean.device)
         except (TypeError, ValueError, RuntimeError) as error:

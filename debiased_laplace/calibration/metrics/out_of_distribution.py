@@ -27,11 +27,7 @@ from debiased_laplace.calibration.regression import noise_of, read_regression
 from debiased_laplace.calibration.ties import SINGLE, merge_ties
 
 COMBINED = ("mutual_information", "logit_variance")  # uncertain label, uncertain function: OOD inputs show at least one
-COMPUTED = (
-    "logit_variance",
-    "standard_deviation",
-    "function_std",
-)  # with a scale of their own, also in float32
+COMPUTED = ("logit_variance", "standard_deviation", "function_std")  # have a scale of their own, also in float32
 
 
 def scores_of_regression(predictions: RegressionPredictions) -> dict[str, Float[Tensor, " n"]]:
