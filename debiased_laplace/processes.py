@@ -6,17 +6,22 @@ all processes have the same numbers afterwards. A single process exchanges nothi
 
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
+from threading import Timer
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from debiased_laplace.errors import ProcessError
+
+PATIENCE = 60.0
+"""Seconds of waiting for other processes after which a warning says so."""
 
 Value = TypeVar("Value")
 Part = TypeVar("Part")
@@ -167,7 +172,13 @@ class Processes:
         """Exchange values, and whether all processes do the same."""
         distributed = sys.modules["torch.distributed"]
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, (what, failure, value), group=self.group)
+        patience = Timer(PATIENCE, self._warn_of_waiting)
+        patience.daemon = True
+        patience.start()
+        try:
+            distributed.all_gather_object(found, (what, failure, value), group=self.group)
+        finally:
+            patience.cancel()
         failures = [f"process {rank} of {self.size}: {text}" for rank, (_, text, _) in enumerate(found) if text]
         if failures:
             raise ProcessError(f"Another process has failed ({'; '.join(failures)}).")
@@ -177,6 +188,14 @@ class Processes:
                 f"Expected all processes to call the same methods in the same order; they are at: {kinds}."
             )
         return [value for _, _, value in found]
+
+    def _warn_of_waiting(self) -> None:
+        warnings.warn(
+            f"Process {self.rank} of {self.size} has waited for {PATIENCE:g} s for other processes. fit, held_out_kl, "
+            "optimize_prior_precision, evaluate, diagnose and Newton steps have to be called in all of them; to call "
+            "one in some alone, give the posterior a process_group of these.",
+            stacklevel=2,
+        )
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Return a tensor where the group's backend can send it from."""

@@ -24,6 +24,7 @@ from debiased_laplace.calibration.methods import (
 )
 from debiased_laplace.calibration.posteriors import compare_held_out, summarize_posteriors
 from debiased_laplace.calibration.predict import (
+    Collected,
     as_prediction,
     check_loader,
     collect,
@@ -40,6 +41,7 @@ from debiased_laplace.curvature.positions import OutputLayout
 from debiased_laplace.data.inputs import DEFAULT_KEYS, MappingKeys
 from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 from debiased_laplace.predictive.predictive import Link
+from debiased_laplace.processes import Processes
 
 FEW_DRAWS = 100
 
@@ -188,7 +190,13 @@ def evaluate(  # noqa: D417 - further options are those of the report
     def read(found: Mapping[str, BatchPrediction]) -> dict[str, Any]:
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
-    test = collect(methods, loader, options, "the test set")
+    processes = _processes_of(laplace.values())
+
+    def predicted(some: Mapping[str, Method], of: Iterable[Any], what: str, *, labelled: bool = True) -> Collected:
+        with processes.together():
+            return collect(some, of, options, what, labelled=labelled, processes=processes)
+
+    test = predicted(methods, loader, "the test set")
     if test.samples is not None:
         # positions and labels of a sample are not independent
         if len(test.samples) == 0:
@@ -208,11 +216,11 @@ def evaluate(  # noqa: D417 - further options are those of the report
         warnings.warn(caution, stacklevel=3)
     validation, ood = None, {}
     if validation_loader is not None and first in methods:
-        held = collect({first: methods[first]}, validation_loader, options, "validation data")
+        held = predicted({first: methods[first]}, validation_loader, "validation data")
         logits = held.found[first].logits
         validation = (read(held.found)[first] if logits is None else logits, held.targets)
     for name, source in (ood_loaders or {}).items():
-        ood[name] = read(collect(methods, source, options, name, labelled=False).found)
+        ood[name] = read(predicted(methods, source, name, labelled=False).found)
     level = settings.confidence_level
     summaries = summarize_posteriors(laplace, level)
     if held_out_loader is not None:
@@ -248,6 +256,12 @@ def evaluate(  # noqa: D417 - further options are those of the report
         f"calibration error are too large by what the draws add; take {FEW_DRAWS} or more."
     )
     return replace(report, predicted=records, warnings=(*cautions, warning, *report.warnings))
+
+
+def _processes_of(posteriors: Iterable[BaseLaplace]) -> Processes:
+    """Return the processes of the first posterior of this package, which share its passes over samples."""
+    own = (la._processes for la in posteriors if isinstance(la, DebiasedParametricLaplace))
+    return next(own, Processes.of())
 
 
 def _rows_of(posteriors: Iterable[BaseLaplace]) -> tuple[OutputLayout | None, int]:

@@ -1,6 +1,6 @@
 """Predictions of several methods in one pass over a loader, with the same inputs and the same random numbers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -30,6 +30,8 @@ from debiased_laplace.curvature.positions import that_count
 from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys, n_samples_of
 from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.data.sharing import loader_of_all, shared_batches
+from debiased_laplace.processes import ALONE, Processes
 
 MAP = "map"
 _SMALLEST_RATE = 1e-130
@@ -129,11 +131,13 @@ def collect(
     title: str,
     *,
     labelled: bool = True,
+    processes: Processes = ALONE,
 ) -> Collected:
     """Predict with every method, batch by batch, in one pass.
 
     The global generators are seeded for the pass, and anew for each method and batch, so that what one method draws
-    changes neither the loader's augmentation nor another method's draws; afterwards they are as they were.
+    changes neither the loader's augmentation nor another method's draws; afterwards they are as they were. Of several
+    processes, each predicts some of the batches.
 
     Returns:
         Predictions, and targets if `labelled`; else batches may be inputs alone. Of positions, those that count.
@@ -145,12 +149,25 @@ def collect(
     targets: list[Tensor] = []
     owners: list[tuple[Tensor, Tensor]] = []
     has_rows, n_before = options.layout is not None or options.n_labels > 1, 0
-    with torch.inference_mode(False), undisturbed_randomness(options.seed):
-        for loaded in tqdm(loader, desc=f"[Predicting {title}]", disable=not options.progress_bar):
+
+    def batches() -> Iterator[Batch]:
+        shown = options.progress_bar and processes.rank == 0
+        whole = loader_of_all(loader, processes, options.seed)
+        for loaded in tqdm(whole, desc=f"[Predicting {title}]", disable=not shown):
             batch = _read_batch(loaded, options.keys, labelled=labelled)
-            if len(batch) == 0:
-                continue
-            batch.check_finite()
+            if len(batch):
+                batch.check_finite()
+                yield batch
+
+    def predicted(batch: Batch) -> dict[str, BatchPrediction]:
+        found = {}
+        for name, method in methods.items():
+            with undisturbed_randomness(options.seed):
+                found[name] = predict_batch(name, method, batch.inputs, options)
+        return found
+
+    with torch.inference_mode(False), undisturbed_randomness(options.seed):
+        for batch, found in shared_batches(batches(), predicted, processes):
             y = batch.targets.detach().to("cpu", copy=True)
             counts: Tensor | None = None
             if has_rows and labelled:
@@ -161,10 +178,8 @@ def collect(
             n_before += len(batch)
             # one label for each sample may be a column
             targets.append(y.reshape(-1) if options.task == "binary" and y.shape[1:] == (1,) else y)
-            for name, method in methods.items():
-                with undisturbed_randomness(options.seed):
-                    found = predict_batch(name, method, batch.inputs, options)
-                kept[name].append(found if counts is None else found.at(counts, name))
+            for name, one in found.items():
+                kept[name].append(one if counts is None else one.at(counts, name))
     if not targets:
         raise ValueError(f"The loader yields no samples to predict; got {type(loader).__name__}.")
     # each method's batches are released before the next one's are joined

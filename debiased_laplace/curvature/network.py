@@ -90,9 +90,14 @@ class Network:
         return slice(None) if self.selection.outputs is None else self.selection.outputs
 
     def shared(self, processes: Processes) -> "Network":
-        """Return the network whose passes processes share, with the memory that all of them have."""
+        """Return the network whose passes processes share, with the memory that all of them have.
+
+        Raises:
+            ValueError: if weights or selected parameters differ between them.
+        """
         if not processes.several:
             return replace(self, processes=processes)
+        processes.check_same(weights=self.selection.fingerprint(), parameters=self.selection.subset)
         memory = min(processes.gathered("available memory", self.available_memory))
         return replace(self, processes=processes, memory=memory)
 

@@ -1,13 +1,21 @@
 """Samples that several processes share: the positions of all of them, and the part of a pass that is one's own."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from debiased_laplace.data.batches import sample_hashes
+from debiased_laplace.data.batches import Batch, joined, sample_hashes
 from debiased_laplace.data.randomness import undisturbed_randomness
-from debiased_laplace.data.source import SampleSource, SampleStream
+from debiased_laplace.data.source import SampleSource, SampleStream, sample_source
 from debiased_laplace.processes import Processes
+
+Value = TypeVar("Value")
 
 _PROBES = 16
 
@@ -46,3 +54,71 @@ def own_part(samples: SampleSource | SampleStream, processes: Processes) -> Samp
         return samples
     batches = samples.indices.split(samples.batch_size)[processes.rank :: processes.size]
     return replace(samples, indices=torch.cat([samples.indices[:0], *batches]))
+
+
+def first_of_all(
+    numbered: Iterator[tuple[Int64[Tensor, " b"], Batch]], processes: Processes
+) -> tuple[Batch, Iterator[tuple[Int64[Tensor, " b"], Batch]]]:
+    """Return a few samples of the first process that has any, the same for all; and all samples of this process.
+
+    Raises:
+        ValueError: if no process has samples.
+    """
+    first = next(numbered, None)
+    found = processes.gathered("first samples", None if first is None else first[1].first(8))
+    some = next((one for one in found if one is not None), None)
+    if some is None:
+        raise ValueError("The loader yields no samples; expected at least 2.")
+    return some, chain([] if first is None else [first], numbered)
+
+
+def loader_of_all(loader: Any, processes: Processes, seed: int) -> Any:
+    """Return a loader over the samples of all processes, by position, where they have one; else the loader itself."""
+    collates = isinstance(loader, DataLoader) and not (loader.batch_size is None and loader.batch_sampler is None)
+    if not processes.several or not collates or isinstance(loader.dataset, IterableDataset):
+        return loader
+    source = sample_source(loader, seed, repeats=True)
+    found = processes.gathered("positions of a loader", (source.indices, source.batch_size))
+    positions = torch.cat([one for one, _ in found]).unique().tolist()
+    size = max(size for _, size in found)
+    return DataLoader(Subset(loader.dataset, positions), batch_size=size, **source.options)
+
+
+def shared_batches(
+    batches: Iterable[Batch], compute: Callable[[Batch], Value], processes: Processes
+) -> Iterator[tuple[Batch, Value]]:
+    """Yield batches that all processes read, with what a function returns for each, computed by one of them.
+
+    Raises:
+        ValueError: if processes read other batches.
+    """
+    if not processes.several:
+        for batch in batches:
+            yield batch, compute(batch)
+        return
+    remaining, size, rank = iter(batches), processes.size, processes.rank
+    together = list(islice(remaining, size))
+    while True:
+        mine = compute(together[rank]) if rank < len(together) else None
+        hashes = [sample_hashes(batch).tolist() for batch in together]
+        found = processes.gathered("a shared pass over batches", (hashes, mine))
+        if any(others != hashes for others, _ in found):
+            raise ValueError(
+                f"Expected the same batches in all {size} processes, or a DataLoader of which each yields a part; some "
+                "differ. Of any other iterable each process yields all, and augmentation follows the seeds of torch, "
+                "NumPy or Python."
+            )
+        if not together:
+            return
+        yield from zip(together, [value for _, value in found[: len(together)]], strict=True)  # type: ignore[misc]
+        together = list(islice(remaining, size))
+
+
+def batch_of_all(batch: Batch, processes: Processes) -> Batch:
+    """Return the samples of the batches of all processes; batches that are all the same count once."""
+    if not processes.several:
+        return batch
+    found = processes.gathered("a batch", batch)
+    if len({str(sample_hashes(one).tolist()) for one in found}) == 1:
+        return batch
+    return joined([one for one in found if len(one)])

@@ -17,11 +17,13 @@ from debiased_laplace.curvature.contexts import at_weights
 from debiased_laplace.curvature.drawn_rows import RowScorer
 from debiased_laplace.curvature.likelihood import Likelihood
 from debiased_laplace.curvature.network import Network
+from debiased_laplace.data.sharing import own_part, united
 from debiased_laplace.data.source import sample_source
 from debiased_laplace.diagnosis.diagnosis import Diagnosis
 from debiased_laplace.diagnosis.draws import STEPS, DrawFindings, Plan, RootCurvature, diagnose_draw
 from debiased_laplace.diagnosis.findings import BatchFindings, Pairs
 from debiased_laplace.diagnosis.row_shares import row_shares
+from debiased_laplace.processes import Processes
 from debiased_laplace.quadratics.preparation import prepare_network_and_batch
 
 SIZES = (32, 64, 128, 256)
@@ -85,23 +87,29 @@ def diagnose(
     boolean(progress_bar, "progress_bar")
     n_draws, n_reference, damping, seed = int(n_draws), int(n_reference), float(damping), integer(seed, "seed")
     prior_precision = None if prior_precision is None else float(prior_precision)
-    with at_weights(model, seed):
-        source = sample_source(loader, seed)
+    processes = Processes.of()
+    with processes.together(), at_weights(model, seed):
+        source = united(sample_source(loader, seed, repeats=processes.several), processes, seed)
         n = len(source.indices)
         sizes = _sizes(batch_sizes, n)
         if n_data is not None:
             n_data = integer(n_data, "n_data", minimum=n)
         first = next(source.batches(source.indices[: source.batch_size], seed))
         network, first = prepare_network_and_batch(model, likelihood, first)
+        if processes.several:
+            processes.check_same(weights=network.selection.fingerprint(), likelihood=network.likelihood.name)
         N, n_reference = n_data or n, min(n_reference, n - sizes[-1])
         compares = prior_precision is not None and curvature == "ggn"
         compared = tuple(s for s in sizes if compares and (batch_sizes is not None or _is_fast(network, s)))
         plan = Plan(source, network, sizes, n_reference, N, curvature, damping, compared, prior_precision or 0.0, seed)
-        with tqdm(total=n, disable=not progress_bar, desc="[Scoring rows]", unit=" samples") as bar:
-            rows = row_shares(RowScorer(network, plan.root, first), source.batches(source.indices, seed), bar)
+        shown = progress_bar and processes.rank == 0
+        with tqdm(total=n, disable=not shown, desc="[Scoring rows]", unit=" samples") as bar:
+            own = (batch for _, batch in own_part(source, processes).numbered(seed))
+            rows = row_shares(RowScorer(network, plan.root, first), own, bar, processes)
         total = n_draws * plan.samples_per_draw
-        with tqdm(total=total, disable=not progress_bar, desc="[Diagnosing]", unit=" samples") as bar:
-            draws = [diagnose_draw(plan, draw, bar) for draw in range(n_draws)]
+        with tqdm(total=total, disable=not shown, desc="[Diagnosing]", unit=" samples") as bar:
+            device = network.like.device
+            draws = list(processes.shared_out(range(n_draws), lambda draw: diagnose_draw(plan, draw, bar), device))
     findings = tuple(_collect(size, draws) for size in sizes)
     prior, P, seconds = prior_precision if compares else None, network.n_parameters, time.perf_counter() - start
     return Diagnosis(findings, STEPS, n_draws, n_reference, N, P, curvature, damping, prior, seconds, rows)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from debiased_laplace.curvature.drawn_rows import RowScorer
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.diagnosis.findings import grouped
+from debiased_laplace.processes import ALONE, Processes
 
 _BINS_PER_OCTAVE = 128
 _N_BINS = 512 * _BINS_PER_OCTAVE
@@ -58,8 +59,10 @@ class RowShares:
         )
 
 
-def row_shares(scorer: RowScorer, batches: Iterable[Batch], bar: "tqdm[None]") -> RowShares | None:
-    """Estimate which share of the curvature of all samples the leading rows carry.
+def row_shares(
+    scorer: RowScorer, batches: Iterable[Batch], bar: "tqdm[None]", processes: Processes = ALONE
+) -> RowShares | None:
+    """Estimate which share of the curvature of all samples, of which processes read parts, the leading rows carry.
 
     Returns:
         The shares; None if no row has curvature.
@@ -67,7 +70,7 @@ def row_shares(scorer: RowScorer, batches: Iterable[Batch], bar: "tqdm[None]") -
     Raises:
         ValueError: if samples or outputs are not finite, or targets do not fit.
     """
-    n_samples = 0
+    n_samples = torch.zeros(1, dtype=torch.int64)
     counts, sums = torch.zeros(2, _N_BINS, dtype=torch.float64)
     for batch in batches:
         scores = scorer.scored(batch).scores
@@ -78,7 +81,8 @@ def row_shares(scorer: RowScorer, batches: Iterable[Batch], bar: "tqdm[None]") -
         sums += torch.bincount(bins, weights=scores, minlength=_N_BINS)
         n_samples += len(batch)
         bar.update(len(batch))
-    return _shares(counts, sums, n_samples * scorer.root.n_columns(scorer.network.n_outputs))
+    processes.add([n_samples, counts, sums])
+    return _shares(counts, sums, int(n_samples) * scorer.root.n_columns(scorer.network.n_outputs))
 
 
 def _shares(counts: Float[Tensor, " b"], sums: Float[Tensor, " b"], n_rows: int) -> RowShares | None:

@@ -27,12 +27,14 @@ from debiased_laplace.curvature.parameters import ParameterSelection
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS
+from debiased_laplace.data.sharing import batch_of_all
 from debiased_laplace.linalg.conjugate_gradients import inner_product
 from debiased_laplace.newton.acceptance import StepAcceptance, StepSamples, adapt_damping, backtrack
 from debiased_laplace.newton.directional_steps import StepOutcome
 from debiased_laplace.newton.options import StepMagnitudes, StepOptions, Stopping, check_n_data, checked_options
 from debiased_laplace.newton.split import disjoint_split
 from debiased_laplace.newton.step import StepProblem, step_on
+from debiased_laplace.processes import Processes
 from debiased_laplace.quadratics.batch_quadratic import batch_quadratic, ready_for_many_products
 from debiased_laplace.quadratics.preparation import Curvature, check_outputs, differentiable_batch
 from debiased_laplace.quadratics.regularizer import Penalty
@@ -166,7 +168,8 @@ class DebiasedNewton(Optimizer):
         """Compute a step, and take the largest factor of it that is accepted, if any.
 
         Args:
-            closure: returns the batch, as (inputs, targets) or a mapping with both. It is called once.
+            closure: returns the batch, as (inputs, targets) or a mapping with both. It is called once. Of several
+                processes of torch.distributed, each returns its part, or all return the same.
 
         Returns:
             The regularized mean loss of the batch before the step.
@@ -179,9 +182,11 @@ class DebiasedNewton(Optimizer):
                 "Expected a closure that returns the batch, (inputs, targets): optimizer.step(lambda: (x, y)). A loss "
                 "is not enough, because a step needs the curvature of each sample; got None."
             )
-        checked_batch = as_batch(function(closure, "closure")(), DEFAULT_KEYS).with_mean_weight_one()
-        with at_weights(self.model):
+        own, processes = as_batch(function(closure, "closure")(), DEFAULT_KEYS), Processes.of()
+        with processes.together(), at_weights(self.model):
+            checked_batch = batch_of_all(own, processes).with_mean_weight_one()
             network, batch, sets, held_out = self._split(checked_batch)
+            network = network.shared(processes)
             damping, penalty = self.damping, self._penalty(network)
             second = None
             if self.curvature == "hessian":

@@ -15,6 +15,7 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch, as_batch
 from debiased_laplace.data.inputs import DEFAULT_KEYS
+from debiased_laplace.data.sharing import batch_of_all
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.conjugate_gradients import LinearMap
 from debiased_laplace.newton.directional_steps import (
@@ -31,6 +32,7 @@ from debiased_laplace.newton.options import (
     checked_options,
 )
 from debiased_laplace.newton.split import disjoint_halves
+from debiased_laplace.processes import Processes
 from debiased_laplace.quadratics.batch_quadratic import (
     BatchQuadratic,
     batch_quadratic,
@@ -177,6 +179,7 @@ def newton_step(
         model: evaluated in evaluation mode, and left as it was; the update is not applied.
         likelihood: a name, or a likelihood of one's own, as of `DebiasedLaplace`.
         batch: (inputs, targets), (inputs, targets, sample_weights), or a mapping with them; the mean loss is weighted.
+            Of several processes of torch.distributed, each gives its part, or all give the same.
         damping: λ, added to the mean curvature; at least 0.
         magnitudes: "held_out": directions from one half, steps from the other; "cross_fitted": both ways round, the two
             updates averaged; "same_batch": directions and steps from all samples, biased.
@@ -217,9 +220,11 @@ def newton_step(
     )
     damping, shrinkage, max_iterations = float(damping), options.shrinkage, options.max_iterations
     seed = integer(seed, "seed")
-    checked_batch = as_batch(batch, DEFAULT_KEYS).with_mean_weight_one()
-    with at_weights(model):
+    processes = Processes.of()
+    with processes.together(), at_weights(model):
+        checked_batch = batch_of_all(as_batch(batch, DEFAULT_KEYS), processes).with_mean_weight_one()
         network, samples = prepare_network_and_batch(model, likelihood, checked_batch)
+        network = network.shared(processes)
         sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
         check_n_data(n_data, len(samples))

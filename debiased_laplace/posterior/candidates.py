@@ -18,6 +18,7 @@ from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.debiasing.held_out_kl import KLTerms, prior_trace
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.backends import BackendChoice
+from debiased_laplace.processes import ALONE, Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,7 @@ class Candidate:
         n_fitted: number of fitted samples, or the sum of their weights.
         identities: of the fitted samples; None for posteriors of laplace-torch, which do not store them.
         are_some: whether these are only some of the fitted samples: those of drawn rows, after loading a state.
+        processes: that share the passes over samples.
     """
 
     precision: LowRankPlusDiagonal
@@ -110,6 +112,7 @@ class Candidate:
     n_fitted: float
     identities: SampleIdentities | None
     are_some: bool = False
+    processes: Processes = ALONE
 
     @property
     def terms(self) -> KLTerms:

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.drawing import Rows, chances_of_the_rest
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.pool import missing_fitted, nothing_new
-from debiased_laplace.data.sharing import own_part, united
+from debiased_laplace.data.sharing import first_of_all, own_part, united
 from debiased_laplace.data.source import SampleSource, SampleStream, root_length, training_samples
 from debiased_laplace.data.splitting import SubBatches, deal
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose_by_rows
@@ -194,18 +193,8 @@ def _scored(
             "override=False finds new samples by their values, and this loader yields others at every pass "
             "(augmentation, padding by batch): expected a new fit of all samples."
         )
-    numbered = own_part(samples, spec.processes).numbered(seed)
-    first = next(numbered, None)
-    # of the first process that has samples, so that all prepare the same network
-    few = [
-        one
-        for one in spec.processes.gathered("first samples", None if first is None else first[1].first(8))
-        if one is not None
-    ]
-    if not few:
-        raise ValueError("The loader yields no samples; expected at least 2.")
-    numbered = chain([] if first is None else [first], numbered)
-    some = few[0].to(next(spec.model.parameters()).device).weighted(None)
+    few, numbered = first_of_all(own_part(samples, spec.processes).numbered(seed), spec.processes)
+    some = few.to(next(spec.model.parameters()).device).weighted(None)
     if before is None:
         network = spec.prepared(some)
         of_blocks = weighting_of(network.selection, 1).of_blocks

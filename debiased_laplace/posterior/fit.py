@@ -170,10 +170,7 @@ class FitSpec:
         Raises:
             ValueError: as `prepare_network`, and if weights or selected parameters differ between processes.
         """
-        network = prepare_network(selection, self.likelihood, some, self.memory)
-        if self.processes.several:
-            self.processes.check_same(weights=selection.fingerprint(), parameters=selection.subset)
-        return network.shared(self.processes)
+        return prepare_network(selection, self.likelihood, some, self.memory).shared(self.processes)
 
 
 @dataclass(frozen=True, eq=False)

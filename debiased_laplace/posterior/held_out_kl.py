@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from debiased_laplace.curvature.first_pass import checked_outputs, evaluated, wi
 from debiased_laplace.curvature.hessian_curvature import hessian_traces
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.second_derivatives import SecondDerivatives
-from debiased_laplace.data.batches import sample_hashes
+from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.data.sharing import first_of_all, loader_of_all, own_part, united
 from debiased_laplace.data.source import SampleSource, SampleStream, root_length, sample_source, training_samples
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.debiasing.held_out_kl import (
@@ -100,7 +100,7 @@ def held_out_kl(
     temperature = None if temperature is None else number(temperature, "temperature", low=0, is_open=True)
     with torch.inference_mode(False), full_precision():
         candidate = candidate_of(posterior, n_data, temperature)
-        with plain_model(candidate.model):
+        with plain_model(candidate.model), candidate.processes.together():
             return estimate_for(candidate, loader, fitted_loader, n_rows=n_rows, seed=seed, progress_bar=progress_bar)
 
 
@@ -142,7 +142,11 @@ def estimate_for(
     """Estimate the held-out KL of a candidate; see `held_out_kl`. Warnings point at the caller's caller."""
     n_rows = None if n_rows is None else integer(n_rows, "n_rows", minimum=2)
     seed = None if seed is None else integer(seed, "seed", minimum=0)
-    n_fitted, n_data = candidate.n_fitted, candidate.target.n_data
+    n_fitted, n_data, processes = candidate.n_fitted, candidate.target.n_data, candidate.processes
+    if processes.several:
+        processes.check_same(posterior=candidate.target.context, rows=(n_rows, seed))
+        progress_bar = progress_bar and processes.rank == 0
+    loader, fitted_loader = (loader_of_all(one, processes, candidate.seed) for one in (loader, fitted_loader))
     asked = n_rows is not None or seed is not None
     if loader is not None and fitted_loader is None and (asked or _yields_all(candidate, loader)):
         return _from_rows(candidate, loader, n_rows, seed or 0, progress_bar=progress_bar)
@@ -208,30 +212,32 @@ def _yields_all(candidate: Candidate, loader: Any) -> bool:
 
 def _from_rows(candidate: Candidate, loader: Any, n_rows: int | None, seed: int, *, progress_bar: bool) -> HeldOutKL:
     """Estimate from rows drawn of all N samples."""
-    target = candidate.target
+    target, processes, device = candidate.target, candidate.processes, candidate.precision.magnitudes.device
     samples = training_samples(loader, candidate.seed, candidate.keys)
+    if isinstance(samples, SampleSource):
+        samples = united(samples, processes, candidate.seed)
     with (
         evaluating(candidate.model),
         differentiable_kernels(candidate.model),
         undisturbed_randomness(candidate.seed),
     ):
-        numbered = samples.numbered(candidate.seed)
-        first = next(numbered, None)
-        if first is None:
-            raise ValueError("The loader yields no samples; expected at least 2.")
-        some = first[1].first(8).to(candidate.precision.magnitudes.device).weighted(None)
+        few, numbered = first_of_all(own_part(samples, processes).numbered(candidate.seed), processes)
+        some = few.to(device).weighted(None)
         network = candidate.network(some)
-        most = default_rows(network) if n_rows is None else n_rows
+        most = min(processes.gathered("rows", default_rows(network))) if n_rows is None else n_rows
         sampler = RowSampler(network, target.root, some, n_rows=most, seeds=(seed + JUDGES,))
         total = len(samples.indices) if isinstance(samples, SampleSource) else None
-        sampler.read(chain([first], numbered), total=total, progress_bar=progress_bar)
+        sampler.read(numbered, total=total, progress_bar=progress_bar)
+        sampler.merge(processes, by_position=isinstance(samples, SampleSource))
         drawn = sampler.drawn()
         _check_all(candidate, drawn.scored)
         if not len(drawn):
             raise ValueError("No row of these samples has a curvature; expected samples that the model is not sure of.")
         curvature = drawn.curvature(progress_bar=progress_bar)
         with torch.enable_grad():
-            traces = curvature.traces(candidate.precision).double().cpu() / len(drawn)
+            shares = torch.arange(len(drawn)).chunk(processes.size)
+            parts = processes.shared_out(shares, lambda own: curvature.part(own).traces(candidate.precision), device)
+            traces = torch.cat(list(parts)).double().cpu() / len(drawn)
     keys = drawn.scored.hashes[drawn.draw.samples] ^ (drawn.draw.rows + 1) * _SPREAD
     return estimate_from_rows(candidate.terms, traces, 1 - drawn.probabilities, row_keys=keys, context=target.context)
 
@@ -316,7 +322,8 @@ def _terms_of(candidate: Candidate, terms: KLTerms, given: _Identified, bar: Any
 def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iterator[Tensor]:
     r"""$\mathrm{tr}(\hat P^{-1} H_n)$ of each sample."""
     precision, root = candidate.precision, candidate.target.root
-    for batch in samples:
+
+    def traces(batch: Batch) -> Tensor:
         network = candidate.network(batch)
         found = network.features(batch.inputs)
         if found is None:
@@ -327,12 +334,13 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
         candidate.target.likelihood.check(outputs, batch.targets)
         if root is None:
             second = SecondDerivatives(network.selection, network.parameters, network.likelihood, batch)
-            yield hessian_traces(second, batch, precision)
-            bar.update(len(batch))
-            continue
+            return hessian_traces(second, batch, precision)
         targets_or_noise = root.targets_or_noise(batch.targets, network.n_outputs, torch.Generator())
-        yield RowCurvature(network, SubBatch.of(batch), root, targets_or_noise=targets_or_noise).traces(precision)
-        bar.update(len(batch))
+        return RowCurvature(network, SubBatch.of(batch), root, targets_or_noise=targets_or_noise).traces(precision)
+
+    for found in candidate.processes.shared_out(samples, traces, precision.magnitudes.device):
+        yield found
+        bar.update(len(found))
 
 
 def _check_loaders(candidate: Candidate, loader: Any, fitted_loader: Any) -> None:

@@ -134,7 +134,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # its hooks are of training
             model = model.module
-        self._processes = None if process_group is None else Processes.of(process_group)
+        self._given_processes = None if process_group is None else Processes.of(process_group)
         known = likelihood if isinstance(likelihood, Likelihood) else name_of(likelihood)
         kind = likelihood_named(known, class_weights)
         name = known.name if isinstance(known, Likelihood) else known
@@ -189,6 +189,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         # of the trained parameters, which may be more precise than frozen ones
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return working_dtype(trained[0].dtype if trained else super()._dtype)
+
+    @property
+    def _processes(self) -> Processes:
+        """Processes that share passes over samples: those given, or those of the default group of now."""
+        return Processes.of() if self._given_processes is None else self._given_processes
 
     @property
     def _likelihood(self) -> Likelihood:
@@ -419,7 +424,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 is new, the weights have changed, or, after loading a state, the loader does not yield the fitted
                 samples again. Model and posterior stay as they were.
         """
-        processes = Processes.of() if self._processes is None else self._processes
+        processes = self._processes
         with processes.together():
             if hasattr(override, "shape"):
                 raise ValueError(
@@ -1126,7 +1131,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         Warns:
             UserWarning: if the fitted samples' share is above a tenth and missing.
         """
-        with torch.inference_mode(False), full_precision():
+        with torch.inference_mode(False), full_precision(), self._processes.together():
             return estimate_for(
                 self._candidate(), loader, fitted_loader, n_rows=n_rows, seed=seed, progress_bar=progress_bar
             )
@@ -1159,6 +1164,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             fit.split.total_weight,
             fit.identities if fit.scored is None else fit.scored,
             fit.split.of_rows and fit.scored is None,
+            self._processes,
         )
 
     @property
@@ -1242,7 +1248,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         scoring = prior_tuning.Scoring(name_of(pred_type), name_of(link_approx), n_samples, loss)
         noise_is_open, before = self._noise_is_open, dict(self.__dict__)
         try:
-            with torch.inference_mode(False), full_precision():
+            with torch.inference_mode(False), full_precision(), self._processes.together():
                 if method == "marglik":
                     rate = number(lr, "the learning rate lr", low=0, is_open=True)
                     n_steps = integer(n_steps, "n_steps", minimum=0)

@@ -30,6 +30,7 @@ from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
+from debiased_laplace.processes import Processes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SEED = 0  # of random loaders; a debiased posterior of the default seed loads the same
@@ -77,7 +78,7 @@ def laplace_torch_candidate(la: Any, n_data: int | None, temperature: int | floa
         return met[0]
 
     keys = MappingKeys(la.dict_key_x, la.dict_key_y)
-    return Candidate(precision, target, la.model, network, keys, _SEED, la.n_data, None)
+    return Candidate(precision, target, la.model, network, keys, _SEED, la.n_data, None, processes=Processes.of())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from debiased_laplace.curvature.likelihood import by_output
 from debiased_laplace.curvature.likelihoods import in_columns
 from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
 from debiased_laplace.curvature.positions import PositionWise
-from debiased_laplace.data.batches import Batch, as_unweighted_batch
+from debiased_laplace.data.batches import Batch, as_unweighted_batch, sample_hashes
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
+from debiased_laplace.data.sharing import loader_of_all
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.shifted import ProjectedRows, Shifted
 from debiased_laplace.predictive.mean_field import averaged_loss
@@ -135,14 +137,17 @@ class ValidationBatch:
     Attributes:
         batch: as loaded.
         outputs: of the plain network.
-        rows: of the Jacobians, in chunks of samples; None where they are computed anew for every prior.
+        rows: of the Jacobians, in chunks of samples; None where they are computed anew for every prior, or by another
+            process.
         spreads: of these rows.
+        number: of the batch.
     """
 
     batch: Batch
     outputs: Float[Tensor, "n C"]
     rows: tuple[Tensor | ProjectedRows, ...] | None
     spreads: Spreads
+    number: int = 0
 
 
 def read_validation(
@@ -166,11 +171,16 @@ def read_validation(
     Raises:
         ValueError: if there are none, or they, the predictive or (with the default loss) the targets cannot be used.
     """
+    processes = la._processes
+    loader = loader_of_all(loader, processes, la.fit_result.options.seed)
     with undisturbed_randomness(la.fit_result.options.seed):
         batches = [as_unweighted_batch(loaded, MappingKeys(la.dict_key_x, la.dict_key_y)) for loaded in loader]
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         raise ValueError("val_loader yields no batches with samples; expected validation data.")
+    if processes.several:
+        digest = str([sample_hashes(batch).tolist() for batch in batches])
+        processes.check_same(val_loader=sha256(digest.encode()).hexdigest()[:16], prior=la.prior_precision.tolist())
     for batch in batches:
         batch.check_finite()
     # one public call, which checks options and inputs
@@ -185,20 +195,28 @@ def read_validation(
         left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else available_memory(la.mean_subnet.device, la.memory)
     n_rows = la.n_outputs * sum(len(batch) for batch in batches)
     spreads = Spreads.of(la, n_rows=n_rows, n_priors=n_priors if left else 0)
-    found = []
-    for batch in progress(batches, progress_bar, "[Validation data]"):
+    kept: dict[int, tuple[Tensor | ProjectedRows, ...]] = {}
+
+    def outputs_of(number: int) -> Tensor:
+        nonlocal left
+        batch = batches[number]
         n_bytes = len(batch) * la.n_outputs * la.selection.n_parameters * spreads.element_size
         if n_bytes > left:
-            outputs = la.backend.outputs(batch.inputs)
+            outputs: Tensor = la.backend.outputs(batch.inputs)
             if scoring.loss is None and has_positions:
                 _check_targets(la, batch, outputs)
-            found.append(ValidationBatch(batch, outputs, None, spreads))
-            continue
-        jacobians, outputs = zip(*la.backend.chunks(batch.inputs), strict=True)
-        rows = tuple(spreads.held(J) for J in jacobians)
-        found.append(ValidationBatch(batch, torch.cat(outputs), rows, spreads))
+            return outputs
+        jacobians, parts = zip(*la.backend.chunks(batch.inputs), strict=True)
+        kept[number] = tuple(spreads.held(J) for J in jacobians)
         left -= n_bytes
-    return found
+        return torch.cat(parts)
+
+    numbers = progress(range(len(batches)), progress_bar, "[Validation data]")
+    every = processes.shared_out(numbers, outputs_of, la.mean_subnet.device)
+    return [
+        ValidationBatch(batch, outputs, kept.get(number), spreads, number)
+        for number, (batch, outputs) in enumerate(zip(batches, every, strict=True))
+    ]
 
 
 def progress(items: Sequence[Any], shown: bool | None, description: str) -> tqdm:
@@ -208,15 +226,17 @@ def progress(items: Sequence[Any], shown: bool | None, description: str) -> tqdm
 
 def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring) -> Iterator[Predicted]:
     """Yield predictions under the present prior by batch, with the same draws at every call."""
-    generator = _generator(la)
-    for held in data:
-        if scoring.pred_type == "nn":
-            generator = _generator(la)  # the same networks for every batch
+
+    def predicted(held: ValidationBatch) -> Prediction:
+        # the same networks for every batch
+        generator = _generator(la, 0 if scoring.pred_type == "nn" else held.number)
         if held.rows is None:
-            out = _predict_anew(la, held.batch, scoring, generator)
-        else:
-            out = _predict(la, held.outputs, held.rows, held.spreads, scoring, generator)
-        yield out, in_columns(held.batch.targets, la.n_outputs).to(la.mean_subnet.device)
+            return _predict_anew(la, held.batch, scoring, generator)
+        return _predict(la, held.outputs, held.rows, held.spreads, scoring, generator)
+
+    device = la.mean_subnet.device
+    for held, out in zip(data, la._processes.shared_out(data, predicted, device), strict=True):
+        yield out, in_columns(held.batch.targets, la.n_outputs).to(device)
 
 
 def plain_predictions(la: Posterior, data: Sequence[ValidationBatch]) -> Iterator[Predicted]:
@@ -336,8 +356,8 @@ def _check_targets(la: Posterior, batch: Batch, outputs: Tensor | None = None) -
     la._likelihood.check(outputs.to(batch.targets.device), batch.targets)
 
 
-def _generator(la: Posterior) -> torch.Generator:
-    return torch.Generator(device=la.mean_subnet.device).manual_seed(_SEED)
+def _generator(la: Posterior, number: int = 0) -> torch.Generator:
+    return torch.Generator(device=la.mean_subnet.device).manual_seed(_SEED + number)
 
 
 def _predict_anew(la: Posterior, batch: Batch, scoring: Scoring, generator: torch.Generator) -> Prediction:

@@ -19,6 +19,7 @@ from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.quadratics.preparation import Curvature
+from debiased_laplace.quadratics.shared_batch import SharedLinearizedBatch
 
 # samples x products x parameters; below it, tracing a network takes as long as it saves
 _MIN_WORK_FOR_TRACING = 4e9
@@ -34,7 +35,8 @@ class BatchQuadratic(ABC):
 
     def __init__(self, network: Network, batch: Batch):
         self.network, self.batch = network, batch
-        self._linearized = network.linearized(batch.inputs)
+        several = network.processes.several
+        self._linearized = SharedLinearizedBatch(network, batch.inputs) if several else network.linearized(batch.inputs)
         self._jacobians: Tensor | None = None
 
     def __len__(self) -> int:

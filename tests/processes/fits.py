@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from debiased_laplace import DebiasedLaplace
+from debiased_laplace import DebiasedLaplace, DebiasedNewton, diagnose, evaluate, held_out_kl, newton_step, processes
 
 N = 61
 
@@ -89,6 +91,54 @@ def found(la, X):
     }
 
 
+def loaded(X, y, *, shares="all", size=1, rank=0, batch_size=7):
+    data, sampler = TensorDataset(X, y), None
+    if shares == "sampler":
+        sampler = DistributedSampler(data, size, rank, shuffle=True)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler)
+
+
+def everything_else(shares="all", size=1, rank=0):
+    """Return what the other passes over samples find, which has to be the same everywhere."""
+    kept = {}
+    share = {"shares": shares, "size": size, "rank": rank}
+    for likelihood in ("classification", "regression"):
+        la, _ = made({"likelihood": likelihood, "n_rows": 60})
+        _, X, y = problem(likelihood)
+        every, test = loaded(X, y, **share), loaded(X[:23] + 0.1, y[:23], **share, batch_size=5)
+        kl = held_out_kl(la, every)
+        kept[f"KL of rows, {likelihood}"] = [kl.value, kl.standard_error]
+        uniform = DebiasedLaplace(la.model, likelihood, sampling="uniform", prior_precision=3.0)
+        half = X[:30], y[:30]
+        uniform.fit(loaded(*half, **share), n_data=N)
+        kl = uniform.held_out_kl(loaded(X[30:], y[30:], **share), loaded(*half, **share))
+        kept[f"KL of samples, {likelihood}"] = [kl.value, kl.standard_error]
+        for options in ({}, {"link_approx": "mc"}, {"pred_type": "nn"}):
+            la.optimize_prior_precision(method="gridsearch", val_loader=test, grid_size=5, n_samples=20, **options)
+            kept[f"losses, {likelihood}, {options}"] = la.prior_search.losses.tolist()
+        la.optimize_prior_precision(n_steps=3)
+        ood = {"far": loaded(X + 3, y, **share)}
+        report = evaluate(la, test, ood_loaders=ood, n_samples=100, n_resamples=50, validation_loader=every)
+        kept[f"report, {likelihood}"] = [
+            one.value for of_method in report.metrics.values() for one in of_method.values() if one.value is not None
+        ]
+        model, X, y = problem(likelihood)
+        found = diagnose(model, likelihood, loaded(X, y, **share), batch_sizes=[8, 16], n_draws=3)
+        kept[f"diagnosis, {likelihood}"] = [
+            b.leading.ratio().value for b in found.batches
+        ] + found.rows.leading.tolist()
+        mine = (slice(None),) if shares == "all" else (slice(rank * N // size, (rank + 1) * N // size),)
+        for n_rows in (None, 40):
+            # more iterations of conjugate gradients multiply what rounding differs by
+            options = {"n_rows": n_rows, "stopping": "none", "max_iterations": 5}
+            step = newton_step(model, likelihood, (X[mine], y[mine]), 0.1, **options)
+            kept[f"step, {likelihood}, {n_rows}"] = step.update.tolist()
+        optimizer = DebiasedNewton(model.parameters(), model, likelihood)
+        losses = [optimizer.step(partial(tuple, (X[mine], y[mine]))) for _ in range(3)]
+        kept[f"optimizer, {likelihood}"] = losses
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in kept.items()}
+
+
 def main(rank, size, folder):
     """Make all fits, and keep what they found, or how they failed."""
     if size > 1:
@@ -98,9 +148,11 @@ def main(rank, size, folder):
         )
     kept = {name: found(*made(options)) for name, options in CASES.items()}
     kept["tolerance"] = found(*made({"n_rows": 100}, tolerance=0.5))
+    kept["everything else"] = everything_else()
     if size > 1:
         for shares in ("sampler", "streams"):
             kept[shares] = found(*made(CASES["diagonal"], shares=shares, size=size, rank=rank))
+        kept["everything else, shared"] = everything_else("sampler", size, rank)
         kept["failures"] = failures(rank, size)
     torch.save(kept, Path(folder) / f"{size}_{rank}.pt")
 
@@ -192,9 +244,44 @@ def failures(rank, size):
         model, X, y = problem()
         DebiasedLaplace(model, "classification").fit(DataLoader(Stream(X[:0], y[:0]), batch_size=7))
 
+    def other_batches_of_an_iterable():
+        la, X = made({"n_rows": 40})
+        y = problem()[2]
+        evaluate(la, iter([(X[rank::size], y[rank::size])]))
+
+    def other_prior_of_a_kl():
+        la, X = made({"n_rows": 40})
+        la.prior_precision = 2.0 + rank
+        la.held_out_kl([(X, problem()[2])])
+
+    def other_validation_data():
+        la, X = made({"n_rows": 40})
+        la.optimize_prior_precision(method="gridsearch", val_loader=[(X[rank : rank + 20], problem()[2][:20])])
+
+    def an_evaluation_of_one_fails():
+        la, X = made({"n_rows": 40})
+
+        def method(x):
+            if rank == 1:
+                raise OSError("the disk is full")
+            return torch.softmax(la.model(x), dim=1)
+
+        evaluate({"laplace": la, "own": method}, [(X, problem()[2])] * 3)
+
+    def alone_for_a_while():
+        processes.PATIENCE = 0.3
+        time.sleep(1.5 * (rank == 1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made({"n_rows": 40})
+        processes.PATIENCE = 60.0
+        raise RuntimeError(str([str(one.message) for one in caught]))
+
     messages = {}
     attempts = [other_weights, one_raises, other_data, other_middle, other_prior, other_likelihood, other_tolerance]
     attempts += [wrong_arguments_of_one, the_same_stream, a_shard_as_a_list, going_on, other_options, empty_streams]
+    attempts += [other_batches_of_an_iterable, other_prior_of_a_kl, other_validation_data, an_evaluation_of_one_fails]
+    attempts += [alone_for_a_while]
     for attempt in attempts:
         try:
             attempt()

@@ -64,6 +64,9 @@ MESSAGES = {
     "going_on": "ValueError: override=False is not built for several processes",
     "other_options": "ValueError: Expected options to be the same in all",
     "empty_streams": "ValueError: The loader yields no samples; expected at least 2.",
+    "other_batches_of_an_iterable": "ValueError: Expected the same batches in all",
+    "other_prior_of_a_kl": "ValueError: Expected posterior to be the same in all",
+    "other_validation_data": "ValueError: Expected val_loader to be the same in all",
 }
 
 
@@ -71,10 +74,15 @@ MESSAGES = {
 def test_fits_of_several_processes_are_those_of_one(size, tmp_path):
     (alone,), several = kept_by(1, tmp_path), kept_by(size, tmp_path)
     messages = [one.pop("failures") for one in several]
+    assert len(alone["everything else"]) == 20
+    for name in ("everything else", "everything else, shared"):
+        for key, expected in alone["everything else"].items():
+            assert expected.nan_to_num().abs().max() > 0, key
+            torch.testing.assert_close(several[0][name][key], expected, rtol=1e-8, atol=1e-10, equal_nan=True, msg=key)
     for name, first in several[0].items():
         for other in several[1:]:
             for key, value in first.items():
-                assert torch.equal(other[name][key], value), (name, key)
+                assert torch.equal(other[name][key].nan_to_num(), value.nan_to_num()), (name, key)
     for name in CASES:
         assert_same(several[0][name], alone[name], name, 1e-6 if "Lanczos" in name else 1e-12)
     # each process yields a part; the sampler repeats samples so that all processes have as many
@@ -85,6 +93,9 @@ def test_fits_of_several_processes_are_those_of_one(size, tmp_path):
         assert_same(of_rank.pop("an empty shard"), alone["diagonal"], "an empty shard", 1e-9)
         for name, start in MESSAGES.items():
             assert of_rank[name].startswith(start), of_rank[name]
+        waited = "for 0.3 s for other processes" in of_rank["alone_for_a_while"]
+        assert waited == (rank != 1), of_rank["alone_for_a_while"]
+        assert "the disk is full" in of_rank["an_evaluation_of_one_fails"]
         wrong = of_rank["wrong_arguments_of_one"]
         failed = "ValueError: tolerance" if rank == 1 else "ProcessError: Another process has failed (process 1 of"
         assert wrong.startswith(failed)
