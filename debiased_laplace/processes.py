@@ -92,9 +92,7 @@ class Processes:
         """
         if not self.several:
             return [value]
-        stream = BytesIO()
-        _Sender(stream).dump(value)
-        return [_Receiver(one, device).load() for one in self._met(what, stream.getvalue())]
+        return [unpacked(one, device) for one in self._met(what, packed(value))]
 
     def shared_out(
         self, parts: Iterable[Part], compute: Callable[[Part], Value], device: torch.device
@@ -205,9 +203,19 @@ class Processes:
         return (tensor if tensor.is_cuda else tensor.cpu()).contiguous()
 
 
-class _Sender(pickle.Pickler):
-    """Pickler that sends tensors of a device by way of the CPU, since another process has another device."""
+def packed(value: Any) -> bytes:
+    """Return a value as bytes; tensors of a device by way of the CPU, since another process has another device."""
+    stream = BytesIO()
+    _Sender(stream).dump(value)
+    return stream.getvalue()
 
+
+def unpacked(sent: bytes, device: torch.device | None) -> Any:
+    """Return the value of such bytes, with the tensors that were not on the CPU on this device."""
+    return _Receiver(sent, device).load()
+
+
+class _Sender(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Tensor | None:
         return obj.detach().cpu() if isinstance(obj, Tensor) and obj.device.type != "cpu" else None
 

@@ -13,6 +13,7 @@ ROOMS = [
     "checks",
     "files",
     "processes",
+    "fit_checkpoint",
     "linalg",
     "data",
     "curvature",

@@ -10,7 +10,7 @@ References:
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,8 +31,10 @@ from debiased_laplace.curvature.second_derivatives import SecondDerivatives
 from debiased_laplace.curvature.sub_batch import DrawErrors, SubBatchCurvature
 from debiased_laplace.data.batches import Batch, concatenated, sample_hashes
 from debiased_laplace.data.drawing import RowDraw, RowDrawer
+from debiased_laplace.data.source import SampleSource, SampleStream
 from debiased_laplace.data.sub_batch import SubBatch
-from debiased_laplace.processes import ALONE, Processes
+from debiased_laplace.fit_checkpoint import Intervals
+from debiased_laplace.processes import Processes
 
 Scores = Literal["norms", "equal"]
 """What rows are drawn in proportion to: their squared norms, as far as one forward pass tells; or nothing."""
@@ -197,7 +199,7 @@ class RowSampler:
         self.of_samples = root is None
         if self.of_samples:
             n_rows = max(2, n_rows // network.n_outputs)
-        self._scorer = RowScorer(network, self.root, first, scores)
+        self._scorer, self._scores = RowScorer(network, self.root, first, scores), scores
         self.drawers = [RowDrawer(n_rows, seed) for seed in seeds]
         self._held: list[tuple[Tensor, Batch]] = []
         self._n_held = 0
@@ -219,12 +221,46 @@ class RowSampler:
         Raises:
             ValueError: if inputs, targets, weights or outputs are not finite, or targets do not fit.
         """
-        with tqdm(total=total, disable=not progress_bar, desc="[Scoring rows]") as bar:
+        intervals, checkpoint = Intervals(), self.network.checkpoint
+        n_before = self.drawers[0].population.n_samples
+        with tqdm(total=total, initial=n_before, disable=not progress_bar, desc="[Scoring rows]") as bar:
             for positions, batch in batches:
                 for some, chunk in zip(positions.split(self._together), batch.chunks(self._together), strict=True):
                     self._add(some, chunk)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{len(self.drawers[0])} rows drawn")
+                if checkpoint:
+                    intervals.keep(self._keep)
+        if checkpoint:
+            self._keep()
+
+    def resumed(
+        self, own: SampleSource | SampleStream, numbered: Iterator[tuple[Int64[Tensor, " b"], Batch]], seed: int
+    ) -> Iterator[tuple[Int64[Tensor, " b"], Batch]]:
+        """Take over what an interrupted fit has read, and return the samples that it has not.
+
+        Args:
+            own: samples that this process reads.
+            numbered: the same, with their positions.
+            seed: of loading them.
+        """
+        state = self.network.checkpoint.read(self._name, self.network.like.device)
+        if state is None:
+            return numbered
+        self.__dict__.update(state)
+        n_read = self.drawers[0].population.n_samples
+        if isinstance(own, SampleStream):
+            return _skipping(numbered, n_read)
+        return replace(own, indices=own.indices[n_read:]).numbered(seed)
+
+    def _keep(self) -> None:
+        kept = ("drawers", "_held", "_n_held", "_scored", "_at_random", "_loss")
+        self.network.checkpoint.write(self._name, {name: self.__dict__[name] for name in kept})
+
+    @property
+    def _name(self) -> str:
+        processes = self.network.processes
+        return f"samples scored by {self._scores}, process {processes.rank} of {processes.size}"
 
     def merge(self, processes: Processes, *, by_position: bool) -> None:
         """Become the sampler of all samples that processes have read, each some of them.
@@ -266,7 +302,7 @@ class RowSampler:
 
     def alone(self) -> None:
         """Let go of the other processes, so that later passes are this one's own."""
-        self.network = self._scorer.network = replace(self.network, processes=ALONE)
+        self.network = self._scorer.network = self.network.alone()
 
     @property
     def _together(self) -> int:
@@ -441,6 +477,16 @@ class DrawnRows:
             draw=errors,
             progress_bar=progress_bar,
         )
+
+
+def _skipping(
+    numbered: Iterator[tuple[Int64[Tensor, " b"], Batch]], n: int
+) -> Iterator[tuple[Int64[Tensor, " b"], Batch]]:
+    """Yield all but the first n samples."""
+    for positions, batch in numbered:
+        new = (positions >= n).nonzero().flatten()
+        if len(new):
+            yield positions[new], batch.at(new)
 
 
 def _check_distinct(hashes: list[Int64[Tensor, " n"]]) -> None:

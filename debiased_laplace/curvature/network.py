@@ -21,6 +21,7 @@ from debiased_laplace.curvature.positions import OutputLayout, PositionWise
 from debiased_laplace.curvature.roots import Identity, OutputRoot
 from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, shape_of, split
+from debiased_laplace.fit_checkpoint import NO_CHECKPOINT, FitCheckpoint
 from debiased_laplace.linalg.row_matrix import RowMatrix
 from debiased_laplace.processes import ALONE, Processes
 
@@ -51,6 +52,7 @@ class Network:
         memory: bytes that computations may take beyond the model and the directions; None: a quarter of what is free.
         largest_side: longest side of a parameter as a matrix that gets eigenvectors; longer ones keep their axes.
         processes: that share passes over samples.
+        checkpoint: of rows that an interrupted fit has computed.
     """
 
     selection: ParameterSelection
@@ -62,6 +64,7 @@ class Network:
     memory: int | None = None
     largest_side: int = LARGEST_SIDE
     processes: Processes = ALONE
+    checkpoint: FitCheckpoint = NO_CHECKPOINT
 
     @property
     def layout(self) -> OutputLayout | None:
@@ -88,6 +91,10 @@ class Network:
     def chosen(self) -> slice | Tensor:
         """Index of the outputs among all, for closed forms of a last layer, which are of all of them."""
         return slice(None) if self.selection.outputs is None else self.selection.outputs
+
+    def alone(self) -> "Network":
+        """Return the network whose passes are this process's own, after a fit."""
+        return replace(self, processes=ALONE, checkpoint=NO_CHECKPOINT)
 
     def shared(self, processes: Processes) -> "Network":
         """Return the network whose passes processes share, with the memory that all of them have.

@@ -5,6 +5,9 @@ matrix-vector product). The model's capabilities decide first, then cost; `sourc
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from hashlib import sha256
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -27,13 +30,15 @@ from debiased_laplace.curvature.sub_batch import (
     SubBatchCurvature,
     joined_directions,
 )
-from debiased_laplace.data.batches import Batch, joined, of_one_kind
+from debiased_laplace.data.batches import Batch, joined, of_one_kind, sample_hashes
 from debiased_laplace.data.sub_batch import SubBatch
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, along, onto
 from debiased_laplace.linalg.row_matrix import OuterRows, RecomputedRows, RowMatrix, RowsOfParameter, placed
+
+Value = TypeVar("Value")
 
 _ROWS_WIN_ABOVE = 20  # directions per row of a sample: above, rows times directions beat one JVP per direction
 _BATCH = 128  # samples pushed forward at once
@@ -177,7 +182,7 @@ class RowCurvature(SubBatchCurvature):
             return
         network = self.network
         with self._progress(description) as bar:
-            if network.processes.several:
+            if network.processes.several or network.checkpoint:
                 size = max(1, network.rows_per_chunk(self.rows_per_sample))
                 for rows, sources in network.processes.shared_out(
                     self._chunks(size), self._whole_rows, network.like.device
@@ -199,11 +204,28 @@ class RowCurvature(SubBatchCurvature):
 
     def _whole_rows(self, chunk: tuple[Batch, Tensor]) -> tuple[Float[Tensor, "n r P"], set[str]]:
         """Return all rows of some samples, and the engines that computed them."""
-        groups = [
-            (torch.cat(list(blocks), dim=1), source)
-            for _, blocks, source in self.network.root_rows(chunk[0], self.root, chunk[1])
-        ]
-        return torch.cat([rows for rows, _ in groups]), {source for _, source in groups}
+
+        def compute() -> tuple[Tensor, set[str]]:
+            groups = [
+                (torch.cat(list(blocks), dim=1), source)
+                for _, blocks, source in self.network.root_rows(chunk[0], self.root, chunk[1])
+            ]
+            return torch.cat([rows for rows, _ in groups]), {source for _, source in groups}
+
+        return self._kept(chunk, "flat rows", compute)
+
+    def _kept(self, chunk: tuple[Batch, Tensor], what: str, compute: Callable[[], Value]) -> Value:
+        """Return what an interrupted fit has computed of some samples, or else compute it."""
+        checkpoint = self.network.checkpoint
+        if not checkpoint:
+            return compute()
+        batch, targets_or_noise = chunk
+        digest = sha256(sample_hashes(batch).numpy().tobytes())
+        for part in (targets_or_noise, batch.weights):
+            digest.update(b"none" if part is None else part.detach().cpu().double().numpy().tobytes())
+        return checkpoint.kept(
+            f"{what}, {type(self.root).__name__}, {digest.hexdigest()}", compute, self.network.like.device
+        )
 
     def rows(self, description: str = "[Computing rows]") -> Iterator[Float[Tensor, "n r P"]]:
         """Yield all rows, block by block."""
@@ -276,6 +298,9 @@ class RowCurvature(SubBatchCurvature):
         start = 0
 
         def compute(pair: tuple[Batch, Tensor]) -> tuple[RowsOfParameter, ...] | None:
+            return self._kept(pair, f"rows of {chosen}", partial(compute_anew, pair))
+
+        def compute_anew(pair: tuple[Batch, Tensor]) -> tuple[RowsOfParameter, ...] | None:
             chunk, part = pair
             of_chunk = self.network.row_matrix(chunk.inputs, part, self._cotangents, chosen)
             if of_chunk is None:

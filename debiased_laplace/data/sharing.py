@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from hashlib import sha256
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -31,21 +32,34 @@ def united(source: SampleSource, processes: Processes, seed: int) -> SampleSourc
     found = processes.gathered("positions of samples", (source.indices, source.batch_size))
     indices = torch.cat([positions for positions, _ in found]).unique()
     source = replace(source, batch_size=max(size for _, size in found))
-    # some samples stand for all of them
-    probes = indices[torch.linspace(0, len(indices) - 1, _PROBES).long().unique()]
-    with undisturbed_randomness(seed):
-        try:
-            known = str(torch.cat([sample_hashes(batch) for batch in source.batches(probes, seed)]).tolist())
-        except (IndexError, KeyError) as error:
-            known = f"none at {probes.tolist()} ({type(error).__name__})"
-    if len(set(processes.gathered("some samples", known))) > 1:
+    source = replace(source, indices=indices)
+    if len(set(processes.gathered("some samples", described(source, seed)))) > 1:
         raise ValueError(
             f"Expected loaders over the same data set in all {processes.size} processes, of which each may yield a "
-            f"part (DistributedSampler); some of the samples {probes.tolist()} differ. Augmentation has to follow the "
-            "seeds of torch, NumPy or Python. For a data set of its own in each process, yield its samples as a stream "
-            "(IterableDataset)."
+            f"part (DistributedSampler); some of the samples {_probes(source).tolist()} differ. Augmentation has to "
+            "follow the seeds of torch, NumPy or Python. For a data set of its own in each process, yield its samples "
+            "as a stream (IterableDataset)."
         )
-    return replace(source, indices=indices)
+    return source
+
+
+def described(samples: SampleSource | SampleStream, seed: int) -> str:
+    """Return a text that differs for samples at other positions, and as good as surely for other samples."""
+    if isinstance(samples, SampleStream):
+        return "a stream"
+    probes = _probes(samples)
+    with undisturbed_randomness(seed):
+        try:
+            some = torch.cat([sample_hashes(batch) for batch in samples.batches(probes, seed)]).tolist()
+        except (IndexError, KeyError) as error:
+            return f"none at {probes.tolist()} ({type(error).__name__})"
+    every = sha256(samples.indices.numpy().tobytes() + str((samples.batch_size, some)).encode())
+    return f"{len(samples.indices)} samples {every.hexdigest()[:16]}"
+
+
+def _probes(source: SampleSource) -> Int64[Tensor, " p"]:
+    """Return the positions of some samples, which stand for all of them."""
+    return source.indices[torch.linspace(0, len(source.indices) - 1, _PROBES).long().unique()]
 
 
 def own_part(samples: SampleSource | SampleStream, processes: Processes) -> SampleSource | SampleStream:

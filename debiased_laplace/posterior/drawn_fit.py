@@ -23,7 +23,7 @@ from debiased_laplace.data.batches import Batch, sample_hashes
 from debiased_laplace.data.drawing import Rows, chances_of_the_rest
 from debiased_laplace.data.identities import SampleIdentities
 from debiased_laplace.data.pool import missing_fitted, nothing_new
-from debiased_laplace.data.sharing import first_of_all, own_part, united
+from debiased_laplace.data.sharing import described, first_of_all, own_part, united
 from debiased_laplace.data.source import SampleSource, SampleStream, root_length, training_samples
 from debiased_laplace.data.splitting import SubBatches, deal
 from debiased_laplace.debiasing.choice import Choice, Weighting, choose_by_rows
@@ -34,7 +34,6 @@ from debiased_laplace.debiasing.options import EstimatorOptions, Trial
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stage, Stopping, stage_of_rows, stage_sizes
 from debiased_laplace.posterior.fit import FitResult, FitSpec, WeightingOf, whole
-from debiased_laplace.processes import ALONE
 
 Sampling = Literal["uniform", "curvature"]
 
@@ -152,7 +151,7 @@ def fit_drawn_rows(
         targets_are_flat=first.targets.ndim == 1 + (0 if network.layout is None else network.layout.n_dimensions),
         layout=network.layout,
         n_data_given=n_data,
-        network=replace(network, memory=spec.memory, processes=ALONE),
+        network=replace(network.alone(), memory=spec.memory),
         choice=found.choice,
         stopping=found.stopping,
         rows=found.rows,
@@ -193,7 +192,8 @@ def _scored(
             "override=False finds new samples by their values, and this loader yields others at every pass "
             "(augmentation, padding by batch): expected a new fit of all samples."
         )
-    few, numbered = first_of_all(own_part(samples, spec.processes).numbered(seed), spec.processes)
+    own = own_part(samples, spec.processes)
+    few, numbered = first_of_all(own.numbered(seed), spec.processes)
     some = few.to(next(spec.model.parameters()).device).weighted(None)
     if before is None:
         network = spec.prepared(some)
@@ -213,6 +213,9 @@ def _scored(
         numbered = _unknown(numbered, before.scored)
     total = len(samples.indices) if isinstance(samples, SampleSource) else None
     n_before = len(sampler.scored) if before is not None else 0
+    if spec.checkpoint and before is None:
+        spec.checkpoint.expect("samples", described(samples, seed))
+        numbered = sampler.resumed(own, numbered, seed)
     sampler.read(numbered, total=total, progress_bar=progress_bar)
     sampler.merge(spec.processes, by_position=isinstance(samples, SampleSource))
     if before is not None and len(sampler.scored) == n_before:

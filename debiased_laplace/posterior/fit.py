@@ -34,6 +34,7 @@ from debiased_laplace.debiasing.memory import leaving_room
 from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stopping
+from debiased_laplace.fit_checkpoint import NO_CHECKPOINT, FitCheckpoint
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.processes import ALONE, Processes
 
@@ -148,6 +149,7 @@ class FitSpec:
         memory: bytes that a fit or a prediction may take beyond the model and the directions; None: a quarter of what
             is free.
         processes: that share passes over samples.
+        checkpoint: of parts that an interrupted fit has finished.
     """
 
     model: nn.Module
@@ -159,6 +161,7 @@ class FitSpec:
     request: Request
     memory: int | None = None
     processes: Processes = ALONE
+    checkpoint: FitCheckpoint = NO_CHECKPOINT
 
     def prepared(self, some: Batch) -> Network:
         """Evaluate the model on a few samples, and test how it can be differentiated."""
@@ -170,7 +173,10 @@ class FitSpec:
         Raises:
             ValueError: as `prepare_network`, and if weights or selected parameters differ between processes.
         """
-        return prepare_network(selection, self.likelihood, some, self.memory).shared(self.processes)
+        network = prepare_network(selection, self.likelihood, some, self.memory).shared(self.processes)
+        if self.checkpoint:
+            self.checkpoint.expect("weights or parameters", f"{selection.subset}, {selection.fingerprint()}")
+        return replace(network, checkpoint=self.checkpoint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +307,7 @@ def fit_curvature(
         targets_are_flat=some.targets.ndim == 1 + (0 if network.layout is None else network.layout.n_dimensions),
         layout=network.layout,
         # without a backend's copies of the model, which are large and cannot always be pickled
-        network=replace(network, backend=None, memory=spec.memory, processes=ALONE),
+        network=replace(network.alone(), backend=None, memory=spec.memory),
         choice=choice,
     )
     return result, curvatures

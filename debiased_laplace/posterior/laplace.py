@@ -1,6 +1,7 @@
 """The posterior that users hold: laplace-torch's interface to a fit, the prior, and the predictive of both."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from debiased_laplace.debiasing.intervals import confidence_intervals
 from debiased_laplace.debiasing.options import EstimatorOptions, Request, Structure
 from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.errors import NotFittedError
+from debiased_laplace.fit_checkpoint import FitCheckpoint
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
 from debiased_laplace.posterior import checkpoint, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
@@ -401,6 +403,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         progress_bar: bool = False,
         n_data: int | None = None,
         tolerance: float | None = None,
+        *,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Estimate the curvature of the full batch from the samples of a loader.
 
@@ -418,11 +422,14 @@ class DebiasedParametricLaplace(ParametricLaplace):
             tolerance: nats of held-out KL; double the rows (sampling="uniform": the samples), in an order that the seed
                 fixes, until that gains less, by over two standard errors, or `n_rows` or all are used. `stopping`
                 reports the gains. None: use all at once.
+            checkpoint_dir: folder in which scores, drawn rows and blocks of computed rows are kept while the fit runs,
+                and from which the same fit goes on after an interruption, to the same result; deleted at the end. It
+                may take as much room as the rows. Files are pickles: take a folder that only you write to.
 
         Raises:
-            ValueError: if loader, samples, weights or options cannot be used; with `override=False` also if no sample
-                is new, the weights have changed, or, after loading a state, the loader does not yield the fitted
-                samples again. Model and posterior stay as they were.
+            ValueError: if loader, samples, weights or options cannot be used, or `checkpoint_dir` holds another fit;
+                with `override=False` also if no sample is new, the weights have changed, or, after loading a state, the
+                loader does not yield the fitted samples again. Model and posterior stay as they were.
         """
         processes = self._processes
         with processes.together():
@@ -443,14 +450,16 @@ class DebiasedParametricLaplace(ParametricLaplace):
                     f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
                     "samples."
                 )
+            checkpoint = FitCheckpoint.at(checkpoint_dir)
+            if checkpoint and earlier is not None:
+                raise ValueError("checkpoint_dir is of a fit of all samples; got it with override=False.")
+            if checkpoint:
+                checkpoint.expect("options", str((self._of_the_curvature, n_data, tolerance)))
             if processes.several:
-                spec, weights = self._spec, getattr(self._spec.likelihood, "class_weights", None)
                 processes.check_same(
-                    model=spec.model,
-                    likelihood=self.likelihood,
-                    class_weights=None if weights is None else weights.tolist(),
-                    subset=(spec.subset.kind, spec.subset.last_layer_name, _digest(spec.subset.subnetwork_indices)),
-                    options=(spec.split, spec.request, spec.backend.kind, self._sampling),
+                    model=self._spec.model,
+                    **self._of_the_curvature,
+                    checkpoint_dir=bool(checkpoint),
                     prior_precision=_digest(self.prior_precision),
                     noise=(_digest(torch.as_tensor(self.noise_scale)), self.temperature),
                     n_data=n_data,
@@ -459,7 +468,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             if earlier is not None:
                 self._check_weights()
             fit = fit_samples(
-                replace(self._spec, processes=processes),
+                replace(self._spec, processes=processes, checkpoint=checkpoint),
                 self._weighting,
                 train_loader,
                 earlier,
@@ -469,8 +478,20 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 progress_bar=progress_bar and processes.rank == 0,
             )
             self._adopt(fit)
+        checkpoint.remove()
         self._warn_of_dropped_directions()
         self._warn_of_default_noise()
+
+    @property
+    def _of_the_curvature(self) -> dict[str, object]:
+        """What the estimate of the curvature depends on beside model and samples."""
+        spec, weights = self._spec, getattr(self._spec.likelihood, "class_weights", None)
+        return {
+            "likelihood": self.likelihood,
+            "class_weights": None if weights is None else weights.tolist(),
+            "subset": (spec.subset.kind, spec.subset.last_layer_name, _digest(spec.subset.subnetwork_indices)),
+            "options": (spec.split, spec.request, spec.backend.kind, self._sampling),
+        }
 
     @leaves_as_found()
     def cost(self, loader: Any) -> FitCost:

@@ -252,10 +252,10 @@ def test_every_prior_meets_the_same_draws(pred_type):
     losses = []
     for prior in GRID:
         la.prior_precision = prior
-        generator, found = torch.Generator().manual_seed(0), []
-        for x, t in zip(X.split(9), y.split(9), strict=True):
-            if pred_type == "nn":
-                generator.manual_seed(0)
+        generator, found = torch.Generator(), []
+        for number, (x, t) in enumerate(zip(X.split(9), y.split(9), strict=True)):
+            # the same networks for every batch
+            generator.manual_seed(0 if pred_type == "nn" else number)
             p = la(x, pred_type, link_approx="mc", n_samples=15, generator=generator)
             found.append(-p.gather(1, t[:, None]).log())
         losses.append(float(torch.cat(found).mean()))

@@ -15,7 +15,17 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from debiased_laplace import DebiasedLaplace, DebiasedNewton, diagnose, evaluate, held_out_kl, newton_step, processes
+from debiased_laplace import (
+    DebiasedLaplace,
+    DebiasedNewton,
+    diagnose,
+    evaluate,
+    fit_checkpoint,
+    held_out_kl,
+    newton_step,
+    processes,
+)
+from debiased_laplace.curvature.drawn_rows import RowScorer
 
 N = 61
 
@@ -157,21 +167,34 @@ def main(rank, size, folder):
     torch.save(kept, Path(folder) / f"{size}_{rank}.pt")
 
 
+def resumed(rank, size, folder):
+    """Fit again what a killed process has interrupted, and keep what was found and how many samples were scored."""
+    store = f"file://{folder}/store_of_resumed"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
+    scored, original = [], RowScorer.scored
+    RowScorer.scored = lambda self, batch: scored.append(len(batch)) or original(self, batch)
+    la, X = made(CASES["diagonal"], checkpoint_dir=Path(folder) / "kept")
+    torch.save({"found": found(la, X), "scored": sum(scored)}, Path(folder) / f"resumed_{rank}.pt")
+
+
 def killed(rank, size, folder):
     """Fit until another process is killed, and keep how that ends."""
     store = f"file://{folder}/store"
+    fit_checkpoint._SECONDS, fit_checkpoint._SHARE = 0.0, float("inf")
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
     model, X, y = problem()
 
     class Dying(TensorDataset):
         def __getitem__(self, i):
-            if rank == 1 and i > 30:
+            # not one of those that stand for all, which are loaded first
+            if rank == 1 and i == 39:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__getitem__(i)
 
     started = time.monotonic()
     try:
-        DebiasedLaplace(model, "classification").fit(DataLoader(Dying(X, y), batch_size=7))
+        la = DebiasedLaplace(model, "classification", prior_precision=3.0, temperature=0.7, **CASES["diagonal"])
+        la.fit(DataLoader(Dying(X, y), batch_size=7), checkpoint_dir=Path(folder) / "kept")
         ended = "none"
     except Exception as error:
         ended = type(error).__name__
@@ -299,5 +322,5 @@ def failures(rank, size):
 
 
 if __name__ == "__main__":
-    run = killed if sys.argv[4:] == ["killed"] else main
+    run = {"killed": killed, "resumed": resumed}.get(sys.argv[-1], main)
     run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -114,9 +114,18 @@ def assert_same(found, expected, name, tolerance):
         torch.testing.assert_close(found[key], expected[key], **close, msg=f"{name}, {key}")
 
 
-def test_a_killed_process_ends_the_others(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_fit_goes_on_in_the_next_attempt(tmp_path):
     ended = started(2, tmp_path, "killed", timeout=120)
     assert ended[1][0] == -9
     found = torch.load(tmp_path / "killed_0.pt")
     assert found["ended"] != "none"
     assert found["seconds"] < 60
+    for code, errors in started(2, tmp_path, "resumed", timeout=120):
+        assert code == 0, errors
+    several = [torch.load(tmp_path / f"resumed_{rank}.pt") for rank in range(2)]
+    # of 5 and 4 batches, process 1 has scored 2 before it was killed
+    assert several[0]["scored"] < 33
+    assert several[1]["scored"] == 28 - 14
+    (alone,) = kept_by(1, tmp_path)
+    for one in several:
+        assert_same(one["found"], alone["diagonal"], "resumed", 1e-12)
