@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from debiased_laplace.files import replacing
-from debiased_laplace.processes import packed, unpacked
+from debiased_laplace.processes import from_first_difference, packed, unpacked
 
 Value = TypeVar("Value")
 
@@ -98,8 +98,9 @@ class FitCheckpoint:
         """
         known = self.kept(f"description of {what}", lambda: description, torch.device("cpu"))
         if known != description:
+            before, now = from_first_difference(known, description)
             raise ValueError(
-                f"checkpoint_dir holds an interrupted fit with other {what}: {known:.300}; got {description:.300}. "
+                f"checkpoint_dir holds an interrupted fit with other {what}: {before}; got {now}. "
                 "Expected the same fit, or another folder."
             )
 

@@ -154,9 +154,10 @@ class Processes:
         for name, expected in found[0].items():
             for rank, one in enumerate(found):
                 if one.get(name) != expected:
+                    first, other = from_first_difference(expected, str(one.get(name)))
                     raise ValueError(
-                        f"Expected {name} to be the same in all {self.size} processes; process 0 has {expected:.300}, "
-                        f"process {rank} has {one.get(name)!s:.300}."
+                        f"Expected {name} to be the same in all {self.size} processes; process 0 has {first}, process "
+                        f"{rank} has {other}."
                     )
 
     def _tell(self, failure: str) -> None:
@@ -201,6 +202,14 @@ class Processes:
         if distributed.get_backend(self.group) == "nccl":
             return tensor.cuda().contiguous()
         return (tensor if tensor.is_cuda else tensor.cpu()).contiguous()
+
+
+def from_first_difference(one: str, other: str) -> tuple[str, str]:
+    """Return two texts, of long ones what is about the first difference."""
+    i = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = i - 60 if i > 100 else 0
+    shown = [f"{'…' if start else ''}{text[start : start + 300]}" for text in (one, other)]
+    return shown[0], shown[1]
 
 
 def packed(value: Any) -> bytes:

@@ -179,7 +179,7 @@ CASES = {
         "model": MODEL[:5], "likelihood": LIKELIHOOD, "subset_of_weights": CHOICE, "hessian_structure": CHOICE,
         "rank": without(COUNT, None), "magnitudes": CHOICE, "n_folds": COUNT, "complement": without(CHOICE, None),
         "sampling": CHOICE, "n_rows": without(COUNT, None), "memory": without(COUNT, None), "directions_dtype": CHOICE,
-        "directions_device": CHOICE, "metric": CHOICE, "inverse_correction": CHOICE,
+        "directions_device": CHOICE, "shard_directions": FLAG, "metric": CHOICE, "inverse_correction": CHOICE,
         "solver": CHOICE, "seed": without(COUNT, -1),
         "direction_samples": SHARE, "magnitude_samples": without(SHARE, None), "kron_basis": CHOICE,
         "kron_magnitudes": CHOICE, "kfac_approx": CHOICE, "sigma_noise": without(POSITIVE, None),
@@ -192,7 +192,7 @@ CASES = {
     }),
     "fit": keywords(fresh_fit, {
         "data": without(LOADER, None), "override": FLAG, "progress_bar": FLAG, "n_data": without(COUNT, None),
-        "tolerance": without(POSITIVE, None),
+        "tolerance": without(POSITIVE, None), "checkpoint_dir": [3, 1.5, OBJECT],
     }) | {"likelihood of targets": (lambda y: posterior().fit(loader(y)), [R, Y[:, None].repeat(1, 2), Y - 1, Y + 9]),
           "model": (lambda m: DebiasedLaplace(m, "classification").fit(loader()), MODEL[5:])},
     "cost": {"data": (lambda data: posterior().cost(data), without(LOADER, None))},

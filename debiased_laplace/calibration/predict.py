@@ -31,6 +31,7 @@ from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys, n_samples_of
 from debiased_laplace.data.randomness import undisturbed_randomness
 from debiased_laplace.data.sharing import loader_of_all, shared_batches
+from debiased_laplace.posterior.laplace import DebiasedParametricLaplace
 from debiased_laplace.processes import ALONE, Processes
 
 MAP = "map"
@@ -167,7 +168,8 @@ def collect(
         return found
 
     with torch.inference_mode(False), undisturbed_randomness(options.seed):
-        for batch, found in shared_batches(batches(), predicted, processes):
+        shared = not any(isinstance(m, DebiasedParametricLaplace) and m.is_sharded for m in methods.values())
+        for batch, found in shared_batches(batches(), predicted, processes, shared=shared):
             y = batch.targets.detach().to("cpu", copy=True)
             counts: Tensor | None = None
             if has_rows and labelled:

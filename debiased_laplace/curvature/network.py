@@ -23,6 +23,7 @@ from debiased_laplace.data.batches import Batch
 from debiased_laplace.data.inputs import Inputs, first, n_samples_of, on_each, shape_of, split
 from debiased_laplace.fit_checkpoint import NO_CHECKPOINT, FitCheckpoint
 from debiased_laplace.linalg.row_matrix import RowMatrix
+from debiased_laplace.linalg.shard import Shard
 from debiased_laplace.processes import ALONE, Processes
 
 _MOST_SAMPLES = 256  # in a chunk
@@ -53,6 +54,7 @@ class Network:
         largest_side: longest side of a parameter as a matrix that gets eigenvectors; longer ones keep their axes.
         processes: that share passes over samples.
         checkpoint: of rows that an interrupted fit has computed.
+        shard: of the parameters whose entries of rows and directions a fit holds; None: of all.
     """
 
     selection: ParameterSelection
@@ -65,6 +67,7 @@ class Network:
     largest_side: int = LARGEST_SIDE
     processes: Processes = ALONE
     checkpoint: FitCheckpoint = NO_CHECKPOINT
+    shard: Shard | None = None
 
     @property
     def layout(self) -> OutputLayout | None:
@@ -94,7 +97,12 @@ class Network:
 
     def alone(self) -> "Network":
         """Return the network whose passes are this process's own, after a fit."""
-        return replace(self, processes=ALONE, checkpoint=NO_CHECKPOINT)
+        return replace(self, processes=ALONE, checkpoint=NO_CHECKPOINT, shard=None)
+
+    @property
+    def share(self) -> float:
+        """Share of the entries of rows and directions that a fit holds."""
+        return 1.0 if self.shard is None else self.shard.share
 
     def shared(self, processes: Processes) -> "Network":
         """Return the network whose passes processes share, with the memory that all of them have.
@@ -398,6 +406,8 @@ class Network:
 
     def bytes_of_held_rows(self, n_rows: int) -> int:
         """Return the memory of rows in bytes: by parameter where that saves half of it or more."""
+        if self.shard is not None:
+            return n_rows * sum(self.bytes_by_parameter[self.shard.numbers])
         return n_rows * (self.bytes_of_factors if self.factors_save_memory else self.bytes_of_a_flat_row)
 
     def root_columns(self, batch: Batch, root: OutputRoot, targets_or_noise: Tensor, directions: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from debiased_laplace.linalg.gram import GramFactor, dense_curvature
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, along, onto
 from debiased_laplace.linalg.row_matrix import OuterRows, RecomputedRows, RowMatrix, RowsOfParameter, placed
+from debiased_laplace.linalg.shard import Shard
 
 Value = TypeVar("Value")
 
@@ -106,6 +107,8 @@ class RowCurvature(SubBatchCurvature):
     @property
     def bytes_of_rows(self) -> int:
         """Memory of all rows together as they are held, in bytes."""
+        if self.network.shard is not None:
+            return self.network.bytes_of_held_rows(self.n_rows)
         return self.n_rows * (self.network.bytes_of_factors if self._by_parameter else self.network.bytes_of_a_flat_row)
 
     @property
@@ -113,7 +116,7 @@ class RowCurvature(SubBatchCurvature):
         """Whether rows are held by parameter: where that saves half of their memory."""
         backend = self.network.backend
         offered = backend is not None and backend.offers_rows(self.root)
-        return not offered and self.network.factors_save_memory
+        return self.network.shard is not None or (not offered and self.network.factors_save_memory)
 
     @property
     def is_random(self) -> bool:
@@ -237,6 +240,8 @@ class RowCurvature(SubBatchCurvature):
         if self._stacked is not None and self._scales is not None:
             scales, self._scales = self._scales, None
             return self._hold(self._stacked.rows.scaled(scales))
+        if self._stacked is None and self.network.shard is not None:
+            return self._hold(self._own_rows(self.network.shard))
         # free memory may change between two questions
         fits = self._stacked is not None or self.bytes_of_rows <= self.network.available_memory
         if not fits and (groups := self.parameter_groups):
@@ -254,6 +259,27 @@ class RowCurvature(SubBatchCurvature):
                 start += n
             return self._hold(RowMatrix((flat,)))
         return self._stacked
+
+    def _own_rows(self, shard: Shard) -> RowMatrix:
+        """Compute the rows with the entries of some parameters.
+
+        Raises:
+            ValueError: if they do not fit into memory, or the model calls other layers for some samples.
+        """
+        available = self.network.available_memory
+        if self.bytes_of_rows > available:
+            raise ValueError(
+                f"The share of {shard.processes.size} processes in {self.n_rows:,} rows takes "
+                f"{self.bytes_of_rows / 2**30:.2g} GiB, and {available / 2**30:.2g} GiB may be used; expected more "
+                "processes, fewer rows or a larger memory."
+            )
+        parts = self._rows_of(None)
+        if parts is None:
+            raise ValueError(
+                "The model calls other layers for some samples than for others, which shard_directions=True is not "
+                "built for."
+            )
+        return RowMatrix(tuple(parts), shard)
 
     @property
     def parameter_groups(self) -> tuple[range, ...]:
@@ -294,7 +320,9 @@ class RowCurvature(SubBatchCurvature):
         """Compute the rows of some parameters, or of all, by layers; None where a batch calls other layers."""
         r = self.rows_per_sample
         size = max(1, min(_BATCH, self.network.samples_per_pass, CHUNK_BYTES // (r * self.network.bytes_of_factors)))
-        found: list[RowsOfParameter | None] = [None for _ in chosen or self.network.selection.names]
+        shard = self.network.shard
+        own = slice(None) if shard is None else shard.numbers
+        found: list[RowsOfParameter | None] = [None for _ in (chosen or self.network.selection.names)[own]]
         start = 0
 
         def compute(pair: tuple[Batch, Tensor]) -> tuple[RowsOfParameter, ...] | None:
@@ -312,7 +340,7 @@ class RowCurvature(SubBatchCurvature):
             for parts in self.network.processes.shared_out(self._chunks(size), compute, self.network.like.device):
                 if parts is None:
                     return None
-                for i, (part_of_all, new) in enumerate(zip(found, parts, strict=True)):
+                for i, (part_of_all, new) in enumerate(zip(found, parts[own], strict=True)):
                     found[i] = placed(new, start, self.n_samples, part_of_all)
                 n = parts[0].shape[0]
                 start += n
@@ -338,7 +366,7 @@ class RowCurvature(SubBatchCurvature):
         """Hold all rows in memory for repeated use if they fit, or a few parameters' at a time as factors."""
         if self.linear_layer is not None:
             return
-        fits = self.bytes_of_rows <= self.network.available_memory
+        fits = self.network.shard is not None or self.bytes_of_rows <= self.network.available_memory
         if fits or (self._by_parameter and 0 < len(self.parameter_groups) <= _MOST_GROUPS):
             self.stacked_rows()
 
@@ -355,6 +383,8 @@ class RowCurvature(SubBatchCurvature):
         self, directions: Float[Tensor, "P k"], requests: Sequence[ResidualRequest]
     ) -> list[DirectionalMoments]:
         """Measure the moments of several requests in one pass; sums are kept in double precision."""
+        if self.network.shard is not None:
+            self.stacked_rows()
         U = directions[:, : max((request.rank for request in requests), default=0)]
         if all(request.residual == "none" for request in requests) and self._columns_are_cheaper(U.shape[1]):
             moments = self._moments_by_columns(U)

@@ -99,9 +99,11 @@ def loader_of_all(loader: Any, processes: Processes, seed: int) -> Any:
 
 
 def shared_batches(
-    batches: Iterable[Batch], compute: Callable[[Batch], Value], processes: Processes
+    batches: Iterable[Batch], compute: Callable[[Batch], Value], processes: Processes, *, shared: bool = True
 ) -> Iterator[tuple[Batch, Value]]:
-    """Yield batches that all processes read, with what a function returns for each, computed by one of them.
+    """Yield batches that all processes read, with what a function returns for each.
+
+    Each is computed by one of the processes; or, if not `shared`, by all of them together.
 
     Raises:
         ValueError: if processes read other batches.
@@ -111,12 +113,10 @@ def shared_batches(
             yield batch, compute(batch)
         return
     remaining, size, rank = iter(batches), processes.size, processes.rank
-    together = list(islice(remaining, size))
     while True:
-        mine = compute(together[rank]) if rank < len(together) else None
+        together = list(islice(remaining, size))
         hashes = [sample_hashes(batch).tolist() for batch in together]
-        found = processes.gathered("a shared pass over batches", (hashes, mine))
-        if any(others != hashes for others, _ in found):
+        if any(others != hashes for others in processes.gathered("batches", hashes)):
             raise ValueError(
                 f"Expected the same batches in all {size} processes, or a DataLoader of which each yields a part; some "
                 "differ. Of any other iterable each process yields all, and augmentation follows the seeds of torch, "
@@ -124,8 +124,12 @@ def shared_batches(
             )
         if not together:
             return
-        yield from zip(together, [value for _, value in found[: len(together)]], strict=True)  # type: ignore[misc]
-        together = list(islice(remaining, size))
+        if shared:
+            mine = compute(together[rank]) if rank < len(together) else None
+            found = processes.gathered("a shared pass over batches", mine)[: len(together)]
+        else:
+            found = [compute(batch) for batch in together]
+        yield from zip(together, found, strict=True)  # type: ignore[misc]
 
 
 def batch_of_all(batch: Batch, processes: Processes) -> Batch:

@@ -10,6 +10,7 @@ from torch import Tensor
 from debiased_laplace.curvature.sub_batch import Residual
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal
+from debiased_laplace.linalg.shard import Shard
 
 ComplementKind = Literal["none", "isotropic", "diagonal", "kron"]
 
@@ -38,6 +39,7 @@ class LowRankCurvature:
         metric: diagonal of S; None for the identity.
         error_variances: variances of m (without directions, of D), for the correction of the inverse's bias; None for
             no correction.
+        shard: of the parameters, where D, U and K have the entries of these alone.
     """
 
     diagonal: Float[Tensor, ""] | Float[Tensor, " P"]
@@ -46,6 +48,7 @@ class LowRankCurvature:
     basis: KroneckerBasis | None = None
     metric: Float[Tensor, " P"] | None = None
     error_variances: Float[Tensor, " _"] | None = None
+    shard: Shard | None = None
 
     @property
     def factor(self) -> Float[Tensor, "P k"]:
@@ -57,13 +60,18 @@ class LowRankCurvature:
     ) -> LowRankPlusDiagonal:
         r"""Return the posterior precision $N \tau H + P_0$; the prior is one number, or one per coordinate."""
         diagonal, weights = self.diagonal_and_weights(likelihood_weight, prior)
-        return LowRankPlusDiagonal(diagonal, self.factor, weights, self.basis)
+        return LowRankPlusDiagonal(diagonal, self.factor, weights, self.basis, self.shard)
 
     def diagonal_and_weights(
         self, likelihood_weight: float | Tensor, prior: Float[Tensor, ""] | Float[Tensor, " P"]
     ) -> tuple[Tensor, Tensor]:
         """Return the diagonal and the weights of the precision, differentiable in both arguments."""
-        diagonal, weights = likelihood_weight * self.diagonal + prior, likelihood_weight * self.weights
+        weights = likelihood_weight * self.weights
+        if self.shard is not None and (self.diagonal.ndim or prior.ndim):
+            # a diagonal of some of the parameters
+            likelihood_weight, prior = (self.shard.hyper_parameter(x) for x in (likelihood_weight, prior))
+            prior = self.shard.own(prior) if prior.ndim else prior
+        diagonal = likelihood_weight * self.diagonal + prior
         if self.error_variances is None:
             return diagonal, weights
         variances = likelihood_weight**2 * self.error_variances
@@ -82,13 +90,13 @@ def without_complement(directions: Float[Tensor, "P k"], magnitudes: Float[Tenso
 
 
 def isotropic(
-    directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"], trace: Float[Tensor, ""]
+    directions: Float[Tensor, "P k"], magnitudes: Float[Tensor, " k"], trace: Float[Tensor, ""], n_parameters: int
 ) -> LowRankCurvature:
     r"""Add the average curvature $c = (\mathrm{tr} H - \sum m) / (P - k)$ in every direction outside the span.
 
     Written as $c I + U \mathrm{diag}(m - c) U^\top$, so that the curvature along the directions stays m.
     """
-    P, k = directions.shape
+    P, k = n_parameters, len(magnitudes)
     left = (trace - magnitudes.to(trace.dtype).sum()).clamp_min(0)
     c = (left / (P - k) if k < P else left.new_zeros(())).to(magnitudes.dtype)
     return LowRankCurvature(c, directions, magnitudes - c)

@@ -62,6 +62,8 @@ def find_directions(
     if threshold is None:
         threshold = threshold_of(rank)
     chosen = choose_solver(curvature, rank, n_folds) if solver == "auto" else solver
+    if curvature.network.shard is not None:
+        chosen = "gram"
     if chosen == "lanczos":
         pairs = _by_lanczos(curvature, rank, threshold, seed)
     elif isinstance(curvature, RowCurvature):
@@ -120,7 +122,7 @@ def _recomputes(curvature: RowCurvature, k: int, n_folds: int) -> bool:
 
 
 def _by_rows(curvature: RowCurvature, rank: int | None, threshold: float, vector_format: VectorFormat) -> Eigenpairs:
-    if curvature.n_rows < curvature.network.n_parameters:
+    if curvature.n_rows < curvature.network.n_parameters or curvature.network.shard is not None:
         return curvature.stacked_rows().eigenpairs(threshold, rank, vector_format)
     curvature.keep_rows()
     return dense_eigenpairs(curvature.dense(), threshold, rank=rank, dtype=curvature.network.like.dtype)

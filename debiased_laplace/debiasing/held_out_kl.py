@@ -129,7 +129,8 @@ def prior_trace(precision: LowRankPlusDiagonal, prior: Float[Tensor, " P"]) -> f
     # for a prior that is constant in each block of the basis, coordinates in the basis avoid cancellation
     variances = precision.coordinate_variances
     if precision.basis is not None:
-        parts = prior.split([block.size for block in precision.basis.blocks])
+        own = [block.size for block in precision.basis.blocks]
+        parts = prior.split(own if precision.shard is None else list(precision.shard.sizes))
         if any(bool((part != part[0]).any()) for part in parts if len(part)):
             variances = precision.covariance_diagonal
     return float((variances.double() * prior.double()).sum())

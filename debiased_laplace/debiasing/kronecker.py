@@ -86,6 +86,8 @@ def factors_of(curvature: SubBatchCurvature, options: EstimatorOptions) -> tuple
     shapes = matrix_shapes(selection, layers_only=layers_only, largest_side=network.largest_side)
     if not isinstance(curvature, RowCurvature):
         return partial_trace_factors(curvature.dense(), shapes), curvature.source
+    if network.shard is not None:
+        shapes = shapes[network.shard.numbers]
     if options.kron_basis == "row_matrices":
         return row_matrix_factors(curvature, shapes), curvature.source
     by_name, source = _kfac(curvature, options)

@@ -1,10 +1,12 @@
 """Low rank plus diagonal: directions from some samples, magnitudes from others, and a complement."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from debiased_laplace.curvature.kronecker import KroneckerFactors, kronecker_basis
+from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.row_curvature import RowCurvature
 from debiased_laplace.curvature.sub_batch import DirectionalMoments, ResidualRequest
 from debiased_laplace.debiasing import complement
@@ -75,7 +77,7 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
         weighted = [(of_own if others is not None else 1.0, own), (of_others, others)]
         # nothing else reads the directions of a single estimate
         out = leading.vectors if len(variants) == 1 else None
-        curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis, out)
+        curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis, out, a.network)
         source = (a if split.magnitudes is None else split.magnitudes).source
         estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
     return estimates
@@ -153,15 +155,18 @@ def _with_complement(
     weighted: list[tuple[float, DirectionalMoments | None]],
     basis: KroneckerBasis | None,
     out: Tensor | None,
+    network: Network,
 ) -> LowRankCurvature:
     """Complete the low rank with the weighted sum of the residuals; see `complement.diagonal` for `out`."""
     U, m = pairs.vectors, magnitudes.values
     parts = [(weight, part) for weight, part in weighted if part is not None]
     if kind == "none":
-        return complement.without_complement(U, m)
-    if kind == "isotropic":
-        return complement.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]))
-    return complement.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), basis, out=out)
+        found = complement.without_complement(U, m)
+    elif kind == "isotropic":
+        found = complement.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]), network.n_parameters)
+    else:
+        found = complement.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), basis, out=out)
+    return replace(found, shard=network.shard)
 
 
 def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor:

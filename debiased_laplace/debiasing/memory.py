@@ -1,5 +1,6 @@
 """Memory that an estimate takes beyond rows and directions, and what a limit leaves for rows."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def bytes_beyond_rows(network: Network, options: EstimatorOptions) -> dict[str, 
 def bytes_of_directions(network: Network, options: EstimatorOptions, rank: int) -> int:
     """Return the memory of so many directions in bytes."""
     itemsize = 2 if options.directions_dtype == "bfloat16" else network.like.element_size()
-    return rank * network.n_parameters * itemsize
+    return math.ceil(rank * network.n_parameters * itemsize * network.share)
 
 
 def leaving_room(network: Network, options: EstimatorOptions, n_rows: int) -> Network:

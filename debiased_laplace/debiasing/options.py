@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from debiased_laplace.checks import integer, one_of
+from debiased_laplace.checks import boolean, integer, one_of
 from debiased_laplace.curvature.kfac import KfacApproximation
 from debiased_laplace.debiasing.complement import ComplementKind
 from debiased_laplace.debiasing.directions import Solver
@@ -41,6 +41,7 @@ _STRUCTURE_OF = {
     "solver": "lowrank",
     "directions_dtype": "lowrank",
     "directions_device": "lowrank",
+    "shard_directions": "lowrank",
     "kron_basis": "kron",
     "kron_magnitudes": "kron",
     "kfac_approx": "kron",
@@ -74,6 +75,7 @@ class EstimatorOptions:
     kfac_approx: KfacApproximation = "expand"
     directions_dtype: DirectionsDtype = "model"
     directions_device: VectorDevice = "model"
+    shard_directions: bool = False
 
     def __post_init__(self) -> None:
         if self.complement is None and self.structure != "lowrank":
@@ -108,8 +110,20 @@ class EstimatorOptions:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} requires metric='euclidean'; got it with {self.metric!r}."
                 )
+        boolean(self.shard_directions, "shard_directions")
+        if self.shard_directions:
+            self._check_shard()
         if self.kfac_approx != "expand" and self.kron_basis != "kfac":
             raise ValueError(f"kfac_approx requires kron_basis='kfac'; got it with {self.kron_basis!r}.")
+
+    def _check_shard(self) -> None:
+        """Raise if an option is not built for directions of which each process holds some entries."""
+        expected = {"metric": "euclidean", "inverse_correction": "none", "kron_basis": "row_matrices"}
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"shard_directions=True requires {name}={value!r}; got {getattr(self, name)!r}.")
+        if self.solver == "lanczos":
+            raise ValueError("shard_directions=True requires solver='auto' or 'gram'; got 'lanczos'.")
 
     @property
     def vector_format(self) -> VectorFormat:

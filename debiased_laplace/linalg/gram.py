@@ -16,6 +16,7 @@ from torch import Tensor
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, SolverOutcome, numerical_rank
 from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
+from debiased_laplace.linalg.shard import Shard
 from debiased_laplace.linalg.vector_format import AS_COMPUTED, VectorFormat
 
 _ROWS = 2**16  # rows of the directions that are orthonormalized at a time
@@ -64,6 +65,9 @@ class GramFactor:
             The leading pairs; the residuals are an estimate of the rounding errors.
         """
         values, W = torch.linalg.eigh(self.gram)
+        shard = self.rows.shard
+        if shard is not None:
+            values, W = shard.same((values, W), W.device)
         values, W = values.flip(0), W.flip(1)
         k = numerical_rank(values, threshold)
         dropped = _largest_after(values, k)
@@ -72,7 +76,7 @@ class GramFactor:
         dtype = self.rows.like.dtype
         W_scaled = (W / (values * self.n_samples).sqrt()).to(dtype)
         U = self.rows.combined(W_scaled, out=vector_format.empty(W_scaled, self.rows.shape[2], k))
-        U = polish(U, out=U, device=W.device)
+        U = polish(U, out=U, device=W.device, shard=shard)
         rounding = torch.finfo(dtype).eps * values[:1].expand(k)
         outcome = SolverOutcome("gram", True, 0, "all eigenpairs of the Gram matrix")
         projections = W * (values * self.n_samples).sqrt()
@@ -121,7 +125,11 @@ def dense_curvature(rows: Iterable[Float[Tensor, "_n _r P"]], n_parameters: int,
 
 
 def polish(
-    U: Float[Tensor, "P k"], *, out: Float[Tensor, "P k"] | None = None, device: torch.device | None = None
+    U: Float[Tensor, "P k"],
+    *,
+    out: Float[Tensor, "P k"] | None = None,
+    device: torch.device | None = None,
+    shard: Shard | None = None,
 ) -> Float[Tensor, "P k"]:
     r"""Orthonormalize nearly orthonormal columns: return $U L^{-\top}$, where $U^\top U = L L^\top$.
 
@@ -132,6 +140,10 @@ def polish(
         U: the columns; returned if they are orthonormal to rounding.
         out: where to write, which may be U; None: a new tensor.
         device: of the computation; None: that of U.
+        shard: of the parameters, where the columns have the entries of these alone.
+
+    Raises:
+        ValueError: if columns of which each process holds some entries are far from orthonormal.
     """
     # Rounding leaves components of the leading directions in the trailing ones. A symmetric correction would leave
     # half of each there: with a leading curvature many orders larger, that is many times the trailing one.
@@ -140,10 +152,13 @@ def polish(
         return U
     dtype = torch.promote_types(U.dtype, torch.float32)
     gram = row_products(U.T, dtype, device=device)
+    gram = gram if shard is None else shard.summed(gram)
     identity = torch.eye(k, dtype=dtype, device=gram.device)
     size = float(torch.linalg.matrix_norm(gram - identity))
     if size < 8 * k**0.5 * torch.finfo(U.dtype).eps:
         return U
+    if size > 0.05 and shard is not None:
+        raise ValueError("Directions are far from orthonormal, which shard_directions=True is not built for.")
     if size > 0.05:
         Q, R = torch.linalg.qr(U.to(dtype))
         return torch.where(R.diagonal() < 0, -Q, Q).to(U.dtype)

@@ -22,6 +22,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.gram import polish
 from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 from debiased_laplace.linalg.row_matrix import RowMatrix, row_products
+from debiased_laplace.linalg.shard import Shard
 from debiased_laplace.linalg.vector_format import is_on_disk
 
 _CONVERTED = 2**18  # rows of directions in a shorter format that are converted at a time
@@ -41,6 +42,8 @@ class LowRankPlusDiagonal:
             another device, or on disk.
         magnitudes: $m$, of any sign as long as $P$ is positive definite.
         basis: $K$; None: the identity.
+        shard: of the parameters, where diagonal, directions and basis have the entries of these alone. All processes
+            call every method with the same arguments, which are of all parameters.
 
     Raises:
         ValueError: if the diagonal is not positive and finite, or a magnitude is not finite.
@@ -50,6 +53,7 @@ class LowRankPlusDiagonal:
     directions: Float[Tensor, "P k"]
     magnitudes: Float[Tensor, " k"]
     basis: KroneckerBasis | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         if not bool((self.diagonal > 0).all() and self.diagonal.isfinite().all()):
@@ -63,6 +67,15 @@ class LowRankPlusDiagonal:
     @property
     def n_parameters(self) -> int:
         """Number of rows P."""
+        return self.directions.shape[0] if self.shard is None else self.shard.n_parameters
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether the diagonal is one number."""
+        return self.diagonal.ndim == 0 or (self.diagonal.numel() == 1 and self.shard is None)
+
+    @property
+    def _n_own(self) -> int:
         return self.directions.shape[0]
 
     @property
@@ -76,18 +89,25 @@ class LowRankPlusDiagonal:
         exact, m = accumulation_dtype(self.magnitudes), self.magnitudes
         if self.rank == 0:
             return _Inner.of(m, None, None, None)
-        if self.diagonal.numel() == 1 and not self._are_stored:
+        if self.is_isotropic and not self._are_stored:
             return _Inner.of(m / self.diagonal, None, None, None)
         # in double precision the inner products of the columns are as good as a QR decomposition of single ones, for a
         # fraction of its cost, unless the columns are nearly dependent
-        weights = (1 / self.diagonal.to(exact)).expand(self.n_parameters)
-        gram = row_products(self.directions.T, exact, weights=weights, device=m.device)
+        weights = (1 / self.diagonal.to(exact)).expand(self._n_own)
+        gram = self._summed(row_products(self.directions.T, exact, weights=weights, device=m.device))
         R, info = torch.linalg.cholesky_ex(gram, upper=True)
         Q = None
         if bool(info > 0) or _condition(gram) * torch.finfo(exact).eps > _GRAM_ACCURACY:
+            if self.shard is not None:
+                raise ValueError(
+                    "Directions are nearly dependent in the metric of the prior and the complement, which "
+                    "shard_directions=True is not built for."
+                )
             Q, R = torch.linalg.qr(self.directions.to(m) / self.diagonal.sqrt()[:, None])
             R = R.to(exact)
         s, Z = torch.linalg.eigh((R * m.to(exact)) @ R.T)
+        if self.shard is not None:
+            s, Z = self.shard.same((s, Z), m.device)
         return _Inner.of(s.to(m.dtype), R, Z, Q)
 
     @cached_property
@@ -127,7 +147,7 @@ class LowRankPlusDiagonal:
         else:
             # products of two matrices in column order take three times as long
             T = torch.linalg.solve_triangular(R, Z, upper=True).contiguous()
-            diagonal = self.diagonal.expand(self.n_parameters)
+            diagonal = self.diagonal.expand(self._n_own)
             for u, d in zip(self.directions.split(_BLOCK), diagonal.split(_BLOCK), strict=True):
                 yield (u.to(T) / d.to(exact).sqrt()[:, None]) @ T
 
@@ -141,7 +161,7 @@ class LowRankPlusDiagonal:
         r"""$\log\det P = \sum \log D + \sum \log(1 + s)$."""
         exact = accumulation_dtype(self.magnitudes)
         per_parameter = self.diagonal.to(exact).log()
-        of_diagonal = per_parameter.sum() * (self.n_parameters / per_parameter.numel())
+        of_diagonal = self._total(per_parameter)
         return (of_diagonal + self._inner.s.to(exact).log1p().sum()).to(self.magnitudes.dtype)
 
     @property
@@ -155,14 +175,14 @@ class LowRankPlusDiagonal:
     @property
     def variance_sum(self) -> Float[Tensor, ""]:
         r"""$\mathrm{tr} P^{-1}$."""
-        if self.diagonal.numel() > 1:
+        if not self.is_isotropic:
             return self.coordinate_variances.sum()
         return (self.n_parameters - self.rank) / self.diagonal.reshape(()) + self.direction_variances.sum()
 
     def matmat(self, X: Float[Tensor, "P b"]) -> Float[Tensor, "P b"]:
         """Return P X."""
         rows = self._coordinates(X.T)
-        parallel = onto(rows, self.directions) * self.magnitudes
+        parallel = self._summed(onto(rows, self.directions)) * self.magnitudes
         product = rows * self.diagonal + along(parallel, self.directions)
         return self._vectors(product).T
 
@@ -170,18 +190,20 @@ class LowRankPlusDiagonal:
         r"""Return $x^\top P x$, non-negative by construction."""
         parallel, perpendicular = self._split(self._coordinates(x) * self.diagonal.sqrt())
         s = self._inner.s
-        return perpendicular.square().sum(-1) + ((1 + s) * parallel.square()).sum(-1)
+        return self._summed(perpendicular.square().sum(-1)) + ((1 + s) * parallel.square()).sum(-1)
 
     def variance(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch r r"]:
         r"""Return $X P^{-1} X^\top$ of a stack of row matrices."""
         x = self._coordinates(rows) / self.diagonal.sqrt()
         parallel = self._onto(x)
-        return self._variance(x @ x.mT, parallel, lambda: _products(x - self._along(parallel)))
+        return self._variance(
+            self._summed(x @ x.mT), parallel, lambda: self._summed(_products(x - self._along(parallel)))
+        )
 
     def variances(self, rows: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
         r"""Return $x P^{-1} x^\top$ of every row, without products of different rows."""
         parallel, perpendicular = self._split(self._coordinates(rows) / self.diagonal.sqrt())
-        return perpendicular.square().sum(-1) + (parallel.square() / (1 + self._inner.s)).sum(-1)
+        return self._summed(perpendicular.square().sum(-1)) + (parallel.square() / (1 + self._inner.s)).sum(-1)
 
     def variance_trace(self, rows: Float[Tensor, "*batch r P"]) -> Float[Tensor, "*batch"]:
         r"""Return $\mathrm{tr}(X P^{-1} X^\top)$ of a stack of row matrices, without the r x r products."""
@@ -194,7 +216,8 @@ class LowRankPlusDiagonal:
             rows: of n samples, r each.
             covariances: between the rows of a sample; otherwise the variance of every row.
         """
-        rows, inverse = rows.rotated(self.basis), (1 / self.diagonal).expand(self.n_parameters)
+        rows = rows.within(self.shard).rotated(self.basis)
+        inverse = (1 / self.diagonal).expand(self._n_own)
         U, T = self._whitening
         whole, projections = rows.weighted(inverse, U, pairs=covariances)
         parallel, squared = projections @ T, _products if covariances else _squares
@@ -202,7 +225,7 @@ class LowRankPlusDiagonal:
         def perpendicular() -> Tensor:
             c = parallel @ T.mT
             parts = (squared((V - along(c, U[place])) * inverse[place].sqrt()) for place, V in rows.columns())
-            return sum(parts, start=torch.zeros_like(whole))
+            return self._summed(sum(parts, start=torch.zeros_like(whole)))
 
         return self._variance(whole, parallel, perpendicular)
 
@@ -232,6 +255,8 @@ class LowRankPlusDiagonal:
 
         With as many directions as parameters, $P^{-1} = F^\top \mathrm{diag}(w) F$ alone: nothing is subtracted.
         """
+        if self.shard is not None:
+            raise ValueError("The inverse as a dense factor is not built for shard_directions=True.")
         exact = accumulation_dtype(self.magnitudes)
         V, s = self._spectrum[0].to(exact), self._spectrum[1].to(exact)
         complete = self.rank == self.n_parameters
@@ -246,24 +271,29 @@ class LowRankPlusDiagonal:
         # In double precision, with V orthonormal in it: where the directions span nearly the whole space, the residual
         # is a difference of nearly equal numbers, and a KL divergence multiplies it by the curvature.
         exact = accumulation_dtype(self.magnitudes)
-        V, s = polish(self._spectrum[0].to(exact)), self._inner.s.to(exact)
-        prior = 1 / self.diagonal.to(exact).expand(self.n_parameters)
+        V, s = polish(self._spectrum[0].to(exact), shard=self.shard), self._inner.s.to(exact)
+        prior = 1 / self.diagonal.to(exact).expand(self._n_own)
         if self.basis is None:
             outside = (1 - V.square().sum(1)).clamp_min(0)
-            return ((outside + (V.square() / (1 + s)).sum(1)) * prior).to(self.magnitudes.dtype)
+            return self._joined(((outside + (V.square() / (1 + s)).sum(1)) * prior).to(self.magnitudes.dtype))
         basis = self.basis.to(exact)
         whole = basis.diagonal_of(prior)
         removed = basis.vectors((V * prior.sqrt()[:, None]).T).square()
         # no direction reduces the variance by more than the stiffest
         least = whole / (1 + max(float(s.max()), 0.0)) if self.rank else whole
-        return torch.maximum(whole - (s / (1 + s)) @ removed, least).to(self.magnitudes.dtype)
+        return self._joined(torch.maximum(whole - (s / (1 + s)) @ removed, least).to(self.magnitudes.dtype))
 
     @cached_property
     def coordinate_variances(self) -> Float[Tensor, " P"]:
         """Diagonal of the inverse in the coordinates of the basis."""
+        return self._joined(self.own_coordinate_variances)
+
+    @cached_property
+    def own_coordinate_variances(self) -> Float[Tensor, " p"]:
+        """The same of the parameters of this process."""
         s = self._inner.s.to(accumulation_dtype(self.magnitudes))
         if self.rank == 0:
-            return 1 / self.diagonal.expand(self.n_parameters)
+            return 1 / self.diagonal.expand(self._n_own)
         # no direction reduces the variance by more than the stiffest; entries far below the prior variance are less
         # accurate than in `covariance_diagonal`
         removed, least = s / (1 + s), 1 / (1 + max(float(s.max()), 0.0))
@@ -272,11 +302,14 @@ class LowRankPlusDiagonal:
 
     def root(self, noise: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
         r"""Return $A \varepsilon$ with $A A^\top = P^{-1}$: draws with covariance $P^{-1}$ from standard normals."""
+        noise = noise if self.shard is None else self.shard.own(noise)
         shrunk = noise + self._along(self._onto(noise) * ((1 + self._inner.s).rsqrt() - 1))
         return self._vectors(shrunk / self.diagonal.sqrt())
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return P as a dense matrix, for tests and small problems."""
+        if self.shard is not None:
+            return self.matmat(torch.eye(self.n_parameters).to(self.magnitudes))
         diagonal = self.diagonal.expand(self.n_parameters)
         U = self.directions.to(self.magnitudes)
         inner = torch.diag(diagonal) + (U * self.magnitudes) @ U.T
@@ -298,10 +331,23 @@ class LowRankPlusDiagonal:
         return self.matmat(x) if x.ndim == 2 else self.matmat(x[:, None])[:, 0]
 
     def _coordinates(self, x: Tensor) -> Tensor:
+        x = x if self.shard is None else self.shard.own(x)
         return x if self.basis is None else self.basis.coordinates(x)
 
     def _vectors(self, x: Tensor) -> Tensor:
-        return x if self.basis is None else self.basis.vectors(x)
+        return self._joined(x if self.basis is None else self.basis.vectors(x))
+
+    def _joined(self, own: Tensor) -> Tensor:
+        return own if self.shard is None else self.shard.joined(own)
+
+    def _summed(self, own: Tensor) -> Tensor:
+        return own if self.shard is None else self.shard.summed(own)
+
+    def _total(self, of_diagonal: Tensor) -> Tensor:
+        """Return the sum over all parameters of values of the diagonal, which may be one number."""
+        if self.is_isotropic:
+            return of_diagonal.sum() * self.n_parameters
+        return self._summed(of_diagonal.sum())
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split whitened rows into their coordinates along V and their residual."""
@@ -315,9 +361,9 @@ class LowRankPlusDiagonal:
     def _onto(self, x: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch k"]:
         """Return the coordinates of whitened rows along V, which is not formed of stored directions."""
         if not self._are_stored:
-            return x @ self._spectrum[0]
+            return self._summed(x @ self._spectrum[0])
         U, T = self._whitening
-        return onto(x / self.diagonal.sqrt(), U) @ T
+        return self._summed(onto(x / self.diagonal.sqrt(), U)) @ T
 
     def _along(self, c: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
         """Return the vectors of coordinates along V, likewise."""
@@ -400,7 +446,7 @@ class _DifferentiableLogDet(torch.autograd.Function):
     def forward(ctx: Any, diagonal: Tensor, magnitudes: Tensor, operator: LowRankPlusDiagonal) -> Tensor:
         """Return the log determinant of the operator, which holds the same values detached."""
         ctx.operator = operator
-        ctx.isotropic = diagonal.numel() == 1
+        ctx.isotropic = operator.is_isotropic
         ctx.shapes = diagonal.shape, magnitudes.shape
         return operator.log_det.clone()
 
@@ -410,7 +456,7 @@ class _DifferentiableLogDet(torch.autograd.Function):
         """Return the gradients with respect to the diagonal and the magnitudes."""
         (g,) = upstream
         op = ctx.operator
-        diagonal = op.variance_sum if ctx.isotropic else op.coordinate_variances
+        diagonal = op.variance_sum if ctx.isotropic else op.own_coordinate_variances
         return g * diagonal.reshape(ctx.shapes[0]), g * op.direction_variances.reshape(ctx.shapes[1]), None
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
+from debiased_laplace.linalg.shard import Shard
 
 _CHUNK_BYTES = 16 * 2**20
 """Approximate size of a chunk of columns on a CPU, whose caches and allocator make larger ones several times slower."""
@@ -227,13 +228,15 @@ class RowMatrix:
 
     Attributes:
         parts: one for each parameter, in order; or a single one for all.
+        shard: of the parameters, where the rows have the entries of these alone; sums are over all parameters then.
     """
 
     parts: tuple[RowsOfParameter, ...] | RecomputedRows
+    shard: Shard | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """n, r and P."""
+        """n, r and the number of entries."""
         if isinstance(self.parts, RecomputedRows):
             return self.parts.shape
         n, r, _ = self.parts[0].shape
@@ -257,7 +260,7 @@ class RowMatrix:
     @property
     def by_parameter(self) -> bool:
         """Whether there is a part for each parameter, not one for all."""
-        return self.recomputed or len(self.parts) > 1
+        return self.recomputed or len(self.parts) > 1 or self.shard is not None
 
     @property
     def like(self) -> Tensor:
@@ -279,7 +282,18 @@ class RowMatrix:
     def _changed(self, change: Callable[[int, RowsOfParameter], RowsOfParameter]) -> "RowMatrix":
         if isinstance(self.parts, RecomputedRows):
             return RowMatrix(self.parts.changed(change))
-        return RowMatrix(tuple(change(i, part) for i, part in enumerate(self.parts)))
+        return RowMatrix(tuple(change(i, part) for i, part in enumerate(self.parts)), self.shard)
+
+    def within(self, shard: Shard | None) -> "RowMatrix":
+        """Return the rows with the entries of some parameters alone; None: as they are."""
+        if shard is None or self.shard is not None:
+            return self
+        if self.by_parameter:
+            return RowMatrix(tuple(self.parts)[shard.numbers], shard)
+        return RowMatrix((shard.own(self._only),), shard)
+
+    def _summed(self, total: Tensor) -> Tensor:
+        return total if self.shard is None else self.shard.summed(total)
 
     def at(self, samples: Tensor | slice) -> "RowMatrix":
         """Return the rows of some samples, by their indices or a mask."""
@@ -303,7 +317,7 @@ class RowMatrix:
         if basis is None:
             return self
         if len(self.parts) == 1 and len(basis.blocks) > 1:
-            return RowMatrix((basis.coordinates(self._only),))
+            return RowMatrix((basis.coordinates(self._only),), self.shard)
         blocks = basis.blocks
 
         def rotated(i: int, part: RowsOfParameter) -> RowsOfParameter:
@@ -334,7 +348,7 @@ class RowMatrix:
         total = self.like.new_zeros(n, r, U.shape[1])
         for place, rows in self.columns():
             total += rows @ U[place].to(rows)
-        return total
+        return self._summed(total)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Return the sum of the squared norms of every sample's rows, in double precision."""
@@ -349,7 +363,7 @@ class RowMatrix:
                 continue
             for _, rows in _columns_of(part, self._most_columns()):
                 total += rows.square().sum((1, 2), dtype=exact)
-        return total
+        return self._summed(total)
 
     def weighted(
         self, weights: Float[Tensor, " P"], U: Float[Tensor, "P k"], *, pairs: bool
@@ -377,7 +391,7 @@ class RowMatrix:
                 scaled = rows * w[local]
                 squares += scaled @ rows.mT if pairs else (scaled * rows).sum(-1)
                 projections += scaled @ u[local].to(scaled)
-        return squares, projections
+        return self._summed(squares), self._summed(projections)
 
     def _most_columns(self, row_bytes: int = 1) -> int:
         n, r, _ = self.shape
@@ -424,7 +438,7 @@ class RowMatrix:
                 continue
             for _, rows in _columns_of(part, most):
                 total += row_products(rows.flatten(0, 1), exact)
-        return total
+        return self._summed(total)
 
 
 def _chunk_bytes(like: Tensor) -> int:

@@ -115,6 +115,11 @@ class Candidate:
     processes: Processes = ALONE
 
     @property
+    def sharing(self) -> Processes:
+        """Processes that share samples; this one alone where directions are divided, and all compute together."""
+        return self.processes if self.precision.shard is None else ALONE
+
+    @property
     def terms(self) -> KLTerms:
         """Terms of the KL that do not depend on samples."""
         trace = prior_trace(self.precision, self.target.prior_precision)

@@ -1,8 +1,9 @@
 """State of a fitted posterior: tensors, strings and numbers, bound to the trained weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate
 from debiased_laplace.linalg.eigenpairs import SolverOutcome
 from debiased_laplace.linalg.kronecker_basis import BasisBlock, KroneckerBasis
+from debiased_laplace.linalg.shard import Shard
 from debiased_laplace.linalg.vector_format import VectorDevice, VectorFormat
 from debiased_laplace.posterior.fit import FitResult
 
@@ -46,8 +48,14 @@ _INTEGER_TENSORS = (
     "samples_hashes",
     "samples_positions",
 )
-_OF_THE_MACHINE = {"directions_device"}
+_OF_THE_MACHINE = {"directions_device", "shard_directions"}
 """Options that are no part of a state."""
+
+_OF_A_SHARD = ("curvature_directions", "curvature_diagonal", "basis_", "shard_", "checksum")
+"""Starts of the names of entries that differ between the shards of a state."""
+
+_SIDES = ("rows", "columns", "left", "right")
+"""Entries of a block of the basis."""
 
 HYPER_PARAMETERS = ("prior_mean", "prior_precision", "sigma_noise", "temperature", "enable_backprop")
 
@@ -100,6 +108,9 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         "samples_n_root": identities.n_root,
         "samples_augmented": identities.augmented,
     }
+    shard = estimate.curvature.shard
+    if shard is not None:
+        state["shard_first"], state["shard_last"] = shard.numbers.start, shard.numbers.stop
     if estimate.magnitudes.standard_errors is not None:
         state["magnitudes_standard_errors"] = estimate.magnitudes.standard_errors
     shape = estimate.magnitudes.error_shape
@@ -112,6 +123,65 @@ def to_state(fit: FitResult, further: Mapping[str, Any]) -> dict[str, Any]:
         state["curvature_error_variances"] = estimate.curvature.error_variances
     state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
     return {**state, "checksum": _checksum(state)}
+
+
+def of_shards(states: Iterable[dict[str, Any]], selection: ParameterSelection, shard: Shard | None) -> dict[str, Any]:
+    """Return the state with the directions of all parameters, or of some, from states that hold a part of them each.
+
+    Args:
+        states: one of them in memory at a time, as far as the caller loads them so.
+        selection: parameters of the posterior.
+        shard: of the parameters; None: all.
+
+    Raises:
+        ValueError: if states are damaged, belong to different fits, or leave out parameters.
+    """
+    sizes = list(selection.sizes)
+    numbers = range(len(sizes)) if shard is None else range(shard.numbers.start, shard.numbers.stop)
+    known: dict[str, Any] = {}
+    pieces: dict[int, dict[str, Any]] = {}
+    missing = set(range(len(sizes)))
+    for state in states:
+        _check_head(state, {})
+        check_integrity(state)
+        first, last = state.get("shard_first", 0), state.get("shard_last", len(sizes))
+        common = {name: value for name, value in state.items() if not name.startswith(_OF_A_SHARD)}
+        known = known or common
+        if not _equal(known, common):
+            raise ValueError("Expected the shards of one state; got states of different fits.")
+        places = torch.tensor([0, *sizes[first:last]]).cumsum(0).tolist()
+        missing -= set(range(first, last))
+        for number, (start, stop) in zip(range(first, last), pairwise(places), strict=True):
+            if number in numbers:
+                pieces[number] = _piece(state, number - first, slice(start, stop))
+    if missing:
+        raise ValueError(f"Expected all shards of a state; none has the directions of parameters {sorted(missing)}.")
+    own = [pieces[number] for number in numbers]
+    diagonals = [piece["curvature_diagonal"] for piece in own]
+    joined = {
+        "curvature_directions": torch.cat([piece["curvature_directions"] for piece in own]),
+        "curvature_diagonal": diagonals[0] if diagonals[0].ndim == 0 else torch.cat(diagonals),
+    }
+    blocks = {f"basis_{i}_{side}": piece[side] for i, piece in enumerate(own) for side in _SIDES if side in piece}
+    state = {**known, **joined, **blocks, **({"basis_n_blocks": len(own)} if blocks else {})}
+    return {**state, "checksum": _checksum(state)}
+
+
+def _piece(state: Mapping[str, Any], i: int, place: slice) -> dict[str, Any]:
+    """Return the entries of the i-th parameter of a shard."""
+    diagonal = state["curvature_diagonal"]
+    return {
+        "curvature_directions": state["curvature_directions"][place],
+        "curvature_diagonal": diagonal if diagonal.ndim == 0 else diagonal[place],
+        **{side: state[f"basis_{i}_{side}"] for side in _SIDES if f"basis_{i}_{side}" in state},
+    }
+
+
+def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Return whether entries are equal."""
+    return a.keys() == b.keys() and all(
+        torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name] for name, value in a.items()
+    )
 
 
 def _checksum(state: Mapping[str, Any]) -> str:
@@ -165,6 +235,7 @@ def from_state(
     selection: ParameterSelection | None,
     expected: Mapping[str, str],
     directions_device: VectorDevice,
+    shard: Shard | None = None,
 ) -> FitResult:
     """Return the fit that a state holds.
 
@@ -174,6 +245,7 @@ def from_state(
         selection: parameters of the posterior; None where the state is to tell the last layer.
         expected: entries that have to agree.
         directions_device: where directions are held.
+        shard: of the parameters whose directions the state has; None: all.
 
     Raises:
         ValueError: if entries are missing or damaged, or belong to another posterior, other parameters or weights.
@@ -185,7 +257,11 @@ def from_state(
             if selection is None:
                 selection = ParameterSelection.all_weights(model).layer(state["last_layer_name"])
             _check_parameters(state, selection)
-            return _fit(state, selection, directions_device)
+            if "shard_first" in state:
+                raise ValueError(
+                    "The state is one of several shards; expected all of them, load_state_dict([state, ...])."
+                )
+            return _fit(state, selection, directions_device, shard)
     except ValueError:
         raise
     except KeyError as error:
@@ -194,12 +270,14 @@ def from_state(
         raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
 
 
-def _fit(state: dict[str, Any], selection: ParameterSelection, directions_device: VectorDevice) -> FitResult:
+def _fit(
+    state: dict[str, Any], selection: ParameterSelection, directions_device: VectorDevice, shard: Shard | None
+) -> FitResult:
     like = selection.vector()
     names = {field.name for field in fields(EstimatorOptions)} - _OF_THE_MACHINE
     given = {name: state[f"option_{name}"] for name in names}
     given["rank"] = None if given["rank"] < 0 else given["rank"]
-    options = EstimatorOptions(**given, directions_device=directions_device)
+    options = EstimatorOptions(**given, directions_device=directions_device, shard_directions=shard is not None)
     layout = state["positions_n_classes"], state["positions_n_dimensions"]
     split = SubBatches(
         _on_cpu(state["split_direction_indices"]),
@@ -228,7 +306,7 @@ def _fit(state: dict[str, Any], selection: ParameterSelection, directions_device
         fingerprint=state["weights_fingerprint"],
         split=split,
         identities=identities,
-        estimate=_estimate(state, like, options.vector_format),
+        estimate=_estimate(state, like, options.vector_format, shard),
         loss=state["loss"],
         n_outputs=state["n_outputs"],
         options=options,
@@ -246,19 +324,25 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
     return value.detach().to(like, copy=True)
 
 
-def _estimate(state: dict[str, Any], like: Tensor, vector_format: VectorFormat) -> CurvatureEstimate:
+def _estimate(
+    state: dict[str, Any], like: Tensor, vector_format: VectorFormat, shard: Shard | None
+) -> CurvatureEstimate:
+    n_own = len(like) if shard is None else len(shard.own(like))
     curvature = LowRankCurvature(
         _like(state["curvature_diagonal"], like),
         vector_format.copied(state["curvature_directions"].detach(), like),
         _like(state["curvature_weights"], like),
-        _basis(state, like),
+        _basis(state, like, n_own),
         _like(state["curvature_metric"], like) if state["option_metric"] == "kron" else None,
         _like(state["curvature_error_variances"], like) if state["option_inverse_correction"] != "none" else None,
+        shard,
     )
     P, k = len(like), curvature.directions.shape[-1]
-    fits = curvature.directions.shape == (P, k) and curvature.weights.shape == (k,)
-    if not fits or curvature.diagonal.numel() not in (1, P):
-        raise ValueError(f"Expected directions of shape ({P}, k) with k weights, and a diagonal of 1 or {P} entries.")
+    fits = curvature.directions.shape == (n_own, k) and curvature.weights.shape == (k,)
+    if not fits or curvature.diagonal.numel() not in (1, n_own):
+        raise ValueError(
+            f"Expected directions of shape ({n_own}, k) with k weights, and a diagonal of 1 or {n_own} entries."
+        )
     variances, n_corrected = curvature.error_variances, k if state["option_structure"] != "kron" else P
     if variances is not None and variances.shape != (n_corrected,):
         raise ValueError(f"Expected {n_corrected} error variances; the state has {len(variances)}.")
@@ -290,7 +374,7 @@ def _estimate(state: dict[str, Any], like: Tensor, vector_format: VectorFormat) 
     return CurvatureEstimate(curvature, magnitudes, outcome, state["curvature_source"])
 
 
-def _basis(state: dict[str, Any], like: Tensor) -> KroneckerBasis | None:
+def _basis(state: dict[str, Any], like: Tensor, n_parameters: int) -> KroneckerBasis | None:
     if "kron" not in (state["option_structure"], state["option_complement"]):
         return None
     blocks: list[BasisBlock] = []
@@ -304,8 +388,8 @@ def _basis(state: dict[str, Any], like: Tensor) -> KroneckerBasis | None:
             sides.append(_like(side, like) if side.numel() else None)
         blocks.append(BasisBlock(rows, columns, *sides))
     basis = KroneckerBasis(tuple(blocks))
-    if basis.n_parameters != len(like):
-        raise ValueError(f"Expected a basis of {len(like)} vectors; the state has {basis.n_parameters}.")
+    if basis.n_parameters != n_parameters:
+        raise ValueError(f"Expected a basis of {n_parameters} vectors; the state has {basis.n_parameters}.")
     return basis
 
 

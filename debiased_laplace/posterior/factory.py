@@ -113,6 +113,7 @@ def DebiasedLaplace(
     process_group: Any = None,
     directions_dtype: Literal["model", "bfloat16"] = "model",
     directions_device: Literal["model", "cpu", "disk"] = "model",
+    shard_directions: bool = False,
 ) -> DebiasedParametricLaplace:
     """Build a Laplace posterior of a trained network whose curvature is not biased by the samples it is measured on.
 
@@ -196,6 +197,8 @@ def DebiasedLaplace(
             warning. "model": that of the weights.
         directions_device: (lowrank) where the directions are held. From "cpu" (memory), or "disk" (a temporary file, in
             the folder that TMPDIR names), some are taken to the model's device at a time, with the same results.
+        shard_directions: (lowrank) each of several processes holds the entries of some parameters, of drawn rows and
+            directions. All of them predict together then, with the same inputs; a state is one of these shards.
 
     Returns:
         The posterior, not fitted yet.

@@ -35,6 +35,7 @@ from debiased_laplace.debiasing.options import EstimatorOptions, Request
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.fit_checkpoint import NO_CHECKPOINT, FitCheckpoint
+from debiased_laplace.linalg.shard import Shard
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.processes import ALONE, Processes
 
@@ -176,7 +177,25 @@ class FitSpec:
         network = prepare_network(selection, self.likelihood, some, self.memory).shared(self.processes)
         if self.checkpoint:
             self.checkpoint.expect("weights or parameters", f"{selection.subset}, {selection.fingerprint()}")
-        return replace(network, checkpoint=self.checkpoint)
+        return replace(network, checkpoint=self.checkpoint, shard=self._shard_of(network))
+
+    def _shard_of(self, network: Network) -> Shard | None:
+        """Return the parameters whose directions this process holds; None: all.
+
+        Raises:
+            ValueError: if rows cannot be computed by parameter.
+        """
+        if not (self.request.options.shard_directions and self.processes.several):
+            return None
+        by_layers = network.capabilities.layers is not None and network.linear_layer is None
+        partly = any(entries is not None for entries in network.selection.entries)
+        if not by_layers or partly or self.backend.root(self.likelihood) is None:
+            raise ValueError(
+                "shard_directions=True is built for whole parameter tensors of more than the last layer, of models "
+                "whose layers hooks can see, and for curvatures with rows (GGN, empirical Fisher); expected these, or "
+                "shard_directions=False."
+            )
+        return Shard.of(self.processes, network.selection.sizes)
 
 
 @dataclass(frozen=True, eq=False)

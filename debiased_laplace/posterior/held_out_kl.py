@@ -235,8 +235,10 @@ def _from_rows(candidate: Candidate, loader: Any, n_rows: int | None, seed: int,
             raise ValueError("No row of these samples has a curvature; expected samples that the model is not sure of.")
         curvature = drawn.curvature(progress_bar=progress_bar)
         with torch.enable_grad():
-            shares = torch.arange(len(drawn)).chunk(processes.size)
-            parts = processes.shared_out(shares, lambda own: curvature.part(own).traces(candidate.precision), device)
+            shares = torch.arange(len(drawn)).chunk(candidate.sharing.size)
+            parts = candidate.sharing.shared_out(
+                shares, lambda own: curvature.part(own).traces(candidate.precision), device
+            )
             traces = torch.cat(list(parts)).double().cpu() / len(drawn)
     keys = drawn.scored.hashes[drawn.draw.samples] ^ (drawn.draw.rows + 1) * _SPREAD
     return estimate_from_rows(candidate.terms, traces, 1 - drawn.probabilities, row_keys=keys, context=target.context)
@@ -338,7 +340,7 @@ def _curvature_traces(candidate: Candidate, samples: SubBatch, bar: Any) -> Iter
         targets_or_noise = root.targets_or_noise(batch.targets, network.n_outputs, torch.Generator())
         return RowCurvature(network, SubBatch.of(batch), root, targets_or_noise=targets_or_noise).traces(precision)
 
-    for found in candidate.processes.shared_out(samples, traces, precision.magnitudes.device):
+    for found in candidate.sharing.shared_out(samples, traces, precision.magnitudes.device):
         yield found
         bar.update(len(found))
 

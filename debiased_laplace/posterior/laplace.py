@@ -39,9 +39,9 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, working_dtype
 from debiased_laplace.curvature.positions import PositionWise
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
-from debiased_laplace.data.batches import check_inputs
+from debiased_laplace.data.batches import Batch, check_inputs, sample_hashes
 from debiased_laplace.data.drawing import Rows
-from debiased_laplace.data.inputs import Inputs, MappingKeys, moved, on_each
+from debiased_laplace.data.inputs import Inputs, MappingKeys, moved, n_samples_of, on_each
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice, Weighting
 from debiased_laplace.debiasing.directions import SUPPORTED
@@ -52,6 +52,7 @@ from debiased_laplace.debiasing.stopping import Stopping
 from debiased_laplace.errors import NotFittedError
 from debiased_laplace.fit_checkpoint import FitCheckpoint
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
+from debiased_laplace.linalg.shard import Shard
 from debiased_laplace.posterior import checkpoint, prior_tuning
 from debiased_laplace.posterior.backends import BackendChoice
 from debiased_laplace.posterior.candidates import Candidate, Target
@@ -198,6 +199,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         return Processes.of() if self._given_processes is None else self._given_processes
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each of several processes holds some entries of the directions: all of them predict together."""
+        return self._fit is not None and self._fit.estimate.curvature.shard is not None
+
+    @property
     def _likelihood(self) -> Likelihood:
         """Likelihood of the flat outputs: where they have positions, the product over these."""
         return PositionWise.of(self._spec.likelihood, None if self._fit is None else self._fit.layout)
@@ -281,6 +287,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
             ValueError: if structure or complement were asked for by name, or the samples are not known any more.
         """
         request, fit = self._spec.request, self.fit_result
+        if self.is_sharded:
+            raise ValueError(
+                "One prior_precision per parameter needs another complement than the one fitted, 'kron'; with "
+                "shard_directions=True, expected complement='diagonal' or 'none' of the posterior that was fitted."
+            )
         if self._structure == "kron" or not (request.options.complement is None or "complement" in request.open):
             raise mixed_by_basis(len(prior), self.selection)
         if fit.pool is None and fit.drawn is None:
@@ -490,7 +501,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             "likelihood": self.likelihood,
             "class_weights": None if weights is None else weights.tolist(),
             "subset": (spec.subset.kind, spec.subset.last_layer_name, _digest(spec.subset.subnetwork_indices)),
-            "options": (spec.split, spec.request, spec.backend.kind, self._sampling),
+            "options": (spec.split, spec.request.options, sorted(spec.request.open), spec.backend.kind, self._sampling),
         }
 
     @leaves_as_found()
@@ -643,7 +654,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 "`posterior_precision.basis` maps vectors to its coordinates, in which `directional_curvatures` stand."
             )
         U, basis = curvature.directions.to(self.fit_result.mean), curvature.basis
-        return U if basis is None else basis.vectors(U.T).T
+        U = U if basis is None else basis.vectors(U.T).T
+        return U if curvature.shard is None else curvature.shard.joined(U.T).T
 
     @property
     def directional_curvatures(self) -> Float[Tensor, " k"]:
@@ -727,7 +739,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 diagonal, weights = (t.detach() for t in self._diagonal_and_weights())
             if curvature.directions.dtype == torch.bfloat16 and self.rank:
                 _check_rounding(float(weights.max() * (1 / diagonal).mean()))
-            self._precision = LowRankPlusDiagonal(diagonal, curvature.factor, weights, curvature.basis)
+            shard = curvature.shard
+            self._precision = LowRankPlusDiagonal(diagonal, curvature.factor, weights, curvature.basis, shard)
         return self._precision
 
     @property
@@ -1089,6 +1102,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
         fit = self.fit_result
         with torch.inference_mode(False), evaluating(self.model), differentiable_kernels(self.model):
             inputs = on_each(moved(x, fit.mean.device), lambda t: t.clone() if t.is_inference() else t)
+            shard = fit.estimate.curvature.shard
+            if shard is not None and self.enable_backprop:
+                raise ValueError("enable_backprop=True is not built for shard_directions=True.")
+            if shard is not None:
+                alike = Batch(inputs, torch.zeros(n_samples_of(inputs)))
+                shard.processes.check_same(inputs=sha256(str(sample_hashes(alike).tolist()).encode()).hexdigest()[:16])
             network = self._network(inputs)
             if network.linear_layer is None or self.enable_backprop:
                 network.check_inputs(inputs)
@@ -1327,8 +1346,12 @@ class DebiasedParametricLaplace(ParametricLaplace):
         }
         return checkpoint.to_state(fit, {**head, **hyper_parameters})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
         """Become the posterior that `state_dict` describes.
+
+        Args:
+            state_dict: a state; or the shards of one (`shard_directions`), in any order, as a list or an iterable that
+                loads one after the other. Their number need not be that of the processes.
 
         Raises:
             ValueError: if it belongs to another kind of posterior, likelihood, set of parameters, dtype or trained
@@ -1339,14 +1362,22 @@ class DebiasedParametricLaplace(ParametricLaplace):
             "likelihood": self.likelihood + shown_class_weights(self._spec.likelihood),
             "curvature": self._spec.backend.kind,
         }
-        device = self._spec.request.options.directions_device
-        fit = checkpoint.from_state(state_dict, self.model, self._selection, expected, device)
+        options, shard = self._spec.request.options, None
+        if options.shard_directions and self._processes.several:
+            shard = Shard.of(self._processes, self.selection.sizes)
+        if shard is not None or isinstance(state_dict, list | tuple | Iterator):
+            states = [state_dict] if isinstance(state_dict, dict) else state_dict
+            state = checkpoint.of_shards(states, self.selection, shard)
+        else:
+            state = state_dict  # type: ignore[assignment]
+        device = options.directions_device
+        fit = checkpoint.from_state(state, self.model, self._selection, expected, device, shard)
         before = dict(self.__dict__)
         try:
             with torch.inference_mode(False), full_precision():
-                self._become(fit, state_dict)
+                self._become(fit, state)
                 # last, since the other checks say what is wrong
-                checkpoint.check_integrity(state_dict)
+                checkpoint.check_integrity(state)
         except Exception as error:
             self.__dict__.clear()
             self.__dict__.update(before)

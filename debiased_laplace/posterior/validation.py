@@ -25,6 +25,7 @@ from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.shifted import ProjectedRows, Shifted
 from debiased_laplace.predictive.mean_field import averaged_loss
 from debiased_laplace.predictive.predictive import probabilities_of
+from debiased_laplace.processes import ALONE, Processes
 
 Posterior = Any
 """A fitted `DebiasedParametricLaplace`, whose module imports this one."""
@@ -191,7 +192,7 @@ def read_validation(
             _check_targets(la, batch)
     left = 0
     # with positions, covariances are of each position alone
-    if scoring.pred_type == "glm" and not has_positions:
+    if scoring.pred_type == "glm" and not has_positions and not la.is_sharded:
         left = CHUNK_BYTES if la.n_outputs > _MANY_OUTPUTS else available_memory(la.mean_subnet.device, la.memory)
     n_rows = la.n_outputs * sum(len(batch) for batch in batches)
     spreads = Spreads.of(la, n_rows=n_rows, n_priors=n_priors if left else 0)
@@ -212,11 +213,16 @@ def read_validation(
         return torch.cat(parts)
 
     numbers = progress(range(len(batches)), progress_bar, "[Validation data]")
-    every = processes.shared_out(numbers, outputs_of, la.mean_subnet.device)
+    every = _sharing(la).shared_out(numbers, outputs_of, la.mean_subnet.device)
     return [
         ValidationBatch(batch, outputs, kept.get(number), spreads, number)
         for number, (batch, outputs) in enumerate(zip(batches, every, strict=True))
     ]
+
+
+def _sharing(la: Posterior) -> Processes:
+    """Return the processes of which each predicts some batches; where each holds some directions, all do together."""
+    return ALONE if la.is_sharded else la._processes
 
 
 def progress(items: Sequence[Any], shown: bool | None, description: str) -> tqdm:
@@ -235,7 +241,7 @@ def predictions(la: Posterior, data: Sequence[ValidationBatch], scoring: Scoring
         return _predict(la, held.outputs, held.rows, held.spreads, scoring, generator)
 
     device = la.mean_subnet.device
-    for held, out in zip(data, la._processes.shared_out(data, predicted, device), strict=True):
+    for held, out in zip(data, _sharing(la).shared_out(data, predicted, device), strict=True):
         yield out, in_columns(held.batch.targets, la.n_outputs).to(device)
 
 

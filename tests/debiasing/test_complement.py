@@ -29,7 +29,7 @@ def test_none_is_the_span_alone():
 
 def test_isotropic_keeps_the_trace_and_the_magnitudes():
     H, U, m = problem()
-    C = dense(isotropic(U, m, torch.trace(H)), 9)
+    C = dense(isotropic(U, m, torch.trace(H), 9), 9)
     torch.testing.assert_close(torch.trace(C), torch.trace(H))
     torch.testing.assert_close((U * (C @ U)).sum(0), m)
     outside = torch.linalg.qr(torch.eye(9, dtype=U.dtype) - U @ U.T)[0][:, :5]
@@ -39,9 +39,9 @@ def test_isotropic_keeps_the_trace_and_the_magnitudes():
 
 def test_isotropic_without_a_complement_or_with_too_little_trace():
     H, U, m = problem(P=4, k=4)
-    assert isotropic(U, m, torch.trace(H)).diagonal == 0
+    assert isotropic(U, m, torch.trace(H), 9).diagonal == 0
     H, U, m = problem()
-    assert isotropic(U, m, 0.5 * m.sum()).diagonal == 0
+    assert isotropic(U, m, 0.5 * m.sum(), 9).diagonal == 0
 
 
 def test_diagonal_keeps_the_trace_and_is_not_negative():

@@ -71,7 +71,7 @@ CASES = {
 }
 
 
-def made(options, loader=None, *, shares="all", size=1, rank=0, **fit):
+def made(options, *, shares="all", size=1, rank=0, shard_directions=False, **fit):
     """Return a fitted posterior; `shares` says what the loader of each process yields."""
     options = dict(options)
     likelihood = options.pop("likelihood", "classification")
@@ -82,6 +82,7 @@ def made(options, loader=None, *, shares="all", size=1, rank=0, **fit):
     if shares == "streams":
         mine = slice(rank * N // size, (rank + 1) * N // size)
         data = Stream(X[mine], y[mine])
+    options["shard_directions"] = shard_directions
     la = DebiasedLaplace(model, likelihood, prior_precision=3.0, temperature=0.7, **options)
     la.fit(DataLoader(data, batch_size=7, sampler=sampler), **fit)
     return la, X
@@ -147,6 +148,114 @@ def everything_else(shares="all", size=1, rank=0):
         losses = [optimizer.step(partial(tuple, (X[mine], y[mine]))) for _ in range(3)]
         kept[f"optimizer, {likelihood}"] = losses
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in kept.items()}
+
+
+SHARDED = {
+    "default": {"n_rows": 60},
+    "no complement": {"n_rows": 60, "complement": "none", "magnitudes": "same_batch"},
+    "isotropic": {"n_rows": 60, "complement": "isotropic", "rank": 7},
+    "diagonal, held out": {"n_rows": 60, "complement": "diagonal", "magnitudes": "held_out"},
+    "uniform, on disk": {"sampling": "uniform", "n_rows": 90, "directions_device": "disk"},
+    "chosen": {"n_rows": 60, "rank": "auto", "complement": "auto"},
+    "regression": {"likelihood": "regression", "n_rows": 60, "sigma_noise": 0.8},
+}
+
+
+def of_shards(la, X, y):
+    """Return what a posterior says whose directions are divided among processes."""
+    operator, kept = la.posterior_precision, {}
+    noise = torch.Generator().manual_seed(3)
+    kept["precision"] = operator.to_dense()
+    kept["covariance diagonal"] = la.posterior_variance
+    kept["log determinant"] = torch.stack([la.log_det_posterior_precision, operator.variance_sum])
+    kept["quadratic"] = la.square_norm(la.mean + torch.randn(2, len(la.mean), generator=noise).to(la.mean))
+    kept["variances"] = operator.variances(torch.randn(3, len(la.mean), generator=noise).to(la.mean))
+    kept["draws"] = la.sample(4, generator=noise)
+    kept["directions"] = (la.directions * la.directional_curvatures) @ la.directions.T
+    kept["functions"] = la.functional_samples(X[:5], n_samples=3, generator=noise)
+    found = la(X[:5]) if la.likelihood == "classification" else la(X[:5])[1]
+    kept["predictions"] = found
+    kl = la.held_out_kl([(X, y)])
+    kept["KL"] = torch.tensor([kl.value, kl.standard_error])
+    la.optimize_prior_precision(n_steps=4)
+    kept["prior"] = la.prior_precision
+    prior_structure = "layerwise"
+    la.optimize_prior_precision(n_steps=4, prior_structure=prior_structure)
+    kept["priors of layers"] = la.prior_precision
+    la.prior_precision = 3.0
+    if la.likelihood != "poisson":
+        test = DataLoader(TensorDataset(X[:20] + 0.1, y[:20]), batch_size=6)
+        la.optimize_prior_precision(method="gridsearch", val_loader=test, grid_size=3)
+        kept["losses"] = la.prior_search.losses
+        report = evaluate(la, test, n_resamples=50)
+        kept["report"] = torch.tensor([report.metrics["laplace"]["nll"].value])
+        la.prior_precision = 3.0
+    return kept
+
+
+def sharded(rank, size, folder):
+    """Fit with directions divided among processes, write the shards, and load those of another number of processes."""
+    if size > 1:
+        store = f"file://{folder}/store_of_shards_{size}"
+        distributed.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=100)
+        )
+    kept = {}
+    for name, options in SHARDED.items():
+        la, X = made(options, shard_directions=True)
+        y = problem(options.get("likelihood", "classification"))[2]
+        held = la.fit_result.estimate.curvature.directions
+        kept[name] = of_shards(la, X, y) | {"shape": torch.tensor(held.shape)}
+        torch.save(la.state_dict(), Path(folder) / f"state_{name}_{rank}_of_{size}.pt")
+        for other in (1, 2, 3):
+            files = sorted(Path(folder).glob(f"state_{name}_*_of_{other}.pt"), reverse=True)
+            if other == size or len(files) != other:
+                continue
+            again = DebiasedLaplace(la.model, la.likelihood, shard_directions=True)
+            again.load_state_dict(torch.load(file) for file in files)
+            kept[f"{name}, loaded from {other}"] = of_shards(again, X, y)
+    kept["refused"] = refused(rank, size, folder) if size > 1 else {}
+    torch.save(kept, Path(folder) / f"shards_{size}_{rank}.pt")
+
+
+def refused(rank, size, folder):
+    """Return the messages of what is not built for divided directions."""
+    la, X = made(SHARDED["default"], shard_directions=True)
+
+    def other_inputs():
+        la(X[rank : rank + 3])
+
+    def gradients():
+        la.enable_backprop = True
+        la(X[:3])
+
+    def one_shard_only():
+        other = DebiasedLaplace(la.model, "classification", shard_directions=True)
+        other.load_state_dict([torch.load(Path(folder) / f"state_default_0_of_{size}.pt")])
+
+    def a_shard_as_a_state():
+        other = DebiasedLaplace(la.model, "classification")
+        other.load_state_dict(torch.load(Path(folder) / f"state_default_0_of_{size}.pt"))
+
+    def last_layer():
+        made({"subset_of_weights": "last_layer", "n_rows": 40}, shard_directions=True)
+
+    def hessian():
+        made({"backend": CurvlinopsHessian, "n_rows": 40}, shard_directions=True)
+
+    def priors_of_entries():
+        la.prior_precision = torch.full((len(la.mean),), 2.0) + torch.arange(len(la.mean)) % 2
+
+    messages = {}
+    attempts = [other_inputs, gradients, one_shard_only, a_shard_as_a_state, last_layer, hessian, priors_of_entries]
+    for attempt in attempts:
+        la.enable_backprop = False
+        try:
+            attempt()
+            messages[attempt.__name__] = "none"
+        except Exception as error:
+            messages[attempt.__name__] = f"{type(error).__name__}: {error}"
+    return messages
 
 
 def main(rank, size, folder):
@@ -322,5 +431,5 @@ def failures(rank, size):
 
 
 if __name__ == "__main__":
-    run = {"killed": killed, "resumed": resumed}.get(sys.argv[-1], main)
+    run = {"killed": killed, "resumed": resumed, "sharded": sharded}.get(sys.argv[-1], main)
     run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -129,3 +129,41 @@ def test_a_killed_process_ends_the_others_and_the_fit_goes_on_in_the_next_attemp
     (alone,) = kept_by(1, tmp_path)
     for one in several:
         assert_same(one["found"], alone["diagonal"], "resumed", 1e-12)
+
+
+REFUSED = {
+    "other_inputs": "ValueError: Expected inputs to be the same in all 2 processes",
+    "gradients": "ValueError: enable_backprop=True is not built for shard_directions=True.",
+    "one_shard_only": "ValueError: Expected all shards of a state; none has the directions of parameters [2, 3, 4, 5]",
+    "a_shard_as_a_state": "ValueError: The state is one of several shards; expected all of them",
+    "last_layer": "ValueError: shard_directions=True is built for whole parameter tensors of more than the last layer",
+    "hessian": "ValueError: shard_directions=True is built for whole parameter tensors",
+    "priors_of_entries": "ValueError: One prior_precision per parameter needs another complement than the one fitted",
+}
+
+
+def test_posteriors_whose_directions_are_divided_are_those_of_one_process(tmp_path):
+    found = {}
+    # the last one loads the shards of two and three processes
+    for size in (1, 2, 3, 1):
+        for code, errors in started(size, tmp_path, "sharded"):
+            assert code == 0, errors
+        found[size] = [torch.load(tmp_path / f"shards_{size}_{rank}.pt") for rank in range(size)]
+    whole = found[1][0]
+    for size, several in found.items():
+        refused = [one.pop("refused") for one in several]
+        for name, first in several[0].items():
+            expected = whole[name.split(", loaded from")[0]]
+            shapes = [one[name].pop("shape").tolist() for one in several if "shape" in one[name]]
+            # each process holds some of the entries
+            assert not shapes or (len(shapes), sum(p for p, _ in shapes)) == (size, 455)
+            for key, value in first.items():
+                for other in several:
+                    assert torch.equal(other[name][key], value), (name, key)
+                close = {"rtol": 0, "atol": 1e-9 * float(expected[key].abs().max())}
+                torch.testing.assert_close(value, expected[key], **close, msg=f"{size}, {name}, {key}")
+        assert sum("loaded from" in name for name in several[0]) == 7 * {1: 2, 2: 1, 3: 2}[size]
+        if size == 2:
+            for of_rank in refused:
+                for name, start in REFUSED.items():
+                    assert of_rank[name].startswith(start), of_rank[name]
