@@ -103,13 +103,20 @@ def text(value: Any, name: str) -> str:
 
 
 def network(model: Any) -> nn.Module:
-    """Return the model, if it is a module of torch.
+    """Return the model, if it is a module of torch with whole parameters.
 
     Raises:
         ValueError: if it is not.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"Expected the model as a torch.nn.Module; got {shown(model)}.")
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ValueError(
+            "The model's parameters are divided among processes (DTensor, as of fully_shard); expected whole ones, in "
+            "each process. Build the model again, and load get_model_state_dict(sharded, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict; "
+            "shard_directions=True divides the directions, which take many times the memory of the weights."
+        )
     return model
 
 

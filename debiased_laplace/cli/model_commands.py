@@ -132,6 +132,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--out", type=Path, required=True, help="file of the state; replaced if it exists")
     inputs.add_argument("--n-data", type=int, help="size of the data set of the likelihood")
     inputs.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        help="folder to keep finished parts in, from which the same command goes on after an interruption",
+    )
+    inputs.add_argument(
         "--tolerance", type=float, help="stop doubling the samples when the held-out KL gains less than so many nats"
     )
     inputs.add_argument(
@@ -268,7 +273,13 @@ def _fit_on(parsed: argparse.Namespace, device: torch.device, processes: Process
                 f"--validation-loader {parsed.validation_loader!r} must return a DataLoader; got "
                 f"{type(validation).__name__}."
             )
-    la.fit(loader, n_data=parsed.n_data, tolerance=parsed.tolerance, progress_bar=not parsed.no_progress)
+    la.fit(
+        loader,
+        n_data=parsed.n_data,
+        tolerance=parsed.tolerance,
+        progress_bar=not parsed.no_progress,
+        checkpoint_dir=parsed.checkpoint_dir,
+    )
     if parsed.tune_prior:
         method = "marglik" if validation is None else "gridsearch"
         la.optimize_prior_precision(

@@ -318,8 +318,8 @@ def keywords():
 def test_every_argument_of_the_constructor_is_an_option_and_keeps_its_default():
     assert model_commands._options(parsed()) == {}
     converted = {"subnetwork_indices", "backend", "backend_kwargs"}
-    # of predictions, without effect, or torchrun's
-    unused = {"enable_backprop", "feature_reduction", "process_group"}
+    # of predictions, without effect, or of scripts of several processes
+    unused = {"enable_backprop", "feature_reduction", "process_group", "shard_directions"}
     assert set(model_commands._LAPLACE_ARGUMENTS) | converted == set(keywords()) - unused
 
 

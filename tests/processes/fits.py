@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from laplace.curvature import CurvlinopsEF, CurvlinopsHessian
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -246,8 +249,21 @@ def refused(rank, size, folder):
     def priors_of_entries():
         la.prior_precision = torch.full((len(la.mean),), 2.0) + torch.arange(len(la.mean)) % 2
 
+    def sharded_parameters():
+        model, X, y = problem()
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in (model[0], model[3], model[5], model):
+            fully_shard(layer, mesh=mesh)
+        whole = problem()[0]
+        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        again = DebiasedLaplace(whole, "classification", prior_precision=3.0, temperature=0.7, n_rows=60)
+        again.fit(DataLoader(TensorDataset(X, y), batch_size=7))
+        torch.testing.assert_close(again.directional_curvatures, la.directional_curvatures, rtol=1e-9, atol=1e-12)
+        DebiasedLaplace(model, "classification")
+
     messages = {}
     attempts = [other_inputs, gradients, one_shard_only, a_shard_as_a_state, last_layer, hessian, priors_of_entries]
+    attempts += [sharded_parameters]
     for attempt in attempts:
         la.enable_backprop = False
         try:

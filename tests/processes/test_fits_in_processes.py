@@ -138,6 +138,7 @@ REFUSED = {
     "a_shard_as_a_state": "ValueError: The state is one of several shards; expected all of them",
     "last_layer": "ValueError: shard_directions=True is built for whole parameter tensors of more than the last layer",
     "hessian": "ValueError: shard_directions=True is built for whole parameter tensors",
+    "sharded_parameters": "ValueError: The model's parameters are divided among processes (DTensor, as of fully_shard)",
     "priors_of_entries": "ValueError: One prior_precision per parameter needs another complement than the one fitted",
 }
 
