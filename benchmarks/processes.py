@@ -4,8 +4,8 @@
 
 A convolutional network of 107,018 parameters with random weights is fitted to random images, by processes of one thread
 each; the largest number of any process is printed. "waiting" is wall time in exchanges, most of it for other processes.
-A single process has copies of itself beside it, up to the largest size, since cores share memory and caches; of these the
-smallest number is printed.
+A single process has copies of itself beside it, up to the largest size, since cores share memory and caches; the
+smallest of their numbers is printed.
 """
 
 import argparse

@@ -290,6 +290,19 @@ def test_the_prior_is_tuned_on_validation_data(folder, capsys):
     assert f"prior precision {la.prior_search.chosen:.4g}, the best of 100" in capsys.readouterr().out
 
 
+def test_an_interrupted_fit_goes_on(folder, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("debiased_laplace.posterior.drawn_fit.deal_rows", interrupted)
+        assert main(arguments(checkpoint_dir="kept")) != 0
+    kept = folder / "kept" / "debiased_laplace_fit"
+    assert len(list(kept.iterdir())) >= 4
+    assert main(arguments(checkpoint_dir="kept")) == 0
+    assert not kept.exists()
+
+
 def test_no_more_samples_are_read_than_the_tolerance_requires(folder, capsys):
     assert main(arguments(tolerance=1e9, prior_precision=0.4, sampling="uniform")) == 0
     la = DebiasedLaplace(make_model(), "classification", prior_precision=0.4, sampling="uniform")
