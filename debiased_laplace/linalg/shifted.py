@@ -64,9 +64,13 @@ class Shifted:
             n_shifts: values of $\delta$.
 
         Returns:
-            The decomposition; None where a decomposition for each $\delta$ is cheaper, as for many parameters.
+            The decomposition; None where a decomposition for each $\delta$ is cheaper, as for many parameters, or
+            where directions are held elsewhere or in a shorter format.
         """
         P, k = directions.shape
+        stored = directions.dtype != weights.dtype or directions.device != weights.device
+        if diagonal.numel() == 1 and stored and k:
+            return None
         if diagonal.numel() == 1:
             c = diagonal.reshape(())
             return cls(c + weights, directions, c, basis)
@@ -75,8 +79,8 @@ class Shifted:
         once = _EIGENDECOMPOSITION * P**3 + 2 * n_rows * P**2
         if P > _LARGEST or once > 4 * n_shifts * n_rows * P * k:
             return None
-        exact = accumulation_dtype(directions)
-        U = directions.to(exact)
+        exact = accumulation_dtype(weights)
+        U = directions.to(weights.device, exact)
         values, vectors = torch.linalg.eigh(torch.diag(diagonal.to(exact)) + (U * weights.to(exact)) @ U.T)
         if basis is not None:
             vectors = basis.to(exact).vectors(vectors.T).T

@@ -96,7 +96,8 @@ def test_rows_of_few_parameters_at_a_time_on_a_gpu_equal_the_cpu(options, monkey
         la.fit(DataLoader(data, batch_size=16))
         expected = device if "directions_device" not in options else "cpu"
         assert la.fit_result.estimate.curvature.directions.device.type == expected
-        found.append((la.directional_curvatures.cpu(), la(X).cpu()))
+        la.optimize_prior_precision(method="gridsearch", val_loader=DataLoader(data, batch_size=9), grid_size=3)
+        found.append((la.directional_curvatures.cpu(), la(X).cpu(), la.prior_search.losses))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 

@@ -210,6 +210,7 @@ def test_a_state_keeps_the_format_of_the_directions():
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The best prior precision|Even with|The data outweigh")
 def test_directions_on_disk_give_the_same_posterior(dtype, options):
     options = {"rank": 4, "sampling": "curvature", "n_rows": 60, "directions_dtype": dtype, **options}
     here, X = fitted(**options)
@@ -230,6 +231,25 @@ def test_directions_on_disk_give_the_same_posterior(dtype, options):
     # up to here without a copy of the whole, but for the closed forms of a last layer
     assert ("_spectrum" in vars(away.posterior_precision)) == ("subset_of_weights" in options)
     torch.testing.assert_close(away.posterior_variance, here.posterior_variance)
+    losses = []
+    for la in (away, here):
+        quiet = {"method": "gridsearch", "progress_bar": False, "grid_size": 3}
+        la.optimize_prior_precision(val_loader=[(X, X.new_zeros(len(X)).long())], **quiet)
+        losses.append(la.prior_search.losses)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision|Even with|The data outweigh")
+@pytest.mark.parametrize("complement", ["isotropic", "diagonal"])
+def test_priors_are_tuned_with_rounded_directions_as_they_predict(complement):
+    la, X = fitted(rank=4, complement=complement, directions_dtype="bfloat16")
+    y = X.new_zeros(len(X)).long()
+    la.optimize_prior_precision(method="gridsearch", val_loader=[(X, y)], grid_size=3, progress_bar=False)
+    expected = []
+    for prior in la.prior_search.grid:
+        la.prior_precision = float(prior)
+        expected.append(-la(X)[:, 0].log().mean())
+    torch.testing.assert_close(la.prior_search.losses, torch.stack(expected).double())
 
 
 def test_where_directions_are_held_belongs_to_the_machine_and_not_to_the_state():
