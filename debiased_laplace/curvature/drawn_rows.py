@@ -11,6 +11,7 @@ References:
 
 import warnings
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -358,11 +359,22 @@ class RowSampler:
         self._held = [(n[stay], batch.at(stay.nonzero().flatten())) for n, stay, batch in held if bool(stay.any())]
         self._n_held = sum(len(numbers) for numbers, _ in self._held)
 
-    def continued(self) -> "RowSampler":
-        """Return a sampler that goes on from here and leaves this one as it is."""
+    def continued(self, network: Network, *, empty: bool) -> "RowSampler":
+        """Return a sampler that goes on from here and leaves this one as it is.
+
+        Args:
+            network: the same, as it is shared now.
+            empty: whether the samples read so far are left out, as another process has them.
+        """
         other = object.__new__(RowSampler)
         other.__dict__.update(self.__dict__)
         other.drawers, other._held, other._scored = list(self.drawers), list(self._held), list(self._scored)
+        other._scorer = copy(self._scorer)
+        other.network = other._scorer.network = network
+        if empty:
+            other.drawers = [RowDrawer(drawer.n_rows, drawer.seed) for drawer in self.drawers]
+            other._held, other._n_held, other._scored, other._loss = [], 0, [], 0.0
+            other._at_random = self._at_random[:, :0]
         return other
 
     @property

@@ -209,16 +209,17 @@ def _scored(
             root = GaussNewton(network.likelihood)
         sampler = RowSampler(network, root, some, n_rows=n_rows, seeds=seeds, scores=scores)
     else:
-        sampler, network = before.sampler.continued(), before.sampler.network
+        network = spec.within(before.sampler.network)
+        # what was read before counts once
+        sampler = before.sampler.continued(network, empty=spec.processes.rank > 0)
         numbered = _unknown(numbered, before.scored)
     total = len(samples.indices) if isinstance(samples, SampleSource) else None
-    n_before = len(sampler.scored) if before is not None else 0
     if spec.checkpoint and before is None:
         spec.checkpoint.expect("samples", described(samples, seed))
         numbered = sampler.resumed(own, numbered, seed)
     sampler.read(numbered, total=total, progress_bar=progress_bar)
     sampler.merge(spec.processes, by_position=isinstance(samples, SampleSource))
-    if before is not None and len(sampler.scored) == n_before:
+    if before is not None and len(sampler.scored) == len(before.scored):
         raise ValueError(nothing_new(total))
     return sampler, network, some
 

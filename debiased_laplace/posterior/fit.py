@@ -174,9 +174,13 @@ class FitSpec:
         Raises:
             ValueError: as `prepare_network`, and if weights or selected parameters differ between processes.
         """
-        network = prepare_network(selection, self.likelihood, some, self.memory).shared(self.processes)
         if self.checkpoint:
             self.checkpoint.expect("weights or parameters", f"{selection.subset}, {selection.fingerprint()}")
+        return self.within(prepare_network(selection, self.likelihood, some, self.memory))
+
+    def within(self, network: Network) -> Network:
+        """Return the network whose passes the processes of the fit share, and whose rows it keeps or divides."""
+        network = network.shared(self.processes)
         return replace(network, checkpoint=self.checkpoint, shard=self._shard_of(network))
 
     def _shard_of(self, network: Network) -> Shard | None:

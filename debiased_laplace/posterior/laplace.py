@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -456,11 +457,6 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 raise ValueError(f"tolerance is in nats of held-out KL, or None; got {tolerance!r}.")
             tolerance = None if tolerance is None else float(one_positive(tolerance, "tolerance (nats)"))
             earlier = None if override else self._fit
-            if processes.several and earlier is not None:
-                raise ValueError(
-                    f"override=False is not built for several processes (here {processes.size}); expected a fit of all "
-                    "samples."
-                )
             checkpoint = FitCheckpoint.at(checkpoint_dir)
             if checkpoint and earlier is not None:
                 raise ValueError("checkpoint_dir is of a fit of all samples; got it with override=False.")
@@ -888,6 +884,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         fitting: bool = False,
         *,
         outputs: Any = None,
+        shared: bool = False,
         **model_kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive, as laplace-torch's.
@@ -905,6 +902,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
                 returned; otherwise single inputs, and their reward as in regression.
             outputs: numbers (k,) of the outputs to predict, as if those of an input were flattened: their means (n, k)
                 and variances, at the cost of k outputs. Not of labels, whose probabilities take all logits.
+            shared: of several processes of torch.distributed that call this with the same inputs, each predicts some of
+                them, and all return all. Draws take a generator, at the same state in all processes.
             **model_kwargs: passed to the model by "nn".
 
         Returns:
@@ -918,7 +917,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """
         link = name_of(link_approx)
         one_of(link, Link, "link_approx")
-        for name, flag in (("joint", joint), ("diagonal_output", diagonal_output), ("fitting", fitting)):
+        flags = {"joint": joint, "diagonal_output": diagonal_output, "fitting": fitting, "shared": shared}
+        for name, flag in flags.items():
             boolean(flag, name)
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
         check_model_arguments(self.model, pred_type, model_kwargs, DebiasedParametricLaplace.__call__)
@@ -933,6 +933,22 @@ class DebiasedParametricLaplace(ParametricLaplace):
             )
         if pred_type == "nn" and regression and n_samples < 2:
             raise ValueError(f"A variance over drawn networks needs n_samples of at least 2; got {n_samples}.")
+        if shared and self._processes.several and not self.is_sharded:
+            if joint:
+                raise ValueError("joint=True is of all outputs together; expected shared=False.")
+            own = partial(
+                self,
+                pred_type=pred_type,
+                link_approx=link,
+                n_samples=n_samples,
+                diagonal_output=diagonal_output,
+                fitting=fitting,
+                outputs=outputs,
+                **model_kwargs,
+            )
+            return self._shared_out(
+                inputs, own, generator, draws=link == "mc" and not (regression and pred_type == "glm")
+            )
         with self._predictive(inputs) as whole:
             predictive = whole.at_outputs(outputs)
             if pred_type == "nn":
@@ -943,6 +959,45 @@ class DebiasedParametricLaplace(ParametricLaplace):
             if regression:
                 return predictive.moments(joint=joint, diagonal_output=diagonal_output)
             return predictive.probabilities(link, n_samples, generator, diagonal_output=diagonal_output)
+
+    def _shared_out(
+        self,
+        inputs: Inputs,
+        predict: Callable[..., Tensor | tuple[Tensor, ...]],
+        generator: torch.Generator | None,
+        *,
+        draws: bool,
+        dim: int = 0,
+    ) -> Any:
+        """Return predictions of inputs that all processes have, of which each computes some.
+
+        Args:
+            inputs: the same in all processes.
+            predict: function of some of them, and of a generator.
+            generator: of the draws; each process draws from its state, and it moves on alike in all of them.
+            draws: whether there are any.
+            dim: of the inputs in what is returned.
+        """
+        processes, device = self._processes, self.fit_result.mean.device
+        if draws and generator is None:
+            raise ValueError("shared=True draws in several processes: expected a generator, at the same state in all.")
+        state = None if generator is None else generator.get_state()
+        alike = Batch(inputs, torch.zeros(n_samples_of(inputs)))
+        known = sha256(str((sample_hashes(alike).tolist(), state)).encode()).hexdigest()[:16]
+        processes.check_same(inputs_and_generator=known)
+
+        def own(part: Tensor) -> tuple[Tensor, ...]:
+            copied = None if generator is None else generator.clone_state()
+            found = predict(on_each(inputs, lambda t: t[part[0] : part[-1] + 1]), generator=copied)
+            return found if isinstance(found, tuple) else (found,)
+
+        parts = torch.arange(n_samples_of(inputs)).chunk(processes.size)
+        with processes.together():
+            found = list(processes.shared_out(parts, own, device))
+        if generator is not None:
+            torch.empty(16, device=device).normal_(generator=generator)
+        joined = tuple(torch.cat(values, dim=dim) for values in zip(*found, strict=True))
+        return joined if len(joined) > 1 else joined[0]
 
     @leaves_as_found(waits=True)
     def predict(
@@ -1027,18 +1082,30 @@ class DebiasedParametricLaplace(ParametricLaplace):
         generator: torch.Generator | None = None,
         *,
         outputs: Any = None,
+        shared: bool = False,
     ) -> Tensor:
         """Draw functions at x, (n_samples, n, C); each draw is one function at all inputs.
 
         With `diagonal_output` ("glm" only) every output is drawn on its own instead. `outputs` are numbers (k,) of the
-        outputs to draw, as if those of an input were flattened, (n_samples, n, k).
+        outputs to draw, as if those of an input were flattened, (n_samples, n, k). `shared` is as of `la(x)`.
 
         Raises:
             NotFittedError: before `fit`.
             ValueError: if an option is not known.
         """
         boolean(diagonal_output, "diagonal_output")
+        boolean(shared, "shared")
         inputs, pred_type = self._check_request(x, pred_type, n_samples, generator)
+        if shared and self._processes.several and not self.is_sharded:
+            own = partial(
+                self.functional_samples,
+                pred_type=pred_type,
+                n_samples=n_samples,
+                diagonal_output=diagonal_output,
+                outputs=outputs,
+            )
+            drawn: Tensor = self._shared_out(inputs, own, generator, draws=True, dim=1)
+            return drawn
         with self._predictive(inputs) as whole:
             predictive = whole.at_outputs(outputs)
             if pred_type == "nn":

@@ -74,7 +74,7 @@ CASES = {
 }
 
 
-def made(options, *, shares="all", size=1, rank=0, shard_directions=False, **fit):
+def made(options, *, shares="all", size=1, rank=0, device="cpu", shard_directions=False, **fit):
     """Return a fitted posterior; `shares` says what the loader of each process yields."""
     options = dict(options)
     likelihood = options.pop("likelihood", "classification")
@@ -86,7 +86,7 @@ def made(options, *, shares="all", size=1, rank=0, shard_directions=False, **fit
         mine = slice(rank * N // size, (rank + 1) * N // size)
         data = Stream(X[mine], y[mine])
     options["shard_directions"] = shard_directions
-    la = DebiasedLaplace(model, likelihood, prior_precision=3.0, temperature=0.7, **options)
+    la = DebiasedLaplace(model.to(device), likelihood, prior_precision=3.0, temperature=0.7, **options)
     la.fit(DataLoader(data, batch_size=7, sampler=sampler), **fit)
     return la, X
 
@@ -110,6 +110,10 @@ def loaded(X, y, *, shares="all", size=1, rank=0, batch_size=7):
     if shares == "sampler":
         sampler = DistributedSampler(data, size, rank, shuffle=True)
     return DataLoader(data, batch_size=batch_size, sampler=sampler)
+
+
+def seeded():
+    return torch.Generator().manual_seed(8)
 
 
 def everything_else(shares="all", size=1, rank=0):
@@ -136,6 +140,26 @@ def everything_else(shares="all", size=1, rank=0):
         kept[f"report, {likelihood}"] = [
             one.value for of_method in report.metrics.values() for one in of_method.values() if one.value is not None
         ]
+        if likelihood == "classification":
+            p = la(X, shared=True)
+            assert not torch.equal(p[0], p[-1])
+            kept["probabilities"] = p.tolist()
+            kept["of drawn networks"] = la(
+                X, "nn", link_approx="mc", n_samples=3, generator=seeded(), shared=True
+            ).tolist()
+        else:
+            mean, covariance = la(X, shared=True, outputs=[0, 2])
+            kept["moments"] = torch.cat([mean.flatten(), covariance.flatten()]).tolist()
+        kept[f"functions, {likelihood}"] = la.functional_samples(
+            X, n_samples=3, generator=seeded(), shared=True
+        ).tolist()
+        for sampling in ("curvature", "uniform"):
+            again = DebiasedLaplace(
+                la.model, likelihood, sampling=sampling, n_rows=60 if sampling == "curvature" else None
+            )
+            again.fit(loaded(X[:40], y[:40], **share))
+            again.fit(loaded(X, y, **share), override=False)
+            kept[f"joined, {likelihood}, {sampling}"] = again.directional_curvatures.tolist()
         model, X, y = problem(likelihood)
         found = diagnose(model, likelihood, loaded(X, y, **share), batch_sizes=[8, 16], n_draws=3)
         kept[f"diagnosis, {likelihood}"] = [
@@ -292,6 +316,18 @@ def main(rank, size, folder):
     torch.save(kept, Path(folder) / f"{size}_{rank}.pt")
 
 
+def on_gpus(rank, size, folder):
+    """Fit by NCCL, each process on a GPU of its own, and keep what was found."""
+    torch.cuda.set_device(rank)
+    store = f"file://{folder}/store_of_gpus"
+    distributed.init_process_group("nccl", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    kept = {}
+    for shard in (False, True):
+        la, X = made(CASES["diagonal"], device="cuda", shard_directions=shard)
+        kept[shard] = {key: value.cpu() for key, value in found(la, X.cuda()).items()}
+    torch.save(kept, Path(folder) / f"gpu_{rank}.pt")
+
+
 def resumed(rank, size, folder):
     """Fit again what a killed process has interrupted, and keep what was found and how many samples were scored."""
     store = f"file://{folder}/store_of_resumed"
@@ -380,10 +416,13 @@ def failures(rank, size):
         model, X, y = problem()
         DebiasedLaplace(model, "classification").fit([(X[rank::size], y[rank::size])])
 
-    def going_on():
-        la, _ = made({"n_rows": 40})
-        _, X, y = problem()
-        la.fit([(X, y)], override=False)
+    def draws_without_a_generator():
+        la, X = made({"n_rows": 40})
+        la(X, link_approx="mc", shared=True)
+
+    def other_inputs_of_a_shared_prediction():
+        la, X = made({"n_rows": 40})
+        la(X[rank:], shared=True)
 
     def other_options():
         made({"seed": rank})
@@ -427,9 +466,9 @@ def failures(rank, size):
 
     messages = {}
     attempts = [other_weights, one_raises, other_data, other_middle, other_prior, other_likelihood, other_tolerance]
-    attempts += [wrong_arguments_of_one, the_same_stream, a_shard_as_a_list, going_on, other_options, empty_streams]
+    attempts += [wrong_arguments_of_one, the_same_stream, a_shard_as_a_list, other_options, empty_streams]
     attempts += [other_batches_of_an_iterable, other_prior_of_a_kl, other_validation_data, an_evaluation_of_one_fails]
-    attempts += [alone_for_a_while]
+    attempts += [alone_for_a_while, draws_without_a_generator, other_inputs_of_a_shared_prediction]
     for attempt in attempts:
         try:
             attempt()
@@ -447,5 +486,5 @@ def failures(rank, size):
 
 
 if __name__ == "__main__":
-    run = {"killed": killed, "resumed": resumed, "sharded": sharded}.get(sys.argv[-1], main)
+    run = {"killed": killed, "resumed": resumed, "sharded": sharded, "gpus": on_gpus}.get(sys.argv[-1], main)
     run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

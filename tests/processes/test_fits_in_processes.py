@@ -61,7 +61,8 @@ MESSAGES = {
     "other_middle": "ValueError: Expected loaders over the same data set in all",
     "other_data": "ValueError: Expected loaders over the same data set in all",
     "a_shard_as_a_list": "ValueError: Expected loaders over the same data set in all",
-    "going_on": "ValueError: override=False is not built for several processes",
+    "draws_without_a_generator": "ValueError: shared=True draws in several processes: expected a generator",
+    "other_inputs_of_a_shared_prediction": "ValueError: Expected inputs_and_generator to be the same in all",
     "other_options": "ValueError: Expected options to be the same in all",
     "empty_streams": "ValueError: The loader yields no samples; expected at least 2.",
     "other_batches_of_an_iterable": "ValueError: Expected the same batches in all",
@@ -74,7 +75,7 @@ MESSAGES = {
 def test_fits_of_several_processes_are_those_of_one(size, tmp_path):
     (alone,), several = kept_by(1, tmp_path), kept_by(size, tmp_path)
     messages = [one.pop("failures") for one in several]
-    assert len(alone["everything else"]) == 20
+    assert len(alone["everything else"]) == 29
     for name in ("everything else", "everything else, shared"):
         for key, expected in alone["everything else"].items():
             assert expected.nan_to_num().abs().max() > 0, key
@@ -168,3 +169,14 @@ def test_posteriors_whose_directions_are_divided_are_those_of_one_process(tmp_pa
             for of_rank in refused:
                 for name, start in REFUSED.items():
                     assert of_rank[name].startswith(start), of_rank[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_processes_on_gpus_agree_with_one_on_the_cpu(tmp_path):
+    for code, errors in started(2, tmp_path, "gpus"):
+        assert code == 0, errors
+    (alone,) = kept_by(1, tmp_path)
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"gpu_{rank}.pt").values():
+            assert_same(found, alone["diagonal"], "on GPUs", 1e-6)
