@@ -3,6 +3,7 @@
 Vectors of all parameters are whole in every process, as the model is. Sums over parameters are those of all processes.
 """
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -51,6 +52,16 @@ class Shard:
             edges.append(min(range(least, most + 1), key=lambda i, target=target: abs(ends[i] - target)))  # type: ignore[misc]
         own = list(pairwise([*edges, n]))[processes.rank]
         return cls(processes, tuple(sizes), slice(*own))
+
+    # a copy belongs to the same processes; in another process the entries would be taken for all
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shard":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise pickle.PicklingError(
+            "A posterior whose directions are divided among processes cannot be pickled; expected state_dict() of each "
+            "process, which load_state_dict joins."
+        )
 
     @property
     def place(self) -> slice:

@@ -235,10 +235,14 @@ def _from_rows(candidate: Candidate, loader: Any, n_rows: int | None, seed: int,
             raise ValueError("No row of these samples has a curvature; expected samples that the model is not sure of.")
         curvature = drawn.curvature(progress_bar=progress_bar)
         with torch.enable_grad():
-            shares = torch.arange(len(drawn)).chunk(candidate.sharing.size)
-            parts = candidate.sharing.shared_out(
-                shares, lambda own: curvature.part(own).traces(candidate.precision), device
-            )
+            sharing, precision = candidate.sharing, candidate.precision
+            shares = torch.arange(len(drawn)).chunk(sharing.size)
+
+            def traces_of(own: Tensor) -> Tensor:
+                part = curvature.part(own) if sharing.several else curvature
+                return part.traces(precision)
+
+            parts = sharing.shared_out(shares, traces_of, device)
             traces = torch.cat(list(parts)).double().cpu() / len(drawn)
     keys = drawn.scored.hashes[drawn.draw.samples] ^ (drawn.draw.rows + 1) * _SPREAD
     return estimate_from_rows(candidate.terms, traces, 1 - drawn.probabilities, row_keys=keys, context=target.context)

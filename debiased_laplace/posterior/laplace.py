@@ -50,7 +50,7 @@ from debiased_laplace.debiasing.held_out_kl import HeldOutKL
 from debiased_laplace.debiasing.intervals import confidence_intervals
 from debiased_laplace.debiasing.options import EstimatorOptions, Request, Structure
 from debiased_laplace.debiasing.stopping import Stopping
-from debiased_laplace.errors import NotFittedError
+from debiased_laplace.errors import NotFittedError, ProcessError
 from debiased_laplace.fit_checkpoint import FitCheckpoint
 from debiased_laplace.linalg.low_rank_plus_diagonal import LowRankPlusDiagonal, differentiable_log_det
 from debiased_laplace.linalg.shard import Shard
@@ -169,6 +169,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._distance: tuple[Tensor, Tensor, int, Tensor] | None = None
         self._prior_search: prior_tuning.PriorSearch | None = None
         self._noise_was_noted = False
+        self._shared_memory: int | None = None
         super().__init__(
             model,
             # laplace-torch knows no others
@@ -537,6 +538,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self.loss, self.n_data, self.n_outputs = fit.loss, fit.split.n_data, fit.n_outputs
         curvature = fit.estimate.curvature
         self.H = (curvature.diagonal, curvature.factor, curvature.weights)
+        # processes that predict together take the same chunks
+        self._shared_memory = self._spec.memory
+        if curvature.shard is not None:
+            own = available_memory(fit.mean.device, self._spec.memory)
+            self._shared_memory = min(curvature.shard.processes.gathered("available memory", own))
 
     def _take(self, selection: ParameterSelection) -> None:
         """Be over these parameters; a prior that was set before they were known is checked now."""
@@ -1184,11 +1190,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         """The network at the mean; that of a loaded posterior is prepared at its first inputs, and kept."""
         fit = self.fit_result
         if fit.network is not None:
-            return fit.network
+            return replace(fit.network, memory=self._shared_memory) if self.is_sharded else fit.network
         parameters = {k: v.clone() for k, v in fit.selection.unflatten(fit.mean).items()}
         capabilities = find_capabilities(fit.selection, parameters, inputs)
         network = Network(
-            fit.selection, parameters, self._likelihood, fit.n_outputs, capabilities, memory=self._spec.memory
+            fit.selection, parameters, self._likelihood, fit.n_outputs, capabilities, memory=self._shared_memory
         )
         self._fit = replace(fit, network=network)
         return network
@@ -1429,15 +1435,24 @@ class DebiasedParametricLaplace(ParametricLaplace):
             "likelihood": self.likelihood + shown_class_weights(self._spec.likelihood),
             "curvature": self._spec.backend.kind,
         }
-        options, shard = self._spec.request.options, None
-        if options.shard_directions and self._processes.several:
-            shard = Shard.of(self._processes, self.selection.sizes)
+        processes = self._processes
+        if not (self._spec.request.options.shard_directions and processes.several):
+            self._load(state_dict, expected, None)
+            return
+        shard = Shard.of(processes, self.selection.sizes)
+        with processes.together():
+            self._load(state_dict, expected, shard)
+
+    def _load(
+        self, state_dict: dict[str, Any] | Iterable[dict[str, Any]], expected: Mapping[str, str], shard: Shard | None
+    ) -> None:
+        """Become the posterior of a state, or of the shards of one; hold the directions of all parameters, or some."""
         if shard is not None or isinstance(state_dict, list | tuple | Iterator):
             states = [state_dict] if isinstance(state_dict, dict) else state_dict
             state = checkpoint.of_shards(states, self.selection, shard)
         else:
             state = state_dict  # type: ignore[assignment]
-        device = options.directions_device
+        device = self._spec.request.options.directions_device
         fit = checkpoint.from_state(state, self.model, self._selection, expected, device, shard)
         before = dict(self.__dict__)
         try:
@@ -1448,7 +1463,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
         except Exception as error:
             self.__dict__.clear()
             self.__dict__.update(before)
-            if isinstance(error, ValueError):
+            if isinstance(error, ValueError | ProcessError):
                 raise
             raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
 
