@@ -501,7 +501,7 @@ def _skipping(
             yield positions[new], batch.at(new)
 
 
-def _check_distinct(hashes: list[Int64[Tensor, " n"]]) -> None:
+def _check_distinct(hashes: list[Int64[Tensor, " _n"]]) -> None:
     """Check that processes have read samples of their own.
 
     Raises:

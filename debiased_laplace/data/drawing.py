@@ -218,7 +218,7 @@ class RowDrawer:
         return replace(self, population=population, held=replace(held.at(drawn), attached=attached), factors=factors)
 
     @classmethod
-    def merged(cls, parts: list["RowDrawer"], numbers: list[Int64[Tensor, " n"]]) -> "RowDrawer":
+    def merged(cls, parts: list["RowDrawer"], numbers: list[Int64[Tensor, " _n"]]) -> "RowDrawer":
         """Return the draw from the samples of several drawers with the same seed, given the numbers of their samples.
 
         It is the draw of one drawer to which all samples were added, up to the rounding of sums.
