@@ -1,5 +1,6 @@
 """Posteriors of the demo, and their distances from the full-batch posterior."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +36,7 @@ def fit_posteriors(model: nn.Module, data: Digits, seed: int) -> dict[str, Debia
             prior_precision=PRIOR_PRECISION,
             seed=seed,
         )
-        la.fit(DataLoader(samples, batch_size=64), n_data=N_TRAIN, progress_bar=True)
+        la.fit(DataLoader(samples, batch_size=64), n_data=N_TRAIN, progress_bar=sys.stderr.isatty())
         return la
 
     # the full batch is first, as the report compares held-out KLs with those of the first posterior
@@ -50,7 +51,7 @@ def predict(model: nn.Module, posteriors: dict[str, DebiasedParametricLaplace], 
     """Return the class probabilities of the network and of each posterior."""
     with torch.no_grad():
         predictions = {"MAP": model(inputs).softmax(-1)}
-    for name, la in tqdm(posteriors.items(), desc="[Predicting]", leave=False):
+    for name, la in tqdm(posteriors.items(), desc="[Predicting]", leave=False, disable=None):
         predicted = la(inputs)
         assert isinstance(predicted, Tensor)  # for the type checker
         predictions[name] = predicted

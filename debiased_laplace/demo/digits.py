@@ -90,7 +90,7 @@ def train(data: Digits, seed: int, device: torch.device, epochs: int = EPOCHS) -
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
     X, y = (t.to(device) for t in data.train.tensors)
     generator = torch.Generator().manual_seed(seed)
-    with tqdm(range(epochs), desc="[Training]", leave=False) as bar:
+    with tqdm(range(epochs), desc="[Training]", leave=False, disable=None) as bar:
         for _ in bar:
             for batch in torch.randperm(len(X), generator=generator).split(64):
                 optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """Tables, figure and report of the demo."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def report_on(
         ood_loaders={"scrambled digits": data.scrambled.split(200)},
         held_out_loader=batches["held out"],
         fitted_loader={name: DataLoader(d, batch_size=200) for name, d in fitted.items()},
-        progress_bar=True,
+        progress_bar=sys.stderr.isatty(),
         title="Digits: MAP and three Laplace posteriors",
         description=DESCRIPTION,
         metadata={"device": str(device), "prior_precision": PRIOR_PRECISION},

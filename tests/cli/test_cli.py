@@ -26,9 +26,8 @@ def test_demo_prints_a_table_and_writes_a_report(tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert set(report["methods"]) == {"MAP", "MAP, temperature-scaled", "same_batch", "debiased", "full batch"}
     assert "nan" not in done.stdout.lower()
-    # progress bars, but no warnings of other libraries
-    assert "[Training]" in done.stderr
-    assert "Warning" not in done.stderr
+    # nobody watches: neither progress bars nor warnings of other libraries
+    assert done.stderr == ""
 
 
 CASES = {
