@@ -191,6 +191,10 @@ def evaluate(  # noqa: D417 - further options are those of the report
         return {n: as_prediction(n, p, laplace[n].sigma_noise if n in laplace else noise) for n, p in found.items()}
 
     processes = _processes_of(laplace.values())
+    if processes.several:
+        priors = {name: torch.as_tensor(la.prior_precision).sum().item() for name, la in laplace.items()}
+        own = (list(methods), task, pred_type, link_approx, n_samples, settings)
+        processes.check_same(prior_precision=priors, options_of_evaluate=own)
 
     def predicted(some: Mapping[str, Method], of: Iterable[Any], what: str, *, labelled: bool = True) -> Collected:
         with processes.together():

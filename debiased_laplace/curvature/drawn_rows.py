@@ -251,7 +251,7 @@ class RowSampler:
         self.__dict__.update(state)
         n_read = self.drawers[0].population.n_samples
         if isinstance(own, SampleStream):
-            return _skipping(numbered, n_read)
+            return _skipping(numbered, self.scored.hashes)
         return replace(own, indices=own.indices[n_read:]).numbered(seed)
 
     def _keep(self) -> None:
@@ -492,10 +492,21 @@ class DrawnRows:
 
 
 def _skipping(
-    numbered: Iterator[tuple[Int64[Tensor, " b"], Batch]], n: int
+    numbered: Iterator[tuple[Int64[Tensor, " b"], Batch]], read: Int64[Tensor, " n"]
 ) -> Iterator[tuple[Int64[Tensor, " b"], Batch]]:
-    """Yield all but the first n samples."""
+    """Yield all samples of a stream but the first ones, given their hashes.
+
+    Raises:
+        ValueError: if they come in another order, or are others.
+    """
+    n = len(read)
     for positions, batch in numbered:
+        known = positions < n
+        if not torch.equal(sample_hashes(batch)[known], read[positions[known]]):
+            raise ValueError(
+                "The stream yields other samples, or another order, than the interrupted fit has read; expected the "
+                "same, or another checkpoint_dir."
+            )
         new = (positions >= n).nonzero().flatten()
         if len(new):
             yield positions[new], batch.at(new)

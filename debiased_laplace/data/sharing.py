@@ -137,6 +137,7 @@ def batch_of_all(batch: Batch, processes: Processes) -> Batch:
     if not processes.several:
         return batch
     found = processes.gathered("a batch", batch)
-    if len({str(sample_hashes(one).tolist()) for one in found}) == 1:
+    weights = [None if one.weights is None else one.weights.tolist() for one in found]
+    if len({str((sample_hashes(one).tolist(), own)) for one, own in zip(found, weights, strict=True)}) == 1:
         return batch
     return joined([one for one in found if len(one)])

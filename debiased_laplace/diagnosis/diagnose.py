@@ -97,6 +97,8 @@ def diagnose(
         first = next(source.batches(source.indices[: source.batch_size], seed))
         network, first = prepare_network_and_batch(model, likelihood, first)
         if processes.several:
+            given = (batch_sizes, n_draws, n_reference, n_data, curvature, damping, prior_precision, seed)
+            processes.check_same(options=given)
             processes.check_same(weights=network.selection.fingerprint(), likelihood=network.likelihood.name)
         N, n_reference = n_data or n, min(n_reference, n - sizes[-1])
         compares = prior_precision is not None and curvature == "ggn"

@@ -187,6 +187,9 @@ class DebiasedNewton(Optimizer):
             checked_batch = batch_of_all(own, processes).with_mean_weight_one()
             network, batch, sets, held_out = self._split(checked_batch)
             network = network.shared(processes)
+            if processes.several:
+                given = (self.damping, self.magnitudes, self.curvature, self._options, self.n_data, self.seed)
+                processes.check_same(likelihood=network.likelihood.name, options=given)
             damping, penalty = self.damping, self._penalty(network)
             second = None
             if self.curvature == "hessian":

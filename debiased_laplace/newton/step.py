@@ -1,6 +1,6 @@
 """Damped Newton step with directions and step lengths from different samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -225,6 +225,9 @@ def newton_step(
         checked_batch = batch_of_all(as_batch(batch, DEFAULT_KEYS), processes).with_mean_weight_one()
         network, samples = prepare_network_and_batch(model, likelihood, checked_batch)
         network = network.shared(processes)
+        if processes.several:
+            given = (damping, magnitudes, curvature, replace(options, preconditioner=None), n_data, seed)
+            processes.check_same(likelihood=network.likelihood.name, options=given)
         sets = index_sets(samples, magnitudes, seed, shrinkage=shrinkage)
         network = ready_for_many_products(network, samples.at(sets[0]), max_iterations)
         check_n_data(n_data, len(samples))

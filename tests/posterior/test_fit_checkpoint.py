@@ -156,3 +156,12 @@ def test_another_fit_is_refused(tmp_path):
     la.fit(DataLoader(data, batch_size=7))
     with pytest.raises(ValueError, match="checkpoint_dir is of a fit of all samples; got it with override=False"):
         la.fit([(X + 1, y)], override=False, checkpoint_dir=tmp_path)
+
+
+def test_a_stream_in_another_order_is_refused(tmp_path):
+    _, X, y = problem()
+    with pytest.raises(InterruptedFitError):
+        posterior({"n_rows": 40}).fit(DataLoader(Stream(Counting(X, y, 29)), batch_size=7), checkpoint_dir=tmp_path)
+    other = Stream(TensorDataset(X.flip(0), y.flip(0)))
+    with pytest.raises(ValueError, match="yields other samples, or another order, than the interrupted fit"):
+        posterior({"n_rows": 40}).fit(DataLoader(other, batch_size=7), checkpoint_dir=tmp_path)
