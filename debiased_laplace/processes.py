@@ -228,6 +228,12 @@ class _Sender(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Tensor | None:
         return obj.detach().cpu() if isinstance(obj, Tensor) and obj.device.type != "cpu" else None
 
+    def reducer_override(self, obj: Any) -> Any:
+        # a view would take all of its storage with it
+        if type(obj) is Tensor and obj.untyped_storage().nbytes() > obj.nbytes:
+            return obj.detach().clone().__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        return NotImplemented
+
 
 class _Receiver(pickle.Unpickler):
     def __init__(self, sent: bytes, device: torch.device | None):

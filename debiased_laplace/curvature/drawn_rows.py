@@ -249,10 +249,9 @@ class RowSampler:
         if state is None:
             return numbered
         self.__dict__.update(state)
-        n_read = self.drawers[0].population.n_samples
         if isinstance(own, SampleStream):
             return _skipping(numbered, self.scored.hashes)
-        return replace(own, indices=own.indices[n_read:]).numbered(seed)
+        return replace(own, indices=own.indices[len(self.scored) :]).numbered(seed)
 
     def _keep(self) -> None:
         kept = ("drawers", "_held", "_n_held", "_scored", "_at_random", "_loss")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from debiased_laplace.data.batches import Batch, joined, sample_hashes
 from debiased_laplace.data.randomness import undisturbed_randomness
-from debiased_laplace.data.source import SampleSource, SampleStream, sample_source
+from debiased_laplace.data.source import SampleSource, SampleStream, one_epoch, sample_source
 from debiased_laplace.processes import Processes
 
 Value = TypeVar("Value")
@@ -50,11 +50,21 @@ def described(samples: SampleSource | SampleStream, seed: int) -> str:
     probes = _probes(samples)
     with undisturbed_randomness(seed):
         try:
-            some = torch.cat([sample_hashes(batch) for batch in samples.batches(probes, seed)]).tolist()
+            some = [identified(batch) for batch in samples.batches(probes, seed)]
         except (IndexError, KeyError) as error:
             return f"none at {probes.tolist()} ({type(error).__name__})"
-    every = sha256(samples.indices.numpy().tobytes() + str((samples.batch_size, some)).encode())
-    return f"{len(samples.indices)} samples {every.hexdigest()[:16]}"
+    every = digest((samples.indices.tolist(), some))
+    return f"{len(samples.indices)} samples {every} in batches of {samples.batch_size}"
+
+
+def identified(batch: Batch) -> str:
+    """Return a text that differs for other samples or weights."""
+    return digest((sample_hashes(batch).tolist(), None if batch.weights is None else batch.weights.tolist()))
+
+
+def digest(value: object) -> str:
+    """Return a short text that differs for a value of another text."""
+    return sha256(str(value).encode()).hexdigest()[:16]
 
 
 def _probes(source: SampleSource) -> Int64[Tensor, " p"]:
@@ -87,9 +97,18 @@ def first_of_all(
 
 
 def loader_of_all(loader: Any, processes: Processes, seed: int) -> Any:
-    """Return a loader over the samples of all processes, by position, where they have one; else the loader itself."""
-    collates = isinstance(loader, DataLoader) and not (loader.batch_size is None and loader.batch_sampler is None)
-    if not processes.several or not collates or isinstance(loader.dataset, IterableDataset):
+    """Return the loader; where processes draw other positions of a data set, one over those of all, in their order."""
+    plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    has_positions = plain and loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+    if not processes.several or not has_positions:
+        return loader
+    with undisturbed_randomness(seed):
+        try:
+            epoch = digest([batch.tolist() for batch in one_epoch(loader)])
+        except ValueError:
+            # keys of another kind
+            return loader
+    if len(set(processes.gathered("an epoch of a loader", epoch))) == 1:
         return loader
     source = sample_source(loader, seed, repeats=True)
     found = processes.gathered("positions of a loader", (source.indices, source.batch_size))
@@ -115,8 +134,8 @@ def shared_batches(
     remaining, size, rank = iter(batches), processes.size, processes.rank
     while True:
         together = list(islice(remaining, size))
-        hashes = [sample_hashes(batch).tolist() for batch in together]
-        if any(others != hashes for others in processes.gathered("batches", hashes)):
+        own = [identified(batch) for batch in together]
+        if any(others != own for others in processes.gathered("batches", own)):
             raise ValueError(
                 f"Expected the same batches in all {size} processes, or a DataLoader of which each yields a part; some "
                 "differ. Of any other iterable each process yields all, and augmentation follows the seeds of torch, "
@@ -137,7 +156,6 @@ def batch_of_all(batch: Batch, processes: Processes) -> Batch:
     if not processes.several:
         return batch
     found = processes.gathered("a batch", batch)
-    weights = [None if one.weights is None else one.weights.tolist() for one in found]
-    if len({str((sample_hashes(one).tolist(), own)) for one, own in zip(found, weights, strict=True)}) == 1:
+    if len({identified(one) for one in found}) == 1:
         return batch
     return joined([one for one in found if len(one)])

@@ -201,7 +201,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS, *, r
             "batch_size whose data set yields one sample per item."
         )
     with undisturbed_randomness(seed):
-        epoch = _one_epoch(loader)
+        epoch = one_epoch(loader)
     if not epoch:
         raise ValueError("The loader yields no samples; expected at least 2.")
     indices = torch.from_numpy(np.concatenate([np.asarray(batch, dtype=np.int64) for batch in epoch]))
@@ -224,7 +224,7 @@ def sample_source(loader: Any, seed: int, keys: MappingKeys = DEFAULT_KEYS, *, r
     return SampleSource(loader.dataset, unique, size, options, keys)
 
 
-def _one_epoch(loader: DataLoader[Any]) -> list["array[int]"]:
+def one_epoch(loader: DataLoader[Any]) -> list["array[int]"]:
     """Return the batches of positions of one epoch, without loading any sample."""
     inner = getattr(loader.batch_sampler, "sampler", None)
     generators = {

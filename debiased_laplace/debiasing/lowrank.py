@@ -25,7 +25,6 @@ from debiased_laplace.debiasing.magnitudes import (
 from debiased_laplace.debiasing.options import EstimatorOptions
 from debiased_laplace.debiasing.split_curvature import CurvatureEstimate, SplitCurvature
 from debiased_laplace.linalg.eigenpairs import Eigenpairs, numerical_rank
-from debiased_laplace.linalg.kronecker_basis import KroneckerBasis
 
 
 def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOptions]) -> list[CurvatureEstimate]:
@@ -69,7 +68,7 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
     debiased = list(dict.fromkeys(r for r, same in zip(requests, biased, strict=True) if not same))
     other_moments = _other_moments(split, pairs, debiased, factors, options)
     estimates = []
-    for kind, request, same in zip(kinds, requests, biased, strict=True):
+    for request, same in zip(requests, biased, strict=True):
         leading = pairs if request.rank == len(pairs.values) else pairs.leading(request.rank)
         own, others = own_moments.get(request), None if same else other_moments.get(request)
         magnitudes = _magnitudes(split, leading, own, others)
@@ -77,7 +76,7 @@ def estimate_low_ranks(split: SplitCurvature, variants: Sequence[EstimatorOption
         weighted = [(of_own if others is not None else 1.0, own), (of_others, others)]
         # nothing else reads the directions of a single estimate
         out = leading.vectors if len(variants) == 1 else None
-        curvature = _with_complement(leading, magnitudes, kind, weighted, request.basis, out, a.network)
+        curvature = _with_complement(leading, magnitudes, request, weighted, out, a.network)
         source = (a if split.magnitudes is None else split.magnitudes).source
         estimates.append(CurvatureEstimate(curvature, magnitudes, pairs.outcome, source, leading.dropped))
     return estimates
@@ -151,21 +150,21 @@ def _magnitudes(
 def _with_complement(
     pairs: Eigenpairs,
     magnitudes: Magnitudes,
-    kind: ComplementKind,
+    request: ResidualRequest,
     weighted: list[tuple[float, DirectionalMoments | None]],
-    basis: KroneckerBasis | None,
     out: Tensor | None,
     network: Network,
 ) -> LowRankCurvature:
     """Complete the low rank with the weighted sum of the residuals; see `complement.diagonal` for `out`."""
     U, m = pairs.vectors, magnitudes.values
     parts = [(weight, part) for weight, part in weighted if part is not None]
-    if kind == "none":
+    if request.residual == "none":
         found = complement.without_complement(U, m)
-    elif kind == "isotropic":
+    elif request.residual == "trace":
         found = complement.isotropic(U, m, _sum([(w, part.trace) for w, part in parts]), network.n_parameters)
     else:
-        found = complement.diagonal(U, m, _sum([(w, part.residual_diagonal) for w, part in parts]), basis, out=out)
+        residual = _sum([(w, part.residual_diagonal) for w, part in parts])
+        found = complement.diagonal(U, m, residual, request.basis, out=out)
     return replace(found, shard=network.shard)
 
 

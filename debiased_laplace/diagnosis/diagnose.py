@@ -82,12 +82,12 @@ def diagnose(
     References:
         Tatzel et al. (2025), arXiv 2410.14325, §3 and figure 3.
     """
-    start = time.perf_counter()
-    _check(curvature, damping, prior_precision, n_draws, n_reference)
-    boolean(progress_bar, "progress_bar")
-    n_draws, n_reference, damping, seed = int(n_draws), int(n_reference), float(damping), integer(seed, "seed")
-    prior_precision = None if prior_precision is None else float(prior_precision)
-    processes = Processes.of()
+    start, processes = time.perf_counter(), Processes.of()
+    with processes.together():
+        _check(curvature, damping, prior_precision, n_draws, n_reference)
+        boolean(progress_bar, "progress_bar")
+        n_draws, n_reference, damping, seed = int(n_draws), int(n_reference), float(damping), integer(seed, "seed")
+        prior_precision = None if prior_precision is None else float(prior_precision)
     with processes.together(), at_weights(model, seed):
         source = united(sample_source(loader, seed, repeats=processes.several), processes, seed)
         n = len(source.indices)

@@ -182,7 +182,9 @@ class DebiasedNewton(Optimizer):
                 "Expected a closure that returns the batch, (inputs, targets): optimizer.step(lambda: (x, y)). A loss "
                 "is not enough, because a step needs the curvature of each sample; got None."
             )
-        own, processes = as_batch(function(closure, "closure")(), DEFAULT_KEYS), Processes.of()
+        processes = Processes.of()
+        with processes.together():
+            own = as_batch(function(closure, "closure")(), DEFAULT_KEYS)
         with processes.together(), at_weights(self.model):
             checked_batch = batch_of_all(own, processes).with_mean_weight_one()
             network, batch, sets, held_out = self._split(checked_batch)

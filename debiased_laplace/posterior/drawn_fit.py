@@ -195,6 +195,8 @@ def _scored(
     own = own_part(samples, spec.processes)
     few, numbered = first_of_all(own.numbered(seed), spec.processes)
     some = few.to(next(spec.model.parameters()).device).weighted(None)
+    if spec.checkpoint:
+        spec.checkpoint.expect("samples", described(samples, seed))
     if before is None:
         network = spec.prepared(some)
         of_blocks = weighting_of(network.selection, 1).of_blocks
@@ -214,8 +216,7 @@ def _scored(
         sampler = before.sampler.continued(network, empty=spec.processes.rank > 0)
         numbered = _unknown(numbered, before.scored)
     total = len(samples.indices) if isinstance(samples, SampleSource) else None
-    if spec.checkpoint and before is None:
-        spec.checkpoint.expect("samples", described(samples, seed))
+    if spec.checkpoint:
         numbered = sampler.resumed(own, numbered, seed)
     sampler.read(numbered, total=total, progress_bar=progress_bar)
     sampler.merge(spec.processes, by_position=isinstance(samples, SampleSource))

@@ -174,9 +174,14 @@ class FitSpec:
         Raises:
             ValueError: as `prepare_network`, and if weights or selected parameters differ between processes.
         """
+        network = prepare_network(selection, self.likelihood, some, self.memory)
         if self.checkpoint:
             self.checkpoint.expect("weights or parameters", f"{selection.subset}, {selection.fingerprint()}")
-        return self.within(prepare_network(selection, self.likelihood, some, self.memory))
+            # to a few digits: a model of other code, or a likelihood of other parameters, has the same weights
+            outputs = network.outputs(some.inputs)
+            sizes = outputs, network.likelihood.per_sample_loss(outputs, some.targets)
+            self.checkpoint.expect("outputs or losses", " ".join(f"{float(x.double().norm()):.4g}" for x in sizes))
+        return self.within(network)
 
     def within(self, network: Network) -> Network:
         """Return the network whose passes the processes of the fit share, and whose rows it keeps or divides."""

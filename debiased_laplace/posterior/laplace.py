@@ -40,9 +40,10 @@ from debiased_laplace.curvature.network import Network
 from debiased_laplace.curvature.parameters import ParameterSelection, working_dtype
 from debiased_laplace.curvature.positions import PositionWise
 from debiased_laplace.curvature.subsets import SubsetOfWeights, WeightSubset
-from debiased_laplace.data.batches import Batch, check_inputs, sample_hashes
+from debiased_laplace.data.batches import Batch, check_inputs
 from debiased_laplace.data.drawing import Rows
 from debiased_laplace.data.inputs import Inputs, MappingKeys, moved, n_samples_of, on_each
+from debiased_laplace.data.sharing import digest, identified
 from debiased_laplace.data.splitting import SubBatches
 from debiased_laplace.debiasing.choice import Choice, Weighting
 from debiased_laplace.debiasing.directions import SUPPORTED
@@ -988,9 +989,8 @@ class DebiasedParametricLaplace(ParametricLaplace):
         if draws and generator is None:
             raise ValueError("shared=True draws in several processes: expected a generator, at the same state in all.")
         state = None if generator is None else generator.get_state()
-        alike = Batch(inputs, torch.zeros(n_samples_of(inputs)))
-        known = sha256(str((sample_hashes(alike).tolist(), state)).encode()).hexdigest()[:16]
-        processes.check_same(inputs_and_generator=known)
+        known = None if state is None else digest(state.tolist())
+        processes.check_same(inputs_and_generator=(_identified(inputs), known))
 
         def own(part: Tensor) -> tuple[Tensor, ...]:
             copied = None if generator is None else generator.clone_state()
@@ -1179,8 +1179,7 @@ class DebiasedParametricLaplace(ParametricLaplace):
             if shard is not None and self.enable_backprop:
                 raise ValueError("enable_backprop=True is not built for shard_directions=True.")
             if shard is not None:
-                alike = Batch(inputs, torch.zeros(n_samples_of(inputs)))
-                shard.processes.check_same(inputs=sha256(str(sample_hashes(alike).tolist()).encode()).hexdigest()[:16])
+                shard.processes.check_same(inputs=_identified(inputs))
             network = self._network(inputs)
             if network.linear_layer is None or self.enable_backprop:
                 network.check_inputs(inputs)
@@ -1480,6 +1479,11 @@ class DebiasedParametricLaplace(ParametricLaplace):
         self._noise_is_open = "sigma_noise" in opened
         self._adopt(fit)
         self.posterior_precision.log_det  # noqa: B018  a precision that cannot be used is found out here
+
+
+def _identified(inputs: Inputs) -> str:
+    """Return a short text that differs for other inputs."""
+    return identified(Batch(inputs, torch.zeros(n_samples_of(inputs))))
 
 
 def _digest(values: Tensor | None) -> str:

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from debiased_laplace.curvature.likelihood import by_output
 from debiased_laplace.curvature.likelihoods import in_columns
 from debiased_laplace.curvature.memory import CHUNK_BYTES, available_memory
 from debiased_laplace.curvature.positions import PositionWise
-from debiased_laplace.data.batches import Batch, as_unweighted_batch, sample_hashes
+from debiased_laplace.data.batches import Batch, as_unweighted_batch
 from debiased_laplace.data.inputs import MappingKeys
 from debiased_laplace.data.randomness import undisturbed_randomness
-from debiased_laplace.data.sharing import loader_of_all
+from debiased_laplace.data.sharing import digest, identified, loader_of_all
 from debiased_laplace.linalg.accumulation import accumulation_dtype
 from debiased_laplace.linalg.shifted import ProjectedRows, Shifted
 from debiased_laplace.predictive.mean_field import averaged_loss
@@ -180,8 +179,8 @@ def read_validation(
     if not batches:
         raise ValueError("val_loader yields no batches with samples; expected validation data.")
     if processes.several:
-        digest = str([sample_hashes(batch).tolist() for batch in batches])
-        processes.check_same(val_loader=sha256(digest.encode()).hexdigest()[:16], prior=la.prior_precision.tolist())
+        known = digest([identified(batch) for batch in batches])
+        processes.check_same(val_loader=known, prior=la.prior_precision.tolist())
     for batch in batches:
         batch.check_finite()
     # one public call, which checks options and inputs

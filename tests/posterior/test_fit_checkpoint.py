@@ -146,6 +146,10 @@ def test_another_fit_is_refused(tmp_path):
     other = posterior({"n_rows": 40})
     with torch.no_grad():
         other.model[0].bias.add_(1)
+    changed = posterior({"n_rows": 40})
+    changed.model[1].forward = torch.relu
+    with pytest.raises(ValueError, match="with other outputs or losses"):
+        changed.fit(DataLoader(data, batch_size=7), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match="with other weights or parameters"):
         other.fit(DataLoader(data, batch_size=7), checkpoint_dir=tmp_path)
     for file in (tmp_path / "debiased_laplace_fit").iterdir():
@@ -162,6 +166,8 @@ def test_a_stream_in_another_order_is_refused(tmp_path):
     _, X, y = problem()
     with pytest.raises(InterruptedFitError):
         posterior({"n_rows": 40}).fit(DataLoader(Stream(Counting(X, y, 29)), batch_size=7), checkpoint_dir=tmp_path)
-    other = Stream(TensorDataset(X.flip(0), y.flip(0)))
+    # after the samples by which a network is known
+    order = torch.cat([torch.arange(8), torch.arange(8, N).flip(0)])
+    other = Stream(TensorDataset(X[order], y[order]))
     with pytest.raises(ValueError, match="yields other samples, or another order, than the interrupted fit"):
         posterior({"n_rows": 40}).fit(DataLoader(other, batch_size=7), checkpoint_dir=tmp_path)

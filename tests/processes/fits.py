@@ -114,6 +114,13 @@ def loaded(X, y, *, shares="all", size=1, rank=0, batch_size=7):
     return DataLoader(data, batch_size=batch_size, sampler=sampler)
 
 
+def join(rank, size, folder, name, *, backend="gloo", timeout=100):
+    """Join the group of several processes."""
+    if size > 1:
+        store, limit = f"file://{folder}/store_of_{name}_{size}", timedelta(seconds=timeout)
+        distributed.init_process_group(backend, init_method=store, rank=rank, world_size=size, timeout=limit)
+
+
 def seeded():
     return torch.Generator().manual_seed(8)
 
@@ -228,11 +235,7 @@ def of_shards(la, X, y, *, fully):
 
 def sharded(rank, size, folder):
     """Fit with directions divided among processes, write the shards, and load those of another number of processes."""
-    if size > 1:
-        store = f"file://{folder}/store_of_shards_{size}"
-        distributed.init_process_group(
-            "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=100)
-        )
+    join(rank, size, folder, "shards")
     kept = {}
     for name, options in SHARDED.items():
         la, X = made(options, shard_directions=True)
@@ -310,11 +313,7 @@ def refused(rank, size, folder):
 
 def main(rank, size, folder):
     """Make all fits, and keep what they found, or how they failed."""
-    if size > 1:
-        store = f"file://{folder}/store"
-        distributed.init_process_group(
-            "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=100)
-        )
+    join(rank, size, folder, "fits")
     kept = {name: found(*made(options)) for name, options in CASES.items()}
     kept["tolerance"] = found(*made({"n_rows": 100}, tolerance=0.5))
     if size < 3:
@@ -330,8 +329,7 @@ def main(rank, size, folder):
 def on_gpus(rank, size, folder):
     """Fit by NCCL, each process on a GPU of its own, and keep what was found."""
     torch.cuda.set_device(rank)
-    store = f"file://{folder}/store_of_gpus"
-    distributed.init_process_group("nccl", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    join(rank, size, folder, "gpus", backend="nccl")
     kept = {}
     for shard in (False, True):
         la, X = made(CASES["diagonal"], device="cuda", shard_directions=shard)
@@ -341,8 +339,7 @@ def on_gpus(rank, size, folder):
 
 def resumed(rank, size, folder):
     """Fit again what a killed process has interrupted, and keep what was found and how many samples were scored."""
-    store = f"file://{folder}/store_of_resumed"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
+    join(rank, size, folder, "resumed", timeout=20)
     scored, original = [], RowScorer.scored
     RowScorer.scored = lambda self, batch: scored.append(len(batch)) or original(self, batch)
     la, X = made(CASES["diagonal"], checkpoint_dir=Path(folder) / "kept")
@@ -351,9 +348,8 @@ def resumed(rank, size, folder):
 
 def killed(rank, size, folder):
     """Fit until another process is killed, and keep how that ends."""
-    store = f"file://{folder}/store"
     fit_checkpoint._SECONDS, fit_checkpoint._SHARE = 0.0, float("inf")
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
+    join(rank, size, folder, "killed", timeout=20)
     model, X, y = problem()
 
     class Dying(TensorDataset):
